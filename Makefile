@@ -1,0 +1,108 @@
+# The whole method on generated apartments, in the real ManiSkill-HAB environments:
+#
+#   make demo    the workflow below, small: 20 minutes on two cores -> runs/demo/report.md
+#   make learn   the same with more of everything: up to 3 hours    -> runs/learn/report.md
+#   make test    the fast tests
+#   make clean   remove both runs and the apartments
+#
+# Each is enough alone: it first makes .venv and finds a renderer (tools/setup.sh; PYTHON=... says which
+# Python). A run that was stopped goes on where it was, and a step that is finished is not repeated:
+# after a change of numbers, `make clean` first.
+
+PYTHON ?=
+# Simulators at once: one per core.
+WORKERS ?= 2
+PY = .venv/bin/python
+
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+# Mesa's renderer: one thread per simulator.
+export LP_NUM_THREADS = 1
+
+.PHONY: demo learn test setup clean workflow
+.NOTPARALLEL:
+
+demo: setup
+	@$(MAKE) --no-print-directory workflow RUN=runs/demo
+
+learn: setup
+	@$(MAKE) --no-print-directory workflow RUN=runs/learn EPISODES=120 EPISODES_OTHERS=100 \
+		STEPS1=1000 STEPS2=7000 STEPS3=3000 TRIALS=30 TRIALS_OTHERS=30 TRIALS_FLOW=20 \
+		TRIALS_RANDOM=30 TRIALS_BOUNDS=20 FLOW_COLUMNS="$(COLUMNS)" EVAL_FLAGS=
+
+test: setup
+	$(PY) -m pytest -q -m "not slow"
+
+setup:
+	@PYTHON="$(PYTHON)" bash tools/setup.sh
+
+clean:
+	rm -rf assets runs/demo runs/learn
+
+# --- The workflow. Its numbers are the demo's: close drawer in earnest, a taste of the others ---
+
+RUN = runs/demo
+OTHERS = pick_all place_all open_fridge open_drawer close_fridge
+COLUMNS = $(OTHERS) close_drawer
+
+# Demonstrations: of closing the drawer, and of each other column (whose objects share them).
+EPISODES = 70
+EPISODES_OTHERS = 4
+# Optimizer steps of stages 1, 2, 3.
+STEPS1 = 250
+STEPS2 = 550
+STEPS3 = 300
+# Evaluation episodes: of stage 2 closing the drawer and of each other column, of stage 3 (the flow
+# head acts), and of the bounds. To stop at a success is faster; success at the end is then not known.
+TRIALS = 20
+TRIALS_OTHERS = 4
+TRIALS_FLOW = 8
+TRIALS_RANDOM = 20
+TRIALS_BOUNDS = 4
+FLOW_COLUMNS = close_drawer
+EVAL_FLAGS = --stop-at-success
+
+COLLECT = $(PY) collect.py --expert scripted --task set_table --split train \
+	--workers $(WORKERS) --out $(RUN)/data
+TRAIN = $(PY) train.py --preset tiny --data $(RUN)/pack
+EVAL = $(PY) eval.py --task set_table --split val --workers $(WORKERS) $(EVAL_FLAGS)
+
+workflow: export MS_ASSET_DIR = $(CURDIR)/assets
+workflow: $(RUN)/.evaluated
+	$(PY) -m tools.report --run $(RUN)
+
+assets/household.json:
+	$(PY) -m household.assets --out assets --seed 0
+
+$(RUN)/.collected: assets/household.json
+	$(COLLECT) --subtask close --target kitchen_counter --episodes $(EPISODES)
+	$(COLLECT) --subtask open --target kitchen_counter --episodes $(EPISODES_OTHERS)
+	$(COLLECT) --subtask close --target fridge --episodes $(EPISODES_OTHERS)
+	$(COLLECT) --subtask open --target fridge --episodes $(EPISODES_OTHERS)
+	$(COLLECT) --subtask pick --target all --episodes $(EPISODES_OTHERS)
+	$(COLLECT) --subtask place --target all --episodes $(EPISODES_OTHERS)
+	@touch $@
+
+$(RUN)/pack/pack.json: $(RUN)/.collected
+	$(PY) data.py pack --data $(RUN)/data --out $(RUN)/pack
+
+$(RUN)/.trained: $(RUN)/pack/pack.json
+	$(TRAIN) --stage 1 --steps $(STEPS1) --out $(RUN)/stage1
+	$(TRAIN) --stage 2 --steps $(STEPS2) --out $(RUN)/stage2 --init-from $(RUN)/stage1
+	$(TRAIN) --stage 3 --steps $(STEPS3) --out $(RUN)/stage3 --init-from $(RUN)/stage2
+	@touch $@
+
+$(RUN)/.evaluated: $(RUN)/.trained
+	$(EVAL) --checkpoint $(RUN)/stage2 --out $(RUN)/eval \
+		--columns close_drawer --episodes $(TRIALS) --video 3
+	$(EVAL) --checkpoint $(RUN)/stage2 --out $(RUN)/eval \
+		--columns $(OTHERS) --episodes $(TRIALS_OTHERS) --video 1
+	$(EVAL) --checkpoint $(RUN)/stage3 --out $(RUN)/eval-flow \
+		--columns $(FLOW_COLUMNS) --episodes $(TRIALS_FLOW) --video 1
+	$(EVAL) --policy random --out $(RUN)/eval-random \
+		--columns close_drawer --episodes $(TRIALS_RANDOM)
+	$(EVAL) --policy random --out $(RUN)/eval-random \
+		--columns $(OTHERS) --episodes $(TRIALS_BOUNDS)
+	$(EVAL) --policy expert --out $(RUN)/eval-expert \
+		--columns $(COLUMNS) --episodes $(TRIALS_BOUNDS) --video 1
+	@touch $@

@@ -1,0 +1,168 @@
+"""The Prismatic VLM's three parts: two vision transformers, the projector and Qwen2 (paper Sec. 4.1).
+
+    FusedVision   images [N, 3, H, W] in [0, 1]  ->  patches [N, P, C_dino + C_siglip], DINO channels first
+    Projector     patches                        ->  visual tokens [N, P, D]
+    Qwen2         embeddings [B, T, D]           ->  hidden states [B, T, D] and each layer's keys and values
+
+Features are the second-to-last block's output, without the final norm and without the prefix tokens: that is what
+Prismatic feeds its LLM, so the last block, the final norm and SigLIP's pooling head do not exist here.
+"""
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from config import LLMConfig, ModelConfig, VisionConfig
+
+KeyValues = tuple[Tensor, Tensor]  # one layer's keys and values, each [B, kv heads, T, head_dim], after RoPE
+
+
+# --- Vision ---
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, cfg: VisionConfig):
+        super().__init__()
+        self.heads = cfg.heads
+        self.norm1 = nn.LayerNorm(cfg.width, eps=1e-6)
+        self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
+        self.proj = nn.Linear(cfg.width, cfg.width)
+        self.norm2 = nn.LayerNorm(cfg.width, eps=1e-6)
+        self.fc1 = nn.Linear(cfg.width, cfg.mlp)
+        self.fc2 = nn.Linear(cfg.mlp, cfg.width)
+        if cfg.layer_scale is not None:
+            self.scale1 = nn.Parameter(torch.full((cfg.width,), cfg.layer_scale))
+            self.scale2 = nn.Parameter(torch.full((cfg.width,), cfg.layer_scale))
+        else:
+            self.scale1 = self.scale2 = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T, C] -> [N, T, C]
+        q, k, v = rearrange(self.qkv(self.norm1(x)), "n t (three h d) -> three n h t d", three=3, h=self.heads)
+        attended = rearrange(F.scaled_dot_product_attention(q, k, v), "n h t d -> n t (h d)")
+        x = x + self.scale1 * self.proj(attended)
+        # Exact GELU in both encoders: transformers' SigLIP defaults to the tanh form, Prismatic's weights do not.
+        return x + self.scale2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class VisionTransformer(nn.Module):
+    """DINOv2 or SigLIP, up to the second-to-last block."""
+
+    def __init__(self, cfg: VisionConfig, image_size: int, patch_size: int):
+        super().__init__()
+        self.prefix_tokens = cfg.prefix_tokens
+        self.patch_embed = nn.Conv2d(3, cfg.width, patch_size, stride=patch_size)
+        self.prefix = nn.Parameter(torch.randn(cfg.prefix_tokens, cfg.width) * 0.02)  # cls, then registers
+        self.pos_embed = nn.Parameter(torch.randn((image_size // patch_size) ** 2, cfg.width) * 0.02)
+        self.blocks = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.depth - 1))
+        self.register_buffer("mean", torch.tensor(cfg.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(cfg.std)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [N, 3, H, W] in [0, 1] -> patch features [N, P, C]."""
+        x = self.patch_embed((images - self.mean) / self.std)  # [N, C, H/p, W/p]
+        x = rearrange(x, "n c h w -> n (h w) c") + self.pos_embed  # [N, P, C]
+        prefix = repeat(self.prefix, "t c -> n t c", n=len(x))
+        x = torch.cat([prefix, x], dim=1)  # [N, prefix + P, C]
+        for block in self.blocks:
+            x = block(x)
+        return x[:, self.prefix_tokens :]  # [N, P, C]
+
+
+class FusedVision(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.dino = VisionTransformer(cfg.dino, cfg.image_size, cfg.patch_size)
+        self.siglip = VisionTransformer(cfg.siglip, cfg.image_size, cfg.patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([self.dino(images), self.siglip(images)], dim=-1)  # [N, P, C_dino + C_siglip]
+
+
+class Projector(nn.Sequential):
+    """Prismatic's fused-gelu-mlp: 2176 -> 8704 -> 896 -> 896 in the paper preset."""
+
+    def __init__(self, cfg: ModelConfig):
+        fused, hidden, width = cfg.dino.width + cfg.siglip.width, cfg.projector_hidden, cfg.llm.width
+        super().__init__(
+            nn.Linear(fused, hidden), nn.GELU(), nn.Linear(hidden, width), nn.GELU(), nn.Linear(width, width)
+        )
+
+
+# --- Language ---
+
+
+def rope(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine tables [B, 1, T, head_dim] of rotary embeddings at integer positions [B, T]."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    angle = repeat(positions[:, :, None] * frequency, "b t f -> b 1 t (two f)", two=2)  # Qwen2 rotates halves
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply RoPE to [B, heads, T, head_dim]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * table[0] + torch.cat([-second, first], dim=-1) * table[1]
+
+
+class LLMLayer(nn.Module):
+    """One pre-norm layer: grouped-query attention, SwiGLU. The action expert uses it too, with its own width.
+
+    `width` may differ from the LLM's; heads and head_dim may not, since the expert attends to the LLM's keys.
+    """
+
+    def __init__(self, cfg: LLMConfig, width: int, mlp: int):
+        super().__init__()
+        self.head_dim = cfg.head_dim
+        self.grouped = cfg.heads != cfg.kv_heads
+        self.input_norm = nn.RMSNorm(width, eps=cfg.norm_eps)
+        self.q = nn.Linear(width, cfg.heads * cfg.head_dim)
+        self.k = nn.Linear(width, cfg.kv_heads * cfg.head_dim)
+        self.v = nn.Linear(width, cfg.kv_heads * cfg.head_dim)
+        self.o = nn.Linear(cfg.heads * cfg.head_dim, width, bias=False)
+        self.mlp_norm = nn.RMSNorm(width, eps=cfg.norm_eps)
+        self.gate = nn.Linear(width, mlp, bias=False)
+        self.up = nn.Linear(width, mlp, bias=False)
+        self.down = nn.Linear(mlp, width, bias=False)
+
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None, past: KeyValues | None
+    ) -> tuple[Tensor, KeyValues]:
+        """x [B, T, width]; mask [B, 1, T, past + T], True where a query may look -> x, and all keys and values."""
+        y = self.input_norm(x)
+        q, k, v = (rearrange(f(y), "b t (h d) -> b h t d", d=self.head_dim) for f in (self.q, self.k, self.v))
+        q, k = rotate(q, table).to(v.dtype), rotate(k, table).to(v.dtype)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # [B, kv heads, past + T, head_dim]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped)
+        x = x + self.o(rearrange(attended, "b h t d -> b t (h d)"))
+        y = self.mlp_norm(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y)), (k, v)
+
+
+class Qwen2(nn.Module):
+    """The causal LLM. Embedding and head are one matrix (tied)."""
+
+    def __init__(self, cfg: LLMConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab, cfg.width)
+        self.layers = nn.ModuleList(LLMLayer(cfg, cfg.width, cfg.mlp) for _ in range(cfg.depth))
+        self.norm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
+
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: Tensor, past: list[KeyValues] | None = None
+    ) -> tuple[Tensor, list[KeyValues]]:
+        """x [B, T, D], positions [B, T], mask [B, T, past + T] -> normed hidden [B, T, D], keys and values per layer."""
+        table = rope(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        mask = rearrange(mask, "b t s -> b 1 t s")
+        cache = []
+        for i, layer in enumerate(self.layers):
+            x, key_values = layer(x, table, mask, past[i] if past else None)
+            cache.append(key_values)
+        return self.norm(x), cache
+
+    def logits(self, hidden: Tensor, first: int = 0, count: int | None = None) -> Tensor:
+        """Logits [..., count] over `count` ids from `first` on; by default over the whole vocabulary."""
+        rows = self.embed.weight if count is None else self.embed.weight[first : first + count]
+        return F.linear(hidden, rows)

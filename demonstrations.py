@@ -1,0 +1,215 @@
+"""Recorded demonstrations in MS-HAB's own layout (paper Sec. 3): <task>/<subtask>/<target>.h5 with a .json beside it.
+
+    demos = Demonstrations("DATA")        # every .h5 below the folder, in the order of their names
+    demos.read([0, 17])                   # structured array of RECORD, one per frame
+    demos.read_episode(3)                 # all frames of one trajectory, each chunk of the file inflated once
+
+An h5 holds T + 1 observations and T actions per trajectory (MS-HAB: envs/wrappers/record.py); frame t of ours is
+observation t with actions t, t+1, ..., t+7. A label that a file lacks is marked in `has`; a frame that cannot be read is
+a DataError naming file, trajectory and frame.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from config import ACTION_DIM, CAMERAS, LABELS, QPOS_DIM
+from tasks import SUBTASKS, instruction
+
+SIZE = 128  # pixels, MS-HAB's cameras
+HORIZON = 8  # actions stored with a frame: the flow head's chunk (Sec. 6.4)
+
+# One frame as it is recorded: no normalisation, no resize. The unit of the pack and of a loader's batch.
+RECORD = np.dtype(
+    [
+        ("rgb", np.uint8, (len(CAMERAS), SIZE, SIZE, 3)),
+        ("depth", np.int16, (len(CAMERAS), SIZE, SIZE)),  # millimetres, 0 where nothing was hit
+        ("seg", np.uint8, (len(CAMERAS), SIZE * SIZE // 8)),  # target mask, one bit per pixel
+        ("actions", np.float32, (HORIZON, ACTION_DIM)),  # robot units; zeros past the end
+        ("action_mask", np.uint8, (HORIZON,)),  # 0 past the end of the episode
+        ("pos", np.float32, (2,)),  # base x, y, metres, world frame
+        ("grasp", np.float32, ()),  # 1 while the target is held
+        ("qpos", np.float32, (QPOS_DIM,)),  # rad (prismatic: m)
+        ("obj", np.float32, (7,)),  # target object in the base frame, metres and wxyz
+        ("has", np.uint8, (len(LABELS),)),  # which of config.LABELS this frame has
+        ("instruction", np.int32, ()),  # row of `instructions`
+        ("episode", np.int32, ()),  # row of `episodes`
+        ("frame", np.int32, ()),  # row inside the episode
+    ]
+)
+
+
+class DataError(ValueError):
+    """Demonstrations that cannot be used; the message names file, trajectory and frame."""
+
+
+@dataclass(frozen=True)
+class Episode:
+    file: str  # relative to the folder
+    trajectory: str  # "traj_3"
+    length: int  # actions = frames
+    instruction: int  # row of `instructions`
+
+
+def load_sidecar(path: Path) -> dict:
+    """The .json beside an .h5. Raises DataError when it is missing or cut off."""
+    sidecar = path.with_suffix(".json")
+    if not sidecar.is_file():
+        raise DataError(f"{path}: no {sidecar.name} beside it; MS-HAB's files come in pairs. Download or record it again.")
+    try:
+        return json.loads(sidecar.read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{sidecar}: not whole ({error}); download or record it again") from error
+
+
+class Demonstrations:
+    """All demonstrations below a folder; opens in the time it takes to read the .json files."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        paths = sorted(self.folder.rglob("*.h5"))
+        if not paths:
+            raise FileNotFoundError(
+                f"{self.folder}: no .h5 demonstrations below it; record some: python collect.py --out {self.folder} ..."
+            )
+        self.episodes: list[Episode] = []
+        self.instructions: list[str] = []
+        self.action_schema: list[dict] | None = None
+        self.qpos_names: list[str] | None = None
+        for path in paths:
+            self._index(path)
+        self.starts = np.cumsum([0] + [e.length for e in self.episodes])
+
+    def _index(self, path: Path) -> None:
+        sidecar = load_sidecar(path)
+        for name in ("action_schema", "qpos_names"):
+            theirs, ours = sidecar.get(name), getattr(self, name)
+            if ours is not None and theirs is not None and theirs != ours:
+                raise DataError(f"{path}: its {name} {theirs} differs from that of the files before it, {ours}")
+            setattr(self, name, ours or theirs)
+        for entry in sidecar["episodes"]:
+            if "instruction" not in entry and path.parent.name not in SUBTASKS:
+                raise DataError(f"{path}: no instruction in its .json, and its folder is none of {SUBTASKS}; expected "
+                                "<task>/<subtask>/<target>.h5")
+            text = entry.get("instruction") or instruction(path.parent.name, path.stem)
+            if text not in self.instructions:
+                self.instructions.append(text)
+            self.episodes.append(
+                Episode(
+                    str(path.relative_to(self.folder)), f"traj_{entry['episode_id']}", entry["elapsed_steps"],
+                    self.instructions.index(text),
+                )
+            )  # fmt: skip
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def read(self, frames: list[int] | np.ndarray) -> np.ndarray:
+        """Frames by number, [n] of RECORD. Random access: each one inflates whole chunks of the file; see `data.py pack`."""
+        out = np.zeros(len(frames), RECORD)
+        for row, frame in enumerate(frames):
+            episode = int(np.searchsorted(self.starts, frame, side="right")) - 1
+            first = int(frame - self.starts[episode])
+            out[row] = self._read(episode, first, first + 1)[0]
+        return out
+
+    def read_episode(self, episode: int) -> np.ndarray:
+        """All frames of an episode, [T] of RECORD."""
+        return self._read(episode, 0, self.episodes[episode].length)
+
+    def actions(self, episode: int) -> np.ndarray:
+        """All actions of an episode, [T, 13], robot units, checked."""
+        entry = self.episodes[episode]
+        return checked_actions(self._group(entry), entry, self.folder)
+
+    def _group(self, entry: Episode) -> h5py.Group:
+        path = self.folder / entry.file
+        try:
+            return open_h5(str(path))[entry.trajectory]
+        except (OSError, KeyError) as error:
+            raise DataError(
+                f"{path}, {entry.trajectory}: cannot be opened ({error}). The file is cut off or is not the one its .json "
+                "describes; download or record it again."
+            ) from error
+
+    def _read(self, episode: int, first: int, last: int) -> np.ndarray:
+        entry = self.episodes[episode]
+        try:
+            return read_frames(self._group(entry), entry, self.folder, episode, first, last)
+        except (OSError, KeyError) as error:
+            raise DataError(
+                f"{self.folder / entry.file}, {entry.trajectory}, frames {first}..{last - 1}: {error}. A key is missing or the "
+                "file is damaged; expected MS-HAB's layout recorded with obs_mode=rgbd. Download or record it again."
+            ) from error
+
+
+@lru_cache(maxsize=64)
+def open_h5(path: str) -> h5py.File:
+    """Open a file once per process; loader workers open their own, since they start without any."""
+    return h5py.File(path, "r")
+
+
+def checked_actions(group: h5py.Group, entry: Episode, folder: Path) -> np.ndarray:
+    """The actions of a trajectory [T, 13]. Raises DataError on another shape, NaN, or values outside [-1, 1]."""
+    where = f"{folder / entry.file}, {entry.trajectory}"
+    actions = group["actions"][:]
+    if actions.shape != (entry.length, ACTION_DIM):
+        raise DataError(
+            f"{where}: actions {actions.shape}, expected ({entry.length}, {ACTION_DIM}): pd_joint_delta_pos of Fetch "
+            "(arm 7, gripper 1, head and torso 3, base 2). Record with control_mode=pd_joint_delta_pos."
+        )
+    bad = ~(np.abs(actions) <= 1 + 1e-5)  # NaN compares false
+    if bad.any():
+        frame, dim = np.argwhere(bad)[0]
+        raise DataError(f"{where}, frame {frame}: action {dim} is {actions[frame, dim]}, expected a number in [-1, 1]")
+    return actions
+
+
+def read_frames(group: h5py.Group, entry: Episode, folder: Path, episode: int, first: int, last: int) -> np.ndarray:
+    """Frames first..last-1 of one trajectory as RECORD."""
+    rows, out = slice(first, last), np.zeros(last - first, RECORD)
+    obs, has = group["obs"], dict.fromkeys(LABELS, True)
+    for c, camera in enumerate(CAMERAS):
+        sensor = obs[f"sensor_data/fetch_{camera}"]
+        depth = sensor["depth"]
+        if not np.issubdtype(depth.dtype, np.integer):
+            raise DataError(
+                f"{folder / entry.file}, {entry.trajectory}: depth is {depth.dtype}, expected integer millimetres. Float "
+                "metres would turn into 'everything touches the camera' (Eq. 1); multiply by 1000 and store as int16."
+            )
+        out["rgb"][:, c] = sensor["rgb"][rows]
+        out["depth"][:, c] = depth[rows, ..., 0]
+
+    actions = checked_actions(group, entry, folder)
+    steps = np.arange(first, last)[:, None] + np.arange(HORIZON)  # [frames, 8]
+    out["action_mask"] = steps < len(actions)
+    out["actions"] = actions[np.minimum(steps, len(actions) - 1)] * out["action_mask"][..., None]
+
+    out["grasp"] = obs["extra/is_grasped"][rows]
+    out["qpos"] = obs["agent/qpos"][rows]
+    out["obj"] = obs["extra/obj_pose_wrt_base"][rows]
+    has["pos"] = "labels/pos" in group
+    if has["pos"]:
+        out["pos"] = group["labels/pos"][rows]
+    has["seg"] = "labels/seg" in group
+    if has["seg"]:
+        for c, camera in enumerate(CAMERAS):
+            masks = group[f"labels/seg/fetch_{camera}"][rows].reshape(last - first, -1)
+            out["seg"][:, c] = np.packbits(masks.astype(bool), axis=-1)
+    out["has"] = [has[label] for label in LABELS]
+    # MS-HAB writes an all-zero pose, quaternion included, where the subtask has no object (GAP-8).
+    out["has"][:, LABELS.index("obj")] = np.abs(out["obj"][:, 3:]).sum(-1) > 0
+    out["instruction"], out["episode"], out["frame"] = entry.instruction, episode, np.arange(first, last)
+
+    for name in ("pos", "qpos", "obj"):
+        bad = ~np.isfinite(out[name]).all(-1)
+        if bad.any():
+            raise DataError(
+                f"{folder / entry.file}, {entry.trajectory}, frame {first + int(bad.argmax())}: {name} is "
+                f"{out[name][bad.argmax()]}, expected finite numbers"
+            )
+    return out

@@ -1,0 +1,254 @@
+"""MS-HAB's subtasks as episodes addressed by a seed: the real, unpatched ManiSkill-HAB classes, one environment per process.
+
+    env = SubtaskEnv("set_table", "close", "kitchen_counter", split="val")
+    obs = env.reset(seed=7)                  # MS-HAB's own dict, torch, batch of 1
+    obs, info = env.step(action)             # action [13] in [-1, 1]
+
+The apartment is whatever lies in MS_ASSET_DIR: the one `household/assets.py` generates, or the real ReplicaCAD.
+MS_ASSET_DIR is read when mani_skill is imported, so it must be set before this file is.
+"""
+
+import os
+from pathlib import Path
+
+import gymnasium
+import mani_skill.envs  # noqa: F401  registers the agents and scene builders
+import mshab.envs  # noqa: F401  registers the four subtask environments
+import numpy as np
+import sapien
+import torch
+from mani_skill import ASSET_DIR
+from mani_skill.agents.robots.fetch.fetch import Fetch
+from mani_skill.utils import sapien_utils
+from mshab.envs.planner import plan_data_from_file
+
+import tasks
+
+REARRANGE = ASSET_DIR / "scene_datasets/replica_cad_dataset/rearrange"
+REAL_FETCH_URDF = Fetch.urdf_path
+LIGHT_FETCH_URDF = ASSET_DIR / "robots/fetch_light/fetch.urdf"  # written by household/robot.py
+CAMERAS = ("fetch_head", "fetch_hand")
+ACTION_DIM = 13
+BASE_JOINTS = 3  # MS-HAB's qpos leaves out the virtual joints of the base (sequential_task.py)
+# The video camera, in the frame of the robot at reset: behind its left shoulder, looking ahead of it; metres.
+VIDEO_EYE, VIDEO_LOOK_AT, VIDEO_SIZE = (-0.9, 1.3, 2.1), (0.8, -0.1, 0.8), 384
+
+
+class SubtaskEnv:
+    """One subtask of one task, every scene of a split.
+
+    `target` is an object, an articulation or "all", as MS-HAB names its task plans. With `obs_mode="state_dict"`
+    there are no images. `mshab` is the unwrapped MS-HAB environment, `episode` says what was reset to.
+
+    Raises FileNotFoundError when MS_ASSET_DIR is not set or lacks the files.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        subtask: str,
+        target: str,
+        split: str = "train",
+        obs_mode: str = "rgb+depth+segmentation",
+        real_meshes: bool = False,
+    ):
+        plan_file = REARRANGE / "task_plans" / task / subtask / split / f"{target}.json"
+        spawn_file = REARRANGE / "spawn_data" / task / subtask / split / "spawn_data.pt"
+        for path in (plan_file, spawn_file):
+            require_asset(path)
+        self._address = dict(task=task, subtask=subtask, target=target, split=split)
+        plan_data = plan_data_from_file(plan_file)
+        self._plans = plan_data.plans
+        self._spawns = {
+            uid: len(spawn["robot_qpos"])
+            for uid, spawn in torch.load(spawn_file, map_location="cpu").items()
+        }
+        light = LIGHT_FETCH_URDF.is_file() and not real_meshes
+        Fetch.urdf_path = str(LIGHT_FETCH_URDF) if light else REAL_FETCH_URDF
+        # MS-HAB's own arguments (mshab/envs/make.py). The wrappers of gym.make are left out: it has no use here
+        # for a time limit (the horizon is the caller's) or for make_env's wrapper, which drops the colours.
+        self.mshab = gymnasium.make(
+            f"{subtask.capitalize()}SubtaskTrain-v0",
+            num_envs=1,
+            obs_mode=obs_mode,
+            sim_backend="physx_cpu",
+            render_backend="gpu" if torch.cuda.is_available() else "cpu",
+            robot_uids="fetch",
+            control_mode="pd_joint_delta_pos",
+            reward_mode="normalized_dense",
+            render_mode="rgb_array",
+            max_episode_steps=tasks.HORIZON,
+            task_plans=self._plans,
+            scene_builder_cls=plan_data.dataset,
+            spawn_data_fp=spawn_file,
+            require_build_configs_repeated_equally_across_envs=False,
+            add_event_tracker_info=True,
+            reconfiguration_freq=0,
+            human_render_camera_configs=dict(
+                mount=None, width=VIDEO_SIZE, height=VIDEO_SIZE, fov=1.1, shader_pack="minimal"
+            ),
+        ).unwrapped
+        self._built_scene: str | None = None
+        self.episode: dict = {}
+        self.elapsed = 0
+
+    def reset(self, seed: int) -> dict:
+        """Start the episode of `seed`; seed -> (plan, spawn) is a pure function of the asset folder."""
+        plan_idx, spawn_idx = self.choose(seed)
+        plan = self._plans[plan_idx]
+        scene_plans = [
+            i for i, p in enumerate(self._plans) if p.build_config_name == plan.build_config_name
+        ]
+        options = dict(
+            task_plan_idxs=torch.tensor([scene_plans.index(plan_idx)]),
+            spawn_selection_idxs=[spawn_idx],
+        )
+        # On its own, one environment would only ever build the first scene of its plans.
+        if plan.build_config_name != self._built_scene:
+            names = self.mshab.scene_builder.build_configs
+            options |= dict(
+                reconfigure=True, build_config_idxs=[names.index(plan.build_config_name)]
+            )
+        obs, _ = self.mshab.reset(seed=seed, options=options)
+        self._built_scene = plan.build_config_name
+        self.elapsed = 0
+        self.episode = self._address | dict(
+            seed=seed,
+            plan=plan_idx,
+            spawn=spawn_idx,
+            subtask_uid=plan.subtasks[0].uid,
+            scene=plan.build_config_name,
+            build_config_idx=self.mshab.build_config_idxs[0],
+            task_plan_idx=int(self.mshab.task_plan_idxs[0]),
+            init_config_idx=self.mshab.init_config_idxs[0],
+            spawn_selection_idx=spawn_idx,
+        )
+        self._place_video_camera()
+        return obs
+
+    def choose(self, seed: int) -> tuple[int, int]:
+        """The plan's index in its file and the index of the start pose for a seed."""
+        rng = np.random.default_rng(seed)
+        plan = int(rng.integers(len(self._plans)))
+        uid = self._plans[plan].subtasks[0].uid
+        return plan, int(rng.integers(self._spawns[uid]))
+
+    def step(self, action: np.ndarray) -> tuple[dict, dict]:
+        """Apply one action [13] in [-1, 1], 1/20 s.
+
+        `info` has success, fail (force limit, or MS-HAB's horizon used up), elapsed (steps so far) and reward.
+        """
+        action = np.asarray(action, np.float32)
+        if action.shape != (ACTION_DIM,):
+            raise ValueError(f"action of shape {action.shape}, expected ({ACTION_DIM},)")
+        if not np.isfinite(action).all():
+            raise ValueError(f"action {action} is not finite, expected values in [-1, 1]")
+        obs, reward, _, _, info = self.mshab.step(action)
+        self.elapsed += 1
+        return obs, dict(
+            success=bool(info["success"][0]),
+            fail=bool(info["fail"][0]),
+            elapsed=self.elapsed,
+            reward=float(reward[0]),
+        )
+
+    @property
+    def instruction(self) -> str:
+        """The sentence for this episode's own object or articulation ("all" names neither)."""
+        return tasks.instruction(self.episode["subtask"], self.target)
+
+    @property
+    def target(self) -> str:
+        """This episode's object (`013_apple`) or articulation (`fridge`), as MS-HAB names it."""
+        subtask = self._plans[self.episode["plan"]].subtasks[0]
+        if self.episode["subtask"] in ("open", "close"):
+            return subtask.articulation_type
+        return subtask.obj_id.rpartition("-")[0]  # 013_apple-0
+
+    @property
+    def pos(self) -> np.ndarray:
+        """Base x, y in the world frame [2], metres.
+
+        Not `agent.robot.pose`: that is the root in front of the base's virtual joints, which never moves.
+        """
+        return self.mshab.agent.base_link.pose.p[0, :2].numpy().astype(np.float32)
+
+    def target_masks(self, obs: dict) -> np.ndarray:
+        """Pixels of the target object (pick, place) or of the link with the handle (open, close).
+
+        Returns bool [2, 128, 128], head camera then hand camera.
+        """
+        subtask = self.mshab.task_plan[0]
+        if self.episode["subtask"] in ("open", "close"):
+            links = self.mshab.subtask_articulations[0].links
+            target = links[subtask.articulation_handle_link_idx]
+        else:
+            target = self.mshab.subtask_objs[0]
+        ids = [obs["sensor_data"][camera]["segmentation"][0, ..., 0].numpy() for camera in CAMERAS]
+        return np.stack(ids) == int(target.per_scene_id[0])
+
+    @property
+    def action_schema(self) -> list[dict]:
+        """Name, low, high and unit of each action dimension, as the controller has them.
+
+        An action of -1 means `low`, +1 `high`. Arm and body are offsets from the joint's present position,
+        the gripper is a position, the base has velocities.
+        """
+        schema = []
+        for part, controller in self.mshab.agent.controller.controllers.items():
+            size = controller.single_action_space.shape[0]
+            if part == "base":  # one forward and one turning velocity move the three virtual joints
+                names, units = ["base_forward", "base_turn"], ["m/s", "rad/s"]
+            else:
+                joints = controller.joints[:size]  # the gripper's second finger follows the first
+                names = [joint.name for joint in joints]
+                delta = " (offset)" if controller.config.use_delta else ""
+                units = [("m" if "prismatic" in str(j.type[0]) else "rad") + delta for j in joints]
+            low = np.broadcast_to(controller.config.lower, size)
+            high = np.broadcast_to(controller.config.upper, size)
+            schema += [
+                dict(name=name, low=float(lo), high=float(hi), unit=unit)
+                for name, lo, hi, unit in zip(names, low, high, units, strict=True)
+            ]
+        if len(schema) != ACTION_DIM:
+            raise ValueError(f"the controller has {len(schema)} dimensions, expected {ACTION_DIM}")
+        return schema
+
+    @property
+    def qpos_names(self) -> list[str]:
+        """The 12 joints of obs["agent"]["qpos"], in its order (head and arm joints alternate)."""
+        return [joint.name for joint in self.mshab.agent.robot.active_joints][BASE_JOINTS:]
+
+    def third_person(self) -> np.ndarray:
+        """A picture from outside, uint8 [H, W, 3]; without the green goal markers, which hide the object."""
+        scene = self.mshab.scene
+        scene.update_render(update_sensors=False, update_human_render_cameras=True)
+        return scene.get_human_render_camera_images()["render_camera"][0].numpy()
+
+    def close(self) -> None:
+        """Free the simulator."""
+        self.mshab.close()
+
+    def _place_video_camera(self) -> None:
+        base = self.mshab.agent.base_link.pose.sp
+        eye, look_at = (base * sapien.Pose(p) for p in (VIDEO_EYE, VIDEO_LOOK_AT))
+        camera = self.mshab.scene.human_render_cameras["render_camera"].camera
+        camera.set_local_pose(sapien_utils.look_at(eye.p, look_at.p).sp)
+
+
+def require_asset(path: Path) -> None:
+    """Raise FileNotFoundError, with the command that mends it, unless `path` is in the asset folder."""
+    folder = os.environ.get("MS_ASSET_DIR")
+    remedy = (
+        "Generate an apartment (`python -m household.assets --out assets`), or download the real one (`python -m "
+        "mani_skill.utils.download_asset X` for X in ycb, ReplicaCAD, ReplicaCADRearrange), then start again with "
+        "MS_ASSET_DIR set to that folder."
+    )
+    if not folder:
+        raise FileNotFoundError(f"MS_ASSET_DIR is not set: no asset folder. {remedy}")
+    if Path(folder).absolute() / "data" != Path(ASSET_DIR).absolute():
+        raise FileNotFoundError(
+            f"MS_ASSET_DIR={folder} was set after mani_skill was imported, which reads {ASSET_DIR}. Set it before."
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path} (MS_ASSET_DIR={folder}). {remedy}")

@@ -1,0 +1,320 @@
+"""A policy in the ManiSkill-HAB environments: the paper's table, with intervals (Sec. 6.1).
+
+    python eval.py --checkpoint RUN/stage2 --task set_table --episodes 30 --video 3 --out RUN/eval
+    python eval.py --policy random --out RUN/eval-random   # or expert: bounds by the same code
+
+A finished episode is one line of OUT/episodes.jsonl, on disk before the next one counts. A killed
+run goes on with the missing episodes, and the table is always computed from that file.
+OUT/results.json has the columns and what it takes to repeat them. tools/report.py puts all
+evaluations of a run side by side.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import sapien
+import torch
+import tyro
+from mani_skill import ASSET_DIR
+
+from checkpoint import resolve, sha256
+from config import ACTION_DIM
+from env import SubtaskEnv
+from household.expert import ScriptedExpert
+from policy import Policy
+from tasks import COLUMNS, HORIZON, PAPER, PAPER_COLUMNS, TASKS, targets
+from tools.report import Film, success_table
+
+LIBRARIES = ("torch", "mani_skill", "praxis-mshab", "sapien", "numpy")
+HOUSEHOLD = ASSET_DIR.parent / "household.json"  # what was generated; the real apartments have none
+Job = tuple[str, int, bool]  # column, seed, filmed
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    out: Path  # folder of the results; a run that was cut short goes on there
+    checkpoint: Path | None = None  # RUN/stageN (its newest) or RUN/stageN/step-XXXXXXXX
+    policy: Literal["learned", "expert", "random"] = "learned"  # only learned takes a checkpoint
+    task: Literal[TASKS] = "set_table"
+    columns: tuple[Literal[tuple(COLUMNS)], ...] = ()  # default: the paper's that the task has
+    episodes: int = 30  # per column (Sec. 6.1)
+    split: Literal["train", "val"] = "val"  # GAP-18: the paper names none
+    seed: int = 0  # of the first episode; the others count up from it
+    horizon: int = HORIZON  # control steps per episode (MS-HAB: max_episode_steps)
+    stop_at_success: bool = False  # faster, but success at the end is then unknown
+    workers: int = 1  # processes, one core and simulator each; results do not depend on it
+    video: int = 0  # film the first so many episodes of each column
+    row: Literal[tuple(PAPER)] = "AuxVLA + all"  # the paper's row beside ours
+    device: str | None = None  # of the learned policy; default: cuda if there is one
+
+    def __post_init__(self):
+        if (self.policy == "learned") != (self.checkpoint is not None):
+            raise ValueError(
+                f"--policy {self.policy} with --checkpoint {self.checkpoint}: the learned policy "
+                "needs one (--checkpoint RUN/stage2), expert and random take none"
+            )
+        if min(self.episodes, self.horizon, self.workers) < 1 or min(self.seed, self.video) < 0:
+            raise ValueError("--episodes, --horizon, --workers start at 1, --seed and --video at 0")
+        for name in self.columns:
+            if not targets(self.task, COLUMNS[name].subtask):
+                raise ValueError(f"{self.task} has no {name}; only set_table opens and closes")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The columns to run."""
+        has = [name for name in PAPER_COLUMNS if targets(self.task, COLUMNS[name].subtask)]
+        return self.columns or tuple(has)
+
+
+class RandomPolicy:
+    """Uniform actions: what success costs when nothing is known."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self.reset()
+
+    def reset(self):
+        self.generator = np.random.default_rng(self.seed)
+
+    def act(self, obs: dict, instruction: str) -> np.ndarray:
+        """Return one action [1, 13] in [-1, 1]."""
+        return self.generator.uniform(-1, 1, (1, ACTION_DIM)).astype(np.float32)
+
+
+# --- One episode ---
+
+
+def run_episode(
+    env: SubtaskEnv, policy, seed: int, horizon: int = HORIZON, stop_at_success=False, film=None
+) -> dict:
+    """Run the episode `seed` addresses and return its record.
+
+    GAP-18 (Sec. 6.1): the paper does not say whether success counts once or at the end. We keep
+    both: after a success the episode goes on to the horizon (MS-HAB: continuous_task), unless told
+    not to.
+    """
+    torch.manual_seed(seed)  # what a policy samples must not depend on the episodes before
+    started = time.perf_counter()
+    obs = env.reset(seed)
+    policy.reset()
+    success_once, length = False, 0
+    while length < horizon and not (success_once and stop_at_success):
+        action = policy.act(obs, env.instruction)
+        if film is not None:
+            film.add(obs, length)  # before the step: predictions are about this observation
+        obs, info = env.step(action[0])
+        success_once |= info["success"]
+        length += 1
+    if film is not None:
+        film.save(success_once)
+    return {
+        **env.episode,
+        "target": env.target,
+        "success_once": success_once,
+        "success_at_end": None if stop_at_success else info["success"],
+        "length": length,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def check_schema(env: SubtaskEnv, manifest: dict):
+    """Raise ValueError, naming the slot, when a checkpoint is for another robot (GAP-1)."""
+    for key, here in (("action_schema", env.action_schema), ("qpos_names", env.qpos_names)):
+        trained = manifest[key]
+        if len(trained) != len(here):
+            raise ValueError(f"{key}: {len(trained)} slots in the checkpoint, {len(here)} here")
+        for slot, (theirs, ours) in enumerate(zip(trained, here, strict=True)):
+            if theirs != ours:
+                raise ValueError(
+                    f"{key}, slot {slot}: the checkpoint was trained on {theirs}, this environment "
+                    f"has {ours}. Train on what collect.py records in this environment"
+                )
+
+
+def run_jobs(cfg: EvalConfig, jobs: Iterable[Job]) -> Iterator[dict]:
+    """Yield each job's episode; one simulator at a time, kept while the column stays the same."""
+    learned = Policy.from_checkpoint(cfg.checkpoint, cfg.device) if cfg.checkpoint else None
+    env, opened = None, None
+    for column, seed, filmed in jobs:
+        what = COLUMNS[column]
+        obs_mode = Policy.obs_mode if learned or filmed else "state_dict"  # the fast one, no images
+        if opened != (column, obs_mode):
+            if env is not None:
+                env.close()
+            env = SubtaskEnv(cfg.task, what.subtask, what.target_in(cfg.task), cfg.split, obs_mode)
+            opened = (column, obs_mode)
+            if learned is not None:
+                check_schema(env, learned.manifest)
+        policy = learned or (ScriptedExpert(env) if cfg.policy == "expert" else RandomPolicy(seed))
+        film = Film(env, learned, cfg.out / "videos", f"{column}_{seed}") if filmed else None
+        episode = run_episode(env, policy, seed, cfg.horizon, cfg.stop_at_success, film)
+        yield {"column": column, **episode}
+    if env is not None:
+        env.close()
+
+
+def worker(pipe: Connection, cfg: EvalConfig):
+    """Take jobs from the pipe until None, and send back episodes."""
+    try:
+        for episode in run_jobs(cfg, iter(pipe.recv, None)):
+            pipe.send(episode)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the parent is gone, and with it the only writer of the file
+
+
+def run_in_workers(cfg: EvalConfig, jobs: list[Job]) -> Iterator[dict]:
+    """Yield episodes as they finish. Raises RuntimeError when a worker dies; stderr says why."""
+    # Inherited: one core each, so the same sums for any number of workers; and one hash seed, since
+    # the simulator builds objects in the order of a set of names.
+    os.environ.update(OMP_NUM_THREADS="1", LP_NUM_THREADS="1", PYTHONHASHSEED="0")
+    context = multiprocessing.get_context("spawn")
+    waiting, busy = deque(jobs), {}  # busy: pipe -> process, job
+    for _ in range(min(cfg.workers, len(jobs))):
+        pipe, theirs = context.Pipe()
+        process = context.Process(target=worker, args=(theirs, cfg), daemon=True)
+        process.start()
+        theirs.close()  # the only copy is the worker's: when it dies, our end says so
+        busy[pipe] = (process, waiting.popleft())
+        pipe.send(busy[pipe][1])
+    while busy:
+        for pipe in wait(list(busy)):
+            process, (column, seed, _) = busy.pop(pipe)
+            try:
+                episode = pipe.recv()
+            except (EOFError, ConnectionResetError):
+                process.join()
+                raise RuntimeError(
+                    f"the worker at {column}, seed {seed} died (exit code {process.exitcode}), the "
+                    f"cause is above. The same command goes on after the episodes in {cfg.out}"
+                ) from None
+            job = waiting.popleft() if waiting else None
+            pipe.send(job)
+            if job is not None:
+                busy[pipe] = (process, job)
+            yield episode
+
+
+# --- Files and numbers ---
+
+
+def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the Wilson score interval of successes / n; z is the two-sided 95 % quantile."""
+    rate, shrink = successes / n, 1 + z * z / n
+    centre = (rate + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def read_episodes(path: Path) -> list[dict]:
+    """Read the finished episodes; a last line that a kill or a full disk tore leaves the file."""
+    if not path.exists():
+        return []
+    text = path.read_bytes()
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
+        print(f"warning: {path}: dropped a torn last line, its episode runs again", file=sys.stderr)
+        os.truncate(path, whole)
+    return [json.loads(line) for line in text[:whole].splitlines()]
+
+
+def append_episode(path: Path, episode: dict):
+    with open(path, "a") as file:
+        file.write(json.dumps(episode) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def table(episodes: list[dict], paper: dict[str, float]) -> dict[str, dict]:
+    """Return {column: n, success_once, success_at_end, low, high, paper}; None where not run."""
+    columns = {}
+    for name in COLUMNS:
+        of_column = [episode for episode in episodes if episode["column"] == name]
+        if not of_column:
+            continue
+        n = len(of_column)
+        once = [episode["success_once"] for episode in of_column]
+        end = [episode["success_at_end"] for episode in of_column]
+        low, high = wilson(sum(once), n)
+        columns[name] = {
+            "n": n,
+            "success_once": sum(once) / n,
+            "success_at_end": None if None in end else sum(end) / n,
+            "low": low,
+            "high": high,
+            "paper": paper.get(name),
+        }
+    return columns
+
+
+def check_same_run(path: Path, episodes: list[dict], identity: dict):
+    """Raise ValueError when the file holds episodes of another evaluation."""
+    for episode in episodes:
+        for key, now in identity.items():
+            if episode[key] != now:
+                raise ValueError(
+                    f"{path} has episodes with {key} = {episode[key]!r}, this run has {now!r}: one "
+                    f"table cannot mix them. Give another --out, or remove {path.parent}"
+                )
+
+
+def main(cfg: EvalConfig):
+    if cfg.checkpoint is not None:
+        cfg = replace(cfg, checkpoint=resolve(cfg.checkpoint))  # one, even if training goes on
+    same = ("task", "split", "policy", "horizon", "stop_at_success")
+    identity = {key: getattr(cfg, key) for key in same} | {
+        "checkpoint": sha256(cfg.checkpoint / "manifest.json") if cfg.checkpoint else None,
+        "assets": sha256(HOUSEHOLD) if HOUSEHOLD.exists() else None,
+    }
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    path = cfg.out / "episodes.jsonl"
+    episodes = read_episodes(path)
+    check_same_run(path, episodes, identity)
+    done = {(episode["column"], episode["seed"]) for episode in episodes}
+    seeds = range(cfg.seed, cfg.seed + cfg.episodes)
+    jobs = [(name, seed, seed < cfg.seed + cfg.video) for name in cfg.names for seed in seeds]
+    jobs = [job for job in jobs if job[:2] not in done]
+
+    for i, episode in enumerate(run_in_workers(cfg, jobs), start=1):
+        append_episode(path, identity | episode)
+        outcome = "success" if episode["success_once"] else "fail"
+        where = f"{i}/{len(jobs)}  {episode['column']}, seed {episode['seed']}"
+        print(f"{where:32} {outcome:8} {episode['seconds']:6.1f} s", flush=True)
+
+    episodes = read_episodes(path)
+    paper = PAPER[cfg.row] if cfg.task == "set_table" else {}  # Tables 1, 2 and 4 are SetTable
+    columns = table(episodes, paper)
+    git = ["git", "-C", Path(__file__).parent, "rev-parse", "-q", "--verify", "HEAD"]
+    commit = subprocess.run(git, capture_output=True)
+    manifest = identity | {
+        "checkpoint_path": str(cfg.checkpoint) if cfg.checkpoint else None,
+        "household": json.loads(HOUSEHOLD.read_text()) if HOUSEHOLD.exists() else None,
+        "seeds": sorted({episode["seed"] for episode in episodes}),
+        "row": cfg.row,
+        "command": " ".join(sys.argv),
+        "git": commit.stdout.decode().strip() or None,
+        "platform": platform.platform(),
+        "renderer": sapien.render.get_device_summary().partition("\n")[0],
+        "versions": {"python": platform.python_version()} | {x: version(x) for x in LIBRARIES},
+    }
+    results = json.dumps({"columns": columns, "manifest": manifest}, indent=2)
+    (cfg.out / "results.json").write_text(results + "\n")
+    print("\n".join(["", *success_table({cfg.policy: columns}, cfg.row, paper)]))
+    print("An interval that contains the paper's figure neither confirms nor refutes it.")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(EvalConfig))

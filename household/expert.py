@@ -1,0 +1,290 @@
+"""A scripted demonstrator for MS-HAB's pick, place, open and close in the generated apartment.
+
+It reads the simulator's state (object, handle and joint poses) and acts through the robot's own 13 action dimensions.
+What makes its motions learnable from images: one canonical arm posture per grasp, so no two demonstrations of a
+situation differ; the joints move together at the controller's full speed and slow down smoothly; every phase ends
+when a distance is reached, never after a number of steps; no step is idle.
+
+With the arm in its posture, the hand is a point `reach` metres ahead of the base. Driving and turning move that point
+in any direction, so the base alone brings the hand to an object or along the arc of a door.
+
+    python -m household.expert --column close_drawer --episodes 50 --split val
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import sapien
+import tyro
+from transforms3d.quaternions import mat2quat
+
+from env import SubtaskEnv
+from tasks import COLUMNS, HORIZON, TASKS, targets
+
+ARM = [5, 7, 8, 9, 10, 11, 12]  # in the 15 joints of the simulator's qpos, in the order of action[0:7]
+TORSO, FINGERS = 3, [13, 14]
+REST_TORSO = 0.386
+REST_ARM = np.array([-0.370, -1.032, 0.695, 0.955, -0.1, 2.077, 0.0])  # Fetch's rest keyframe
+OPEN, CLOSE = 1.0, -1.0  # gripper: an absolute target
+Motion = Iterator[np.ndarray]
+FULL_SPEED = 0.5  # m/s of the hand point when it is driven
+
+
+@dataclass(frozen=True)
+class Posture:
+    """A way to hold the gripper: `reach` metres ahead of the base, tilted `pitch` rad down, rolled about its axis."""
+
+    reach: float
+    pitch: float
+    roll: float
+    seed: tuple[float, ...]  # arm joints from which the inverse kinematics start: they fix the elbow
+
+
+# The seeds are the solutions nearest to the rest posture (largest joint motion about 1.1 rad, some 30 steps).
+DOWN = Posture(0.70, np.pi / 2, 0.0, (-0.186, -0.404, 0.424, 1.198, -0.512, 0.880, 0.102))
+PUSH = Posture(0.78, np.pi / 2, 0.0, (-0.086, 0.037, 0.420, 0.510, -0.483, 1.073, -0.090))
+HOOK = Posture(0.75, np.pi / 2, -np.pi / 2, (-0.264, 0.097, 1.038, 0.743, -1.228, 1.145, -1.140))
+REACH = Posture(0.80, 1.0, 0.0, (-0.458, -0.798, 1.197, 1.094, -1.008, 1.182, 0.568))
+FRONT = Posture(0.90, 0.8, 0.0, (-0.371, -0.656, 1.154, 0.941, -1.199, 0.991, 0.563))
+
+
+class ScriptedExpert:
+    """Act after `env.reset(seed)` and `reset()`; when the motion is over, keep still at rest."""
+
+    def __init__(self, env: SubtaskEnv):
+        self.env = env
+
+    def reset(self) -> None:
+        """Start the skill of the environment's current episode."""
+        sim = self.env.mshab
+        self.agent, self.plan = sim.agent, sim.task_plan[0]
+        robot = sim.agent.robot._objs[0]
+        self.model = robot.create_pinocchio_model()
+        self.gripper_link = robot.links.index(sim.agent.tcp._objs[0])
+        self.object, self.goal = sim.subtask_objs[0], sim.subtask_goals[0]
+        skills = {
+            "pick": self.pick,
+            "place": self.place,
+            "open": self.open_drawer if self.env.target == "kitchen_counter" else self.open_fridge,
+            "close": self.close_drawer if self.env.target == "kitchen_counter" else self.close_fridge,
+        }
+        self.motion = skills[self.env.episode["subtask"]]()
+
+    def act(self, obs: dict, instruction: str) -> np.ndarray:
+        """Return the next action, float32 [1, 13]; both arguments are unused: the state is read directly."""
+        return next(self.motion)[None]
+
+    # ---- state
+
+    @property
+    def joints(self) -> np.ndarray:
+        """The simulator's 15 joints: base x, y, yaw, then MS-HAB's 12."""
+        return self.agent.robot.qpos[0].numpy().astype(float)
+
+    @property
+    def handle(self) -> np.ndarray:
+        return self.env.mshab.handle_world_poses[0].sp.p  # [3]
+
+    @property
+    def articulation_joint(self) -> sapien.physx.PhysxArticulationJoint:
+        """The joint to open or close; the x axis of its `global_pose` is its axis."""
+        articulation = self.env.mshab.subtask_articulations[0]._objs[0]
+        return articulation.active_joints[self.plan.articulation_handle_active_joint_idx]
+
+    @property
+    def opening(self) -> float:
+        """How far drawer or door is open, as a fraction of its range."""
+        index = self.plan.articulation_handle_active_joint_idx
+        low, high = self.articulation_joint.limits[0]
+        return (float(self.env.mshab.subtask_articulations[0].qpos[0, index]) - low) / (high - low)
+
+    @property
+    def grasped(self) -> bool:
+        return bool(self.agent.is_grasping(self.object, max_angle=30)[0])
+
+    # ---- kinematics
+
+    def posture(self, posture: Posture, height: float) -> np.ndarray:
+        """Return the arm joints [7] that hold the gripper at `height` metres; a smooth function of the height."""
+        c, s = np.cos(posture.pitch), np.sin(posture.pitch)
+        approach, left, up = np.array([c, 0, -s]), np.array([0.0, 1.0, 0.0]), np.array([s, 0, c])
+        y = np.cos(posture.roll) * left + np.sin(posture.roll) * up
+        rotation = np.stack([approach, y, np.cross(approach, y)], axis=1)
+        # The root of the model stands 2 cm above the floor as the robot does: heights are in the world.
+        height = height - self.agent.robot.pose.sp.p[2]
+        target = sapien.Pose([posture.reach, 0, height], mat2quat(rotation))
+        start = self.joints
+        start[:3] = 0  # the base
+        start[TORSO] = REST_TORSO
+        start[ARM] = posture.seed
+        free = np.zeros(15, int)
+        free[ARM] = 1
+        solution, _, _ = self.model.compute_inverse_kinematics(
+            self.gripper_link, target, start, free, eps=1e-3, max_iterations=200, dt=0.2, damp=1e-3
+        )
+        return solution[ARM]
+
+    def aligned(self, arm: np.ndarray) -> np.ndarray:
+        """Turn the wrist of a hand that points down, so that the fingers close over the object's narrow side."""
+        size = self.object.get_first_collision_mesh(to_world_frame=False).extents  # [3], along the object's axes
+        axes = self.object.pose.sp.to_transformation_matrix()[:3, :3]
+        level = [i for i in range(3) if abs(axes[2, i]) < 0.5]
+        narrow, wide = sorted(level, key=lambda i: size[i])
+        if size[wide] - size[narrow] < 0.01:  # round
+            return arm
+        base = self.agent.base_link.pose.sp
+        sight = (base.inv() * self.object.pose.sp).p  # the base will face along it
+        side = base.to_transformation_matrix()[:3, :3].T @ axes[:, narrow]
+        turn = np.arctan2(side[1], side[0]) - np.arctan2(sight[1], sight[0]) - np.pi / 2
+        turn = (turn + np.pi / 2) % np.pi - np.pi / 2  # the fingers may change places
+        return arm - turn * np.eye(7)[6]
+
+    def far(self, arm: np.ndarray) -> float:
+        """Largest distance of an arm joint to its target, rad."""
+        return float(np.abs(arm - self.joints[ARM]).max())
+
+    def toward(self, arm: np.ndarray, gripper: float, drive: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
+        """One action: all arm joints in proportion towards `arm`, the torso at rest, the base at (m/s, rad/s)."""
+        joints = self.joints
+        delta = np.append(arm - joints[ARM], REST_TORSO - joints[TORSO])
+        delta = delta / max(np.abs(delta).max(), 0.1)  # full speed, then slower over the last 0.1 rad
+        action = np.zeros(13, np.float32)
+        action[:7], action[10] = delta[:7], delta[7]
+        action[7] = gripper
+        action[11], action[12] = drive[0], drive[1] / np.pi
+        return np.clip(action, -1, 1)
+
+    def offset(self, point: np.ndarray, reach: float) -> np.ndarray:
+        """Where `point` lies from the hand point, [forward, left] metres."""
+        return (self.agent.base_link.pose.sp.inv() * sapien.Pose([*point[:2], 0])).p[:2] - [reach, 0]
+
+    def drive_to(self, point: np.ndarray, reach: float) -> tuple[float, float]:
+        """Forward and turning velocity that bring the hand point, `reach` metres ahead of the base, to `point`."""
+        velocity = 3.0 * self.offset(point, reach)
+        velocity *= min(1.0, FULL_SPEED / np.linalg.norm(velocity))
+        return velocity[0], velocity[1] / reach
+
+    # ---- motions
+
+    def bring(self, arm: np.ndarray, point: np.ndarray, reach: float, gripper: float, near=0.02) -> Motion:
+        """Shape the arm while driving, until the hand is within `near` metres of `point`."""
+        while self.far(arm) > 0.05 or np.linalg.norm(self.offset(point, reach)) > near:
+            yield self.toward(arm, gripper, self.drive_to(point, reach))
+
+    def retreat(self, point: np.ndarray, distance: float, gripper: float) -> Motion:
+        """Fold the arm and back off until the base is `distance` metres from `point`; then keep still."""
+        while True:
+            gap = np.linalg.norm(self.offset(point, 0.0))
+            yield self.toward(REST_ARM, gripper, (float(np.clip(3 * (gap - distance), -FULL_SPEED, 0)), 0.0))
+
+    def squeeze(self, arm: np.ndarray, gripper: float) -> Motion:
+        """Move the fingers until they stop; the arm holds."""
+        before = np.inf
+        while np.abs(before - self.joints[FINGERS]).max() > 0.001:
+            before = self.joints[FINGERS]
+            yield self.toward(arm, gripper)
+
+    # ---- skills
+
+    def pick(self) -> Motion:
+        position = self.object.pose.sp.p
+        above, at = (self.posture(DOWN, position[2] + lift) for lift in (0.12, 0.005))
+        grasped = False
+        while not grasped:
+            yield from self.bring(self.aligned(above), position, DOWN.reach, OPEN)
+            grasp = self.aligned(at)
+            yield from self.bring(grasp, position, DOWN.reach, OPEN)
+            yield from self.squeeze(grasp, CLOSE)
+            grasped = self.grasped
+        yield from self.bring(above, position, DOWN.reach, CLOSE, near=0.1)
+        yield from self.retreat(position, DOWN.reach, CLOSE)
+
+    def place(self) -> Motion:
+        goal = self.goal.pose.sp.p
+        hanging = self.object.pose.sp.p[2] - self.agent.tcp_pose.sp.p[2]  # the object's centre from the hand
+        above, at = (self.posture(DOWN, goal[2] - hanging + lift) for lift in (0.12, 0.01))
+        yield from self.bring(above, goal, DOWN.reach, CLOSE)
+        yield from self.bring(at, goal, DOWN.reach, CLOSE)
+        yield from self.squeeze(at, OPEN)
+        yield from self.bring(above, goal, DOWN.reach, OPEN, near=0.1)
+        yield from self.retreat(goal, DOWN.reach, OPEN)
+
+    def close_drawer(self) -> Motion:
+        arm = self.posture(PUSH, self.handle[2])
+        outward = self.axis
+        yield from self.bring(arm, self.handle + 0.12 * outward, PUSH.reach, CLOSE, near=0.04)
+        while self.opening > 0.005:
+            yield self.toward(arm, CLOSE, self.drive_to(self.handle - 0.2 * outward, PUSH.reach))
+        yield from self.retreat(self.handle, PUSH.reach + 0.15, CLOSE)
+
+    def open_drawer(self) -> Motion:
+        above, at = (self.posture(HOOK, self.handle[2] + lift) for lift in (0.10, 0.0))
+        outward = self.axis
+        yield from self.bring(above, self.handle, HOOK.reach, OPEN)
+        yield from self.bring(at, self.handle, HOOK.reach, OPEN)
+        yield from self.squeeze(at, CLOSE)
+        while self.opening < 0.96:
+            yield self.toward(at, CLOSE, self.drive_to(self.handle + 0.2 * outward, HOOK.reach))
+        yield from self.squeeze(at, OPEN)
+        yield from self.bring(above, self.handle, HOOK.reach, OPEN, near=0.1)
+        yield from self.retreat(self.handle, HOOK.reach + 0.1, OPEN)
+
+    def close_fridge(self) -> Motion:
+        arm = self.posture(REACH, self.handle[2])
+        yield from self.bring(arm, self.on_arc(0.0, 0.7, 0.20), REACH.reach, CLOSE, near=0.05)
+        while self.opening > 0.005:
+            yield self.toward(arm, CLOSE, self.drive_to(self.on_arc(-0.4, 0.7, 0.03), REACH.reach))
+        yield from self.retreat(self.handle, REACH.reach + 0.15, CLOSE)
+
+    def open_fridge(self) -> Motion:
+        arm = self.posture(FRONT, self.handle[2])
+        yield from self.bring(arm, self.on_arc(0.0, 1.0, 0.12), FRONT.reach, OPEN)
+        yield from self.bring(arm, self.handle, FRONT.reach, OPEN)
+        yield from self.squeeze(arm, CLOSE)
+        while self.opening < 0.80:
+            yield self.toward(arm, CLOSE, self.drive_to(self.on_arc(0.3, 1.0, 0.0), FRONT.reach))
+        yield from self.squeeze(arm, OPEN)
+        yield from self.retreat(self.handle, FRONT.reach + 0.2, OPEN)
+
+    @property
+    def axis(self) -> np.ndarray:
+        """The joint's axis in the world [3]: a drawer's way out, a door's hinge."""
+        return self.articulation_joint.global_pose.to_transformation_matrix()[:3, 0]
+
+    def on_arc(self, angle: float, fraction: float, outward: float) -> np.ndarray:
+        """A point that turns with the door: the handle swung by `angle` rad (opening is positive), drawn in to
+        `fraction` of its distance from the hinge, and `outward` metres off the door's outer side."""
+        hinge, axis = self.articulation_joint.global_pose.p, self.axis
+        arm = self.handle - hinge
+        arm = arm - axis * (axis @ arm)  # [3], horizontal
+        swung = np.cos(angle) * arm + np.sin(angle) * np.cross(axis, arm)
+        normal = np.cross(axis, swung) / np.linalg.norm(swung)
+        return hinge + fraction * swung + outward * normal
+
+
+def main(column: str = "close_drawer", episodes: int = 50, split: str = "val", task: str = "set_table", v: bool = False) -> None:
+    name = COLUMNS[column]
+    env = SubtaskEnv(task, name.subtask, name.target_in(task), split, obs_mode="state_dict")
+    expert = ScriptedExpert(env)
+    lengths = []
+    for seed in range(episodes):
+        obs, length, ok = env.reset(seed), HORIZON, False
+        expert.reset()
+        for step in range(HORIZON):
+            a = expert.act(obs, env.instruction)[0]
+            obs, info = env.step(a)
+            if v and step % 5 == 0: print(step, np.round(a, 2), "open" , None if name.subtask in ("pick","place") else round(expert.opening,3), np.round(expert.agent.tcp_pose.sp.p,3))
+            if info["success"]:
+                ok = True; break
+            if info["fail"]: break
+        i = env.mshab.get_info()
+        keep = ["is_grasped", "ee_rest", "robot_rest", "is_static", "obj_at_goal", "articulation_open", "articulation_closed", "robot_cumulative_force"]
+        print(seed, ok, step + 1, env.episode["scene"], "" if ok else {k: i[k][0].item() for k in keep if k in i}, "" if name.subtask in ("pick","place") else round(expert.opening,3), flush=True)
+        lengths.append(step + 1 if ok else None)
+    good = [n for n in lengths if n]
+    print(column, len(good), "/", len(lengths), "mean length", np.mean(good) if good else None, "max", max(good, default=0))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

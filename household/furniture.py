@@ -1,0 +1,291 @@
+"""The things in the miniature apartment: room, table, kitchen counter, fridge, YCB objects, as ReplicaCAD and YCB files.
+
+Files are y-up with the front of a cupboard towards +x, as ReplicaCAD's; mani_skill turns them by 90 degrees about x,
+so (x, y, z) here is (x, -z, y) in the simulator. Lengths are metres, colours RGB in 0..255.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import trimesh
+from trimesh.visual.material import PBRMaterial
+
+ROOM, WALL_HEIGHT = 6.0, 2.6  # a square room, the origin in its middle
+TABLE_SIZE = (0.8, 0.72, 1.4)  # depth, height, width
+
+COUNTER_SIZE = (0.6, 0.90, 1.6)  # depth, height, width; the front is at x = 0
+DRAWER_SIZE = (0.50, 0.20, 0.70)  # depth, height, width
+DRAWER_Y, DRAWER_Z = 0.74, 0.39  # height of the drawers' middle, offset to either side
+DRAWER_RANGE = 0.35
+DRAWER_FLOOR = DRAWER_Y - DRAWER_SIZE[1] / 2 + 0.03  # the surface on which the bowl stands
+DRAWER_HANDLE_X, DRAWER_HANDLE_LENGTH = 0.07, 0.26
+
+FRIDGE_SIZE = (0.6, 1.70, 0.56)  # depth, height, width; the front is at x = 0
+DOOR_THICKNESS, DOOR_WIDTH = 0.05, 0.54
+DOOR_BOTTOM, DOOR_HINGE_Z = 0.72, -0.275
+DOOR_RANGE = 1.25  # rad: MS-HAB asks for 75 % of it, which a robot in front of the fridge reaches in one pull
+DOOR_HANDLE_X, DOOR_HANDLE_Z, DOOR_HANDLE_LENGTH = 0.125, 0.47, 0.40
+SHELF_TOP = 1.06
+STAND_TOP = SHELF_TOP + 0.06  # the apple stands clear of the shelf, which leaves room for a horizontal gripper
+STAND_X, STAND_Z = -0.12, 0.06
+
+WOOD, WORKTOP, WHITE, GREY = (165, 140, 110), (80, 80, 85), (225, 225, 230), (90, 90, 95)
+HANDLE = (0, 170, 60)  # the only strong green: a small network finds handles by it
+
+
+@dataclass
+class Box:
+    size: tuple[float, float, float]
+    center: tuple[float, float, float]
+    color: tuple[int, int, int]
+
+
+@dataclass
+class Link:
+    """A rigid part of a cupboard; all but the first hang on a joint of the first."""
+
+    name: str
+    boxes: list[Box]
+    mass: float
+    joint: str = ""  # URDF type; empty for the root
+    origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    axis: tuple[int, int, int] = (0, 0, 0)
+    upper: float = 0.0  # m or rad; the lower limit is 0
+    damping: float = 0.0
+    friction: float = 0.0
+
+
+@dataclass
+class Furniture:
+    """What task plans must know of a cupboard. Link and joint indices are SAPIEN's, the order of the file."""
+
+    name: str
+    links: list[Link] = field(repr=False)
+    handle_link: int
+    handle_joint: int
+    handle_pos: tuple[float, float, float]  # in the frame of the handle's link
+    upper: float  # range of the handle's joint, m or rad
+
+    @property
+    def dof(self) -> int:
+        return len(self.links) - 1
+
+
+def kitchen_counter(rng: np.random.Generator, tint) -> Furniture:
+    """A counter with two drawers; the tasks use the right one (seen from inside the cupboard: -z)."""
+    depth, height, width = COUNTER_SIZE
+    wood, back = tint(WOOD), -depth / 2
+    low, high = DRAWER_Y - DRAWER_SIZE[1] / 2 - 0.02, height - 0.04
+    side, middle = (depth, high - low, 0.03), (high + low) / 2
+    root = Link(
+        "root",
+        [
+            Box((depth, 0.04, width), (back, height - 0.02, 0), tint(WORKTOP)),
+            Box((depth, low, width), (back, low / 2, 0), wood),
+            Box((0.02, high - low, width), (0.01 - depth, middle, 0), wood),
+            *[Box(side, (back, middle, z), wood) for z in (0.015 - width / 2, width / 2 - 0.015)],
+            Box((depth - 0.02, high - low, 0.03), (back - 0.01, middle, 0), wood),
+        ],
+        mass=50,
+    )
+    handle_y = float(rng.uniform(-0.02, 0.02))
+    fronts, handles = tint((200, 180, 140)), HANDLE
+    drawers = [
+        Link(
+            name,
+            drawer_boxes(fronts, wood, handles, handle_y),
+            mass=3,
+            joint="prismatic",
+            origin=(0.005, DRAWER_Y, z),
+            axis=(1, 0, 0),
+            upper=DRAWER_RANGE,
+            damping=2,
+            friction=1,
+        )
+        for name, z in (("drawer_left", DRAWER_Z), ("drawer_right", -DRAWER_Z))
+    ]
+    return Furniture(
+        "kitchen_counter", [root, *drawers], 2, 1, (DRAWER_HANDLE_X, handle_y, 0.0), DRAWER_RANGE
+    )
+
+
+def drawer_boxes(front, wood, handle, handle_y: float) -> list[Box]:
+    depth, height, width = DRAWER_SIZE
+    wall, wall_y, side_z = height * 0.5, -0.04, width / 2 - 0.03
+    post_z = DRAWER_HANDLE_LENGTH / 2 - 0.015
+    return [
+        Box((0.02, height, width), (0, 0, 0), front),
+        Box((depth, 0.02, width - 0.04), (-depth / 2, 0.02 - height / 2, 0), wood),
+        *[Box((depth, wall, 0.02), (-depth / 2, wall_y, z), wood) for z in (-side_z, side_z)],
+        Box((0.02, wall, width - 0.04), (-depth, wall_y, 0), wood),
+        *[
+            Box((DRAWER_HANDLE_X, 0.02, 0.02), (DRAWER_HANDLE_X / 2, handle_y, z), handle)
+            for z in (-post_z, post_z)
+        ],
+        Box((0.02, 0.03, DRAWER_HANDLE_LENGTH), (DRAWER_HANDLE_X, handle_y, 0), handle),
+    ]
+
+
+def fridge(rng: np.random.Generator, tint) -> Furniture:
+    """A fridge with two doors; the tasks use the top one. The door coasts shut when it is pushed."""
+    depth, height, width = FRIDGE_SIZE
+    white, back, wall_z = tint(WHITE), -depth / 2, width / 2 - 0.015
+    door_height = height - DOOR_BOTTOM - 0.02
+    door_y = DOOR_BOTTOM + door_height / 2
+    body = Link(
+        "body",
+        [
+            *[Box((depth, 0.03, width), (back, y, 0), white) for y in (0.015, 0.70, height - 0.015)],
+            Box((0.03, height, width), (0.015 - depth, height / 2, 0), white),
+            *[Box((depth, height, 0.03), (back, height / 2, z), white) for z in (-wall_z, wall_z)],
+            Box((depth - 0.1, 0.02, width - 0.06), (back - 0.05, SHELF_TOP - 0.01, 0), tint(GREY)),
+            *stand_boxes(tint(GREY)),
+        ],
+        mass=80,
+    )
+    handle_y = 1.12 - door_y + float(rng.uniform(-0.02, 0.02))
+    post_y = DOOR_HANDLE_LENGTH / 2 - 0.015
+    middle, post = DOOR_WIDTH / 2, (DOOR_THICKNESS + DOOR_HANDLE_X) / 2
+    face = tint((235, 235, 240))
+    hinge = dict(joint="revolute", axis=(0, 1, 0), upper=DOOR_RANGE, damping=0.5, friction=0.1)
+    top = Link(
+        "top_door",
+        [
+            Box((DOOR_THICKNESS, door_height, DOOR_WIDTH), (DOOR_THICKNESS / 2, 0, middle), face),
+            *[
+                Box(
+                    (DOOR_HANDLE_X - DOOR_THICKNESS, 0.02, 0.02),
+                    (post, handle_y + y, DOOR_HANDLE_Z),
+                    HANDLE,
+                )
+                for y in (-post_y, post_y)
+            ],
+            Box(
+                (0.025, DOOR_HANDLE_LENGTH, 0.03), (DOOR_HANDLE_X, handle_y, DOOR_HANDLE_Z), HANDLE
+            ),
+        ],
+        mass=4,
+        origin=(0.005, door_y, DOOR_HINGE_Z),
+        **hinge,
+    )
+    bottom_height = DOOR_BOTTOM - 0.04
+    bottom = Link(
+        "bottom_door",
+        [Box((DOOR_THICKNESS, bottom_height, DOOR_WIDTH), (DOOR_THICKNESS / 2, 0, middle), face)],
+        mass=4,
+        origin=(0.005, 0.02 + bottom_height / 2, DOOR_HINGE_Z),
+        **hinge,
+    )
+    handle = (DOOR_HANDLE_X, handle_y, DOOR_HANDLE_Z)
+    return Furniture("fridge", [body, top, bottom], 1, 0, handle, DOOR_RANGE)
+
+
+def stand_boxes(color) -> list[Box]:
+    """A block with a rim just narrower than the apple, which keeps it from rolling away."""
+    size, rim, height = 0.056, 0.008, STAND_TOP - SHELF_TOP
+    y, rim_y, edge = SHELF_TOP + height / 2, STAND_TOP + rim / 2, (size - rim) / 2
+    return [
+        Box((size, height, size), (STAND_X, y, STAND_Z), color),
+        *[Box((rim, rim, size), (STAND_X + x, rim_y, STAND_Z), color) for x in (-edge, edge)],
+        *[Box((size, rim, rim), (STAND_X, rim_y, STAND_Z + z), color) for z in (-edge, edge)],
+    ]
+
+
+def room_boxes(floor, walls: list) -> list[Box]:
+    """Floor and four walls; `walls` has one colour for each."""
+    half, height = ROOM / 2 + 0.05, WALL_HEIGHT
+    sides = [(-half, 0), (half, 0), (0, -half), (0, half)]
+    return [
+        Box((ROOM, 0.1, ROOM), (0, -0.05, 0), floor),
+        *[
+            Box((0.1, height, ROOM) if x else (ROOM, height, 0.1), (x, height / 2, z), color)
+            for (x, z), color in zip(sides, walls, strict=True)
+        ],
+    ]
+
+
+def table_boxes(color) -> list[Box]:
+    depth, height, width = TABLE_SIZE
+    leg, x, z = height - 0.04, depth / 2 - 0.04, width / 2 - 0.04
+    return [
+        Box((depth, 0.04, width), (0, height - 0.02, 0), color),
+        *[
+            Box((0.05, leg, 0.05), (sx * x, leg / 2, sz * z), color)
+            for sx in (-1, 1)
+            for sz in (-1, 1)
+        ],
+    ]
+
+
+# --- Files
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def write_json(path: Path, data: dict) -> None:
+    write_text(path, json.dumps(data, indent=1))
+
+
+def write_glb(path: Path, boxes: list[Box]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    meshes = []
+    for box in boxes:
+        mesh = trimesh.creation.box(box.size)
+        mesh.apply_translation(box.center)
+        material = PBRMaterial(
+            baseColorFactor=[*box.color, 255], metallicFactor=0.0, roughnessFactor=0.9
+        )
+        mesh.visual = trimesh.visual.TextureVisuals(material=material)
+        meshes.append(mesh)
+    trimesh.Scene(meshes).export(path)
+
+
+def write_urdf(path: Path, furniture: Furniture) -> None:
+    root = furniture.links[0].name
+    text = f'<?xml version="1.0"?>\n<robot name="{furniture.name}">\n'
+    for link in furniture.links:
+        text += (
+            f'<link name="{link.name}"><inertial><mass value="{link.mass}"/>'
+            '<inertia ixx="0.2" iyy="0.2" izz="0.2" ixy="0" ixz="0" iyz="0"/></inertial>\n'
+        )
+        for box in link.boxes:
+            shape = (
+                f'<origin xyz="{numbers(box.center)}"/>'
+                f'<geometry><box size="{numbers(box.size)}"/></geometry>'
+            )
+            rgba = numbers([*(np.array(box.color) / 255), 1])
+            material = f'<material name="c{rgba.replace(" ", "_")}"><color rgba="{rgba}"/></material>'
+            text += f"  <visual>{shape}{material}</visual>\n  <collision>{shape}</collision>\n"
+        text += "</link>\n"
+    for i, link in enumerate(furniture.links[1:]):
+        text += (
+            f'<joint name="joint_{i}" type="{link.joint}">'
+            f'<parent link="{root}"/><child link="{link.name}"/>'
+            f'<origin xyz="{numbers(link.origin)}"/><axis xyz="{numbers(link.axis)}"/>'
+            f'<limit lower="0" upper="{link.upper}" effort="1000" velocity="10"/>'
+            f'<dynamics damping="{link.damping}" friction="{link.friction}"/></joint>\n'
+        )
+    write_text(path, text + "</robot>\n")
+
+
+def numbers(values) -> str:
+    return " ".join(f"{float(value):.6g}" for value in values)
+
+
+def write_ycb_model(folder: Path, mesh: trimesh.Trimesh, color, density: float) -> dict:
+    """Write one object (z-up, centred) and return its entry of info_pick_v0.json."""
+    folder.mkdir(parents=True)
+    mesh.export(folder / "collision.ply")
+    write_text(
+        folder / "textured.mtl", f"newmtl m\nKd {numbers(np.array(color) / 255)}\nKa 0 0 0\n"
+    )
+    vertices = "".join(f"v {numbers(vertex)}\n" for vertex in mesh.vertices)
+    faces = "".join(f"f {a + 1} {b + 1} {c + 1}\n" for a, b, c in mesh.faces)
+    write_text(folder / "textured.obj", f"mtllib textured.mtl\no o\n{vertices}usemtl m\n{faces}")
+    low, high = mesh.bounds.tolist()
+    return dict(bbox=dict(min=low, max=high), density=density, scales=[1.0])

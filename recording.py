@@ -1,0 +1,177 @@
+"""Demonstrations as files in MS-HAB's h5 + json layout, which grow without ever being half written.
+
+    recording = Recording(Path("DATA/set_table/close"), "kitchen_counter", recipe)
+    recording.start()
+    recording.add(seed, success, steps, encode(trajectory, header, episode))
+    recording.merge()
+
+A finished attempt is on the disk before it counts: a success as <target>.parts/<seed>.part, an h5
+with one episode; a failure as a line of <target>.parts/attempts.jsonl. `merge` makes <target>.h5
+and .json of them.
+"""
+
+import errno
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+COMPRESSED = ("rgb", "depth", "fetch_head", "fetch_hand")  # images, and the masks named by camera
+GZIP = dict(compression="gzip", compression_opts=5)  # (MS-HAB: envs/wrappers/record.py)
+
+
+def encode(trajectory: dict, header: dict, episode: dict) -> bytes:
+    """The bytes of an h5 file: the trajectory as traj_0, the json's part as attributes."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        write_tree(file.create_group("traj_0", track_order=True), trajectory)
+        file.attrs["header"], file.attrs["episode"] = json.dumps(header), json.dumps(episode)
+    return buffer.getvalue()
+
+
+def write_tree(group: h5py.Group, tree: dict) -> None:
+    """Write a tree of arrays; a list of equal trees becomes one tree of stacked arrays."""
+    for key, value in tree.items():
+        if isinstance(value, list):
+            value = stack(value)
+        if isinstance(value, dict):
+            write_tree(group.create_group(key, track_order=True), value)
+        else:
+            group.create_dataset(key, data=value, **(GZIP if key in COMPRESSED else {}))
+
+
+def stack(rows: list) -> dict | np.ndarray:
+    if isinstance(rows[0], dict):
+        return {key: stack([row[key] for row in rows]) for key in rows[0]}
+    return np.stack(rows)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path to write; the file replaces `path` once it is whole and on the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+class Recording:
+    """The files of one target.
+
+    `recipe` decides what the episode of a seed is, and recipe["seed"] is the first one. `done` maps
+    every attempted seed to whether it succeeded; `episodes` is the list in the json. Raises
+    ValueError when the files were recorded with another recipe.
+    """
+
+    def __init__(self, folder: Path, target: str, recipe: dict):
+        self.h5, self.json = folder / f"{target}.h5", folder / f"{target}.json"
+        self.parts = folder / f"{target}.parts"
+        self.attempts = self.parts / "attempts.jsonl"
+        self.recipe, self.episodes, self.done = recipe, [], {}
+        if self.json.exists():
+            sidecar = json.loads(self.json.read_text())
+            self.check_recipe(self.json, sidecar)
+            self.episodes = sidecar["episodes"]
+            self.done = dict.fromkeys(sidecar["failed_seeds"], False)
+            self.done |= {episode["seed"]: True for episode in self.episodes}
+        merged = len(self.done)
+        if self.attempts.exists():
+            self.read_attempts()
+        if merged and len(self.done) == merged:  # killed before the parts were removed
+            shutil.rmtree(self.parts, ignore_errors=True)
+
+    @property
+    def successes(self) -> int:
+        return sum(self.done.values())
+
+    def check_recipe(self, path: Path, found: dict) -> None:
+        if found.get("recipe") != self.recipe:
+            raise ValueError(
+                f"{path} has episodes of {found.get('recipe')}, asked for are {self.recipe}: "
+                "choose another --out"
+            )
+
+    def read_attempts(self) -> None:
+        whole = [line for line in self.attempts.open() if line.endswith("\n")]
+        os.truncate(self.attempts, sum(map(len, whole)))  # a full disk may have cut the last line
+        if whole:
+            first, *failures = map(json.loads, whole)
+            self.check_recipe(self.attempts, first)
+            self.done |= {failure["seed"]: False for failure in failures}
+            self.done |= {int(part.stem): True for part in self.parts.glob("*.part")}
+
+    def append(self, line: dict) -> None:
+        with open(self.attempts, "a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def start(self) -> None:
+        self.parts.mkdir(parents=True, exist_ok=True)
+        if not self.attempts.exists() or self.attempts.stat().st_size == 0:
+            self.append({"recipe": self.recipe})
+
+    def add(self, seed: int, success: bool, steps: int, part: bytes) -> None:
+        if success:
+            # Not .h5: readers take every .h5 below DATA for a whole file.
+            with replacing(self.parts / f"{seed:08d}.part") as path:
+                path.write_bytes(part)
+        else:
+            self.append({"seed": seed, "success": False, "steps": steps})
+        self.done[seed] = success
+
+    def next_seed(self, running: list[int], episodes: int) -> int | None:
+        """The lowest seed not attempted yet; None once `episodes` lower ones succeeded or may.
+
+        So no episode is recorded in vain, and which ones are kept does not depend on the workers.
+        """
+        seeds = count(self.recipe["seed"])
+        seed = next(s for s in seeds if s not in self.done and s not in running)
+        hopeful = [*running, *(s for s, success in self.done.items() if success)]
+        return seed if sum(s < seed for s in hopeful) < episodes else None
+
+    def check_space(self, sources: list[Path]) -> None:
+        """Raise the OSError of a full disk before h5py meets it, as a RuntimeError or on closing."""
+        if shutil.disk_usage(self.parts).free < sum(path.stat().st_size for path in sources):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.h5))
+
+    def merge(self) -> None:
+        """Write the h5, then the json that makes it count, then remove the parts."""
+        merged = {episode["seed"] for episode in self.episodes}
+        parts = {int(part.stem): part for part in self.parts.glob("*.part")}
+        self.check_space([*parts.values(), *([self.h5] if merged else [])])
+        top = {}
+        with replacing(self.h5) as path, h5py.File(path, "w") as file:
+            if self.episodes:
+                with h5py.File(self.h5) as old:
+                    for episode in self.episodes:
+                        old.copy(f"traj_{episode['episode_id']}", file)
+            for seed in sorted(set(parts) - merged):
+                number = len(self.episodes)
+                with h5py.File(parts[seed]) as part:
+                    part.copy("traj_0", file, f"traj_{number}")
+                    top = json.loads(part.attrs["header"])
+                    episode = json.loads(part.attrs["episode"])
+                self.episodes.append({"episode_id": number, **episode})
+        failed = sorted(seed for seed, success in self.done.items() if not success)
+        top |= {"recipe": self.recipe, "failed_seeds": failed, "episodes": self.episodes}
+        with replacing(self.json) as path:
+            path.write_text(json.dumps(top, indent=1))
+        shutil.rmtree(self.parts)

@@ -1,0 +1,94 @@
+"""What the robot is asked to do: MS-HAB's tasks, their targets, the sentence for each, and the columns of the paper's tables.
+
+One table for collect, train and eval: the instruction a policy hears in evaluation is the one it was trained on.
+"""
+
+from dataclasses import dataclass
+
+TASKS = ("set_table", "tidy_house", "prepare_groceries")
+SUBTASKS = ("pick", "place", "open", "close")
+HORIZON = 200  # control steps per episode, 20 Hz (MS-HAB: max_episode_steps of all four subtasks)
+
+_YCB_HARD = (
+    "002_master_chef_can", "003_cracker_box", "004_sugar_box", "005_tomato_soup_can", "007_tuna_fish_can",
+    "008_pudding_box", "009_gelatin_box", "010_potted_meat_can", "024_bowl",
+)  # fmt: skip
+OBJECTS = {  # what is picked and placed (MS-HAB: evaluate.py)
+    "set_table": ("013_apple", "024_bowl"),
+    "tidy_house": _YCB_HARD,
+    "prepare_groceries": _YCB_HARD,
+}
+ARTICULATIONS = {"fridge": "fridge", "kitchen_counter": "kitchen drawer"}  # open and close, SetTable only
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of Tables 1, 2 and 4: a subtask and its target; "all" means every object of the task."""
+
+    subtask: str
+    target: str
+
+    def target_in(self, task: str) -> str:
+        """The target's name in MS-HAB's files; "obj" is the task's first object."""
+        return OBJECTS[task][0] if self.target == "obj" else self.target
+
+
+COLUMNS = {
+    "pick_all": Column("pick", "all"),
+    "place_all": Column("place", "all"),
+    "open_fridge": Column("open", "fridge"),
+    "open_drawer": Column("open", "kitchen_counter"),
+    "close_fridge": Column("close", "fridge"),
+    "close_drawer": Column("close", "kitchen_counter"),
+    # The tables' header reads "All Obj." over one figure: every object. These two ask for one object alone.
+    "pick_obj": Column("pick", "obj"),
+    "place_obj": Column("place", "obj"),
+}
+PAPER_COLUMNS = tuple(COLUMNS)[:6]
+
+
+def targets(task: str, subtask: str) -> tuple[str, ...]:
+    """Every target of a subtask, as MS-HAB names its files; empty when the task lacks the subtask."""
+    if subtask in ("pick", "place"):
+        return OBJECTS[task]
+    return tuple(ARTICULATIONS) if task == "set_table" else ()
+
+
+def readable(target: str) -> str:
+    """`024_bowl` -> `bowl`, `kitchen_counter` -> `kitchen drawer`."""
+    return ARTICULATIONS.get(target) or target.partition("_")[2].replace("_", " ")
+
+
+def instruction(subtask: str, target: str) -> str:
+    """The sentence for one subtask.
+
+    GAP-19 (Sec. 4.1): the model reads "a natural language instruction", but MS-HAB's data has none. One template
+    per subtask, filled with the target's name.
+    """
+    templates = {
+        "pick": "pick up the {}",
+        "place": "place the {} at its goal",
+        "open": "open the {}",
+        "close": "close the {}",
+    }
+    return templates[subtask].format(readable(target))
+
+
+def _row(*rates: float) -> dict[str, float]:
+    return dict(zip(PAPER_COLUMNS, rates, strict=True))
+
+
+PAPER = {  # success rates on SetTable: Table 1 (OpenVLA, Base VLM), Table 2 (AuxVLA, "+ ..."), Table 4 (action head)
+    "OpenVLA": _row(0.00, 0.19, 0.02, 0.00, 0.00, 0.04),
+    "OpenVLA + multiview": _row(0.06, 0.35, 0.14, 0.38, 0.00, 0.53),
+    "OpenVLA + multiview + depth": _row(0.12, 0.41, 0.43, 0.30, 0.00, 0.67),
+    "Base VLM + multiview": _row(0.06, 0.53, 0.60, 0.30, 0.63, 0.93),
+    "Base VLM + multiview + depth + history": _row(0.00, 0.47, 0.57, 0.40, 0.47, 1.00),
+    "AuxVLA": _row(0.16, 0.56, 0.67, 0.36, 0.83, 1.00),  # = Base VLM + multiview + depth
+    "AuxVLA + all, naive": _row(0.03, 0.50, 0.60, 0.23, 0.67, 1.00),
+    "AuxVLA + grasp": _row(0.30, 0.53, 0.83, 0.57, 0.80, 0.93),
+    "AuxVLA + qpos": _row(0.23, 0.67, 0.87, 0.70, 0.90, 0.90),
+    "AuxVLA + pos": _row(0.07, 0.27, 0.90, 0.70, 0.97, 1.00),
+    "AuxVLA + all": _row(0.13, 0.70, 0.87, 0.77, 0.90, 1.00),
+    "AuxVLA + action head": _row(0.27, 0.80, 0.76, 0.60, 0.76, 0.97),
+}

@@ -1,0 +1,33 @@
+"""The generated apartment that all tests share, and the folder in which the simulator looks for it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+FOLDER = pytest.StashKey[Path]()
+
+
+def pytest_configure(config):
+    # mani_skill reads the variable once, at its import, which may be that of any test module: so it is set before
+    # they are collected, and the folder is filled when a test first asks for it.
+    config.stash[FOLDER] = Path(tempfile.mkdtemp(prefix="apartment-"))
+    os.environ["MS_ASSET_DIR"] = str(config.stash[FOLDER] / "assets")
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(config.stash[FOLDER])
+
+
+@pytest.fixture(scope="session")
+def assets(pytestconfig) -> Path:
+    """The generated apartment of seed 0; MS_ASSET_DIR is this folder."""
+    out = pytestconfig.stash[FOLDER] / "assets"
+    command = [sys.executable, "-m", "household.assets", "--out", str(out)]
+    subprocess.run(command, cwd=REPOSITORY, check=True)
+    return out

@@ -1,0 +1,299 @@
+"""Collecting demonstrations: MS-HAB's own layout, the same episodes for any number of workers, nothing lost."""
+
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from recording import Recording, encode
+
+HERE = Path(__file__).parent.parent
+EPISODES = 3
+
+
+def start(out: Path, workers: int = 1, episodes: int = EPISODES, **flags) -> subprocess.Popen:
+    options = {"expert": "scripted", "task": "set_table", "subtask": "close", "target": "kitchen_counter"} | flags
+    options |= {"episodes": episodes, "workers": workers, "out": out}
+    command = [sys.executable, "collect.py", *(str(x) for k, v in options.items() for x in (f"--{k}", v))]
+    return subprocess.Popen(
+        command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    """The output of a run that ends with `code`."""
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == code, stderr
+    return stdout + stderr
+
+
+def h5_of(out: Path) -> Path:
+    return out / "set_table/close/kitchen_counter.h5"
+
+
+def contents(path: Path) -> dict:
+    """Every dataset of an h5, and the json beside it."""
+    found = {"json": json.loads(path.with_suffix(".json").read_text())}
+    with h5py.File(path) as file:
+        file.visititems(lambda name, x: found.update({name: x[:]}) if isinstance(x, h5py.Dataset) else None)
+    return found
+
+
+def assert_same(ours: Path, theirs: Path):
+    ours, theirs = contents(ours), contents(theirs)
+    assert ours.keys() == theirs.keys()
+    different = [key for key in ours if not np.array_equal(ours[key], theirs[key])]
+    assert not different
+
+
+def layout(group: h5py.Group, steps: int) -> list[tuple]:
+    """Path, type, shape (T for the number of actions), compression of every dataset, in the order of creation."""
+    rows = []
+    for key, item in group.items():
+        if isinstance(item, h5py.Group):
+            rows += [(f"{key}/{row[0]}", *row[1:]) for row in layout(item, steps)]
+        else:
+            frames = {steps: "T", steps + 1: "T + 1"}[len(item)]
+            rows.append((key, item.dtype, frames, *item.shape[1:], item.compression, item.compression_opts))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def reference(assets, tmp_path_factory) -> Path:
+    """An uninterrupted run of one worker."""
+    out = tmp_path_factory.mktemp("reference")
+    assert f"succeeded in {EPISODES}/" in finish(start(out))
+    return h5_of(out)
+
+
+@pytest.fixture(scope="module")
+def recorder(reference, tmp_path_factory) -> tuple[Path, dict]:
+    """The h5 of MS-HAB's own recorder, and the steps at which the reference's replayed actions succeed."""
+    folder = tmp_path_factory.mktemp("mshab")
+    command = [sys.executable, "tests/mshab_recorder.py", folder, "5", reference]
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    run = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return folder / "mshab.h5", json.loads(run.stdout.splitlines()[-1])
+
+
+def test_the_tree_is_that_of_mshabs_own_recorder(reference, recorder):
+    theirs_path, _ = recorder
+    episode = json.loads(reference.with_suffix(".json").read_text())["episodes"][0]
+    with h5py.File(reference) as ours, h5py.File(theirs_path) as theirs:
+        ours, theirs = layout(ours["traj_0"], episode["elapsed_steps"]), layout(theirs["traj_0"], 5)
+    assert [row for row in ours if not row[0].startswith("labels/")] == theirs
+
+
+def test_the_json_has_every_key_of_mshabs_own_recorder(reference, recorder):
+    ours, theirs = (json.loads(path.with_suffix(".json").read_text()) for path in (reference, recorder[0]))
+    assert theirs.keys() <= ours.keys()
+    assert theirs["env_info"].keys() == ours["env_info"].keys()
+    assert theirs["env_info"]["env_kwargs"].keys() == ours["env_info"]["env_kwargs"].keys()
+    assert theirs["episodes"][0].keys() <= ours["episodes"][0].keys()
+    assert {"subtask_uid", "instruction", "seed"} <= ours["episodes"][0].keys()
+    assert len(ours["action_schema"]) == 13 and len(ours["qpos_names"]) == 12
+
+
+def test_the_labels_cover_every_frame(reference):
+    with h5py.File(reference) as file:
+        for trajectory in file.values():
+            frames = len(trajectory["actions"]) + 1
+            pos, seg = trajectory["labels/pos"], trajectory["labels/seg"]
+            assert pos.shape == (frames, 2) and pos.dtype == np.float32
+            assert np.isfinite(pos[:]).all() and np.ptp(pos[:], axis=0).max() > 0.1  # it drove
+            for camera in ("fetch_head", "fetch_hand"):
+                assert seg[camera].shape == (frames, 128, 128) and seg[camera].dtype == bool
+            assert seg["fetch_head"][0].any()  # the drawer is in view at the start
+            assert np.ptp(seg["fetch_head"][:].sum((1, 2))) > 0
+
+
+def test_recorded_actions_are_in_range_and_succeed_again_from_the_seed(reference, recorder):
+    with h5py.File(reference) as file:
+        for name, trajectory in file.items():
+            actions, success = trajectory["actions"][:], trajectory["success"][:]
+            assert np.isfinite(actions).all() and np.abs(actions).max() <= 1
+            assert success.nonzero()[0].tolist() == [len(actions) - 1]  # it ends at success
+            assert recorder[1][name.removeprefix("traj_")] == [len(actions) - 1]
+
+
+def test_a_killed_run_goes_on_and_two_workers_record_what_one_does(reference, tmp_path):
+    parts = h5_of(tmp_path).with_suffix(".parts")
+    process = start(tmp_path, workers=2)
+    while not list(parts.glob("*.part")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    kept = {part: part.stat().st_mtime_ns for part in parts.glob("*.part")}
+    assert 0 < len(kept) < EPISODES and not h5_of(tmp_path).exists()
+
+    process = start(tmp_path, workers=2)
+    while process.poll() is None and parts.exists():
+        repeated = [part for part in kept if part.exists() and part.stat().st_mtime_ns != kept[part]]
+        assert not repeated
+        time.sleep(0.01)
+    assert f"succeeded in {EPISODES}/" in finish(process)
+    assert_same(h5_of(tmp_path), reference)
+    assert not parts.exists()
+
+
+def test_asking_again_does_nothing(reference):
+    before = reference.read_bytes()
+    assert "already there" in finish(start(reference.parents[2]))
+    assert reference.read_bytes() == before
+
+
+def test_a_worker_that_dies_ends_the_run_and_its_seed_is_named(assets, tmp_path):
+    process = start(tmp_path)
+    workers = []
+    while not workers:
+        assert process.poll() is None, process.communicate()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        workers = [int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+        time.sleep(0.01)
+    os.kill(workers[0], signal.SIGKILL)
+    message = finish(process, code=1)
+    assert "seed 0 of kitchen_counter died (exit code -9)" in message
+
+
+def test_a_target_of_another_task_is_refused(assets, tmp_path):
+    message = finish(start(tmp_path, target="024_bowl"), code=2)
+    assert "--target 024_bowl" in message and "('fridge', 'kitchen_counter')" in message
+
+
+# --- Files that grow, without a simulator ---
+
+RECIPE = {"expert": "scripted", "split": "train", "seed": 0}
+
+
+def recording(folder: Path) -> Recording:
+    made = Recording(folder, "fridge", RECIPE)
+    made.start()
+    return made
+
+
+def part(seed: int, frames: int = 3) -> bytes:
+    noise = np.random.default_rng(seed).integers(0, 255, (frames, 128, 128, 3), np.uint8)
+    return encode({"obs": [{"rgb": image} for image in noise]}, {"env_info": {}}, {"seed": seed})
+
+
+def record(folder: Path, outcomes: dict[int, bool]) -> Recording:
+    growing = recording(folder)
+    for seed, success in outcomes.items():
+        growing.add(seed, success, 200, part(seed))
+    return growing
+
+
+def seeds_in(folder: Path) -> list[int]:
+    """The seeds in the json, in order; every trajectory must be the one of its seed."""
+    episodes = json.loads((folder / "fridge.json").read_text())["episodes"]
+    with h5py.File(folder / "fridge.h5") as file:
+        assert len(file) == len(episodes)
+        for episode in episodes:
+            with h5py.File(io.BytesIO(part(episode["seed"]))) as expected:
+                rgb = file[f"traj_{episode['episode_id']}/obs/rgb"][:]
+                np.testing.assert_array_equal(rgb, expected["traj_0/obs/rgb"][:])
+    return [episode["seed"] for episode in episodes]
+
+
+def test_the_first_successes_in_seed_order_are_kept_whoever_is_faster(tmp_path):
+    growing = record(tmp_path, {0: True, 3: True, 2: False})
+    assert growing.next_seed(running=[1], episodes=2) is None  # 1 may yet be the second
+    assert growing.next_seed(running=[1], episodes=3) is None
+    growing.add(1, False, 200, b"")
+    assert growing.next_seed(running=[], episodes=2) is None  # 0 and 3
+    assert growing.next_seed(running=[], episodes=3) == 4
+
+
+def test_a_gap_that_a_kill_left_is_filled_first(tmp_path):
+    record(tmp_path, {0: True, 2: True, 1: False, 4: True})
+    again = recording(tmp_path)
+    assert again.done == {0: True, 1: False, 2: True, 4: True}
+    assert again.next_seed(running=[], episodes=3) == 3
+
+
+def test_asking_for_more_adds_to_the_file(tmp_path):
+    record(tmp_path, {0: True, 1: False, 2: True}).merge()
+    assert seeds_in(tmp_path) == [0, 2]
+    more = recording(tmp_path)
+    assert more.next_seed(running=[], episodes=2) is None
+    assert more.next_seed(running=[], episodes=3) == 3
+    more.add(3, True, 90, part(3))
+    more.merge()
+    assert seeds_in(tmp_path) == [0, 2, 3]
+    assert recording(tmp_path).done == {0: True, 1: False, 2: True, 3: True}
+
+
+def test_a_kill_before_the_parts_were_removed_repeats_nothing(tmp_path):
+    growing = record(tmp_path, {0: True, 1: True})
+    left = {path.name: path.read_bytes() for path in growing.parts.iterdir()}
+    growing.merge()
+    growing.parts.mkdir()
+    for name, content in left.items():
+        (growing.parts / name).write_bytes(content)
+    again = Recording(tmp_path, "fridge", RECIPE)
+    assert again.done == {0: True, 1: True} and not again.parts.exists()
+
+
+def test_a_line_cut_off_by_a_full_disk_is_attempted_again(tmp_path):
+    growing = record(tmp_path, {0: False, 1: False})
+    growing.attempts.write_text(growing.attempts.read_text()[:-5])
+    again = recording(tmp_path)
+    assert again.done == {0: False}
+    again.add(1, False, 200, b"")
+    assert recording(tmp_path).done == {0: False, 1: False}
+
+
+def test_a_file_of_another_seed_is_not_added_to(tmp_path):
+    record(tmp_path, {0: True}).merge()
+    with pytest.raises(ValueError, match="choose another --out"):
+        Recording(tmp_path, "fridge", RECIPE | {"seed": 5})
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A real file system of two megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder]
+    if subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_leaves_finished_episodes_and_nothing_half_written(small_disk):
+    growing = record(small_disk, {0: True, 1: True, 2: True})  # 147 kB each
+    with pytest.raises(OSError, match="No space left") as error:
+        growing.add(3, True, 200, part(3, frames=40))
+    assert error.value.errno == errno.ENOSPC
+    names = {"attempts.jsonl", "00000000.part", "00000001.part", "00000002.part"}
+    assert {path.name for path in growing.parts.iterdir()} == names
+
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(1_200_000))
+    with pytest.raises(OSError, match="No space left"):
+        growing.merge()
+    assert {path.name for path in small_disk.iterdir()} == {"fridge.parts", "ballast"}
+
+    ballast.unlink()
+    again = recording(small_disk)
+    again.merge()
+    assert seeds_in(small_disk) == [0, 1, 2]
+
+
+def test_a_full_disk_ends_the_command_with_a_message(assets, small_disk):
+    (small_disk / "ballast").write_bytes(bytes(2 * 1024 * 1024))
+    message = finish(start(small_disk), code=1)
+    assert "the disk is full" in message and "Traceback" not in message

@@ -1,0 +1,285 @@
+"""From file to batch: equations, round trips, one function for recorded and live frames, and errors that name the place."""
+
+import json
+import math
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from files import write_demos
+
+from config import CAMERAS, LABELS, model_config
+from data import (
+    ActionStats, Batcher, Frames, StepOrder, build_tokenizer, cameras, check_batch, normalize_depth, open_data, pack,
+    preprocess, to_tensors, tokenize, verify,
+)  # fmt: skip
+from demonstrations import RECORD, DataError, Demonstrations
+from pack import BLOCK, Pack
+
+CFG = model_config("tiny")
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demos")
+    write_demos(folder / "set_table/close/kitchen_counter", has_object=False)
+    write_demos(folder / "set_table/pick/013_apple", labels=False, seed=1)
+    return folder
+
+
+def make_batcher(source, frames=None, cfg=CFG):
+    stats = (frames or Frames(source, 0.1, train=True)).stats()
+    return Batcher(cfg, stats, tokenize(source.instructions, build_tokenizer(cfg.llm), cfg.llm))
+
+
+# --- Images and actions ---
+
+
+def test_depth_follows_equation_1():
+    near = normalize_depth(torch.tensor([0, 500, 1000, 3000], dtype=torch.int16))
+    torch.testing.assert_close(near, torch.tensor([1 - math.tanh(mm / 1000) for mm in (0, 500, 1000, 3000)]))
+
+
+def test_depth_in_float_metres_is_refused():
+    with pytest.raises(ValueError, match="expected integer millimetres"):
+        normalize_depth(torch.tensor([0.5]))
+
+
+def test_a_live_frame_and_the_recorded_one_give_equal_images(demos):
+    source = Demonstrations(demos)
+    entry = source.episodes[0]
+    with h5py.File(demos / entry.file) as file:
+        sensors = file[f"{entry.trajectory}/obs/sensor_data"]
+        obs = {"sensor_data": {camera: {kind: torch.from_numpy(sensors[camera][kind][4:5]) for kind in ("rgb", "depth")}
+                               for camera in ("fetch_head", "fetch_hand")}}  # fmt: skip
+    recorded = to_tensors(source.read([4]))
+    live = preprocess(*cameras(obs), CFG)
+    assert torch.equal(live, preprocess(recorded["rgb"], recorded["depth"], CFG))
+    assert live.shape == (1, 4, 3, 64, 64)
+
+
+def test_views_are_head_rgb_hand_rgb_head_depth_hand_depth():
+    rgb = torch.zeros(1, 2, 128, 128, 3, dtype=torch.uint8)
+    rgb[:, 1] = 255
+    depth = torch.zeros(1, 2, 128, 128, dtype=torch.int16)
+    depth[:, 1] = 32000
+    means = preprocess(rgb, depth, CFG).mean((0, 2, 3, 4))
+    torch.testing.assert_close(means, torch.tensor([0.0, 1.0, 1.0, 0.0]), rtol=0, atol=1e-4)
+    only_hand = preprocess(rgb, depth, replace(CFG, cameras=("hand",), depth=False))
+    assert only_hand.shape[1] == 1 and only_hand.mean() == 1
+
+
+def test_actions_survive_normalisation_and_its_inverse():
+    rng = np.random.default_rng(0)
+    recorded = rng.uniform(-1, 1, (500, 13)).astype(np.float32)
+    recorded[:, 8] = 0.25  # a joint that never moves
+    recorded[:, 9] = 0
+    recorded[:3, 9] = 1  # one that hardly does: its percentiles coincide
+    stats = ActionStats.of(recorded)
+    actions = torch.from_numpy(recorded)
+    normal = stats.normalize(actions)
+    assert normal.abs().max() <= 1 and (normal[:, 8] == 0).all()
+    inside = normal.abs() < 1
+    torch.testing.assert_close(stats.denormalize(normal)[inside], actions[inside], rtol=0, atol=1e-6)
+    assert torch.equal(stats.denormalize(torch.rand(5, 13))[:, 8], torch.full((5,), 0.25))
+    torch.testing.assert_close(stats.denormalize(normal)[:, 9], actions[:, 9])
+
+
+def test_prompts_have_one_length_and_end_at_the_latents():
+    ids, mask = tokenize(["close the fridge", "pick up the master chef can"], build_tokenizer(CFG.llm), CFG.llm)
+    assert ids.shape == mask.shape == (2, CFG.llm.prompt_length)
+    assert mask[:, 0].all() and mask[:, -1].all() and mask[0].sum() < mask[1].sum()
+    assert not torch.equal(ids[0], ids[1]) and ids.max() < CFG.llm.first_action_id
+    assert (ids[mask] > 1).all()  # no unknown word
+
+
+def test_a_prompt_that_is_too_long_is_refused():
+    with pytest.raises(ValueError, match="prompt_length"):
+        tokenize(["close " * 40], build_tokenizer(CFG.llm), CFG.llm)
+
+
+# --- Batches ---
+
+
+def test_a_batch_is_what_its_documentation_says(demos):
+    source = open_data(demos)
+    frames = Frames(source, 0.1, train=True)
+    batch = make_batcher(source)(frames[np.arange(6)], torch.device("cpu"))
+    check_batch(batch, CFG)
+    with pytest.raises(ValueError, match=r"batch\['qpos'\]: got \(6, 11\), expected \(6, 12\)"):
+        check_batch(batch | {"qpos": batch["qpos"][:, :11]}, CFG)
+
+
+def test_labels_and_masks_arrive_as_recorded(demos):
+    source = open_data(demos)
+    records = source.read_episode(0)
+    batch = make_batcher(source)(to_tensors(records), torch.device("cpu"))
+    with h5py.File(demos / source.episodes[0].file) as file:
+        group = file[source.episodes[0].trajectory]
+        assert np.array_equal(batch["pos"].numpy(), group["labels/pos"][:-1])
+        for c, camera in enumerate(CAMERAS):
+            assert np.array_equal(batch["seg"][:, c].numpy() > 0, group[f"labels/seg/fetch_{camera}"][:-1])
+        assert np.array_equal(batch["grasp"].numpy() > 0, group["obs/extra/is_grasped"][:-1])
+        assert np.array_equal(records["actions"][0], group["actions"][:8])
+    assert batch["action_mask"][-1].tolist() == [1] + [0] * 7 and (records["actions"][-1, 1:] == 0).all()
+
+
+def test_missing_labels_are_flags_and_a_zero_object_pose_is_no_label(demos):
+    source = open_data(demos)
+    close, pick = source.read_episode(0)[0], source.read_episode(3)[0]
+    assert dict(zip(LABELS, close["has"])) == dict(pos=1, grasp=1, qpos=1, obj=0, seg=1)
+    assert dict(zip(LABELS, pick["has"])) == dict(pos=0, grasp=1, qpos=1, obj=1, seg=0)
+
+
+def test_held_out_episodes_are_in_every_file_and_never_trained_on(demos):
+    source = open_data(demos)
+    train, val = Frames(source, 0.1, train=True), Frames(source, 0.1, train=False)
+    assert not set(train.frames) & set(val.frames) and len(train) + len(val) == len(source)
+    assert {source.episodes[e].file for e in val.episode_ids} == {e.file for e in source.episodes}
+
+
+# --- Order ---
+
+
+def batches(world, first=0, last=8, seed=0):
+    orders = [list(StepOrder(50, 8, seed, first, last, rank, world)) for rank in range(world)]
+    return [sorted(np.concatenate(parts).tolist()) for parts in zip(*orders)]
+
+
+def test_global_batches_do_not_depend_on_the_number_of_ranks():
+    assert batches(1) == batches(2) == batches(4) == batches(8)
+
+
+def test_an_epoch_sees_no_frame_twice_and_the_next_one_has_another_order():
+    steps = batches(1, last=12)
+    assert len({i for step in steps[:6] for i in step}) == 48
+    assert steps[:6] != steps[6:] and batches(1, seed=1) != batches(1)
+
+
+def test_a_resumed_order_is_the_tail_of_the_whole_one():
+    assert batches(2, first=5) == batches(2)[5:]
+
+
+# --- The pack ---
+
+
+def test_a_pack_holds_every_frame_as_the_files_do(demos, tmp_path):
+    pack(str(demos), str(tmp_path))
+    source, packed = open_data(demos), open_data(tmp_path)
+    assert isinstance(packed, Pack) and len(packed) == len(source)
+    rows = np.arange(len(source))
+    assert source.read(rows).tobytes() == packed.read(rows).tobytes()
+    assert np.array_equal(source.actions(2), packed.actions(2)) and source.instructions == packed.instructions
+    verify(str(tmp_path))
+
+
+def test_an_interrupted_pack_goes_on_and_gives_the_same_bytes(demos, tmp_path, monkeypatch):
+    monkeypatch.setattr("pack.BLOCK", 10)
+    pack(str(demos), str(tmp_path / "whole"))
+    original = Demonstrations.read_episode
+
+    def fail_at_4(self, episode):
+        if episode == 4:
+            raise KeyboardInterrupt
+        return original(self, episode)
+
+    monkeypatch.setattr(Demonstrations, "read_episode", fail_at_4)
+    with pytest.raises(KeyboardInterrupt):
+        pack(str(demos), str(tmp_path / "cut"))
+    assert not (tmp_path / "cut/pack.json").exists() and list((tmp_path / "cut").glob("frames-*.bin"))
+    monkeypatch.setattr(Demonstrations, "read_episode", original)
+    pack(str(demos), str(tmp_path / "cut"))
+    for block in (tmp_path / "whole").iterdir():
+        assert block.read_bytes() == (tmp_path / "cut" / block.name).read_bytes()
+
+
+def test_verify_names_the_block_in_which_one_bit_was_flipped(demos, tmp_path):
+    pack(str(demos), str(tmp_path))
+    block = tmp_path / "frames-00000.bin"
+    content = bytearray(block.read_bytes())
+    content[len(content) // 2] ^= 1
+    block.write_bytes(content)
+    with pytest.raises(DataError, match="frames-00000.bin: damaged"):
+        verify(str(tmp_path))
+
+
+def test_a_cut_block_is_found_when_the_pack_is_opened(demos, tmp_path):
+    pack(str(demos), str(tmp_path))
+    block = tmp_path / "frames-00000.bin"
+    block.write_bytes(block.read_bytes()[:-RECORD.itemsize])
+    with pytest.raises(DataError, match="frames-00000.bin"):
+        open_data(tmp_path)
+    assert BLOCK == 1024
+
+
+# --- Bad input ---
+
+
+def broken(tmp_path, change):
+    """Demonstrations with `change` applied to their second trajectory."""
+    path = write_demos(tmp_path / "set_table/close/kitchen_counter")
+    with h5py.File(path, "r+") as file:
+        change(file["traj_1"])
+    return Demonstrations(tmp_path)
+
+
+def replace_dataset(group, key, value):
+    del group[key]
+    group[key] = value
+
+
+def set_value(group, key, index, value):
+    group[key][index] = value
+
+
+BAD = {
+    "a missing key": (lambda g: g.__delitem__("obs/agent/qpos"), "qpos"),
+    "NaN in actions": (lambda g: set_value(g, "actions", (3, 2), np.nan), "frame 3: action 2 is nan"),
+    "actions out of range": (lambda g: set_value(g, "actions", (3, 2), 7), "frame 3: action 2 is 7"),
+    "12 action dimensions": (lambda g: replace_dataset(g, "actions", g["actions"][:, :12]), r"\(9, 12\), expected \(9, 13\)"),
+    "float depth": (
+        lambda g: replace_dataset(g, "obs/sensor_data/fetch_hand/depth", np.ones((10, 128, 128, 1), np.float32)),
+        "expected integer millimetres",
+    ),
+    "NaN in a label": (lambda g: set_value(g, "labels/pos", (4, 0), np.nan), "frame 4: pos is"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_bad_demonstrations_are_refused_naming_file_trajectory_and_cause(fault, tmp_path):
+    change, message = BAD[fault]
+    source = broken(tmp_path, change)
+    with pytest.raises(DataError, match=message) as error:
+        source.read_episode(1)
+    assert "kitchen_counter.h5" in str(error.value) and "traj_1" in str(error.value)
+    assert len(source.read_episode(0)) == 12  # the others are still good
+
+
+def test_a_truncated_h5_is_refused_naming_the_file(tmp_path):
+    path = write_demos(tmp_path / "set_table/close/kitchen_counter")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DataError, match="kitchen_counter.h5, traj_0: cannot be opened"):
+        Demonstrations(tmp_path).read([0])
+
+
+def test_a_cut_sidecar_and_an_empty_folder_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="collect.py"):
+        Demonstrations(tmp_path)
+    path = write_demos(tmp_path / "set_table/close/kitchen_counter")
+    sidecar = path.with_suffix(".json")
+    sidecar.write_text(sidecar.read_text()[:-5])
+    with pytest.raises(DataError, match="not whole"):
+        Demonstrations(tmp_path)
+    sidecar.unlink()
+    with pytest.raises(DataError, match="no kitchen_counter.json beside it"):
+        Demonstrations(tmp_path)
+
+
+def test_files_that_disagree_on_the_action_schema_are_refused(tmp_path):
+    for name, schema in (("fridge", ["a"]), ("kitchen_counter", ["b"])):
+        sidecar = write_demos(tmp_path / f"set_table/close/{name}").with_suffix(".json")
+        sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"action_schema": schema}))
+    with pytest.raises(DataError, match="action_schema"):
+        Demonstrations(tmp_path)

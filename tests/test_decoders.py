@@ -1,0 +1,101 @@
+"""The decoders are Table 5's and the losses are Eqs. 2 and 3."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from config import DecoderConfig, model_config
+from decoders import DECODERS, grasp_loss, obj_loss, pos_loss, qpos_loss, seg_loss
+from model import masked_mean
+
+PAPER_OUTPUTS = {"pos": (3, 2), "grasp": (3,), "qpos": (3, 12), "obj": (3, 7), "seg": (3, 2, 128, 128)}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_maps_eight_latents_to_the_output_of_table_5(name):
+    decoder = DECODERS[name][0](model_config("paper")).eval()
+    assert decoder(torch.randn(3, 8, 896)).shape == PAPER_OUTPUTS[name]
+
+
+def test_the_widths_of_table_5_are_the_defaults():
+    cfg = DecoderConfig()
+    decoder = DECODERS["pos"][0](model_config("paper"))
+    linears = [m for m in decoder.modules() if isinstance(m, torch.nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in linears] == [(896, 512), (512, 256), (256, 128), (128, 2)]
+    assert (cfg.layers, cfg.heads, cfg.grid, cfg.channels[0]) == (2, 8, 8, 64)
+
+
+def test_pos_and_qpos_losses_are_mean_squared_errors():
+    assert pos_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])).item() == pytest.approx((1 + 4) / 2)
+    assert qpos_loss(torch.full((1, 12), 0.5), torch.zeros(1, 12)).item() == pytest.approx(0.25)
+
+
+def test_grasp_loss_is_binary_cross_entropy_of_the_logit():
+    expected = -math.log(1 / (1 + math.exp(-2)))
+    assert grasp_loss(torch.tensor([2.0]), torch.tensor([1.0])).item() == pytest.approx(expected, rel=1e-5)
+    assert grasp_loss(torch.tensor([-2.0]), torch.tensor([0.0])).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_seg_loss_averages_over_pixels_and_cameras():
+    logits, target = torch.zeros(1, 2, 128, 128), torch.zeros(1, 2, 128, 128)
+    assert seg_loss(logits, target).item() == pytest.approx(math.log(2), rel=1e-5)
+    target[:, 0] = 1
+    logits[:, 0], logits[:, 1] = 9, -9
+    assert seg_loss(logits, target).item() < 1e-3 < seg_loss(-logits, target).item()
+
+
+def test_object_loss_is_squared_distance_plus_one_minus_quaternion_alignment():
+    # 90 degrees about z: |q_hat . q| = cos 45 degrees
+    pred = torch.tensor([[1.0, 2.0, 3.0, 1.0, 0.0, 0.0, 0.0]])
+    target = torch.tensor([[0.0, 0.0, 3.0, math.sqrt(0.5), 0.0, 0.0, math.sqrt(0.5)]])
+    assert obj_loss(pred, target).item() == pytest.approx(1 + 4 + 1 - math.sqrt(0.5), rel=1e-5)
+
+
+def test_object_loss_ignores_the_sign_of_the_quaternion():
+    pred, target = torch.randn(4, 7), torch.randn(4, 7)
+    pred[:, 3:], target[:, 3:] = F.normalize(pred[:, 3:], dim=-1), F.normalize(target[:, 3:], dim=-1)
+    flipped = torch.cat([target[:, :3], -target[:, 3:]], dim=-1)
+    torch.testing.assert_close(obj_loss(pred, target), obj_loss(pred, flipped))
+
+
+def test_object_pose_decoder_gives_a_unit_quaternion():
+    decoder = DECODERS["obj"][0](model_config("tiny"))
+    norms = decoder(torch.randn(5, 8, 192) * 10)[:, 3:].norm(dim=-1)
+    torch.testing.assert_close(norms, torch.ones(5))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_descending_its_loss_brings_a_decoder_to_its_label(name):
+    torch.manual_seed(0)
+    decoder, loss_fn = DECODERS[name][0](model_config("tiny")), DECODERS[name][1]
+    latents = torch.randn(2, 8, 192)
+    target = torch.rand_like(decoder(latents)).round().detach()
+    if name == "seg":
+        target[0], target[0, :, 32:96] = 0, 1
+        target[1] = 1 - target[0]
+    if name == "obj":
+        target = torch.tensor([[0.3, -0.2, 0.5, 1, 0, 0, 0], [0.1, 0.2, 0.3, 0, 1, 0, 0]])
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=3e-3)
+    first = loss_fn(decoder(latents), target).mean().item()
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = loss_fn(decoder(latents), target).mean()
+        loss.backward()
+        optimizer.step()
+    pred = decoder(latents)
+    assert loss.item() < 0.5 * first
+    if name in ("grasp", "seg"):  # the label itself, not its opposite
+        assert ((pred > 0) == (target > 0.5)).float().mean() > 0.6
+    else:
+        assert (pred - target)[:, :2].abs().mean() < 0.15
+
+
+def test_masked_mean_averages_over_labelled_frames_and_keeps_its_graph_without_any():
+    values = torch.tensor([1.0, 5.0, float("nan")], requires_grad=True)
+    mean = masked_mean(values, torch.tensor([1, 1, 0]), torch.tensor(2.0))
+    assert mean.item() == 3
+    none = masked_mean(values, torch.zeros(3), torch.tensor(0.0))
+    none.backward()
+    assert none.item() == 0 and torch.equal(values.grad, torch.zeros(3))

@@ -1,0 +1,203 @@
+"""Evaluation: numbers, files that survive a kill, one result for any number of workers, the report."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from config import model_config
+from data import build_tokenizer
+from env import SubtaskEnv
+from eval import EvalConfig, append_episode, check_same_run, check_schema, main, read_episodes, table, wilson
+from model import AuxVLA
+from tasks import PAPER
+from tools.report import success_table, write_report
+
+HERE = Path(__file__).parent.parent
+EXPERT = ("--policy", "expert", "--stop-at-success", "--columns", "close_drawer", "open_drawer", "--episodes", "3")
+
+
+def start(*flags, out: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "eval.py", *flags, "--out", out], cwd=HERE, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def outcomes(out: Path) -> list[tuple]:
+    """What may not depend on the run: everything but the order and the time."""
+    episodes = read_episodes(out / "episodes.jsonl")
+    return sorted(tuple(value for key, value in episode.items() if key != "seconds") for episode in episodes)
+
+
+def wait_for_episodes(out: Path, count: int, process: subprocess.Popen):
+    path = out / "episodes.jsonl"
+    while not path.exists() or path.read_text().count("\n") < count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def workers_of(pid: int) -> list[int]:
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [child for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+@pytest.fixture(scope="module")
+def one_worker(assets, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("one_worker")
+    process = start(*EXPERT, out=out)
+    assert process.wait() == 0, process.communicate()
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(assets, tmp_path_factory) -> Path:
+    """A stage folder with a checkpoint of the tiny model, untrained, that knows the environment's robot."""
+    env = SubtaskEnv("set_table", "close", "kitchen_counter", obs_mode="state_dict")
+    stage, cfg = tmp_path_factory.mktemp("run") / "stage2", model_config("tiny")
+    torch.manual_seed(0)
+    model = AuxVLA(cfg)
+    manifest = {
+        "stage": 2,
+        "config": {"model": checkpoint.plain(cfg)},
+        "action_stats": {"low": [-1.0] * 13, "high": [1.0] * 13},
+        "action_schema": env.action_schema,
+        "qpos_names": env.qpos_names,
+    }
+    env.close()
+    tokenizer = build_tokenizer(cfg.llm).to_str()
+    checkpoint.save(stage, 1, model, torch.optim.Adam(model.parameters()), manifest, tokenizer, keep=1)
+    return stage
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(22, 30, 0.556, 0.858), (0, 30, 0.0, 0.114), (30, 30, 0.886, 1.0), (15, 30, 0.332, 0.668), (81, 263, 0.255, 0.366)],
+)
+def test_wilson_equals_published_values(successes, n, low, high):
+    assert wilson(successes, n) == pytest.approx((low, high), abs=1e-3)
+
+
+def test_the_table_is_counted_from_the_file_of_episodes(tmp_path):
+    path = tmp_path / "episodes.jsonl"
+    for seed, (once, end) in enumerate([(True, True), (True, False), (False, False)]):
+        append_episode(path, {"column": "open_fridge", "seed": seed, "success_once": once, "success_at_end": end})
+    row = PAPER["AuxVLA + action head"]
+    columns = table(read_episodes(path), row)
+    assert list(columns) == ["open_fridge"]
+    assert columns["open_fridge"] == pytest.approx(
+        {"n": 3, "success_once": 2 / 3, "success_at_end": 1 / 3, "low": 0.2077, "high": 0.9385, "paper": 0.76}, abs=1e-4
+    )
+    text = "\n".join(success_table({"ours": columns}, "AuxVLA + action head", row))
+    assert "2/3 = 0.67 [0.21, 0.94], at the end 0.33 | 0.76" in text
+    assert text.count("not run") == 5
+
+
+def test_an_episode_that_stopped_at_its_success_says_nothing_of_the_end(tmp_path):
+    path = tmp_path / "episodes.jsonl"
+    append_episode(path, {"column": "pick_all", "seed": 0, "success_once": True, "success_at_end": None})
+    columns = table(read_episodes(path), {})
+    assert columns["pick_all"]["success_at_end"] is None
+    assert "1/1 = 1.00 [0.21, 1.00], at the end not run" in "\n".join(success_table({"ours": columns}, "", {}))
+
+
+def test_a_torn_last_line_is_dropped_with_a_warning(tmp_path, capsys):
+    path = tmp_path / "episodes.jsonl"
+    append_episode(path, {"seed": 0})
+    path.write_text(path.read_text() + '{"seed": 1, "succ')
+    assert read_episodes(path) == [{"seed": 0}]
+    assert "torn" in capsys.readouterr().err
+    append_episode(path, {"seed": 1})
+    assert read_episodes(path) == [{"seed": 0}, {"seed": 1}]
+
+
+def test_episodes_of_another_evaluation_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="split = 'train', this run has 'val'"):
+        check_same_run(tmp_path / "e", [{"split": "train", "horizon": 200}], {"split": "val", "horizon": 200})
+
+
+def test_only_the_learned_policy_takes_a_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="needs one"):
+        EvalConfig(out=tmp_path)
+    with pytest.raises(ValueError, match="only set_table"):
+        EvalConfig(out=tmp_path, policy="random", task="tidy_house", columns=("open_fridge",))
+
+
+@pytest.mark.parametrize("victim", ["parent", "worker"])
+def test_a_kill_neither_loses_nor_repeats_an_episode(victim, one_worker, tmp_path):
+    """Also: two workers, killed and started again, give the records that one worker gives."""
+    process = start(*EXPERT, "--workers", "2", out=tmp_path)
+    wait_for_episodes(tmp_path, 2, process)
+    workers = workers_of(process.pid)
+    os.kill(process.pid if victim == "parent" else workers[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    if victim == "worker":
+        assert "died (exit code -9)" in errors and "Traceback" in errors
+    kept = outcomes(tmp_path)
+    assert 2 <= len(kept) < 6
+    again = start(*EXPERT, "--workers", "2", out=tmp_path)
+    assert again.wait() == 0, again.communicate()
+    assert outcomes(tmp_path) == outcomes(one_worker)
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+def test_the_random_policy_runs_through_the_same_code(assets, tmp_path):
+    main(EvalConfig(out=tmp_path, policy="random", columns=("open_drawer",), episodes=2, horizon=3, seed=5))
+    episodes = read_episodes(tmp_path / "episodes.jsonl")
+    assert [(e["seed"], e["length"], e["target"]) for e in episodes] == [(5, 3, "kitchen_counter"), (6, 3, "kitchen_counter")]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["columns"]["open_drawer"]["n"] == 2
+    assert results["manifest"]["seeds"] == [5, 6] and results["manifest"]["versions"]["mani_skill"]
+
+
+def test_a_checkpoint_drives_the_robot_and_is_filmed(trained, tmp_path):
+    main(EvalConfig(out=tmp_path, checkpoint=trained, columns=("close_drawer",), episodes=1, horizon=3, video=1))
+    (episode,) = read_episodes(tmp_path / "episodes.jsonl")
+    assert episode["checkpoint"] == checkpoint.sha256(trained / "step-00000001/manifest.json")
+    assert [path.name for path in (tmp_path / "videos").iterdir()] == ["close_drawer_0_fail.mp4"]
+
+
+def test_a_checkpoint_of_another_robot_is_refused_naming_the_slot(trained, tmp_path, capfd):
+    manifest_file = trained / "step-00000001/manifest.json"
+    manifest = json.loads(manifest_file.read_text())
+    env = SubtaskEnv("set_table", "close", "kitchen_counter", obs_mode="state_dict")
+    check_schema(env, manifest)
+    with pytest.raises(ValueError, match="qpos_names: 11 slots in the checkpoint, 12 here"):
+        check_schema(env, manifest | {"qpos_names": manifest["qpos_names"][1:]})
+    swapped = manifest["qpos_names"][1::-1] + manifest["qpos_names"][2:]
+    with pytest.raises(ValueError, match="qpos_names, slot 0"):
+        check_schema(env, manifest | {"qpos_names": swapped})
+    env.close()
+    wider = [slot | ({"high": 0.2} if i == 8 else {}) for i, slot in enumerate(manifest["action_schema"])]
+    manifest_file.write_text(json.dumps(manifest | {"action_schema": wider}))
+    with pytest.raises(RuntimeError, match="close_drawer, seed 0 died"):
+        main(EvalConfig(out=tmp_path, checkpoint=trained, columns=("close_drawer",), episodes=1))
+    assert "action_schema, slot 8: the checkpoint was trained on" in capfd.readouterr().err
+    manifest_file.write_text(json.dumps(manifest))
+
+
+def test_the_report_says_what_was_not_run_and_what_does_not_beat_the_trivial_predictor(tmp_path):
+    stage = tmp_path / "stage1"
+    stage.mkdir()
+    lines = [{"step": s, "stage": 1, "action": 1 / s, "pos": 2 / s, "lr": 1e-3} for s in (1, 2, 3)]
+    lines.append({"step": 3, "val_action": 0.5, "val_base_position_error": 3.0})
+    (stage / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "act')
+    metrics = {
+        "base_position_error": {"ours": 3.0, "trivial": 40.0, "unit": "cm", "higher_is_better": False, "n": 9},
+        "grasp_accuracy": {"ours": 0.5, "trivial": 0.9, "unit": "", "higher_is_better": True, "n": 9},
+    }
+    (stage / "validation.json").write_text(json.dumps({"metrics": metrics}))
+    text = write_report(tmp_path).read_text()
+    assert "| close_drawer | not run | not run | not run | 1.00" in text
+    assert "| stage1 | base_position_error | 3 cm | 40 cm | 9 | beats the trivial predictor |" in text
+    assert "| stage1 | grasp_accuracy | 0.5 | 0.9 | 9 | does not beat the trivial predictor |" in text
+    assert "## Videos\n\nnot run" in text and "![losses](curves.png)" in text
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "results.json").read_text())["validation"]["stage1"] == metrics

@@ -1,0 +1,91 @@
+"""The action expert: its time convention, its sampler, and what it may see."""
+
+import torch
+from test_model import CFG, make_batch
+
+from flow_head import draw_noise, time_embedding
+from model import AuxVLA
+
+
+def build():
+    torch.manual_seed(0)
+    model = AuxVLA(CFG, flow_head=True)
+    return model, model.train_stage(3)
+
+
+def test_ten_euler_steps_from_noise_land_on_the_chunk_it_was_trained_on():
+    model, params = build()
+    batch = make_batch(b=2)
+    optimizer = torch.optim.Adam(params, lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        prefix = model.vlm.encode(batch)
+    cache = [(k.repeat(16, 1, 1, 1), v.repeat(16, 1, 1, 1)) for k, v in prefix.cache]
+    mask, actions = prefix.mask.repeat(16, 1), batch["actions"].repeat(16, 1, 1)
+    for _ in range(250):
+        noise, t = draw_noise(32, 8, generator)
+        optimizer.zero_grad()
+        model.flow_head.loss(actions, noise, t, cache, mask).mean().backward()
+        optimizer.step()
+    sampled, _ = model.act(batch, torch.randn(2, 8, 13, generator=generator))
+    other_frame = (sampled - batch["actions"].flip(0)).abs().mean()
+    assert (sampled - batch["actions"]).abs().mean() < 0.15 < 0.4 < other_frame
+
+
+def test_noise_is_at_time_one_and_times_follow_pi0():
+    noise, t = draw_noise(200_000, 1, torch.Generator().manual_seed(0))
+    assert 0.001 <= t.min() and t.max() <= 1
+    assert abs(t.mean() - 0.6004) < 0.005 and abs((t > 0.5).float().mean() - 0.647) < 0.005
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+
+
+def test_the_loss_is_the_squared_distance_to_noise_minus_actions():
+    model, _ = build()
+    batch = make_batch()
+    prefix = model.vlm.encode(batch)
+    t = torch.tensor([0.25, 0.75])
+    x_t = t[:, None, None] * batch["noise"] + (1 - t[:, None, None]) * batch["actions"]
+    velocity = model.flow_head.velocity(x_t, t, prefix.cache, prefix.mask)
+    expected = (velocity - (batch["noise"] - batch["actions"])).square().mean(-1)
+    got = model.flow_head.loss(batch["actions"], batch["noise"], t, prefix.cache, prefix.mask)
+    torch.testing.assert_close(got, expected)
+
+
+def test_actions_behind_the_end_of_an_episode_are_not_trained_on():
+    model, _ = build()
+    batch = make_batch()
+    batch["action_mask"][0, 3:] = 0
+    gradients = []
+    for padding in (0.0, 0.9):
+        # The padded actions are noised and seen by the others, so their input is held fixed through the noise.
+        changed = dict(batch, actions=batch["actions"].clone(), noise=batch["noise"].clone(), t=torch.ones(2))
+        changed["actions"][0, 3:] = padding
+        model.zero_grad()
+        model(changed, 3)["flow"].backward()
+        gradients.append(model.flow_head.action_out.weight.grad.clone())
+    assert torch.equal(*gradients)
+
+
+def test_the_expert_reads_every_layer_of_the_prefix_and_no_padding():
+    model, _ = build()
+    batch = make_batch(b=1)
+    with torch.no_grad():
+        prefix = model.vlm.encode(batch)
+        x, t = torch.randn(1, 8, 13), torch.tensor([0.5])
+        reference = model.flow_head.velocity(x, t, prefix.cache, prefix.mask)
+        for layer in range(CFG.llm.depth):
+            cache = list(prefix.cache)
+            cache[layer] = tuple(-part for part in cache[layer])
+            assert (model.flow_head.velocity(x, t, cache, prefix.mask) - reference).abs().max() > 1e-6
+        hidden = prefix.mask.clone()
+        hidden[0, 3] = False
+        cache = [(k.clone(), v.clone()) for k, v in prefix.cache]
+        masked = model.flow_head.velocity(x, t, cache, hidden)
+        for k, v in cache:
+            k[:, :, 3], v[:, :, 3] = 5, 5
+        torch.testing.assert_close(model.flow_head.velocity(x, t, cache, hidden), masked)
+
+
+def test_time_embeddings_tell_times_apart():
+    embedding = time_embedding(torch.tensor([0.1, 0.2, 0.9]), 64)
+    assert embedding.shape == (3, 64) and (embedding[0] - embedding[1]).abs().max() > 0.1

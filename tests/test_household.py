@@ -1,0 +1,274 @@
+"""The generated apartment, the light robot, and the real MS-HAB environments on them."""
+
+import filecmp
+import json
+import os
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+
+import tasks
+
+REPOSITORY = Path(__file__).parents[1]
+REARRANGE = "data/scene_datasets/replica_cad_dataset/rearrange"
+SPLITS = ("train", "val")
+# (task, subtask, target, split) of the environments that are run: every column, every class, every task.
+ENVIRONMENTS = [
+    ("set_table", "pick", "013_apple", "train"),
+    ("set_table", "pick", "024_bowl", "val"),
+    ("set_table", "place", "all", "train"),
+    ("set_table", "open", "fridge", "val"),
+    ("set_table", "open", "kitchen_counter", "train"),
+    ("set_table", "close", "fridge", "train"),
+    ("set_table", "close", "kitchen_counter", "val"),
+    ("tidy_house", "pick", "all", "val"),
+    ("tidy_house", "place", "002_master_chef_can", "train"),
+    ("prepare_groceries", "pick", "all", "train"),
+    ("prepare_groceries", "place", "all", "val"),
+]
+
+RUN_ENVIRONMENTS = """
+import json, sys
+import numpy as np
+from env import SubtaskEnv
+
+STILL = np.array([0] * 7 + [-1] + [0] * 5)  # closes the gripper
+reports = []
+for task, subtask, target, split in json.loads(sys.argv[1]):
+    env = SubtaskEnv(task, subtask, target, split)
+    choices = [env.choose(seed) for seed in range(20)]
+    first = env.reset(0)
+    report = dict(
+        split=split, module=type(env.mshab).__module__, name=type(env.mshab).__name__, plans=len(env._plans),
+        repeatable=choices == [env.choose(seed) for seed in range(20)], starts=len(set(choices)),
+        mask=0, episodes=[], moved=[], grasped=[], success=[], robot=type(env.mshab.agent).urdf_path,
+        names=env.qpos_names, schema=[d["name"] for d in env.action_schema],
+    )
+    for seed in (3, 4, 0):
+        obs = env.reset(seed)
+        report["mask"] += int(env.target_masks(obs).sum())
+        report["episodes"].append(env.episode)
+        report["instruction"] = env.instruction
+    cameras = [obs["sensor_data"][c] for c in ("fetch_head", "fetch_hand")]
+    report["shapes"] = [list(c[k].shape) + [str(c[k].dtype)] for c in cameras for k in ("rgb", "depth", "segmentation")]
+    report["drawn"] = [float(c["rgb"].float().std()) for c in cameras]
+    report["same_start"] = all(
+        bool((first["sensor_data"][c][k] == obs["sensor_data"][c][k]).all())
+        for c in ("fetch_head", "fetch_hand") for k in ("rgb", "depth")
+    )
+    report["pos"] = env.pos.tolist()
+    for step in range(12):
+        obs, info = env.step(STILL)
+    report["elapsed"], report["success"] = info["elapsed"], info["success"]
+    report["grasped"] = bool(obs["extra"]["is_grasped"][0])
+    report["picture"] = list(env.third_person().shape)
+    reports.append(report)
+    env.close()
+json.dump(reports, open(sys.argv[2], "w"))
+"""
+
+MISSING = """
+import os
+from env import SubtaskEnv
+for folder in (os.environ["MS_ASSET_DIR"], None):
+    if folder is None:
+        del os.environ["MS_ASSET_DIR"]
+    try:
+        SubtaskEnv("set_table", "close", "fridge")
+    except FileNotFoundError as error:
+        print(error)
+"""
+
+GENERATE = """
+import sys
+from pathlib import Path
+from household.assets import main
+same, other = map(Path, sys.argv[1:])
+main(same)
+main(other, seed=1)
+main(same)
+try:
+    main(same, seed=1)
+except FileExistsError as error:
+    print(error)
+"""
+
+
+def run_script(script: str, *args: str, **environment: str) -> str:
+    """What a script prints that runs in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", script, *args],
+        cwd=REPOSITORY,
+        env=os.environ | environment,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def task_plans(assets: Path, split: str) -> list[dict]:
+    paths = (assets / REARRANGE / "task_plans").glob(f"*/*/{split}/*.json")
+    return [plan for path in paths for plan in json.loads(path.read_text())["plans"]]
+
+
+def start_poses(assets: Path, split: str) -> dict[str, dict]:
+    paths = (assets / REARRANGE / "spawn_data").glob(f"*/*/{split}/spawn_data.pt")
+    return {uid: spawn for path in paths for uid, spawn in torch.load(path).items()}
+
+
+@pytest.fixture(scope="module")
+def generated(assets, tmp_path_factory) -> tuple[Path, Path, str]:
+    folder = tmp_path_factory.mktemp("generated")
+    same, other = folder / "same", folder / "other"
+    return same, other, run_script(GENERATE, str(same), str(other))
+
+
+@pytest.fixture(scope="module")
+def reports(assets, tmp_path_factory) -> list[dict]:
+    """What came of running each of ENVIRONMENTS, in one process."""
+    path = tmp_path_factory.mktemp("reports") / "reports.json"
+    run_script(RUN_ENVIRONMENTS, json.dumps(ENVIRONMENTS), str(path), LP_NUM_THREADS="1")
+    return json.loads(path.read_text())
+
+
+def test_the_same_seed_writes_the_same_files(assets, generated):
+    same, _, _ = generated
+    assert files(same) == files(assets)
+    _, different, unreadable = filecmp.cmpfiles(assets, same, files(same), shallow=False)
+    assert not different and not unreadable
+
+
+def test_another_seed_writes_another_apartment(assets, generated):
+    _, other, _ = generated
+    assert files(other) == files(assets)
+    _, different, _ = filecmp.cmpfiles(assets, other, files(assets), shallow=False)
+    assert any("configs/scenes" in name for name in different)
+    assert any("task_plans" in name or "episode" in name for name in different)
+    assert any(name.endswith("fridge.urdf") for name in different)
+    assert not any("fetch_light" in name for name in different)
+
+
+def test_a_complete_folder_is_left_alone_and_another_seed_refused(generated):
+    same, _, printed = generated
+    assert "nothing to do" in printed
+    assert f"rm -r {same}" in printed
+
+
+def test_a_killed_run_leaves_no_asset_folder(tmp_path):
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "household.assets", "--out", str(out)]
+    process = subprocess.Popen(command, cwd=REPOSITORY)
+    while not list(tmp_path.rglob("*.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not out.exists()
+
+
+def test_val_has_scenes_positions_and_starts_that_train_lacks(assets):
+    scenes, episodes, starts = [], [], []
+    for split in SPLITS:
+        plans = task_plans(assets, split)
+        scenes.append({plan["build_config_name"] for plan in plans})
+        configs = [assets / REARRANGE / plan["init_config_name"] for plan in plans]
+        objects = [json.loads(path.read_text())["rigid_objs"] for path in configs]
+        episodes.append({json.dumps(pose) for rigid in objects for _, pose in rigid})
+        poses = start_poses(assets, split)
+        starts.append({tuple(p) for s in poses.values() for p in s["robot_pos"].tolist()})
+        assert {plan["subtasks"][0]["uid"] for plan in plans} == set(poses)
+    for train, val in (scenes, episodes, starts):
+        assert len(val) > 1 and not train & val
+
+
+def test_every_target_of_every_task_has_plans_and_64_starts_in_train(assets):
+    for split in SPLITS:
+        for task in tasks.TASKS:
+            for subtask in tasks.SUBTASKS:
+                folder = assets / REARRANGE / "task_plans" / task / subtask / split
+                names = tasks.targets(task, subtask)
+                every = ("all",) if names and subtask in ("pick", "place") else ()
+                assert {p.stem for p in folder.glob("*.json")} == {*names, *every}
+    assert all(len(spawn["robot_qpos"]) >= 64 for spawn in start_poses(assets, "train").values())
+
+
+def test_the_environments_are_the_real_mshab_classes(reports):
+    expected = {f"{s.capitalize()}SubtaskTrainEnv" for s in tasks.SUBTASKS}
+    assert {r["name"] for r in reports} == expected
+    assert {r["module"] for r in reports} == {f"mshab.envs.{s}" for s in tasks.SUBTASKS}
+
+
+def test_every_column_resets_steps_and_renders(reports):
+    assert len(reports) == len(ENVIRONMENTS)
+    camera = [[1, 128, 128, 3, "torch.uint8"], *[[1, 128, 128, 1, "torch.int16"]] * 2]
+    for report in reports:
+        assert report["shapes"] == camera * 2
+        assert min(report["drawn"]) > 5  # of 255: the pictures are not blank
+        assert report["elapsed"] == 12 and not report["success"]
+        assert report["picture"][2] == 3
+        assert len(report["names"]) == 12 and len(report["schema"]) == 13
+
+
+def test_masks_cover_the_target(reports):
+    for address, report in zip(ENVIRONMENTS, reports, strict=True):
+        # The arm hides the apple in the fridge until it moves.
+        if address[:3] != ("set_table", "pick", "013_apple"):
+            assert report["mask"] > 0, address
+
+
+def test_held_objects_stay_in_the_hand(reports):
+    held = [r["grasped"] for e, r in zip(ENVIRONMENTS, reports, strict=True) if e[1] == "place"]
+    assert len(held) == 3 and all(held)
+
+
+def test_a_seed_is_an_episode(reports, assets):
+    spawns = {split: start_poses(assets, split) for split in SPLITS}
+    for report in reports:
+        assert report["repeatable"] and report["same_start"]
+        assert report["starts"] > 15  # of 20 seeds
+        episode = report["episodes"][-1]
+        spawn = spawns[report["split"]][episode["subtask_uid"]]
+        assert report["pos"] == pytest.approx(spawn["robot_pos"][episode["spawn"], :2].tolist(), abs=1e-5)
+
+
+def test_every_scene_of_the_split_is_built(reports):
+    assert len({e["scene"] for r in reports for e in r["episodes"] if r["split"] == "train"}) == 3
+    assert len({e["scene"] for r in reports for e in r["episodes"] if r["split"] == "val"}) == 2
+
+
+def test_a_missing_asset_folder_is_named_with_the_command_that_mends_it(tmp_path):
+    empty, unset = run_script(MISSING, MS_ASSET_DIR=str(tmp_path)).splitlines()
+    assert str(tmp_path) in empty and "MS_ASSET_DIR is not set" in unset
+    for message in (empty, unset):
+        assert "python -m household.assets --out assets" in message
+        assert "mani_skill.utils.download_asset" in message
+
+
+def test_the_light_robot_has_the_joints_and_collisions_of_the_original(assets, reports):
+    light = assets / "data/robots/fetch_light/fetch.urdf"
+    assert {report["robot"] for report in reports} == {str(light)}
+    site = next(p for p in map(Path, sys.path) if (p / "mani_skill").is_dir())
+    original = site / "mani_skill/assets/robots/fetch/fetch.urdf"
+    trees = [ElementTree.parse(path).getroot() for path in (light, original)]
+    for tag in ("joint", "link/inertial"):
+        assert [ElementTree.tostring(e) for e in trees[0].findall(tag)] == [
+            ElementTree.tostring(e) for e in trees[1].findall(tag)
+        ]
+    for ours, theirs in zip(*[t.findall("link/collision") for t in trees], strict=True):
+        meshes = [e.find("geometry/mesh") for e in (ours, theirs)]
+        assert [e.find("origin").attrib for e in (ours,)] == [theirs.find("origin").attrib]
+        if meshes[1] is not None:
+            paths = [p.parent / m.get("filename") for p, m in zip((light, original), meshes, strict=True)]
+            assert filecmp.cmp(*paths, shallow=False)
+    assert all(
+        not Path(mesh.get("filename")).is_absolute() for mesh in trees[0].iter("mesh")
+    ), "the folder can be moved"

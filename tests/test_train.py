@@ -1,0 +1,174 @@
+"""Training as a user runs it: stages, resume, two processes, learning, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from files import write_demos
+from safetensors.torch import load_file
+
+import checkpoint
+from checkpoint import CheckpointError
+from data import pack
+from train import main, parse
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_demos(folder / "demos/set_table/close/kitchen_counter", lengths=(30, 30, 30, 8), has_object=False)
+    write_demos(folder / "demos/set_table/pick/013_apple", lengths=(30, 8), seed=1)
+    pack(str(folder / "demos"), str(folder / "pack"))
+    return folder / "pack"
+
+
+def flags(data, out, stage=1, steps=4, **others):
+    given = dict(preset="tiny", stage=stage, data=data, out=out, steps=steps, batch_size=8, micro_batch=8, device="cpu",
+                 log_every=1, val_frames=16) | others  # fmt: skip
+    return [part for key, value in given.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+
+
+def run(*args, **others):
+    main(parse(flags(*args, **others)))
+
+
+def weights(out, name="model"):
+    return load_file(checkpoint.newest(Path(out)) / f"{name}.safetensors")
+
+
+def log(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def stage1(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "stage1"
+    run(data, out)
+    return out
+
+
+def test_the_three_stages_follow_each_other_and_stage_3_keeps_the_vlm(data, stage1, tmp_path):
+    run(data, tmp_path / "stage2", stage=2, init_from=stage1)
+    run(data, tmp_path / "stage3", stage=3, init_from=tmp_path / "stage2")
+    two, three = weights(tmp_path / "stage2"), weights(tmp_path / "stage3")
+    assert all(torch.equal(three[key], value) for key, value in two.items())
+    assert any(key.startswith("flow_head.") for key in three.keys() - two.keys())
+    names = {"action", "pos", "grasp", "qpos", "obj", "seg"}
+    assert names <= log(tmp_path / "stage2")[0].keys() and "flow" in log(tmp_path / "stage3")[0]
+    assert {"samples_per_s", "data_wait", "lr", "grad_norm"} <= log(stage1)[0].keys()
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(data, stage1, tmp_path):
+    schedule = dict(stage=3, init_from=stage1, cooldown=0, warmup=0)
+    run(data, tmp_path / "straight", steps=6, **schedule)
+    run(data, tmp_path / "cut", steps=3, **schedule)
+    run(data, tmp_path / "cut", steps=6, **schedule)
+    for file in ("model", "optimizer"):
+        one, other = weights(tmp_path / "straight", file), weights(tmp_path / "cut", file)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    steps = [line["step"] for line in log(tmp_path / "cut") if "flow" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_processes_take_the_same_step_as_one(data, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *flags(data, tmp_path / "two", steps=2, stage=2)], cwd=ROOT, env=env, check=True, timeout=300)
+    run(data, tmp_path / "one", steps=2, stage=2)
+    for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two")):
+        for key in ("action", "pos", "grasp", "qpos", "obj", "seg", "grad_norm"):
+            if key in one:
+                assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-6), key
+    # Adam's first moment is the gradient times 1 - beta: equal gradients, not only equal losses.
+    one, two = weights(tmp_path / "one", "optimizer"), weights(tmp_path / "two", "optimizer")
+    assert one.keys() == two.keys()
+    for key in one:
+        if key.endswith("exp_avg"):
+            torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-6)
+
+
+def test_accumulated_micro_batches_take_the_same_step_as_one_batch(data, tmp_path):
+    # Without seg: BatchNorm takes its statistics per micro-batch (GAP-17).
+    decoders = ["--model.decoders", "pos", "grasp", "qpos", "obj"]
+    for size in (8, 2):
+        main(parse(flags(data, tmp_path / str(size), steps=1, stage=2, micro_batch=size) + decoders))
+    one, many = weights(tmp_path / "8", "optimizer"), weights(tmp_path / "2", "optimizer")
+    for key in one:
+        torch.testing.assert_close(many[key], one[key], rtol=1e-4, atol=1e-6)
+
+
+def test_training_learns_the_actions_and_the_labels_of_held_out_frames(data, tmp_path):
+    run(data, tmp_path / "run", steps=80, stage=2, batch_size=16, micro_batch=16, val_frames=64, lr=2e-3)
+    metrics = json.loads((tmp_path / "run/validation.json").read_text())["metrics"]
+    assert metrics["qpos_r2"]["ours"] > 0.5 > metrics["qpos_r2"]["trivial"]
+    assert metrics["action_token_accuracy"]["ours"] > metrics["action_token_accuracy"]["trivial"] + 0.1
+    assert metrics["mask_iou_hand"]["ours"] > 0.6
+    lines = [line for line in log(tmp_path / "run") if "action" in line]
+    assert lines[-1]["action"] < 0.6 * lines[0]["action"]
+
+
+# --- What it refuses, and what it survives ---
+
+
+def test_stage_3_without_a_trained_vlm_is_refused(data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(data, tmp_path, stage=3)
+    assert "--init-from" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_model_is_refused_naming_the_difference(data, stage1, tmp_path):
+    args = flags(data, tmp_path / "out", stage=2, init_from=stage1) + ["--model.llm.depth", "3"]
+    with pytest.raises(CheckpointError, match="model.llm.depth: 3 here, 4 there"):
+        main(parse(args))
+
+
+def test_a_changed_flag_does_not_resume_silently(data, stage1):
+    with pytest.raises(CheckpointError, match="lr: 0.5 here, 0.001 there"):
+        run(data, stage1, steps=5, lr=0.5)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(data, tmp_path, capsys):
+    run(data, tmp_path, steps=4, save_every=2)
+    newest = checkpoint.newest(tmp_path)
+    content = bytearray((newest / "model.safetensors").read_bytes())
+    content[-7] ^= 1
+    (newest / "model.safetensors").write_bytes(content)
+    assert checkpoint.newest(tmp_path).name == "step-00000002"
+    assert f"{newest.name}/model.safetensors" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_whole(stage1, monkeypatch):
+    import errno
+
+    before = checkpoint.newest(stage1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "fsync", full)  # the last call before the rename
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(CheckpointError, match="No space left on device.*earlier checkpoints .* are whole"):
+        checkpoint.save(stage1, 99, model, torch.optim.Adam(model.parameters()), {}, "{}", keep=2)
+    assert checkpoint.newest(stage1) == before and not list(stage1.glob(".*partial"))
+
+
+def test_a_checkpoint_drives_the_robot_with_nothing_but_itself(data, stage1):
+    from policy import Policy
+
+    policy = Policy.from_checkpoint(stage1, device="cpu")
+    picture = {"rgb": torch.zeros(2, 128, 128, 3, dtype=torch.uint8), "depth": torch.ones(2, 128, 128, 1, dtype=torch.int16)}
+    obs = {"sensor_data": {"fetch_head": picture, "fetch_hand": picture}}
+    action = policy.act(obs, "close the kitchen drawer")
+    assert action.shape == (2, 13) and abs(action).max() <= 1
+    assert policy.predictions["seg"].shape == (2, 2, 128, 128) and policy.predictions["pos"].shape == (2, 2)
+
+
+def test_too_few_frames_for_a_batch_are_refused(data, tmp_path):
+    with pytest.raises(ValueError, match="less than one batch of 512"):
+        run(data, tmp_path, batch_size=512)

@@ -1,0 +1,139 @@
+#!/usr/bin/env bash
+# What `make setup` does: a virtual environment with requirements.txt, and a renderer that draws.
+#
+#   PYTHON=python3.11 bash tools/setup.sh
+#
+# A second run finds the stamp of the first and ends at once. System packages are installed by root
+# alone, and only those that are missing; anybody else is shown the commands. A Vulkan driver that
+# works is left as it is.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+venv=.venv
+frame_seconds=60 # a software renderer compiles its shaders first: about 10 s on two busy cores
+
+say() { printf 'setup: %s\n' "$1"; }
+
+stop() { # a sentence, then the lines that mend it
+  printf '\nsetup: %s\n' "$1" >&2
+  shift
+  [ $# -eq 0 ] || printf '%s\n' "$@" | sed 's/^/    /' >&2
+  exit 1
+}
+
+# --- Python ---
+
+minor_version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
+
+find_python() {
+  local name names=(python3.11 python3)
+  [ -z "${PYTHON:-}" ] || names=("$PYTHON")
+  for name in "${names[@]}"; do
+    if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+      echo "$name"
+      return
+    fi
+  done
+  stop "${names[*]}: not a Python from 3.10 on. Install one, or say which it is:" \
+    "make setup PYTHON=/path/to/python3.11"
+}
+
+venv_commands() { printf '%s\n' "apt-get update" "apt-get install -y python$version-venv"; }
+
+make_venv() {
+  local have
+  have=$(minor_version "$venv/bin/python" || true)
+  if [ "$have" = "$version" ] && "$venv/bin/python" -m pip -V >/dev/null 2>&1; then
+    return # left by a run that was stopped later, or by older requirements
+  fi
+  if ! "$python" -c 'import ensurepip' 2>/dev/null; then # Debian ships it apart from Python
+    install_as_root "$python cannot make virtual environments" venv_commands
+  fi
+  say "making $venv with Python $version"
+  "$python" -m venv --clear "$venv"
+}
+
+install_requirements() {
+  local file='(Downloading|Using cached) (\S*\/)?(\w+)-\S+' size='(\(.*([0-9]{2}\.[0-9] MB|GB)\))'
+  say "installing requirements.txt into $venv, some minutes (downloads from 10 MB on are named)"
+  "$venv/bin/python" -u -m pip install --progress-bar off --no-warn-script-location \
+    --disable-pip-version-check -r requirements.txt |
+    sed -nuE "s/^ *$file $size\$/    \3 \4/p; s/^Installing collected .*/    unpacking/p"
+}
+
+# --- Renderer ---
+
+has_libraries() { "$venv/bin/python" -c 'import cv2, sapien' >/dev/null 2>&1; }
+
+library_commands() { # what OpenCV and SAPIEN load
+  echo "apt-get update"
+  echo "apt-get install -y libvulkan1 libegl1 libgl1 libglib2.0-0 libx11-6"
+}
+
+draws_a_frame() {
+  say "rendering one frame"
+  timeout -k 5 "$frame_seconds" "$venv/bin/python" tools/render_frame.py
+} 2>"$venv/render.log"
+
+renderer_commands() {
+  # SAPIEN asks lavapipe, Mesa's renderer for the CPU, for what Mesa has from 24.3 on. Debian 12 has
+  # 22.3 ("createDeviceUnique: ErrorFeatureNotPresent"), its backports 25.0, later releases enough.
+  local suite="" mirror targets source keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+  local fields='$(ORIGIN)|$(CODENAME)|$(REPO_URI)' # apt fills these in
+  if [ "$(. /etc/os-release && echo "$ID $VERSION_ID")" = "debian 12" ]; then
+    suite=bookworm-backports
+    targets=$(apt-get indextargets --format "$fields" 'Created-By: Packages')
+    if ! grep -qF "|$suite|" <<<"$targets"; then # add it, from where this machine has Debian 12
+      mirror=$(awk -F'|' '$1 == "Debian" && $2 == "bookworm" { print $3; exit }' <<<"$targets")
+      source="deb [signed-by=$keyring] ${mirror:-YOUR-DEBIAN-MIRROR} $suite main"
+      echo "echo '$source' > /etc/apt/sources.list.d/$suite.list"
+    fi
+  fi
+  echo "apt-get update"
+  echo "apt-get install -y ${suite:+-t $suite }mesa-vulkan-drivers"
+}
+
+find_renderer() {
+  has_libraries || install_as_root "OpenCV and SAPIEN lack system libraries" library_commands
+  draws_a_frame && return
+  install_as_root "no Vulkan renderer works here" renderer_commands
+  draws_a_frame || stop "still no frame with Mesa's renderer, which must be 24.3 or later:" \
+    "$(tail -n 3 "$venv/render.log")"
+}
+
+# --- System packages ---
+
+install_as_root() { # what is wrong, the function that prints the commands against it
+  if ! command -v apt-get >/dev/null; then
+    stop "$1, and there is no apt-get to install what is missing. On Debian it would be:" "$("$2")"
+  elif [ "$(id -u)" -ne 0 ]; then
+    stop "$1. As root, run this, then start again:" "$("$2")"
+  fi
+  say "$1; installing what is missing with apt-get"
+  quietly apt-get update # a fresh system does not know its own mirrors' releases yet
+  local commands
+  commands=$("$2")
+  printf '%s\n' "$commands" | sed 's/^/    /'
+  quietly env DEBIAN_FRONTEND=noninteractive bash -euc "$commands"
+}
+
+quietly() { # runs a command; what it printed is shown only if it failed
+  local output
+  output=$("$@" 2>&1 </dev/null) || stop "this failed: $*" "$output"
+}
+
+# --- Main ---
+
+python=$(find_python)
+version=$(minor_version "$python")
+stamp=$venv/setup-done
+key=$({ cat requirements.txt; echo "$version"; } | sha256sum)
+if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$key" ]; then
+  exit 0
+fi
+
+make_venv
+install_requirements
+find_renderer
+echo "$key" >"$stamp"
+say "done"

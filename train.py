@@ -1,0 +1,268 @@
+"""Train one stage of AuxVLA (paper Sec. 5): demonstrations -> a checkpoint.
+
+    torchrun --nproc_per_node=8 train.py --stage 1 --data DATA --out RUN/stage1
+    torchrun --nproc_per_node=8 train.py --stage 2 --init-from RUN/stage1 --data DATA --out RUN/stage2
+    torchrun --nproc_per_node=8 train.py --stage 3 --init-from RUN/stage2 --data DATA --out RUN/stage3
+    python train.py --preset tiny ...                     # one process, CPU or GPU; the same run
+
+The same command goes on where the last one stopped. --data is a folder of MS-HAB's files or, faster, a pack of them.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+import checkpoint
+from config import PRESETS, TrainConfig
+from data import ActionStats, Batcher, Frames, StepOrder, build_tokenizer, check_batch, loader, open_data, tokenize
+from flow_head import draw_noise
+from model import AuxVLA, label_counts
+from validation import validate
+
+# What a resumed run may change: none of these alters a step.
+MAY_CHANGE = {"data", "out", "init_from", "resume", "steps", "epochs", "device", "workers", "val_every", "val_frames"}
+MAY_CHANGE |= {"log_every", "save_every", "keep", "tracker"}
+
+
+def setup_distributed(device: str | None) -> tuple[int, int, torch.device]:
+    """Rank, number of ranks and device; under torchrun joins the group (NCCL on GPUs, gloo on CPUs)."""
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cuda":
+        torch.cuda.set_device(local_rank)  # before anything else allocates, or every rank opens a context on GPU 0
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device(kind)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+
+
+def learning_rate(step: int, num_steps: int, cfg: TrainConfig) -> float:
+    """Constant in the paper (Sec. 6.1); a preset may warm up, and cool down linearly over the last share of the steps."""
+    warm = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
+    cool = min(1.0, (num_steps - step) / (cfg.cooldown * num_steps)) if cfg.cooldown else 1.0
+    return cfg.lr * warm * cool
+
+
+def global_counts(batch: dict[str, Tensor], world: int) -> dict[str, Tensor]:
+    """Labels per rank, averaged over the ranks, so that DDP's mean of gradients is that of one mean over all labels."""
+    counts = label_counts(batch)
+    stacked = torch.stack([count.float() for count in counts.values()])
+    if world > 1:
+        dist.all_reduce(stacked)
+    return dict(zip(counts, stacked / world))
+
+
+def micro_batches(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    """Slices of a rank's batch; losses divide by the counts of the whole, so their sum is the whole batch's."""
+    counts = batch.pop("counts")
+    split = {key: value.split(size) for key, value in batch.items()}
+    return [{key: parts[i] for key, parts in split.items()} | {"counts": counts} for i in range(len(split["images"]))]
+
+
+def prepare(cfg: TrainConfig, is_main: bool) -> tuple[AuxVLA, dict, Path | None]:
+    """The model, the manifest it came with (action statistics, tokenizer) and the checkpoint to resume from, if any."""
+    torch.manual_seed(cfg.seed)  # the same weights on every rank
+    model = AuxVLA(cfg.model, flow_head=cfg.stage == 3)
+    resumed = checkpoint.newest(Path(cfg.out))
+    if resumed and cfg.resume == "never":
+        raise FileExistsError(f"{cfg.out}: holds {resumed.name}; choose another --out, or drop --resume never to go on")
+    source = resumed or (checkpoint.resolve(cfg.init_from) if cfg.init_from else None)
+    if source is None:
+        return model, {}, None
+    manifest = checkpoint.read_manifest(source)
+    ours, theirs = checkpoint.plain(cfg), manifest["config"]
+    ignored = MAY_CHANGE if resumed else set(ours) - {"model"}
+    different = checkpoint.differences(*({k: v for k, v in c.items() if k not in ignored} for c in (ours, theirs)))
+    if different:
+        raise checkpoint.CheckpointError(
+            f"{source} was made with another configuration ({'; '.join(different)}). Give the same flags, or another --out."
+        )
+    checkpoint.load_weights(model, source, new=() if resumed else ("decoders.", "flow_head."))
+    if is_main:
+        print(f"{'resumed' if resumed else 'initialised'} from {source}")
+    return model, manifest | {"folder": str(source)}, resumed
+
+
+def main(cfg: TrainConfig) -> None:
+    rank, world, device = setup_distributed(cfg.device)
+    is_main, out = rank == 0, Path(cfg.out)
+    if cfg.batch_size % world:
+        raise ValueError(f"--batch-size {cfg.batch_size} must be a multiple of the {world} processes")
+    model, origin, resumed = prepare(cfg, is_main)
+    model.to(device)
+    params = model.train_stage(cfg.stage)  # before DDP, which registers what requires a gradient
+    optimizer = torch.optim.Adam(params, lr=cfg.lr, betas=cfg.betas)  # Sec. 6.1
+    if resumed:
+        checkpoint.load_optimizer(model, optimizer, resumed)
+    step = origin["step"] if resumed else 0
+
+    data = open_data(cfg.data)
+    frames, held_out = (Frames(data, cfg.val_episodes, train=train) for train in (True, False))
+    if len(frames) < cfg.batch_size:
+        raise ValueError(f"{cfg.data}: {len(frames)} training frames are less than one batch of {cfg.batch_size}")
+    # Later stages keep the first one's units: its weights were trained in them.
+    stats = ActionStats(**{k: tuple(v) for k, v in origin["action_stats"].items()}) if origin else frames.stats()
+    saved = Path(origin["folder"]) / "tokenizer.json" if origin else None
+    tokenizer = Tokenizer.from_file(str(saved)) if saved else build_tokenizer(cfg.model.llm)
+    batcher = Batcher(cfg.model, stats, tokenize(data.instructions, tokenizer, cfg.model.llm))
+    manifest = describe(cfg, data, stats)
+    num_steps = cfg.steps or cfg.epochs[cfg.stage - 1] * (len(frames) // cfg.batch_size)
+    order = StepOrder(len(frames), cfg.batch_size, cfg.seed, step, num_steps, rank, world)
+    log = Log(cfg, step, num_steps, is_main, len(frames), len(held_out), sum(p.numel() for p in params))
+    ddp = DDP(model) if world > 1 else model
+
+    for raw in loader(frames, order, cfg.workers):
+        log.data_arrived()
+        batch = batcher(raw, device)
+        if step == order.first:
+            check_batch(batch, cfg.model)
+        batch["counts"] = global_counts(batch, world)
+        # Noise is drawn for the global batch and shared out, so a step does not depend on the number of processes.
+        generator = torch.Generator().manual_seed(cfg.seed * 2**32 + step)
+        noise, t = draw_noise(cfg.batch_size, cfg.model.flow.action_horizon, generator)
+        batch |= {"noise": noise[rank::world].to(device), "t": t[rank::world].to(device)}
+        lr = learning_rate(step, num_steps, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        micros = micro_batches(batch, cfg.micro_batch)
+        for i, micro in enumerate(micros):
+            if world > 1:  # all-reduce once per step, not per micro-batch
+                ddp.require_backward_grad_sync = i == len(micros) - 1
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                losses = ddp(micro, cfg.stage)  # never the bare model: it would skip the all-reduce
+            # Eq. 4, plus the action loss (Sec. 4.3)
+            sum(getattr(cfg.weights, name) * loss for name, loss in losses.items()).backward()
+            log.add(losses)
+        grad_norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        last = step == num_steps
+        log.step_done()
+        if step % cfg.log_every == 0 or last:
+            log.write(step, lr, grad_norm, world)
+        if is_main and len(held_out) and (step % cfg.val_every == 0 or last):
+            log.write_validation(step, *validate(model, held_out, batcher, cfg, device))
+        if is_main and (step % cfg.save_every == 0 or last):
+            checkpoint.save(out, step, model, optimizer, manifest, tokenizer.to_str(), cfg.keep)
+    if is_main:
+        print(f"stage {cfg.stage}: {step} steps done, checkpoint {checkpoint.newest(out)}")
+    if world > 1:
+        dist.barrier()  # rank 0 may still be saving
+        dist.destroy_process_group()
+
+
+def describe(cfg: TrainConfig, data, stats: ActionStats) -> dict:
+    """What a checkpoint says of itself, beside its step and its files' hashes."""
+    return {
+        "stage": cfg.stage,
+        "config": checkpoint.plain(cfg),
+        "action_stats": {"low": stats.low, "high": stats.high},
+        "action_schema": data.action_schema,
+        "qpos_names": data.qpos_names,
+        "instructions": data.instructions,
+        "torch": torch.__version__,
+    }
+
+
+class Log:
+    """log.jsonl, one object per line; a progress line; validation.json. Every rank counts, rank 0 writes."""
+
+    def __init__(self, cfg: TrainConfig, step: int, num_steps: int, is_main: bool, frames: int, held_out: int, params: int):
+        self.cfg, self.num_steps, self.is_main, self.out = cfg, num_steps, is_main, Path(cfg.out)
+        self.sums: dict[str, Tensor] = {}
+        self.steps = 0
+        self.waited, self.mark, self.since = 0.0, time.perf_counter(), time.perf_counter()
+        if not is_main:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "config.json").write_text(json.dumps(checkpoint.plain(cfg), indent=1))
+        path = self.out / "log.jsonl"
+        old = path.read_text().splitlines() if path.is_file() else []
+        # Lines behind the checkpoint that we resume from will be written again.
+        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self.file = open(path, "a", buffering=1)
+        self.bar = tqdm(total=num_steps, initial=step, desc=f"stage {cfg.stage}", disable=not sys.stderr.isatty())
+        print(f"stage {cfg.stage}: {frames:,} frames, {held_out:,} held out, {params / 1e6:.1f}M trained parameters, "
+              f"{num_steps} steps of {cfg.batch_size}")  # fmt: skip
+        self.tracker = open_tracker(cfg) if cfg.tracker else None
+
+    def data_arrived(self) -> None:
+        self.waited += time.perf_counter() - self.mark
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        for name, loss in losses.items():  # a micro-batch's loss is its share of the batch's mean
+            self.sums[name] = self.sums.get(name, 0.0) + loss.detach()
+
+    def step_done(self) -> None:
+        self.steps += 1
+        self.mark = time.perf_counter()
+
+    def write(self, step: int, lr: float, grad_norm: Tensor, world: int) -> None:
+        """Means since the last line; collective, since each rank holds its share of every loss."""
+        names, values = list(self.sums), torch.stack(list(self.sums.values())) / self.steps
+        if world > 1:
+            dist.all_reduce(values)
+            values /= world
+        seconds = time.perf_counter() - self.since
+        line = {"step": step, "stage": self.cfg.stage} | dict(zip(names, values.tolist()))
+        line |= {"samples_per_s": self.steps * self.cfg.batch_size / seconds, "data_wait": self.waited / seconds}
+        line |= {"lr": lr, "grad_norm": float(grad_norm), "eta_s": (self.num_steps - step) * seconds / self.steps}
+        self.sums, self.steps, self.waited, self.since = {}, 0, 0.0, time.perf_counter()
+        if self.is_main:
+            self.emit(step, line)
+            shown = {k: f"{v:.4g}" for k, v in line.items() if k not in ("step", "stage", "lr", "grad_norm")}
+            self.bar.update(step - self.bar.n)
+            tqdm.write(f"{step:>7}/{self.num_steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+
+    def write_validation(self, step: int, losses: dict, metrics: dict) -> None:
+        flat = {f"val_{name}": value for name, value in losses.items()}
+        self.emit(step, {"step": step, "stage": self.cfg.stage} | flat | {f"val_{k}": m["ours"] for k, m in metrics.items()})
+        (self.out / "validation.json").write_text(json.dumps({"step": step, "losses": losses, "metrics": metrics}, indent=1))
+        tqdm.write(f"{step:>7} held out: " + "  ".join(f"{k} {m['ours']:.3g} ({m['trivial']:.3g})" for k, m in metrics.items()))
+        self.since = self.mark = time.perf_counter()
+
+    def emit(self, step: int, line: dict) -> None:
+        self.file.write(json.dumps(line) + "\n")
+        if self.tracker:
+            self.tracker(step, line)
+
+
+def open_tracker(cfg: TrainConfig):
+    """A function (step, values) that sends a log line to tensorboard or wandb; both are optional installs."""
+    if cfg.tracker == "wandb":
+        import wandb
+
+        run = wandb.init(project="auxvla", config=checkpoint.plain(cfg), dir=cfg.out)
+        return lambda step, line: run.log(line, step=step)
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(cfg.out)
+    return lambda step, line: [writer.add_scalar(name, value, step) for name, value in line.items()]
+
+
+def parse(args: list[str] | None = None) -> TrainConfig:
+    """The command line over the defaults of its --preset."""
+    args = sys.argv[1:] if args is None else args
+    given = [b for a, b in zip(args, args[1:]) if a == "--preset"] + [a[9:] for a in args if a.startswith("--preset=")]
+    name = given[-1] if given and given[-1] in PRESETS else "paper"
+    base = TrainConfig(data="", out="")
+    default = replace(base, preset=name, data=tyro.MISSING, out=tyro.MISSING, **PRESETS[name])
+    return tyro.cli(TrainConfig, default=default, args=args, description=__doc__)
+
+
+if __name__ == "__main__":
+    main(parse())
