@@ -5,9 +5,9 @@
 #   make test    the fast tests
 #   make clean   remove both runs and the apartments
 #
-# Each is enough alone: it first makes .venv and finds a renderer (tools/setup.sh; PYTHON=... says which
-# Python). A run that was stopped goes on where it was, and a step that is finished is not repeated:
-# after a change of numbers, `make clean` first.
+# Each is enough alone: it first makes .venv and finds a renderer (tools/setup.sh; PYTHON=... says
+# which Python). A run that was stopped goes on where it was, and a step that is finished is not
+# repeated: after a change of numbers, `make clean` first.
 
 PYTHON ?=
 # Simulators at once: one per core.
@@ -53,7 +53,7 @@ STEPS1 = 250
 STEPS2 = 550
 STEPS3 = 300
 # Evaluation episodes: of stage 2 closing the drawer and of each other column, of stage 3 (the flow
-# head acts), and of the bounds. To stop at a success is faster; success at the end is then not known.
+# head acts), of the bounds. Stopping at a success is faster; success at the end is then not known.
 TRIALS = 20
 TRIALS_OTHERS = 4
 TRIALS_FLOW = 8

@@ -40,7 +40,7 @@ COLUMNS = {
     "open_drawer": Column("open", "kitchen_counter"),
     "close_fridge": Column("close", "fridge"),
     "close_drawer": Column("close", "kitchen_counter"),
-    # The tables' header reads "All Obj." over one figure: every object. These two ask for one object alone.
+    # GAP-22 (Tables 1, 2, 4): the header reads "All Obj." over one figure; read as all objects. These two ask for one.
     "pick_obj": Column("pick", "obj"),
     "place_obj": Column("place", "obj"),
 }

@@ -20,7 +20,7 @@ DRAWER_SIZE = (0.50, 0.20, 0.70)  # depth, height, width
 DRAWER_Y, DRAWER_Z = 0.74, 0.39  # height of the drawers' middle, offset to either side
 DRAWER_RANGE = 0.35
 DRAWER_FLOOR = DRAWER_Y - DRAWER_SIZE[1] / 2 + 0.03  # the surface on which the bowl stands
-DRAWER_HANDLE_X, DRAWER_HANDLE_LENGTH = 0.07, 0.26
+DRAWER_HANDLE_X, DRAWER_HANDLE_LENGTH = 0.10, 0.26
 
 FRIDGE_SIZE = (0.6, 1.70, 0.56)  # depth, height, width; the front is at x = 0
 DOOR_THICKNESS, DOOR_WIDTH = 0.05, 0.54
@@ -28,8 +28,25 @@ DOOR_BOTTOM, DOOR_HINGE_Z = 0.72, -0.275
 DOOR_RANGE = 1.25  # rad: MS-HAB asks for 75 % of it, which a robot in front of the fridge reaches in one pull
 DOOR_HANDLE_X, DOOR_HANDLE_Z, DOOR_HANDLE_LENGTH = 0.125, 0.47, 0.40
 SHELF_TOP = 1.06
-STAND_TOP = SHELF_TOP + 0.06  # the apple stands clear of the shelf, which leaves room for a horizontal gripper
+STAND_TOP = (
+    SHELF_TOP + 0.06
+)  # the apple stands clear of the shelf, which leaves room for a horizontal gripper
 STAND_X, STAND_Z = -0.12, 0.06
+
+# Half sizes (radius, radius, half height for round things), colour, density. Fetch's fingers open to 10 cm and close
+# along y; they reach 3 cm to either side of the tcp, where the palm begins.
+OBJECTS = {
+    "013_apple": ("ball", (0.036, 0.036, 0.036), (210, 30, 30), 400),
+    "024_bowl": ("can", (0.040, 0.040, 0.030), (200, 60, 140), 400),
+    "002_master_chef_can": ("can", (0.040, 0.040, 0.042), (40, 70, 170), 400),
+    "003_cracker_box": ("box", (0.070, 0.025, 0.042), (220, 60, 30), 300),
+    "004_sugar_box": ("box", (0.045, 0.020, 0.042), (235, 205, 40), 400),
+    "005_tomato_soup_can": ("can", (0.033, 0.033, 0.042), (200, 40, 60), 500),
+    "007_tuna_fish_can": ("can", (0.040, 0.040, 0.025), (60, 120, 190), 500),
+    "008_pudding_box": ("box", (0.055, 0.022, 0.038), (150, 85, 40), 400),
+    "009_gelatin_box": ("box", (0.045, 0.020, 0.034), (215, 70, 100), 400),
+    "010_potted_meat_can": ("box", (0.050, 0.025, 0.040), (50, 70, 200), 500),
+}
 
 WOOD, WORKTOP, WHITE, GREY = (165, 140, 110), (80, 80, 85), (225, 225, 230), (90, 90, 95)
 HANDLE = (0, 170, 60)  # the only strong green: a small network finds handles by it
@@ -137,7 +154,10 @@ def fridge(rng: np.random.Generator, tint) -> Furniture:
     body = Link(
         "body",
         [
-            *[Box((depth, 0.03, width), (back, y, 0), white) for y in (0.015, 0.70, height - 0.015)],
+            *[
+                Box((depth, 0.03, width), (back, y, 0), white)
+                for y in (0.015, 0.70, height - 0.015)
+            ],
             Box((0.03, height, width), (0.015 - depth, height / 2, 0), white),
             *[Box((depth, height, 0.03), (back, height / 2, z), white) for z in (-wall_z, wall_z)],
             Box((depth - 0.1, 0.02, width - 0.06), (back - 0.05, SHELF_TOP - 0.01, 0), tint(GREY)),
@@ -259,7 +279,9 @@ def write_urdf(path: Path, furniture: Furniture) -> None:
                 f'<geometry><box size="{numbers(box.size)}"/></geometry>'
             )
             rgba = numbers([*(np.array(box.color) / 255), 1])
-            material = f'<material name="c{rgba.replace(" ", "_")}"><color rgba="{rgba}"/></material>'
+            material = (
+                f'<material name="c{rgba.replace(" ", "_")}"><color rgba="{rgba}"/></material>'
+            )
             text += f"  <visual>{shape}{material}</visual>\n  <collision>{shape}</collision>\n"
         text += "</link>\n"
     for i, link in enumerate(furniture.links[1:]):
@@ -289,3 +311,16 @@ def write_ycb_model(folder: Path, mesh: trimesh.Trimesh, color, density: float) 
     write_text(folder / "textured.obj", f"mtllib textured.mtl\no o\n{vertices}usemtl m\n{faces}")
     low, high = mesh.bounds.tolist()
     return dict(bbox=dict(min=low, max=high), density=density, scales=[1.0])
+
+
+def write_objects(folder: Path, tint) -> None:
+    infos = {}
+    for name, (shape, half, color, density) in OBJECTS.items():
+        if shape == "ball":
+            mesh = trimesh.creation.icosphere(subdivisions=2, radius=half[0])
+        elif shape == "can":
+            mesh = trimesh.creation.cylinder(radius=half[0], height=2 * half[2], sections=24)
+        else:
+            mesh = trimesh.creation.box(np.multiply(half, 2))
+        infos[name] = write_ycb_model(folder / "models" / name, mesh, tint(color), density)
+    write_json(folder / "info_pick_v0.json", infos)

@@ -44,23 +44,22 @@ for task, subtask, target, split in json.loads(sys.argv[1]):
     choices = [env.choose(seed) for seed in range(20)]
     first = env.reset(0)
     report = dict(
-        split=split, module=type(env.mshab).__module__, name=type(env.mshab).__name__, plans=len(env._plans),
+        split=split, module=type(env.mshab).__module__, name=type(env.mshab).__name__,
         repeatable=choices == [env.choose(seed) for seed in range(20)], starts=len(set(choices)),
-        mask=0, episodes=[], moved=[], grasped=[], success=[], robot=type(env.mshab.agent).urdf_path,
+        robot=type(env.mshab.agent).urdf_path, mask=0, episodes=[],
         names=env.qpos_names, schema=[d["name"] for d in env.action_schema],
     )
     for seed in (3, 4, 0):
         obs = env.reset(seed)
         report["mask"] += int(env.target_masks(obs).sum())
-        report["episodes"].append(env.episode)
-        report["instruction"] = env.instruction
-    cameras = [obs["sensor_data"][c] for c in ("fetch_head", "fetch_hand")]
-    report["shapes"] = [list(c[k].shape) + [str(c[k].dtype)] for c in cameras for k in ("rgb", "depth", "segmentation")]
-    report["drawn"] = [float(c["rgb"].float().std()) for c in cameras]
-    report["same_start"] = all(
-        bool((first["sensor_data"][c][k] == obs["sensor_data"][c][k]).all())
-        for c in ("fetch_head", "fetch_hand") for k in ("rgb", "depth")
-    )
+        report["episodes"].append(env.episode | dict(instruction=env.instruction, target=env.target))
+    head, hand = (obs["sensor_data"][camera] for camera in ("fetch_head", "fetch_hand"))
+    report["shapes"] = [
+        [*camera[kind].shape, str(camera[kind].dtype)]
+        for camera in (head, hand) for kind in ("rgb", "depth", "segmentation")
+    ]
+    report["drawn"] = [float(camera["rgb"].float().std()) for camera in (head, hand)]
+    report["same_start"] = bool((first["sensor_data"]["fetch_hand"]["rgb"] == hand["rgb"]).all())
     report["pos"] = env.pos.tolist()
     for step in range(12):
         obs, info = env.step(STILL)
@@ -237,7 +236,9 @@ def test_a_seed_is_an_episode(reports, assets):
         assert report["starts"] > 15  # of 20 seeds
         episode = report["episodes"][-1]
         spawn = spawns[report["split"]][episode["subtask_uid"]]
-        assert report["pos"] == pytest.approx(spawn["robot_pos"][episode["spawn"], :2].tolist(), abs=1e-5)
+        start = spawn["robot_pos"][episode["spawn"], :2].tolist()
+        assert report["pos"] == pytest.approx(start, abs=1e-5)
+        assert episode["instruction"] == tasks.instruction(episode["subtask"], episode["target"])
 
 
 def test_every_scene_of_the_split_is_built(reports):
@@ -263,12 +264,13 @@ def test_the_light_robot_has_the_joints_and_collisions_of_the_original(assets, r
         assert [ElementTree.tostring(e) for e in trees[0].findall(tag)] == [
             ElementTree.tostring(e) for e in trees[1].findall(tag)
         ]
-    for ours, theirs in zip(*[t.findall("link/collision") for t in trees], strict=True):
-        meshes = [e.find("geometry/mesh") for e in (ours, theirs)]
-        assert [e.find("origin").attrib for e in (ours,)] == [theirs.find("origin").attrib]
-        if meshes[1] is not None:
-            paths = [p.parent / m.get("filename") for p, m in zip((light, original), meshes, strict=True)]
-            assert filecmp.cmp(*paths, shallow=False)
-    assert all(
-        not Path(mesh.get("filename")).is_absolute() for mesh in trees[0].iter("mesh")
-    ), "the folder can be moved"
+    for ours, theirs in zip(*[tree.findall("link/collision") for tree in trees], strict=True):
+        assert ours.find("origin").attrib == theirs.find("origin").attrib
+        our_mesh, their_mesh = (e.find("geometry/mesh") for e in (ours, theirs))
+        if their_mesh is not None:
+            our_path = light.parent / our_mesh.get("filename")
+            assert filecmp.cmp(
+                our_path, original.parent / their_mesh.get("filename"), shallow=False
+            )
+    # So that the folder can be moved.
+    assert not any(Path(mesh.get("filename")).is_absolute() for mesh in trees[0].iter("mesh"))

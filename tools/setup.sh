@@ -85,7 +85,11 @@ renderer_commands() {
     targets=$(apt-get indextargets --format "$fields" 'Created-By: Packages')
     if ! grep -qF "|$suite|" <<<"$targets"; then # add it, from where this machine has Debian 12
       mirror=$(awk -F'|' '$1 == "Debian" && $2 == "bookworm" { print $3; exit }' <<<"$targets")
-      source="deb [signed-by=$keyring] ${mirror:-YOUR-DEBIAN-MIRROR} $suite main"
+      if [ -z "$mirror" ]; then
+        echo "apt-get update" # it never ran here; knowing its result, the next start says the rest
+        return
+      fi
+      source="deb [signed-by=$keyring] $mirror $suite main"
       echo "echo '$source' > /etc/apt/sources.list.d/$suite.list"
     fi
   fi

@@ -1,0 +1,47 @@
+"""The README stays true: its commands parse, its files exist, its GAP rows are those of the code."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```\n(.*?)```", README, re.S)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if re.match(r"(python|torchrun) ", line)]
+SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("household/*.py"), *ROOT.glob("tools/*.py")]
+
+
+def test_every_gap_in_the_code_has_a_row_in_the_readme():
+    in_code = {gap for path in SOURCES for gap in re.findall(r"GAP-\d+", path.read_text())}
+    rows = re.findall(r"^\| (GAP-\d+) \|", README, re.M)
+    assert set(rows) == in_code and len(rows) == len(set(rows))
+
+
+def test_every_file_of_the_table_exists_and_every_top_level_file_is_in_it():
+    named = {name for name in re.findall(r"`([\w/]+\.py|\w+/)`", README.split("## Quick start")[0])}
+    assert all((ROOT / name).exists() for name in named)
+    assert {path.name for path in ROOT.glob("*.py")} <= named
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_of_a_command_is_one_that_the_program_has(command):
+    words = shlex.split(command)
+    script = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "-m")
+    program = words[script : script + 2] if words[script] == "-m" else words[script : script + 1]
+    rest = words[script + len(program) :]
+    verb = rest[:1] if program == ["data.py"] else []
+    help_text = subprocess.run(
+        [sys.executable, *program, *verb, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for flag in (word for word in rest if word.startswith("--")):
+        assert re.search(rf"{flag}\b", help_text), f"{flag} is not a flag of {program}"
+
+
+def test_make_has_the_targets_that_the_readme_names():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.M):
+        assert re.search(rf"^{target}:", makefile, re.M)
