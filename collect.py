@@ -145,7 +145,6 @@ def header(env: SubtaskEnv) -> dict:
     return {
         "env_info": {"env_id": spec.id, "env_kwargs": kwargs, "max_episode_steps": HORIZON},
         "commit_info": None,  # MS-HAB's value for a ManiSkill that is not a git checkout
-        "source_type": "motionplanning",  # ManiSkill's word for a scripted source
         "action_schema": env.action_schema,
         "qpos_names": env.qpos_names,
     }

@@ -1,11 +1,11 @@
-"""MS-HAB's subtasks as episodes addressed by a seed: the real, unpatched ManiSkill-HAB classes, one environment per process.
+"""MS-HAB's subtasks as episodes addressed by a seed: the real, unpatched ManiSkill-HAB classes.
 
     env = SubtaskEnv("set_table", "close", "kitchen_counter", split="val")
     obs = env.reset(seed=7)                  # MS-HAB's own dict, torch, batch of 1
     obs, info = env.step(action)             # action [13] in [-1, 1]
 
-The apartment is whatever lies in MS_ASSET_DIR: the one `household/assets.py` generates, or the real ReplicaCAD.
-MS_ASSET_DIR is read when mani_skill is imported, so it must be set before this file is.
+The apartment is whatever lies in MS_ASSET_DIR: the one `household/assets.py` generates, or the real
+ReplicaCAD. MS_ASSET_DIR is read when mani_skill is imported, so it must be set before this file is.
 """
 
 import os
@@ -30,15 +30,16 @@ LIGHT_FETCH_URDF = ASSET_DIR / "robots/fetch_light/fetch.urdf"  # written by hou
 CAMERAS = ("fetch_head", "fetch_hand")
 ACTION_DIM = 13
 BASE_JOINTS = 3  # MS-HAB's qpos leaves out the virtual joints of the base (sequential_task.py)
-# The video camera, in the frame of the robot at reset: behind its left shoulder, looking ahead of it; metres.
+# The video camera, in the robot's frame at reset, metres: behind its left shoulder, looking ahead.
 VIDEO_EYE, VIDEO_LOOK_AT, VIDEO_SIZE = (-0.9, 1.3, 2.1), (0.8, -0.1, 0.8), 384
 
 
 class SubtaskEnv:
     """One subtask of one task, every scene of a split.
 
-    `target` is an object, an articulation or "all", as MS-HAB names its task plans. With `obs_mode="state_dict"`
-    there are no images. `mshab` is the unwrapped MS-HAB environment, `episode` says what was reset to.
+    `target` is an object, an articulation or "all", as MS-HAB names its task plans. With
+    `obs_mode="state_dict"` there are no images. `mshab` is the unwrapped MS-HAB environment,
+    `episode` says what was reset to.
 
     Raises FileNotFoundError when MS_ASSET_DIR is not set or lacks the files.
     """
@@ -65,8 +66,8 @@ class SubtaskEnv:
         }
         light = LIGHT_FETCH_URDF.is_file() and not real_meshes
         Fetch.urdf_path = str(LIGHT_FETCH_URDF) if light else REAL_FETCH_URDF
-        # MS-HAB's own arguments (mshab/envs/make.py). The wrappers of gym.make are left out: it has no use here
-        # for a time limit (the horizon is the caller's) or for make_env's wrapper, which drops the colours.
+        # MS-HAB's own arguments (mshab/envs/make.py) without its wrappers, which drop the colours,
+        # and without gymnasium's: the horizon is the caller's.
         self.mshab = gymnasium.make(
             f"{subtask.capitalize()}SubtaskTrain-v0",
             num_envs=1,
@@ -93,7 +94,7 @@ class SubtaskEnv:
         self.elapsed = 0
 
     def reset(self, seed: int) -> dict:
-        """Start the episode of `seed`; seed -> (plan, spawn) is a pure function of the asset folder."""
+        """Start the episode of `seed`, which names a plan and a start pose (`choose`)."""
         plan_idx, spawn_idx = self.choose(seed)
         plan = self._plans[plan_idx]
         scene_plans = [
@@ -127,7 +128,7 @@ class SubtaskEnv:
         return obs
 
     def choose(self, seed: int) -> tuple[int, int]:
-        """The plan's index in its file and the index of the start pose for a seed."""
+        """The indices of the plan in its file and of its start pose: a pure function of `seed`."""
         rng = np.random.default_rng(seed)
         plan = int(rng.integers(len(self._plans)))
         uid = self._plans[plan].subtasks[0].uid
@@ -136,7 +137,8 @@ class SubtaskEnv:
     def step(self, action: np.ndarray) -> tuple[dict, dict]:
         """Apply one action [13] in [-1, 1], 1/20 s.
 
-        `info` has success, fail (force limit, or MS-HAB's horizon used up), elapsed (steps so far) and reward.
+        `info` has success, fail (force limit, or MS-HAB's horizon used up), elapsed (steps so far)
+        and reward.
         """
         action = np.asarray(action, np.float32)
         if action.shape != (ACTION_DIM,):
@@ -169,7 +171,7 @@ class SubtaskEnv:
     def pos(self) -> np.ndarray:
         """Base x, y in the world frame [2], metres.
 
-        Not `agent.robot.pose`: that is the root in front of the base's virtual joints, which never moves.
+        Not `agent.robot.pose`: the root before the base's virtual joints never moves.
         """
         return self.mshab.agent.base_link.pose.p[0, :2].numpy().astype(np.float32)
 
@@ -191,8 +193,8 @@ class SubtaskEnv:
     def action_schema(self) -> list[dict]:
         """Name, low, high and unit of each action dimension, as the controller has them.
 
-        An action of -1 means `low`, +1 `high`. Arm and body are offsets from the joint's present position,
-        the gripper is a position, the base has velocities.
+        An action of -1 means `low`, +1 `high`. Arm and body are offsets from the joint's present
+        position, the gripper is a position, the base has velocities.
         """
         schema = []
         for part, controller in self.mshab.agent.controller.controllers.items():
@@ -220,7 +222,7 @@ class SubtaskEnv:
         return [joint.name for joint in self.mshab.agent.robot.active_joints][BASE_JOINTS:]
 
     def third_person(self) -> np.ndarray:
-        """A picture from outside, uint8 [H, W, 3]; without the green goal markers, which hide the object."""
+        """A picture from outside, uint8 [H, W, 3]; the goal markers would hide the object."""
         scene = self.mshab.scene
         scene.update_render(update_sensors=False, update_human_render_cameras=True)
         return scene.get_human_render_camera_images()["render_camera"][0].numpy()
@@ -237,18 +239,19 @@ class SubtaskEnv:
 
 
 def require_asset(path: Path) -> None:
-    """Raise FileNotFoundError, with the command that mends it, unless `path` is in the asset folder."""
+    """Raise FileNotFoundError, with the command that mends it, unless `path` is an asset."""
     folder = os.environ.get("MS_ASSET_DIR")
     remedy = (
-        "Generate an apartment (`python -m household.assets --out assets`), or download the real one (`python -m "
-        "mani_skill.utils.download_asset X` for X in ycb, ReplicaCAD, ReplicaCADRearrange), then start again with "
-        "MS_ASSET_DIR set to that folder."
+        "Generate an apartment (`python -m household.assets --out assets`), or download the real "
+        "one (`python -m mani_skill.utils.download_asset X` for X in ycb, ReplicaCAD, "
+        "ReplicaCADRearrange), then start again with MS_ASSET_DIR set to that folder."
     )
     if not folder:
         raise FileNotFoundError(f"MS_ASSET_DIR is not set: no asset folder. {remedy}")
     if Path(folder).absolute() / "data" != Path(ASSET_DIR).absolute():
         raise FileNotFoundError(
-            f"MS_ASSET_DIR={folder} was set after mani_skill was imported, which reads {ASSET_DIR}. Set it before."
+            f"MS_ASSET_DIR={folder} was set after mani_skill was imported, which reads "
+            f"{ASSET_DIR}. Set it before."
         )
     if not path.is_file():
         raise FileNotFoundError(f"no {path} (MS_ASSET_DIR={folder}). {remedy}")

@@ -148,7 +148,7 @@ class Recording:
         return seed if sum(s < seed for s in hopeful) < episodes else None
 
     def check_space(self, sources: list[Path]) -> None:
-        """Raise the OSError of a full disk before h5py meets it, as a RuntimeError or on closing."""
+        """Raise the OSError of a full disk first: h5py raises RuntimeError, or fails on closing."""
         if shutil.disk_usage(self.parts).free < sum(path.stat().st_size for path in sources):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.h5))
 

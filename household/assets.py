@@ -8,8 +8,8 @@ positions and walls are not. The scenes, episodes and start poses of val are oth
 train, of the same kind.
 
 Where it differs from the real MS-HAB: one room, furniture of boxes, objects small enough for the
-gripper and always reachable from the front; the apple stands on a block in the fridge, and goals lie
-on a table.
+gripper and always reachable from the front; the apple stands on a block in the fridge, and goals
+lie on a table.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Episodes of the miniature apartment: where objects are, what is asked, where the robot starts.
 
-Written as ReplicaCADRearrange's episodes and MS-HAB's task plans and spawn data. Positions are in the
-simulator's frame, metres; `rng` draws what varies between episodes and between start poses.
+Written as ReplicaCADRearrange's episodes and MS-HAB's task plans and spawn data. Positions are in
+the simulator's frame, metres; `rng` draws what varies between episodes and between start poses.
 """
 
 from dataclasses import dataclass
@@ -31,11 +31,12 @@ YAW_TABLE, YAW_CUPBOARDS = 0.0, np.pi  # the robot faces the table towards +x, c
 # How far the base starts from the target, and how much that varies; metres, rad.
 START_TABLE, START_DRAWER, START_DOOR, START_APPLE = 0.95, 1.35, 1.25, 1.15
 VARY_AHEAD, VARY_ASIDE, VARY_YAW = 0.10, 0.08, 0.10
-DOOR_ASIDE = 0.12  # towards the handle for opening; for closing towards the hinge, where the open door's outside is
+# Opening starts towards the handle; closing towards the hinge, where the open door's outside is.
+DOOR_ASIDE = 0.12
 
 # ReplicaCAD's files are y-up (mani_skill: replicacad/rearrange/scene_builder.py).
 Y_UP = axangle2quat([1, 0, 0], np.pi / 2)
-# The gripper at rest points down: an upright object's z is the gripper's -x, its y the direction of the fingers.
+# The gripper at rest points down: an upright object's z is its -x, and the fingers close along y.
 UPRIGHT_IN_HAND = mat2quat(np.array([[0, 0, -1], [0, 1, 0], [1, 0, 0]]))
 PALM_DEPTH = 0.029  # palm to tcp, less than the mesh has: nothing may touch the palm at the start
 
@@ -62,9 +63,8 @@ class Episode:
 
 def write_episode(folder: Path, episode: Episode) -> None:
     """Write rearrange/<split>/<task>/episode_<n>.json, the initial poses of the objects."""
-    to_simulator = sapien.Pose(
-        q=Y_UP, p=[0, 0, 0.01]
-    )  # then the inverse of Y_UP, as the loader applies them
+    # The loader's transform: this, then the stored pose, then the inverse of Y_UP.
+    to_simulator = sapien.Pose(q=Y_UP, p=[0, 0, 0.01])
     rigid = []
     for name, (position, yaw) in episode.objects.items():
         pose = sapien.Pose(position, axangle2quat([0, 0, 1], yaw))
@@ -82,13 +82,13 @@ def standing(name: str, x: float, y: float, surface: float) -> np.ndarray:
 
 def table_slot(scene: Scene, slot: float, rng: np.random.Generator) -> tuple[float, float]:
     """x, y near the edge of the table that the robot faces."""
-    x, y = scene.table + [-parts.TABLE_SIZE[0] / 2 + 0.18, slot]
+    x, y = scene.table + np.array([-parts.TABLE_SIZE[0] / 2 + 0.18, slot])
     return x + rng.uniform(-0.05, 0.05), y + rng.uniform(-0.06, 0.06)
 
 
 def counter_slot(scene: Scene, slot: float, rng: np.random.Generator) -> tuple[float, float]:
     """x, y near the front edge of the counter."""
-    x, y = scene.counter + [-0.15, slot]
+    x, y = scene.counter + np.array([-0.15, slot])
     return x + rng.uniform(-0.04, 0.04), y + rng.uniform(-0.06, 0.06)
 
 
@@ -136,7 +136,10 @@ class Plans:
 
 
 def start_pose(xy, yaw: float, distance: float, rng: np.random.Generator, **more) -> dict:
-    """A start of the robot `distance` metres before `xy`, at rest, facing it; `more` are further keys of the spawn."""
+    """A start of the robot at rest, `distance` metres before `xy` and facing it.
+
+    `more` are further keys of MS-HAB's spawn data.
+    """
     forward, left = np.array([np.cos(yaw), np.sin(yaw)]), np.array([-np.sin(yaw), np.cos(yaw)])
     ahead, aside = rng.uniform(-1, 1, 2) * [VARY_AHEAD, VARY_ASIDE]
     base = np.asarray(xy) - forward * (distance + ahead) + left * aside
@@ -148,7 +151,7 @@ def start_pose(xy, yaw: float, distance: float, rng: np.random.Generator, **more
 
 
 def holding(start: dict, name: str) -> dict:
-    """Put the object between the fingers, each at half its width; its centre at the tcp, or lower if it is tall."""
+    """Put the object between the fingers: its centre at the tcp, or lower if it is tall."""
     _, half_width, half_height = parts.OBJECTS[name][1]
     start["robot_qpos"][-2:] = half_width
     below = max(0.0, half_height - PALM_DEPTH)
@@ -202,7 +205,7 @@ def write_clutter(rearrange: Path, task: str, split: str, scenes: list[Scene], r
 
 
 def write_set_table(rearrange: Path, split: str, scenes: list[Scene], counter, fridge, rng) -> None:
-    """The bowl is in the drawer and the apple in the fridge, which are open when they are to be picked."""
+    """The bowl is in the drawer and the apple in the fridge, open when they are to be picked."""
     plans = {sub: Plans("set_table", sub, split) for sub in ("pick", "place", "open", "close")}
     for i in range(EPISODES):
         episode = set_table_episode(split, i, scenes[i % len(scenes)], rng)
@@ -216,8 +219,9 @@ def write_set_table(rearrange: Path, split: str, scenes: list[Scene], counter, f
 
 
 def set_table_episode(split: str, number: int, scene: Scene, rng) -> Episode:
-    bowl_x, bowl_y = scene.counter + [-0.18, parts.DRAWER_Z] + rng.uniform(-1, 1, 2) * [0.03, 0.10]
-    apple_x, apple_y = scene.fridge + [parts.STAND_X, -parts.STAND_Z]
+    bowl_x, bowl_y = scene.counter + rng.uniform([-0.21, -0.10], [-0.15, 0.10])
+    bowl_y += parts.DRAWER_Z
+    apple_x, apple_y = scene.fridge + np.array([parts.STAND_X, -parts.STAND_Z])
     objects = {
         "024_bowl": (standing("024_bowl", bowl_x, bowl_y, parts.DRAWER_FLOOR), 0.0),
         "013_apple": (standing("013_apple", apple_x, apple_y, parts.STAND_TOP), 0.0),
@@ -243,12 +247,14 @@ def cupboard_fields(cupboard: parts.Furniture) -> dict:
 
 def add_bowl_and_drawer(plans: dict[str, Plans], episode: Episode, counter, rng) -> None:
     handle = dict(articulation_relative_handle_pos=counter.handle_pos, **cupboard_fields(counter))
-    front = episode.scene.counter + [0, parts.DRAWER_Z]
+    front = episode.scene.counter + np.array([0, parts.DRAWER_Z])
     bowl, _ = episode.objects["024_bowl"]
     pick, open_, close = [], [], []
     for _ in range(START_POSES[plans["pick"].split]):
         qpos = opened(counter, 0.97, 1.0, rng)
-        moved = bowl + [qpos[counter.handle_joint], 0, 0]  # the bowl came out with the drawer
+        moved = bowl + np.array(
+            [qpos[counter.handle_joint], 0, 0]
+        )  # the bowl came out with the drawer
         start = start_pose((front[0], moved[1]), YAW_CUPBOARDS, START_DRAWER, rng)
         pick.append(start | dict(articulation_qpos=qpos, obj_raw_pose=[*moved, 1, 0, 0, 0]))
         open_.append(start_pose(front, YAW_CUPBOARDS, START_DRAWER, rng))
@@ -263,16 +269,15 @@ def add_bowl_and_drawer(plans: dict[str, Plans], episode: Episode, counter, rng)
 
 def add_apple_and_fridge(plans: dict[str, Plans], episode: Episode, fridge, rng) -> None:
     handle = dict(articulation_relative_handle_pos=fridge.handle_pos, **cupboard_fields(fridge))
-    front = episode.scene.fridge
+    front, aside = episode.scene.fridge, np.array([0, DOOR_ASIDE])
     apple, _ = episode.objects["013_apple"]
     pick, open_, close = [], [], []
     for _ in range(START_POSES[plans["pick"].split]):
         start = start_pose(apple[:2], YAW_CUPBOARDS, START_APPLE, rng)
         qpos = opened(fridge, 0.97, 1.0, rng)
         pick.append(start | dict(articulation_qpos=qpos, obj_raw_pose=[*apple, 1, 0, 0, 0]))
-        # In front of the handle; and, for closing, on the side of the door that is to be pushed.
-        open_.append(start_pose(front - [0, DOOR_ASIDE], YAW_CUPBOARDS, START_DOOR, rng))
-        close_start = start_pose(front + [0, DOOR_ASIDE], YAW_CUPBOARDS, START_DOOR, rng)
+        open_.append(start_pose(front - aside, YAW_CUPBOARDS, START_DOOR, rng))
+        close_start = start_pose(front + aside, YAW_CUPBOARDS, START_DOOR, rng)
         close.append(close_start | dict(articulation_qpos=opened(fridge, 0.75, 0.90, rng)))
     plans["pick"].add(
         "013_apple",

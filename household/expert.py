@@ -13,6 +13,7 @@ in any direction, so the base alone brings the hand to an object or along the ar
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import sapien
@@ -20,7 +21,7 @@ import tyro
 from transforms3d.quaternions import mat2quat
 
 from env import SubtaskEnv
-from tasks import COLUMNS, HORIZON, TASKS, targets
+from tasks import COLUMNS
 
 ARM = [5, 7, 8, 9, 10, 11, 12]  # in the 15 joints of the simulator's qpos, in the order of action[0:7]
 TORSO, FINGERS = 3, [13, 14]
@@ -263,27 +264,28 @@ class ScriptedExpert:
         return hinge + fraction * swung + outward * normal
 
 
-def main(column: str = "close_drawer", episodes: int = 50, split: str = "val", task: str = "set_table", v: bool = False) -> None:
+def main(
+    column: Literal[tuple(COLUMNS)] = "close_drawer",
+    episodes: int = 50,
+    split: str = "val",
+    task: str = "set_table",
+) -> None:
+    """Print how often the expert succeeds in one column, without images: seconds per episode, seeds 0, 1, ..."""
+    from eval import run_episode, wilson  # here: eval.py imports this file
+
     name = COLUMNS[column]
     env = SubtaskEnv(task, name.subtask, name.target_in(task), split, obs_mode="state_dict")
-    expert = ScriptedExpert(env)
-    lengths = []
-    for seed in range(episodes):
-        obs, length, ok = env.reset(seed), HORIZON, False
-        expert.reset()
-        for step in range(HORIZON):
-            a = expert.act(obs, env.instruction)[0]
-            obs, info = env.step(a)
-            if v and step % 5 == 0: print(step, np.round(a, 2), "open" , None if name.subtask in ("pick","place") else round(expert.opening,3), np.round(expert.agent.tcp_pose.sp.p,3))
-            if info["success"]:
-                ok = True; break
-            if info["fail"]: break
-        i = env.mshab.get_info()
-        keep = ["is_grasped", "ee_rest", "robot_rest", "is_static", "obj_at_goal", "articulation_open", "articulation_closed", "robot_cumulative_force"]
-        print(seed, ok, step + 1, env.episode["scene"], "" if ok else {k: i[k][0].item() for k in keep if k in i}, "" if name.subtask in ("pick","place") else round(expert.opening,3), flush=True)
-        lengths.append(step + 1 if ok else None)
-    good = [n for n in lengths if n]
-    print(column, len(good), "/", len(lengths), "mean length", np.mean(good) if good else None, "max", max(good, default=0))
+    runs = [
+        run_episode(env, ScriptedExpert(env), seed, stop_at_success=True)
+        for seed in range(episodes)
+    ]
+    lengths = [run["length"] for run in runs if run["success_once"]]
+    low, high = wilson(len(lengths), episodes)
+    failed = [run["seed"] for run in runs if not run["success_once"]]
+    print(
+        f"{task} {column} {split}: {len(lengths)}/{episodes} [{low:.2f}, {high:.2f}], "
+        f"{np.mean(lengths) if lengths else 0:.0f} steps; failed seeds: {failed or 'none'}"
+    )
 
 
 if __name__ == "__main__":

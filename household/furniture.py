@@ -1,7 +1,8 @@
-"""The things in the miniature apartment: room, table, kitchen counter, fridge, YCB objects, as ReplicaCAD and YCB files.
+"""The things in the miniature apartment, as ReplicaCAD and YCB files: furniture and objects.
 
-Files are y-up with the front of a cupboard towards +x, as ReplicaCAD's; mani_skill turns them by 90 degrees about x,
-so (x, y, z) here is (x, -z, y) in the simulator. Lengths are metres, colours RGB in 0..255.
+Files are y-up with the front of a cupboard towards +x, as ReplicaCAD's; mani_skill turns them by 90
+degrees about x, so (x, y, z) here is (x, -z, y) in the simulator. Only the objects are z-up.
+Lengths are metres, colours RGB in 0..255. `tint` gives the apartment's own shade of a colour.
 """
 
 import json
@@ -25,16 +26,15 @@ DRAWER_HANDLE_X, DRAWER_HANDLE_LENGTH = 0.10, 0.26
 FRIDGE_SIZE = (0.6, 1.70, 0.56)  # depth, height, width; the front is at x = 0
 DOOR_THICKNESS, DOOR_WIDTH = 0.05, 0.54
 DOOR_BOTTOM, DOOR_HINGE_Z = 0.72, -0.275
-DOOR_RANGE = 1.25  # rad: MS-HAB asks for 75 % of it, which a robot in front of the fridge reaches in one pull
+# rad; MS-HAB wants three quarters of it, which a robot in front of the fridge reaches in one pull.
+DOOR_RANGE = 1.25
 DOOR_HANDLE_X, DOOR_HANDLE_Z, DOOR_HANDLE_LENGTH = 0.125, 0.47, 0.40
 SHELF_TOP = 1.06
-STAND_TOP = (
-    SHELF_TOP + 0.06
-)  # the apple stands clear of the shelf, which leaves room for a horizontal gripper
+STAND_TOP = SHELF_TOP + 0.06  # the apple stands clear of the shelf: room for the gripper
 STAND_X, STAND_Z = -0.12, 0.06
 
-# Half sizes (radius, radius, half height for round things), colour, density. Fetch's fingers open to 10 cm and close
-# along y; they reach 3 cm to either side of the tcp, where the palm begins.
+# Half sizes (radius, radius, half height for round things), colour, density. Fetch's fingers open
+# to 10 cm and close along y; they reach 3 cm to either side of the tcp, and there the palm begins.
 OBJECTS = {
     "013_apple": ("ball", (0.036, 0.036, 0.036), (210, 30, 30), 400),
     "024_bowl": ("can", (0.040, 0.040, 0.030), (200, 60, 140), 400),
@@ -76,7 +76,7 @@ class Link:
 
 @dataclass
 class Furniture:
-    """What task plans must know of a cupboard. Link and joint indices are SAPIEN's, the order of the file."""
+    """A cupboard and its handle. Link and joint indices are SAPIEN's, the order of the file."""
 
     name: str
     links: list[Link] = field(repr=False)
@@ -91,7 +91,7 @@ class Furniture:
 
 
 def kitchen_counter(rng: np.random.Generator, tint) -> Furniture:
-    """A counter with two drawers; the tasks use the right one (seen from inside the cupboard: -z)."""
+    """A counter with two drawers; the tasks use the one at -z."""
     depth, height, width = COUNTER_SIZE
     wood, back = tint(WOOD), -depth / 2
     low, high = DRAWER_Y - DRAWER_SIZE[1] / 2 - 0.02, height - 0.04
@@ -146,7 +146,7 @@ def drawer_boxes(front, wood, handle, handle_y: float) -> list[Box]:
 
 
 def fridge(rng: np.random.Generator, tint) -> Furniture:
-    """A fridge with two doors; the tasks use the top one. The door coasts shut when it is pushed."""
+    """A fridge with two doors; the tasks use the top one, which coasts shut when it is pushed."""
     depth, height, width = FRIDGE_SIZE
     white, back, wall_z = tint(WHITE), -depth / 2, width / 2 - 0.015
     door_height = height - DOOR_BOTTOM - 0.02

@@ -2,10 +2,11 @@
 
     write_light_fetch(Path("assets/data/robots/fetch_light"))        # fetch.urdf, meshes; about 3 s
 
-The visual meshes of mani_skill's Fetch are loaded unindexed: 384,507 vertices, 98 % of the miniature apartment's,
-and a software renderer's time is spent on vertices. Here the vertices of a cell of 10 mm become one, which leaves
-about 2.5 % of them; the cameras' colours change by less than 1 % on average. Joints, inertia and collision
-meshes are copied. Paths in the URDF are relative: the folder can be moved.
+The visual meshes of mani_skill's Fetch are loaded unindexed: 384,507 vertices, 98 % of the
+miniature apartment's, and a software renderer's time is spent on vertices. Here the vertices of a
+cell of 10 mm become one, which leaves about 2.5 % of them; the cameras' colours change by less than
+1 % on average. Joints, inertia and collision meshes are copied. Paths in the URDF are relative: the
+folder can be moved.
 """
 
 import shutil
@@ -76,7 +77,7 @@ def lighten(path: Path) -> trimesh.Scene:
 def cluster(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, ...]:
     """Merge the vertices of each cubic cell into their mean and drop the faces that collapse.
 
-    Returns vertices [W, 3], faces [G, 3], unit normals [W, 3] and the indices [G] of the faces kept.
+    Returns vertices [W, 3], faces [G, 3], unit normals [W, 3] and indices [G] of the faces kept.
     """
     cells = np.floor(vertices / CELL).astype(np.int64)
     _, cell, count = np.unique(cells, axis=0, return_inverse=True, return_counts=True)

@@ -1,4 +1,4 @@
-"""The generated apartment that all tests share, and the folder in which the simulator looks for it."""
+"""The generated apartment that all tests share."""
 
 import os
 import shutil
@@ -14,8 +14,8 @@ FOLDER = pytest.StashKey[Path]()
 
 
 def pytest_configure(config):
-    # mani_skill reads the variable once, at its import, which may be that of any test module: so it is set before
-    # they are collected, and the folder is filled when a test first asks for it.
+    # mani_skill reads the variable once, at its import, which may be that of any test module: so it
+    # is set before they are collected, and the folder is filled when a test first asks for it.
     config.stash[FOLDER] = Path(tempfile.mkdtemp(prefix="apartment-"))
     os.environ["MS_ASSET_DIR"] = str(config.stash[FOLDER] / "assets")
 

@@ -2,8 +2,9 @@
 
     python tests/mshab_recorder.py FOLDER STEPS DEMONSTRATIONS.h5
 
-writes FOLDER/mshab.h5 and .json, STEPS random steps long, with mshab's RecordEpisode on the environment collect.py
-uses; then replays each trajectory of the h5 from its seed, and prints the steps at which it succeeds, as json.
+writes FOLDER/mshab.h5 and .json, STEPS random steps long, with mshab's RecordEpisode on the
+environment collect.py uses; then replays each trajectory of the h5 from its seed, and prints the
+steps at which it succeeds, as json.
 """
 
 import json
@@ -32,9 +33,8 @@ from env import SubtaskEnv  # noqa: E402
 folder, steps, demonstrations = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 env = SubtaskEnv("set_table", "close", "kitchen_counter", obs_mode="rgbd")
 recorder = RecordEpisode(
-    env.mshab, folder, trajectory_name="mshab", save_video=False, record_env_state=False,
-    source_type="RL", source_desc="random",
-)  # fmt: skip
+    env.mshab, folder, trajectory_name="mshab", save_video=False, record_env_state=False
+)
 recorder.reset(seed=0, options={})
 rng = np.random.default_rng(0)
 for _ in range(steps):

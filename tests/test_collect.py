@@ -51,9 +51,15 @@ def contents(path: Path) -> dict:
 
 def assert_same(ours: Path, theirs: Path):
     ours, theirs = contents(ours), contents(theirs)
-    assert ours.keys() == theirs.keys()
-    different = [key for key in ours if not np.array_equal(ours[key], theirs[key])]
-    assert not different
+    assert ours.keys() == theirs.keys() and ours.pop("json") == theirs.pop("json")
+    for key, array in ours.items():
+        assert array.shape == theirs[key].shape
+        different = array != theirs[key]
+        if array.shape[1:3] == (128, 128):
+            # The picture at reset, before any step, depends in a few pixels on whether the scene was just built.
+            assert different[0].mean() < 0.002, key
+            different[0] = False
+        assert not different.any(), key
 
 
 def layout(group: h5py.Group, steps: int) -> list[tuple]:
@@ -81,7 +87,8 @@ def recorder(reference, tmp_path_factory) -> tuple[Path, dict]:
     """The h5 of MS-HAB's own recorder, and the steps at which the reference's replayed actions succeed."""
     folder = tmp_path_factory.mktemp("mshab")
     command = [sys.executable, "tests/mshab_recorder.py", folder, "5", reference]
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    # ManiSkill puts rgb and depth in the order of a set of strings; collect.py fixes it for its workers.
+    environment = os.environ | {"PYTHONPATH": str(HERE), "PYTHONHASHSEED": "0"}
     run = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     return folder / "mshab.h5", json.loads(run.stdout.splitlines()[-1])
@@ -127,7 +134,7 @@ def test_recorded_actions_are_in_range_and_succeed_again_from_the_seed(reference
             assert recorder[1][name.removeprefix("traj_")] == [len(actions) - 1]
 
 
-def test_a_killed_run_goes_on_and_two_workers_record_what_one_does(reference, tmp_path):
+def test_a_killed_run_of_two_workers_goes_on_to_what_one_worker_records(reference, tmp_path):
     parts = h5_of(tmp_path).with_suffix(".parts")
     process = start(tmp_path, workers=2)
     while not list(parts.glob("*.part")):
@@ -138,7 +145,7 @@ def test_a_killed_run_goes_on_and_two_workers_record_what_one_does(reference, tm
     kept = {part: part.stat().st_mtime_ns for part in parts.glob("*.part")}
     assert 0 < len(kept) < EPISODES and not h5_of(tmp_path).exists()
 
-    process = start(tmp_path, workers=2)
+    process = start(tmp_path, workers=1)
     while process.poll() is None and parts.exists():
         repeated = [part for part in kept if part.exists() and part.stat().st_mtime_ns != kept[part]]
         assert not repeated

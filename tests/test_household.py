@@ -17,7 +17,7 @@ import tasks
 REPOSITORY = Path(__file__).parents[1]
 REARRANGE = "data/scene_datasets/replica_cad_dataset/rearrange"
 SPLITS = ("train", "val")
-# (task, subtask, target, split) of the environments that are run: every column, every class, every task.
+# (task, subtask, target, split) that are run: every column, every class, every task.
 ENVIRONMENTS = [
     ("set_table", "pick", "013_apple", "train"),
     ("set_table", "pick", "024_bowl", "val"),
@@ -52,7 +52,8 @@ for task, subtask, target, split in json.loads(sys.argv[1]):
     for seed in (3, 4, 0):
         obs = env.reset(seed)
         report["mask"] += int(env.target_masks(obs).sum())
-        report["episodes"].append(env.episode | dict(instruction=env.instruction, target=env.target))
+        words = dict(instruction=env.instruction, target=env.target)
+        report["episodes"].append(env.episode | words)
     head, hand = (obs["sensor_data"][camera] for camera in ("fetch_head", "fetch_hand"))
     report["shapes"] = [
         [*camera[kind].shape, str(camera[kind].dtype)]

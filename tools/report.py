@@ -18,7 +18,7 @@ import tyro
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from config import LOSSES
+from config import CAMERAS, LOSSES
 from data import normalize_depth
 from tasks import COLUMNS, PAPER, PAPER_COLUMNS
 
@@ -82,14 +82,14 @@ class Film:
         """Compose uint8 [VIEW, VIEW + INSET + PANEL, 3]; `predictions` are Policy's, batch of 1."""
         canvas = np.zeros((VIEW, VIEW + INSET + PANEL, 3), np.uint8)
         canvas[:, :VIEW] = Image.fromarray(self.env.third_person()).resize((VIEW, VIEW))
-        masks = self.env.target_masks(obs)
         insets = []
-        for i, camera in enumerate(("fetch_head", "fetch_hand")):
-            data = obs["sensor_data"][camera]
+        for camera, mask in zip(CAMERAS, self.env.target_masks(obs), strict=True):
+            data, seg = obs["sensor_data"][f"fetch_{camera}"], None
             near = normalize_depth(data["depth"][0]).cpu().numpy()  # [128, 128, 1] in (0, 1]
-            seg = predictions["seg"][0, i] if "seg" in predictions else None
+            if "seg" in predictions and camera in self.policy.model.cfg.cameras:
+                seg = predictions["seg"][0, self.policy.model.cfg.cameras.index(camera)]
             insets.append(np.repeat(255 * near, 3, axis=-1).astype(np.uint8))
-            insets.append(draw_masks(data["rgb"][0].cpu().numpy(), masks[i], seg))
+            insets.append(draw_masks(data["rgb"][0].cpu().numpy(), mask, seg))
         canvas[:, VIEW : VIEW + INSET] = np.concatenate(insets)
         image = Image.fromarray(canvas)
         self.write(ImageDraw.Draw(image), obs, step, predictions)
