@@ -7,6 +7,8 @@
 numbers only: no code asks which one it runs.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +18,19 @@ CAMERAS = ("head", "hand")  # Fig. 1; MS-HAB's fetch_head and fetch_hand
 ACTION_DIM = 13  # Fig. 2
 QPOS_DIM = 12  # Table 5
 DEPTH_SCALE_MM = 1000.0  # Eq. 1
+
+
+class InputError(ValueError):
+    """A foreseeable mistake in flags, files or folders: what was got, what was expected, the command that mends it."""
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """End a command line program with the error's sentence alone when it is one of ours, not with a traceback."""
+    try:
+        yield
+    except (InputError, FileNotFoundError, FileExistsError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -154,6 +169,8 @@ class TrainConfig:
     out: str  # this stage's folder: config.json, log.jsonl, step-XXXXXXXX/, last
     stage: Literal[1, 2, 3] = 1  # 1: decoders on detached latents, 2: joint, 3: flow head on the frozen VLM (Sec. 5.2-5.3)
     preset: Literal["paper", "tiny"] = "paper"  # where the other defaults come from
+    pretrained: str | None = "Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b"  # public weights of the VLM: a
+    # Prismatic folder or hub name, or "hub" for DINOv2, SigLIP and Qwen2.5 apart; unused with --init-from
     init_from: str | None = None  # weights of an earlier stage (its folder, or one of its checkpoints)
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest whole checkpoint in `out`
     steps: int | None = None  # optimizer steps of this stage; default: `epochs` of the data
@@ -205,7 +222,7 @@ TINY_MODEL = ModelConfig(
 PRESETS: dict[str, dict] = {
     "paper": {},
     "tiny": dict(
-        model=TINY_MODEL, batch_size=32, micro_batch=32, lr=1e-3, warmup=50, cooldown=0.4, betas=(0.9, 0.95),
+        model=TINY_MODEL, pretrained=None, batch_size=32, micro_batch=32, lr=1e-3, warmup=50, cooldown=0.4, betas=(0.9, 0.95),
         workers=0, val_episodes=0.1, val_every=200, save_every=200, val_frames=512,
     ),
 }  # fmt: skip

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from config import ACTION_DIM, CAMERAS, DEPTH_SCALE_MM, LABELS, QPOS_DIM, LLMConfig, ModelConfig
+from config import ACTION_DIM, CAMERAS, DEPTH_SCALE_MM, LABELS, QPOS_DIM, LLMConfig, ModelConfig, explained
 from demonstrations import HORIZON, RECORD, SIZE, Demonstrations
 from pack import Pack, pack, verify
 from tasks import ARTICULATIONS, OBJECTS, SUBTASKS, instruction
@@ -270,4 +270,5 @@ def open_data(folder: str | Path) -> "Demonstrations | Pack":
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"pack": pack, "verify": verify})
+    with explained():
+        tyro.extras.subcommand_cli_from_dict({"pack": pack, "verify": verify})

@@ -17,7 +17,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from config import ACTION_DIM, CAMERAS, LABELS, QPOS_DIM
+from config import ACTION_DIM, CAMERAS, LABELS, QPOS_DIM, InputError
 from tasks import SUBTASKS, instruction
 
 SIZE = 128  # pixels, MS-HAB's cameras
@@ -43,7 +43,7 @@ RECORD = np.dtype(
 )
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """Demonstrations that cannot be used; the message names file, trajectory and frame."""
 
 

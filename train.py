@@ -24,15 +24,16 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import checkpoint
-from config import PRESETS, TrainConfig
+from config import PRESETS, InputError, TrainConfig, explained
 from data import ActionStats, Batcher, Frames, StepOrder, build_tokenizer, check_batch, loader, open_data, tokenize
 from flow_head import draw_noise
 from model import AuxVLA, label_counts
+from pretrained import load_pretrained, source_of
 from validation import validate
 
 # What a resumed run may change: none of these alters a step.
 MAY_CHANGE = {"data", "out", "init_from", "resume", "steps", "epochs", "device", "workers", "val_every", "val_frames"}
-MAY_CHANGE |= {"log_every", "save_every", "keep", "tracker"}
+MAY_CHANGE |= {"pretrained", "log_every", "save_every", "keep", "tracker"}
 
 
 def setup_distributed(device: str | None) -> tuple[int, int, torch.device]:
@@ -79,7 +80,8 @@ def prepare(cfg: TrainConfig, is_main: bool) -> tuple[AuxVLA, dict, Path | None]
         raise FileExistsError(f"{cfg.out}: holds {resumed.name}; choose another --out, or drop --resume never to go on")
     source = resumed or (checkpoint.resolve(cfg.init_from) if cfg.init_from else None)
     if source is None:
-        return model, {}, None
+        hashes = load_pretrained(model.vlm, source_of(cfg.pretrained)) if cfg.pretrained else {}
+        return model, {"pretrained": hashes}, None
     manifest = checkpoint.read_manifest(source)
     ours, theirs = checkpoint.plain(cfg), manifest["config"]
     ignored = MAY_CHANGE if resumed else set(ours) - {"model"}
@@ -98,7 +100,7 @@ def main(cfg: TrainConfig) -> None:
     rank, world, device = setup_distributed(cfg.device)
     is_main, out = rank == 0, Path(cfg.out)
     if cfg.batch_size % world:
-        raise ValueError(f"--batch-size {cfg.batch_size} must be a multiple of the {world} processes")
+        raise InputError(f"--batch-size {cfg.batch_size} must be a multiple of the {world} processes")
     model, origin, resumed = prepare(cfg, is_main)
     model.to(device)
     params = model.train_stage(cfg.stage)  # before DDP, which registers what requires a gradient
@@ -110,13 +112,14 @@ def main(cfg: TrainConfig) -> None:
     data = open_data(cfg.data)
     frames, held_out = (Frames(data, cfg.val_episodes, train=train) for train in (True, False))
     if len(frames) < cfg.batch_size:
-        raise ValueError(f"{cfg.data}: {len(frames)} training frames are less than one batch of {cfg.batch_size}")
+        raise InputError(f"{cfg.data}: {len(frames)} training frames are less than one batch of {cfg.batch_size}")
     # Later stages keep the first one's units: its weights were trained in them.
-    stats = ActionStats(**{k: tuple(v) for k, v in origin["action_stats"].items()}) if origin else frames.stats()
-    saved = Path(origin["folder"]) / "tokenizer.json" if origin else None
+    begun = "action_stats" in origin
+    stats = ActionStats(**{k: tuple(v) for k, v in origin["action_stats"].items()}) if begun else frames.stats()
+    saved = Path(origin["folder"]) / "tokenizer.json" if begun else None
     tokenizer = Tokenizer.from_file(str(saved)) if saved else build_tokenizer(cfg.model.llm)
     batcher = Batcher(cfg.model, stats, tokenize(data.instructions, tokenizer, cfg.model.llm))
-    manifest = describe(cfg, data, stats)
+    manifest = describe(cfg, data, stats) | {"pretrained": origin["pretrained"]}
     num_steps = cfg.steps or cfg.epochs[cfg.stage - 1] * (len(frames) // cfg.batch_size)
     order = StepOrder(len(frames), cfg.batch_size, cfg.seed, step, num_steps, rank, world)
     log = Log(cfg, step, num_steps, is_main, len(frames), len(held_out), sum(p.numel() for p in params))
@@ -265,4 +268,5 @@ def parse(args: list[str] | None = None) -> TrainConfig:
 
 
 if __name__ == "__main__":
-    main(parse())
+    with explained():
+        main(parse())

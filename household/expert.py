@@ -1,12 +1,14 @@
 """A scripted demonstrator for MS-HAB's pick, place, open and close in the generated apartment.
 
-It reads the simulator's state (object, handle and joint poses) and acts through the robot's own 13 action dimensions.
-What makes its motions learnable from images: one canonical arm posture per grasp, so no two demonstrations of a
-situation differ; the joints move together at the controller's full speed and slow down smoothly; every phase ends
-when a distance is reached, never after a number of steps; no step is idle.
+It reads the simulator's state (object, handle and joint poses) and acts through the robot's own
+13 action dimensions. What makes its motions learnable from images: one canonical arm posture per
+grasp, so that like situations get like actions; the joints move together at the controller's full
+speed and slow down smoothly; a phase ends when a distance is reached, never after a number of
+steps; nothing is random and no step is idle.
 
-With the arm in its posture, the hand is a point `reach` metres ahead of the base. Driving and turning move that point
-in any direction, so the base alone brings the hand to an object or along the arc of a door.
+With the arm in its posture, the hand is a point `reach` metres ahead of the base. Driving and
+turning move that point in any direction, so the base alone brings the hand to an object or along
+the arc of a door.
 
     python -m household.expert --column close_drawer --episodes 50 --split val
 """
@@ -23,26 +25,30 @@ from transforms3d.quaternions import mat2quat
 from env import SubtaskEnv
 from tasks import COLUMNS
 
-ARM = [5, 7, 8, 9, 10, 11, 12]  # in the 15 joints of the simulator's qpos, in the order of action[0:7]
+ARM = [5, 7, 8, 9, 10, 11, 12]  # in the simulator's 15 joints, in the order of action[0:7]
 TORSO, FINGERS = 3, [13, 14]
 REST_TORSO = 0.386
 REST_ARM = np.array([-0.370, -1.032, 0.695, 0.955, -0.1, 2.077, 0.0])  # Fetch's rest keyframe
 OPEN, CLOSE = 1.0, -1.0  # gripper: an absolute target
 Motion = Iterator[np.ndarray]
 FULL_SPEED = 0.5  # m/s of the hand point when it is driven
+# Fractions of the joint's range. MS-HAB's limits (sequential_task.py) are 0.01, 0.9 and 0.75.
+CLOSED, OPENED_DRAWER, OPENED_FRIDGE = 0.005, 0.96, 0.80
 
 
 @dataclass(frozen=True)
 class Posture:
-    """A way to hold the gripper: `reach` metres ahead of the base, tilted `pitch` rad down, rolled about its axis."""
+    """A way to hold the gripper: `reach` metres ahead of the base, `pitch` rad downwards, and turned
+    by `roll` rad about the direction in which it points."""
 
     reach: float
     pitch: float
     roll: float
-    seed: tuple[float, ...]  # arm joints from which the inverse kinematics start: they fix the elbow
+    seed: tuple[float, ...]  # arm joints where the inverse kinematics start, which fixes the elbow
 
 
-# The seeds are the solutions nearest to the rest posture (largest joint motion about 1.1 rad, some 30 steps).
+# The seeds are the solutions nearest to the rest posture: no joint moves by more than about 1.1 rad,
+# some 30 steps. Gripper pointing ahead costs 2.5 rad and more, so nothing is grasped that way.
 DOWN = Posture(0.70, np.pi / 2, 0.0, (-0.186, -0.404, 0.424, 1.198, -0.512, 0.880, 0.102))
 PUSH = Posture(0.78, np.pi / 2, 0.0, (-0.086, 0.037, 0.420, 0.510, -0.483, 1.073, -0.090))
 HOOK = Posture(0.75, np.pi / 2, -np.pi / 2, (-0.264, 0.097, 1.038, 0.743, -1.228, 1.145, -1.140))
@@ -65,15 +71,17 @@ class ScriptedExpert:
         self.gripper_link = robot.links.index(sim.agent.tcp._objs[0])
         self.object, self.goal = sim.subtask_objs[0], sim.subtask_goals[0]
         skills = {
-            "pick": self.pick,
-            "place": self.place,
-            "open": self.open_drawer if self.env.target == "kitchen_counter" else self.open_fridge,
-            "close": self.close_drawer if self.env.target == "kitchen_counter" else self.close_fridge,
+            ("open", "kitchen_counter"): self.open_drawer,
+            ("open", "fridge"): self.open_fridge,
+            ("close", "kitchen_counter"): self.close_drawer,
+            ("close", "fridge"): self.close_fridge,
+            ("pick", self.env.target): self.pick,
+            ("place", self.env.target): self.place,
         }
-        self.motion = skills[self.env.episode["subtask"]]()
+        self.motion = skills[self.env.episode["subtask"], self.env.target]()
 
     def act(self, obs: dict, instruction: str) -> np.ndarray:
-        """Return the next action, float32 [1, 13]; both arguments are unused: the state is read directly."""
+        """Return the next action, float32 [1, 13]; both arguments are unused, the state is read."""
         return next(self.motion)[None]
 
     # ---- state
@@ -101,20 +109,36 @@ class ScriptedExpert:
         return (float(self.env.mshab.subtask_articulations[0].qpos[0, index]) - low) / (high - low)
 
     @property
-    def grasped(self) -> bool:
-        return bool(self.agent.is_grasping(self.object, max_angle=30)[0])
+    def axis(self) -> np.ndarray:
+        """The joint's axis in the world [3]: a drawer's way out, a door's hinge."""
+        return self.articulation_joint.global_pose.to_transformation_matrix()[:3, 0]
+
+    def on_arc(self, angle: float, fraction: float = 1.0, outward: float = 0.0) -> np.ndarray:
+        """Return a point [3] of the handle's arc about its hinge.
+
+        The handle, swung by `angle` rad (opening is positive), drawn in to `fraction` of its distance
+        from the hinge and moved `outward` metres away from the door.
+        """
+        hinge, axis = self.articulation_joint.global_pose.p, self.axis
+        arm = self.handle - hinge
+        arm = arm - axis * (axis @ arm)
+        swung = np.cos(angle) * arm + np.sin(angle) * np.cross(axis, arm)
+        normal = np.cross(axis, swung) / np.linalg.norm(swung)
+        return hinge + fraction * swung + outward * normal
+
+    def in_hand(self, point: np.ndarray) -> bool:
+        return bool(np.linalg.norm(point - self.agent.tcp_pose.sp.p) < 0.06)
 
     # ---- kinematics
 
     def posture(self, posture: Posture, height: float) -> np.ndarray:
-        """Return the arm joints [7] that hold the gripper at `height` metres; a smooth function of the height."""
+        """Return the arm joints [7] that hold the gripper at `height` metres above the floor."""
         c, s = np.cos(posture.pitch), np.sin(posture.pitch)
         approach, left, up = np.array([c, 0, -s]), np.array([0.0, 1.0, 0.0]), np.array([s, 0, c])
         y = np.cos(posture.roll) * left + np.sin(posture.roll) * up
         rotation = np.stack([approach, y, np.cross(approach, y)], axis=1)
-        # The root of the model stands 2 cm above the floor as the robot does: heights are in the world.
-        height = height - self.agent.robot.pose.sp.p[2]
-        target = sapien.Pose([posture.reach, 0, height], mat2quat(rotation))
+        above_root = height - self.agent.robot.pose.sp.p[2]
+        target = sapien.Pose([posture.reach, 0, above_root], mat2quat(rotation))
         start = self.joints
         start[:3] = 0  # the base
         start[TORSO] = REST_TORSO
@@ -127,9 +151,9 @@ class ScriptedExpert:
         return solution[ARM]
 
     def aligned(self, arm: np.ndarray) -> np.ndarray:
-        """Turn the wrist of a hand that points down, so that the fingers close over the object's narrow side."""
-        size = self.object.get_first_collision_mesh(to_world_frame=False).extents  # [3], along the object's axes
-        axes = self.object.pose.sp.to_transformation_matrix()[:3, :3]
+        """Turn the wrist of a hand that points down so that it grasps the object's narrow side."""
+        size = self.object.get_first_collision_mesh(to_world_frame=False).extents  # [3]
+        axes = self.object.pose.sp.to_transformation_matrix()[:3, :3]  # its axes, in columns
         level = [i for i in range(3) if abs(axes[2, i]) < 0.5]
         narrow, wide = sorted(level, key=lambda i: size[i])
         if size[wide] - size[narrow] < 0.01:  # round
@@ -145,11 +169,12 @@ class ScriptedExpert:
         """Largest distance of an arm joint to its target, rad."""
         return float(np.abs(arm - self.joints[ARM]).max())
 
-    def toward(self, arm: np.ndarray, gripper: float, drive: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
-        """One action: all arm joints in proportion towards `arm`, the torso at rest, the base at (m/s, rad/s)."""
+    def toward(self, arm: np.ndarray, gripper: float, drive=(0.0, 0.0)) -> np.ndarray:
+        """Return the action [13] that moves all arm joints in proportion towards `arm`, and the base
+        with `drive` = (m/s, rad/s)."""
         joints = self.joints
         delta = np.append(arm - joints[ARM], REST_TORSO - joints[TORSO])
-        delta = delta / max(np.abs(delta).max(), 0.1)  # full speed, then slower over the last 0.1 rad
+        delta = delta / max(np.abs(delta).max(), 0.1)  # full speed, slower over the last 0.1 rad
         action = np.zeros(13, np.float32)
         action[:7], action[10] = delta[:7], delta[7]
         action[7] = gripper
@@ -158,26 +183,27 @@ class ScriptedExpert:
 
     def offset(self, point: np.ndarray, reach: float) -> np.ndarray:
         """Where `point` lies from the hand point, [forward, left] metres."""
-        return (self.agent.base_link.pose.sp.inv() * sapien.Pose([*point[:2], 0])).p[:2] - [reach, 0]
+        seen = self.agent.base_link.pose.sp.inv() * sapien.Pose([*point[:2], 0])
+        return seen.p[:2] - [reach, 0]
 
     def drive_to(self, point: np.ndarray, reach: float) -> tuple[float, float]:
-        """Forward and turning velocity that bring the hand point, `reach` metres ahead of the base, to `point`."""
+        """Return the forward and turning velocity that bring the hand point to `point`."""
         velocity = 3.0 * self.offset(point, reach)
         velocity *= min(1.0, FULL_SPEED / np.linalg.norm(velocity))
         return velocity[0], velocity[1] / reach
 
     # ---- motions
 
-    def bring(self, arm: np.ndarray, point: np.ndarray, reach: float, gripper: float, near=0.02) -> Motion:
-        """Shape the arm while driving, until the hand is within `near` metres of `point`."""
+    def bring(self, arm, point: np.ndarray, reach: float, gripper: float, near=0.02) -> Motion:
+        """Shape the arm while driving, until the hand is level with `point` within `near` metres."""
         while self.far(arm) > 0.05 or np.linalg.norm(self.offset(point, reach)) > near:
             yield self.toward(arm, gripper, self.drive_to(point, reach))
 
     def retreat(self, point: np.ndarray, distance: float, gripper: float) -> Motion:
-        """Fold the arm and back off until the base is `distance` metres from `point`; then keep still."""
+        """Fold the arm and back off to `distance` metres from `point`; then keep still."""
         while True:
-            gap = np.linalg.norm(self.offset(point, 0.0))
-            yield self.toward(REST_ARM, gripper, (float(np.clip(3 * (gap - distance), -FULL_SPEED, 0)), 0.0))
+            gap = np.linalg.norm(self.offset(point, reach=0.0))
+            yield self.toward(REST_ARM, gripper, (np.clip(3 * (gap - distance), -FULL_SPEED, 0), 0))
 
     def squeeze(self, arm: np.ndarray, gripper: float) -> Motion:
         """Move the fingers until they stop; the arm holds."""
@@ -186,25 +212,26 @@ class ScriptedExpert:
             before = self.joints[FINGERS]
             yield self.toward(arm, gripper)
 
-    # ---- skills
+    # ---- skills: each ends in `retreat`, which never ends
 
     def pick(self) -> Motion:
-        position = self.object.pose.sp.p
-        above, at = (self.posture(DOWN, position[2] + lift) for lift in (0.12, 0.005))
-        grasped = False
-        while not grasped:
+        """Grasp from above, also in drawer and fridge; a lost object is picked again."""
+        held = False
+        while not held:
+            position = self.object.pose.sp.p
+            above, at = (self.posture(DOWN, position[2] + lift) for lift in (0.12, 0.005))
             yield from self.bring(self.aligned(above), position, DOWN.reach, OPEN)
             grasp = self.aligned(at)
             yield from self.bring(grasp, position, DOWN.reach, OPEN)
             yield from self.squeeze(grasp, CLOSE)
-            grasped = self.grasped
-        yield from self.bring(above, position, DOWN.reach, CLOSE, near=0.1)
+            yield from self.bring(above, position, DOWN.reach, CLOSE, near=0.1)
+            held = self.in_hand(self.object.pose.sp.p)
         yield from self.retreat(position, DOWN.reach, CLOSE)
 
     def place(self) -> Motion:
         goal = self.goal.pose.sp.p
-        hanging = self.object.pose.sp.p[2] - self.agent.tcp_pose.sp.p[2]  # the object's centre from the hand
-        above, at = (self.posture(DOWN, goal[2] - hanging + lift) for lift in (0.12, 0.01))
+        in_hand = (self.object.pose.sp.p - self.agent.tcp_pose.sp.p)[2]  # its centre hangs there
+        above, at = (self.posture(DOWN, goal[2] - in_hand + lift) for lift in (0.12, 0.01))
         yield from self.bring(above, goal, DOWN.reach, CLOSE)
         yield from self.bring(at, goal, DOWN.reach, CLOSE)
         yield from self.squeeze(at, OPEN)
@@ -212,56 +239,47 @@ class ScriptedExpert:
         yield from self.retreat(goal, DOWN.reach, OPEN)
 
     def close_drawer(self) -> Motion:
-        arm = self.posture(PUSH, self.handle[2])
-        outward = self.axis
+        """Push the handle with the closed hand."""
+        arm, outward = self.posture(PUSH, self.handle[2]), self.axis
         yield from self.bring(arm, self.handle + 0.12 * outward, PUSH.reach, CLOSE, near=0.04)
-        while self.opening > 0.005:
-            yield self.toward(arm, CLOSE, self.drive_to(self.handle - 0.2 * outward, PUSH.reach))
+        while self.opening > CLOSED:
+            inside = self.handle - 0.2 * outward
+            yield self.toward(arm, CLOSE, self.drive_to(inside, PUSH.reach))
         yield from self.retreat(self.handle, PUSH.reach + 0.15, CLOSE)
 
     def open_drawer(self) -> Motion:
+        """Grasp the bar from above, one finger behind it, and pull; again if the handle slips."""
         above, at = (self.posture(HOOK, self.handle[2] + lift) for lift in (0.10, 0.0))
-        outward = self.axis
-        yield from self.bring(above, self.handle, HOOK.reach, OPEN)
-        yield from self.bring(at, self.handle, HOOK.reach, OPEN)
-        yield from self.squeeze(at, CLOSE)
-        while self.opening < 0.96:
-            yield self.toward(at, CLOSE, self.drive_to(self.handle + 0.2 * outward, HOOK.reach))
+        while self.opening < OPENED_DRAWER:
+            yield from self.bring(above, self.handle, HOOK.reach, OPEN)
+            yield from self.bring(at, self.handle, HOOK.reach, OPEN)
+            yield from self.squeeze(at, CLOSE)
+            while self.opening < OPENED_DRAWER and self.in_hand(self.handle):
+                outside = self.handle + 0.2 * self.axis
+                yield self.toward(at, CLOSE, self.drive_to(outside, HOOK.reach))
         yield from self.squeeze(at, OPEN)
         yield from self.bring(above, self.handle, HOOK.reach, OPEN, near=0.1)
         yield from self.retreat(self.handle, HOOK.reach + 0.1, OPEN)
 
     def close_fridge(self) -> Motion:
+        """Push the outer side of the door, aiming at where it will be a little later."""
         arm = self.posture(REACH, self.handle[2])
         yield from self.bring(arm, self.on_arc(0.0, 0.7, 0.20), REACH.reach, CLOSE, near=0.05)
-        while self.opening > 0.005:
+        while self.opening > CLOSED:
             yield self.toward(arm, CLOSE, self.drive_to(self.on_arc(-0.4, 0.7, 0.03), REACH.reach))
         yield from self.retreat(self.handle, REACH.reach + 0.15, CLOSE)
 
     def open_fridge(self) -> Motion:
+        """Grasp the bar and pull it along its arc; again if the handle slips."""
         arm = self.posture(FRONT, self.handle[2])
-        yield from self.bring(arm, self.on_arc(0.0, 1.0, 0.12), FRONT.reach, OPEN)
-        yield from self.bring(arm, self.handle, FRONT.reach, OPEN)
-        yield from self.squeeze(arm, CLOSE)
-        while self.opening < 0.80:
-            yield self.toward(arm, CLOSE, self.drive_to(self.on_arc(0.3, 1.0, 0.0), FRONT.reach))
+        while self.opening < OPENED_FRIDGE:
+            yield from self.bring(arm, self.on_arc(0.0, 1.0, 0.12), FRONT.reach, OPEN)
+            yield from self.bring(arm, self.handle, FRONT.reach, OPEN)
+            yield from self.squeeze(arm, CLOSE)
+            while self.opening < OPENED_FRIDGE and self.in_hand(self.handle):
+                yield self.toward(arm, CLOSE, self.drive_to(self.on_arc(0.3), FRONT.reach))
         yield from self.squeeze(arm, OPEN)
         yield from self.retreat(self.handle, FRONT.reach + 0.2, OPEN)
-
-    @property
-    def axis(self) -> np.ndarray:
-        """The joint's axis in the world [3]: a drawer's way out, a door's hinge."""
-        return self.articulation_joint.global_pose.to_transformation_matrix()[:3, 0]
-
-    def on_arc(self, angle: float, fraction: float, outward: float) -> np.ndarray:
-        """A point that turns with the door: the handle swung by `angle` rad (opening is positive), drawn in to
-        `fraction` of its distance from the hinge, and `outward` metres off the door's outer side."""
-        hinge, axis = self.articulation_joint.global_pose.p, self.axis
-        arm = self.handle - hinge
-        arm = arm - axis * (axis @ arm)  # [3], horizontal
-        swung = np.cos(angle) * arm + np.sin(angle) * np.cross(axis, arm)
-        normal = np.cross(axis, swung) / np.linalg.norm(swung)
-        return hinge + fraction * swung + outward * normal
 
 
 def main(
@@ -270,7 +288,7 @@ def main(
     split: str = "val",
     task: str = "set_table",
 ) -> None:
-    """Print how often the expert succeeds in one column, without images: seconds per episode, seeds 0, 1, ..."""
+    """Print how often the expert succeeds in one column, seeds 0, 1, ...; no images, so it is fast."""
     from eval import run_episode, wilson  # here: eval.py imports this file
 
     name = COLUMNS[column]

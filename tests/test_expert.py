@@ -1,0 +1,104 @@
+"""The scripted expert: it succeeds, and its motions are such that they can be learned."""
+
+import numpy as np
+import pytest
+
+from env import SubtaskEnv
+from household.expert import ScriptedExpert
+from tasks import COLUMNS, HORIZON, PAPER_COLUMNS
+
+# The longest any column takes is about 125 steps: HORIZON leaves a learner time for mistakes.
+SEEDS, LONGEST = (0, 1), 140
+MOVING = [0, 1, 2, 3, 4, 5, 6, 10, 11, 12]  # arm, torso, base
+
+
+def run(env: SubtaskEnv, seed: int, horizon: int = HORIZON) -> tuple[np.ndarray, np.ndarray]:
+    """Play an episode to its success; return the actions [T, 13] and the successes [T]."""
+    expert, obs = ScriptedExpert(env), env.reset(seed)
+    expert.reset()
+    actions, successes = [], []
+    while len(actions) < horizon and not any(successes):
+        action = expert.act(obs, env.instruction)
+        obs, info = env.step(action[0])
+        actions.append(action[0])
+        successes.append(info["success"])
+    return np.array(actions), np.array(successes)
+
+
+@pytest.fixture(scope="module")
+def episodes(assets) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+    """Of each column, the episodes of SEEDS."""
+    found = {}
+    for name in PAPER_COLUMNS:
+        column = COLUMNS[name]
+        target = column.target_in("set_table")
+        env = SubtaskEnv("set_table", column.subtask, target, "val", obs_mode="state_dict")
+        found[name] = [run(env, seed) for seed in SEEDS]
+        env.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def drawer(assets):
+    env = SubtaskEnv("set_table", "close", "kitchen_counter", "val", obs_mode="state_dict")
+    yield env
+    env.close()
+
+
+@pytest.mark.parametrize("name", PAPER_COLUMNS)
+def test_it_succeeds_well_before_the_horizon(episodes, name):
+    for actions, successes in episodes[name]:
+        assert successes[-1], f"{name}: no success in {len(actions)} steps"
+        assert len(actions) <= LONGEST
+
+
+@pytest.mark.parametrize("name", PAPER_COLUMNS)
+def test_its_actions_are_in_range_and_leave_the_head_alone(episodes, name):
+    for actions, _ in episodes[name]:
+        assert actions.dtype == np.float32 and actions.shape[1:] == (13,)
+        assert (np.abs(actions) <= 1).all()
+        assert (actions[:, 8:10] == 0).all()
+
+
+@pytest.mark.parametrize("name", PAPER_COLUMNS)
+def test_consecutive_actions_are_smooth(episodes, name):
+    for actions, _ in episodes[name]:
+        assert np.abs(np.diff(actions, axis=0)).mean() < 0.03
+
+
+@pytest.mark.parametrize("name", PAPER_COLUMNS)
+def test_no_stretch_is_idle(episodes, name):
+    """A policy that learns to wait waits for ever. The arm rests only while the fingers move."""
+    for actions, _ in episodes[name]:
+        idle = np.abs(actions[:, MOVING]).max(axis=1) < 0.02
+        longest = max(len(run) for run in "".join("x" if i else " " for i in idle).split(" "))
+        assert longest <= 5
+
+
+def test_one_seed_is_one_motion(drawer):
+    first, second = (run(drawer, seed=3)[0] for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_it_stays_at_rest_after_success(drawer):
+    expert, obs = ScriptedExpert(drawer), drawer.reset(5)
+    expert.reset()
+    for _ in range(HORIZON):
+        action = expert.act(obs, drawer.instruction)[0]
+        obs, info = drawer.step(action)
+    assert info["success"]
+    assert np.abs(action[MOVING]).max() < 0.01
+
+
+def test_it_recovers_from_a_push(drawer):
+    """The expert also labels states that a learner got into."""
+    expert, obs = ScriptedExpert(drawer), drawer.reset(5)
+    expert.reset()
+    rng, success = np.random.default_rng(0), False
+    for step in range(HORIZON):
+        action = expert.act(obs, drawer.instruction)[0]
+        if step in range(10, 16):  # a third of a second of anything
+            action = rng.uniform(-1, 1, 13)
+        obs, info = drawer.step(action)
+        success |= info["success"]
+    assert success
