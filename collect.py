@@ -28,9 +28,10 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from env import CAMERAS, SubtaskEnv
+from config import explained
+from env import CAMERAS, SubtaskEnv, plan_files
 from recording import Recording, encode
-from tasks import HORIZON, SUBTASKS, TASKS, targets
+from tasks import HORIZON, SUBTASKS, TASKS, targets, wilson
 
 
 @dataclass(frozen=True)
@@ -228,8 +229,6 @@ def collect(
 
 
 def report(cfg: CollectConfig, recording: Recording):
-    from eval import wilson  # here: the workers, which import this file, need no model
-
     successes, attempts = recording.successes, len(recording.done)
     low, high = wilson(successes, attempts)
     print(
@@ -240,6 +239,8 @@ def report(cfg: CollectConfig, recording: Recording):
 
 def main(cfg: CollectConfig):
     workers = None
+    for target in cfg.wanted:
+        plan_files(cfg.task, cfg.subtask, target, cfg.split)  # before any worker starts
     for target, episodes in cfg.wanted.items():
         recording = Recording(cfg.out / cfg.task / cfg.subtask, target, cfg.recipe)
         if len(recording.episodes) >= episodes:
@@ -254,7 +255,8 @@ def main(cfg: CollectConfig):
 if __name__ == "__main__":
     config = tyro.cli(CollectConfig, description=__doc__)
     try:
-        main(config)
+        with explained():
+            main(config)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -53,10 +53,7 @@ class SubtaskEnv:
         obs_mode: str = "rgb+depth+segmentation",
         real_meshes: bool = False,
     ):
-        plan_file = REARRANGE / "task_plans" / task / subtask / split / f"{target}.json"
-        spawn_file = REARRANGE / "spawn_data" / task / subtask / split / "spawn_data.pt"
-        for path in (plan_file, spawn_file):
-            require_asset(path)
+        plan_file, spawn_file = plan_files(task, subtask, target, split)
         self._address = dict(task=task, subtask=subtask, target=target, split=split)
         plan_data = plan_data_from_file(plan_file)
         self._plans = plan_data.plans
@@ -89,7 +86,6 @@ class SubtaskEnv:
                 mount=None, width=VIDEO_SIZE, height=VIDEO_SIZE, fov=1.1, shader_pack="minimal"
             ),
         ).unwrapped
-        self._built_scene: str | None = None
         self.episode: dict = {}
         self.elapsed = 0
 
@@ -100,18 +96,16 @@ class SubtaskEnv:
         scene_plans = [
             i for i, p in enumerate(self._plans) if p.build_config_name == plan.build_config_name
         ]
+        names = self.mshab.scene_builder.build_configs
         options = dict(
+            # Rebuilt every time. On its own, one environment would only ever build the first scene of its plans; and
+            # a scene kept from the episode before shows through in a few pixels of the first picture.
+            reconfigure=True,
+            build_config_idxs=[names.index(plan.build_config_name)],
             task_plan_idxs=torch.tensor([scene_plans.index(plan_idx)]),
             spawn_selection_idxs=[spawn_idx],
         )
-        # On its own, one environment would only ever build the first scene of its plans.
-        if plan.build_config_name != self._built_scene:
-            names = self.mshab.scene_builder.build_configs
-            options |= dict(
-                reconfigure=True, build_config_idxs=[names.index(plan.build_config_name)]
-            )
         obs, _ = self.mshab.reset(seed=seed, options=options)
-        self._built_scene = plan.build_config_name
         self.elapsed = 0
         self.episode = self._address | dict(
             seed=seed,
@@ -236,6 +230,15 @@ class SubtaskEnv:
         eye, look_at = (base * sapien.Pose(p) for p in (VIDEO_EYE, VIDEO_LOOK_AT))
         camera = self.mshab.scene.human_render_cameras["render_camera"].camera
         camera.set_local_pose(sapien_utils.look_at(eye.p, look_at.p).sp)
+
+
+def plan_files(task: str, subtask: str, target: str, split: str) -> tuple[Path, Path]:
+    """MS-HAB's task plan and start poses of a subtask. Raises FileNotFoundError, with the command that mends it."""
+    plan_file = REARRANGE / "task_plans" / task / subtask / split / f"{target}.json"
+    spawn_file = REARRANGE / "spawn_data" / task / subtask / split / "spawn_data.pt"
+    for path in (plan_file, spawn_file):
+        require_asset(path)
+    return plan_file, spawn_file
 
 
 def require_asset(path: Path) -> None:

@@ -10,7 +10,6 @@ evaluations of a run side by side.
 """
 
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -32,11 +31,11 @@ import tyro
 from mani_skill import ASSET_DIR
 
 from checkpoint import resolve, sha256
-from config import ACTION_DIM
-from env import SubtaskEnv
+from config import ACTION_DIM, InputError, explained
+from env import SubtaskEnv, plan_files
 from household.expert import ScriptedExpert
 from policy import Policy
-from tasks import COLUMNS, HORIZON, PAPER, PAPER_COLUMNS, TASKS, targets
+from tasks import COLUMNS, HORIZON, PAPER, PAPER_COLUMNS, TASKS, targets, wilson
 from tools.report import Film, success_table
 
 LIBRARIES = ("torch", "mani_skill", "praxis-mshab", "sapien", "numpy")
@@ -63,15 +62,15 @@ class EvalConfig:
 
     def __post_init__(self):
         if (self.policy == "learned") != (self.checkpoint is not None):
-            raise ValueError(
+            raise InputError(
                 f"--policy {self.policy} with --checkpoint {self.checkpoint}: the learned policy "
                 "needs one (--checkpoint RUN/stage2), expert and random take none"
             )
         if min(self.episodes, self.horizon, self.workers) < 1 or min(self.seed, self.video) < 0:
-            raise ValueError("--episodes, --horizon, --workers start at 1, --seed and --video at 0")
+            raise InputError("--episodes, --horizon, --workers start at 1, --seed and --video at 0")
         for name in self.columns:
             if not targets(self.task, COLUMNS[name].subtask):
-                raise ValueError(f"{self.task} has no {name}; only set_table opens and closes")
+                raise InputError(f"{self.task} has no {name}; only set_table opens and closes")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -132,14 +131,14 @@ def run_episode(
 
 
 def check_schema(env: SubtaskEnv, manifest: dict):
-    """Raise ValueError, naming the slot, when a checkpoint is for another robot (GAP-1)."""
+    """Raise InputError, naming the slot, when a checkpoint is for another robot (GAP-1)."""
     for key, here in (("action_schema", env.action_schema), ("qpos_names", env.qpos_names)):
         trained = manifest[key]
         if len(trained) != len(here):
-            raise ValueError(f"{key}: {len(trained)} slots in the checkpoint, {len(here)} here")
+            raise InputError(f"{key}: {len(trained)} slots in the checkpoint, {len(here)} here")
         for slot, (theirs, ours) in enumerate(zip(trained, here, strict=True)):
             if theirs != ours:
-                raise ValueError(
+                raise InputError(
                     f"{key}, slot {slot}: the checkpoint was trained on {theirs}, this environment "
                     f"has {ours}. Train on what collect.py records in this environment"
                 )
@@ -211,14 +210,6 @@ def run_in_workers(cfg: EvalConfig, jobs: list[Job]) -> Iterator[dict]:
 # --- Files and numbers ---
 
 
-def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the Wilson score interval of successes / n; z is the two-sided 95 % quantile."""
-    rate, shrink = successes / n, 1 + z * z / n
-    centre = (rate + z * z / (2 * n)) / shrink
-    half = z / shrink * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def read_episodes(path: Path) -> list[dict]:
     """Read the finished episodes; a last line that a kill or a full disk tore leaves the file."""
     if not path.exists():
@@ -261,11 +252,11 @@ def table(episodes: list[dict], paper: dict[str, float]) -> dict[str, dict]:
 
 
 def check_same_run(path: Path, episodes: list[dict], identity: dict):
-    """Raise ValueError when the file holds episodes of another evaluation."""
+    """Raise InputError when the file holds episodes of another evaluation."""
     for episode in episodes:
         for key, now in identity.items():
             if episode[key] != now:
-                raise ValueError(
+                raise InputError(
                     f"{path} has episodes with {key} = {episode[key]!r}, this run has {now!r}: one "
                     f"table cannot mix them. Give another --out, or remove {path.parent}"
                 )
@@ -275,6 +266,8 @@ def main(cfg: EvalConfig):
     if cfg.checkpoint is not None:
         cfg = replace(cfg, checkpoint=resolve(cfg.checkpoint))  # one, even if training goes on
     same = ("task", "split", "policy", "horizon", "stop_at_success")
+    for name in cfg.names:  # before any worker starts
+        plan_files(cfg.task, COLUMNS[name].subtask, COLUMNS[name].target_in(cfg.task), cfg.split)
     identity = {key: getattr(cfg, key) for key in same} | {
         "checkpoint": sha256(cfg.checkpoint / "manifest.json") if cfg.checkpoint else None,
         "assets": sha256(HOUSEHOLD) if HOUSEHOLD.exists() else None,
@@ -317,4 +310,5 @@ def main(cfg: EvalConfig):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(EvalConfig))
+    with explained():
+        main(tyro.cli(EvalConfig))

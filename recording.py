@@ -23,6 +23,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from config import InputError
+
 COMPRESSED = ("rgb", "depth", "fetch_head", "fetch_hand")  # images, and the masks named by camera
 GZIP = dict(compression="gzip", compression_opts=5)  # (MS-HAB: envs/wrappers/record.py)
 
@@ -77,7 +79,7 @@ class Recording:
 
     `recipe` decides what the episode of a seed is, and recipe["seed"] is the first one. `done` maps
     every attempted seed to whether it succeeded; `episodes` is the list in the json. Raises
-    ValueError when the files were recorded with another recipe.
+    InputError when the files were recorded with another recipe.
     """
 
     def __init__(self, folder: Path, target: str, recipe: dict):
@@ -103,7 +105,7 @@ class Recording:
 
     def check_recipe(self, path: Path, found: dict) -> None:
         if found.get("recipe") != self.recipe:
-            raise ValueError(
+            raise InputError(
                 f"{path} has episodes of {found.get('recipe')}, asked for are {self.recipe}: "
                 "choose another --out"
             )

@@ -3,6 +3,7 @@
 One table for collect, train and eval: the instruction a policy hears in evaluation is the one it was trained on.
 """
 
+import math
 from dataclasses import dataclass
 
 TASKS = ("set_table", "tidy_house", "prepare_groceries")
@@ -92,3 +93,11 @@ PAPER = {  # success rates on SetTable: Table 1 (OpenVLA, Base VLM), Table 2 (Au
     "AuxVLA + all": _row(0.13, 0.70, 0.87, 0.77, 0.90, 1.00),
     "AuxVLA + action head": _row(0.27, 0.80, 0.76, 0.60, 0.76, 0.97),
 }
+
+
+def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the Wilson score interval of successes / n; z is the two-sided 95 % quantile."""
+    rate, shrink = successes / n, 1 + z * z / n
+    centre = (rate + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)

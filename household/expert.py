@@ -38,8 +38,8 @@ CLOSED, OPENED_DRAWER, OPENED_FRIDGE = 0.005, 0.96, 0.80
 
 @dataclass(frozen=True)
 class Posture:
-    """A way to hold the gripper: `reach` metres ahead of the base, `pitch` rad downwards, and turned
-    by `roll` rad about the direction in which it points."""
+    """A way to hold the gripper: `reach` metres ahead of the base, `pitch` rad downwards, and
+    turned by `roll` rad about the direction in which it points."""
 
     reach: float
     pitch: float
@@ -47,8 +47,8 @@ class Posture:
     seed: tuple[float, ...]  # arm joints where the inverse kinematics start, which fixes the elbow
 
 
-# The seeds are the solutions nearest to the rest posture: no joint moves by more than about 1.1 rad,
-# some 30 steps. Gripper pointing ahead costs 2.5 rad and more, so nothing is grasped that way.
+# The seeds are the solutions nearest to the rest posture: no joint moves by more than about 1.1
+# rad, some 30 steps. Gripper pointing ahead costs 2.5 rad and more, so nothing is grasped that way.
 DOWN = Posture(0.70, np.pi / 2, 0.0, (-0.186, -0.404, 0.424, 1.198, -0.512, 0.880, 0.102))
 PUSH = Posture(0.78, np.pi / 2, 0.0, (-0.086, 0.037, 0.420, 0.510, -0.483, 1.073, -0.090))
 HOOK = Posture(0.75, np.pi / 2, -np.pi / 2, (-0.264, 0.097, 1.038, 0.743, -1.228, 1.145, -1.140))
@@ -116,8 +116,8 @@ class ScriptedExpert:
     def on_arc(self, angle: float, fraction: float = 1.0, outward: float = 0.0) -> np.ndarray:
         """Return a point [3] of the handle's arc about its hinge.
 
-        The handle, swung by `angle` rad (opening is positive), drawn in to `fraction` of its distance
-        from the hinge and moved `outward` metres away from the door.
+        The handle, swung by `angle` rad (opening is positive), drawn in to `fraction` of its
+        distance from the hinge and moved `outward` metres away from the door.
         """
         hinge, axis = self.articulation_joint.global_pose.p, self.axis
         arm = self.handle - hinge
@@ -170,8 +170,8 @@ class ScriptedExpert:
         return float(np.abs(arm - self.joints[ARM]).max())
 
     def toward(self, arm: np.ndarray, gripper: float, drive=(0.0, 0.0)) -> np.ndarray:
-        """Return the action [13] that moves all arm joints in proportion towards `arm`, and the base
-        with `drive` = (m/s, rad/s)."""
+        """Return the action [13] that moves all arm joints in proportion towards `arm`, and the
+        base with `drive` = (m/s, rad/s)."""
         joints = self.joints
         delta = np.append(arm - joints[ARM], REST_TORSO - joints[TORSO])
         delta = delta / max(np.abs(delta).max(), 0.1)  # full speed, slower over the last 0.1 rad
@@ -195,7 +195,7 @@ class ScriptedExpert:
     # ---- motions
 
     def bring(self, arm, point: np.ndarray, reach: float, gripper: float, near=0.02) -> Motion:
-        """Shape the arm while driving, until the hand is level with `point` within `near` metres."""
+        """Shape the arm while driving, until the hand is within `near` metres of `point`."""
         while self.far(arm) > 0.05 or np.linalg.norm(self.offset(point, reach)) > near:
             yield self.toward(arm, gripper, self.drive_to(point, reach))
 
@@ -215,18 +215,20 @@ class ScriptedExpert:
     # ---- skills: each ends in `retreat`, which never ends
 
     def pick(self) -> Motion:
-        """Grasp from above, also in drawer and fridge; a lost object is picked again."""
+        """Grasp from above, in the fridge aslant; a lost object is picked again."""
         held = False
         while not held:
             position = self.object.pose.sp.p
-            above, at = (self.posture(DOWN, position[2] + lift) for lift in (0.12, 0.005))
-            yield from self.bring(self.aligned(above), position, DOWN.reach, OPEN)
+            # Above a metre the arm cannot hang down, and the robot must keep clear of the fridge's door.
+            hold = DOWN if position[2] < 1.0 else FRONT
+            above, at = (self.posture(hold, position[2] + lift) for lift in (0.12, 0.005))
+            yield from self.bring(self.aligned(above), position, hold.reach, OPEN)
             grasp = self.aligned(at)
-            yield from self.bring(grasp, position, DOWN.reach, OPEN)
+            yield from self.bring(grasp, position, hold.reach, OPEN)
             yield from self.squeeze(grasp, CLOSE)
-            yield from self.bring(above, position, DOWN.reach, CLOSE, near=0.1)
+            yield from self.bring(above, position, hold.reach, CLOSE, near=0.1)
             held = self.in_hand(self.object.pose.sp.p)
-        yield from self.retreat(position, DOWN.reach, CLOSE)
+        yield from self.retreat(position, hold.reach + 0.2, CLOSE)
 
     def place(self) -> Motion:
         goal = self.goal.pose.sp.p
@@ -288,7 +290,7 @@ def main(
     split: str = "val",
     task: str = "set_table",
 ) -> None:
-    """Print how often the expert succeeds in one column, seeds 0, 1, ...; no images, so it is fast."""
+    """Print how often the expert succeeds in one column; without images, so it is fast."""
     from eval import run_episode, wilson  # here: eval.py imports this file
 
     name = COLUMNS[column]
