@@ -16,6 +16,8 @@ PY = .venv/bin/python
 
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
+# Threads that wait give their core away: spinning, torch falls to a tenth when anything else runs.
+export OMP_WAIT_POLICY = passive
 # Mesa's renderer: one thread per simulator.
 export LP_NUM_THREADS = 1
 
@@ -26,9 +28,9 @@ demo: setup
 	@$(MAKE) --no-print-directory workflow RUN=runs/demo
 
 learn: setup
-	@$(MAKE) --no-print-directory workflow RUN=runs/learn EPISODES=120 EPISODES_OTHERS=100 \
-		STEPS1=1000 STEPS2=7000 STEPS3=3000 TRIALS=30 TRIALS_OTHERS=30 TRIALS_FLOW=20 \
-		TRIALS_RANDOM=30 TRIALS_BOUNDS=20 FLOW_COLUMNS="$(COLUMNS)" EVAL_FLAGS=
+	@$(MAKE) --no-print-directory workflow RUN=runs/learn EPISODES=60 EPISODES_OTHERS=60 \
+		STEPS1=300 STEPS2=1800 STEPS3=500 TRIALS=20 TRIALS_OTHERS=20 TRIALS_FLOW=10 \
+		TRIALS_RANDOM=30 TRIALS_BOUNDS=30 FLOW_COLUMNS="close_drawer place_all" EVAL_FLAGS=
 
 test: setup
 	$(PY) -m pytest -q -m "not slow"

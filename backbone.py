@@ -1,11 +1,12 @@
-"""The Prismatic VLM's three parts: two vision transformers, the projector and Qwen2 (paper Sec. 4.1).
+"""The Prismatic VLM's three parts: two vision transformers, projector, Qwen2 (paper Sec. 4.1).
 
-    FusedVision   images [N, 3, H, W] in [0, 1]  ->  patches [N, P, C_dino + C_siglip], DINO channels first
-    Projector     patches                        ->  visual tokens [N, P, D]
-    Qwen2         embeddings [B, T, D]           ->  hidden states [B, T, D] and each layer's keys and values
+    FusedVision  images [N, 3, H, W] in [0, 1]  ->  patches [N, P, C_dino + C_siglip], DINO first
+    Projector    patches                        ->  visual tokens [N, P, D]
+    Qwen2        embeddings [B, T, D]           ->  hidden [B, T, D], each layer's keys and values
 
-Features are the second-to-last block's output, without the final norm and without the prefix tokens: that is what
-Prismatic feeds its LLM, so the last block, the final norm and SigLIP's pooling head do not exist here.
+Features are the second-to-last block's output, without the final norm and without the prefix
+tokens: that is what Prismatic feeds its LLM, so the last block, the final norm and SigLIP's pooling
+head do not exist here.
 """
 
 import torch
@@ -15,7 +16,8 @@ from torch.nn import functional as F
 
 from config import LLMConfig, ModelConfig, VisionConfig
 
-KeyValues = tuple[Tensor, Tensor]  # one layer's keys and values, each [B, kv heads, T, head_dim], after RoPE
+# One layer's keys and values, each [B, kv heads, T, head_dim], after RoPE.
+KeyValues = tuple[Tensor, Tensor]
 
 
 # --- Vision ---
@@ -38,10 +40,13 @@ class VisionBlock(nn.Module):
             self.scale1 = self.scale2 = 1.0
 
     def forward(self, x: Tensor) -> Tensor:  # [N, T, C] -> [N, T, C]
-        q, k, v = rearrange(self.qkv(self.norm1(x)), "n t (three h d) -> three n h t d", three=3, h=self.heads)
+        q, k, v = rearrange(
+            self.qkv(self.norm1(x)), "n t (three h d) -> three n h t d", three=3, h=self.heads
+        )
         attended = rearrange(F.scaled_dot_product_attention(q, k, v), "n h t d -> n t (h d)")
         x = x + self.scale1 * self.proj(attended)
-        # Exact GELU in both encoders: transformers' SigLIP defaults to the tanh form, Prismatic's weights do not.
+        # Exact GELU in both encoders: transformers' SigLIP defaults to the tanh form, Prismatic's
+        # weights do not.
         return x + self.scale2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
@@ -52,8 +57,11 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.prefix_tokens = cfg.prefix_tokens
         self.patch_embed = nn.Conv2d(3, cfg.width, patch_size, stride=patch_size)
-        self.prefix = nn.Parameter(torch.randn(cfg.prefix_tokens, cfg.width) * 0.02)  # cls, then registers
-        self.pos_embed = nn.Parameter(torch.randn((image_size // patch_size) ** 2, cfg.width) * 0.02)
+        # The cls token, then the registers.
+        self.prefix = nn.Parameter(torch.randn(cfg.prefix_tokens, cfg.width) * 0.02)
+        self.pos_embed = nn.Parameter(
+            torch.randn((image_size // patch_size) ** 2, cfg.width) * 0.02
+        )
         self.blocks = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.depth - 1))
         self.register_buffer("mean", torch.tensor(cfg.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(cfg.std)[:, None, None], persistent=False)
@@ -75,17 +83,25 @@ class FusedVision(nn.Module):
         self.dino = VisionTransformer(cfg.dino, cfg.image_size, cfg.patch_size)
         self.siglip = VisionTransformer(cfg.siglip, cfg.image_size, cfg.patch_size)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.cat([self.dino(images), self.siglip(images)], dim=-1)  # [N, P, C_dino + C_siglip]
+    def forward(self, images: Tensor) -> Tensor:  # [N, 3, H, W] -> [N, P, C_dino + C_siglip]
+        return torch.cat([self.dino(images), self.siglip(images)], dim=-1)
 
 
 class Projector(nn.Sequential):
     """Prismatic's fused-gelu-mlp: 2176 -> 8704 -> 896 -> 896 in the paper preset."""
 
     def __init__(self, cfg: ModelConfig):
-        fused, hidden, width = cfg.dino.width + cfg.siglip.width, cfg.projector_hidden, cfg.llm.width
+        fused, hidden, width = (
+            cfg.dino.width + cfg.siglip.width,
+            cfg.projector_hidden,
+            cfg.llm.width,
+        )
         super().__init__(
-            nn.Linear(fused, hidden), nn.GELU(), nn.Linear(hidden, width), nn.GELU(), nn.Linear(width, width)
+            nn.Linear(fused, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, width),
+            nn.GELU(),
+            nn.Linear(width, width),
         )
 
 
@@ -93,9 +109,10 @@ class Projector(nn.Sequential):
 
 
 def rope(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine tables [B, 1, T, head_dim] of rotary embeddings at integer positions [B, T]."""
+    """Cosine and sine tables [B, 1, T, head_dim] of RoPE at integer positions [B, T]."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
-    angle = repeat(positions[:, :, None] * frequency, "b t f -> b 1 t (two f)", two=2)  # Qwen2 rotates halves
+    # Qwen2 rotates halves, hence (two f).
+    angle = repeat(positions[:, :, None] * frequency, "b t f -> b 1 t (two f)", two=2)
     return angle.cos(), angle.sin()
 
 
@@ -106,9 +123,10 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class LLMLayer(nn.Module):
-    """One pre-norm layer: grouped-query attention, SwiGLU. The action expert uses it too, with its own width.
+    """One pre-norm layer: grouped-query attention, SwiGLU. The action expert uses it too.
 
-    `width` may differ from the LLM's; heads and head_dim may not, since the expert attends to the LLM's keys.
+    Its `width` may differ from the LLM's; heads and head_dim may not, since the expert attends to
+    the LLM's keys.
     """
 
     def __init__(self, cfg: LLMConfig, width: int, mlp: int):
@@ -128,12 +146,21 @@ class LLMLayer(nn.Module):
     def forward(
         self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None, past: KeyValues | None
     ) -> tuple[Tensor, KeyValues]:
-        """x [B, T, width]; mask [B, 1, T, past + T], True where a query may look -> x, and all keys and values."""
+        """x [B, T, width]; mask [B, 1, T, past + T], True where a query may look.
+
+        Returns x, and all keys and values.
+        """
         y = self.input_norm(x)
-        q, k, v = (rearrange(f(y), "b t (h d) -> b h t d", d=self.head_dim) for f in (self.q, self.k, self.v))
+        q, k, v = (
+            rearrange(f(y), "b t (h d) -> b h t d", d=self.head_dim)
+            for f in (self.q, self.k, self.v)
+        )
         q, k = rotate(q, table).to(v.dtype), rotate(k, table).to(v.dtype)
         if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # [B, kv heads, past + T, head_dim]
+            k, v = (
+                torch.cat([past[0], k], dim=2),  # [B, kv heads, past + T, head_dim]
+                torch.cat([past[1], v], dim=2),
+            )
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped)
         x = x + self.o(rearrange(attended, "b h t d -> b t (h d)"))
         y = self.mlp_norm(x)
@@ -153,7 +180,10 @@ class Qwen2(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor, mask: Tensor, past: list[KeyValues] | None = None
     ) -> tuple[Tensor, list[KeyValues]]:
-        """x [B, T, D], positions [B, T], mask [B, T, past + T] -> normed hidden [B, T, D], keys and values per layer."""
+        """x [B, T, D], positions [B, T], mask [B, T, past + T].
+
+        Returns the normed hidden states [B, T, D], and keys and values per layer.
+        """
         table = rope(positions, self.cfg.head_dim, self.cfg.rope_theta)
         mask = rearrange(mask, "b t s -> b 1 t s")
         cache = []
@@ -163,6 +193,6 @@ class Qwen2(nn.Module):
         return self.norm(x), cache
 
     def logits(self, hidden: Tensor, first: int = 0, count: int | None = None) -> Tensor:
-        """Logits [..., count] over `count` ids from `first` on; by default over the whole vocabulary."""
+        """Logits [..., count] over `count` ids from `first` on; by default the whole vocabulary."""
         rows = self.embed.weight if count is None else self.embed.weight[first : first + count]
         return F.linear(hidden, rows)

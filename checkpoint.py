@@ -3,10 +3,12 @@
     RUN/stage1/step-00000250/model.safetensors      weights
                              optimizer.safetensors  Adam's moments, by parameter name
                              tokenizer.json
-                             manifest.json          config, stage, step, action statistics and schema, sha256 of each file
+                             manifest.json          config, stage, step, action statistics and
+                                                    schema, sha256 of each file
     RUN/stage1/last                                 the newest one's name
 
-It is written under a temporary name, fsynced and renamed; the manifest is written last. No pickle anywhere.
+It is written under a temporary name, fsynced and renamed; the manifest is written last. No pickle
+anywhere.
 """
 
 import hashlib
@@ -42,7 +44,9 @@ def fsync(path: Path) -> None:
     os.close(handle)
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
     """Adam's state as {"<parameter>/<moment>": tensor}."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
@@ -52,18 +56,34 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def save(out: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, manifest: dict, tokenizer: str, keep: int):
-    """Write out/step-XXXXXXXX and out/last, then drop all but the newest `keep`. On a full disk the older ones stay whole."""
+def save(
+    out: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    manifest: dict,
+    tokenizer: str,
+    keep: int,
+):
+    """Write out/step-XXXXXXXX and out/last, then drop all but the newest `keep`.
+
+    On a full disk the older ones stay whole.
+    """
     final = out / f"step-{step:08d}"
     partial = out / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial / "model.safetensors")
+        save_file(
+            {k: v.contiguous() for k, v in model.state_dict().items()},
+            partial / "model.safetensors",
+        )
         save_file(optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
         (partial / "tokenizer.json").write_text(tokenizer)
         files = {path.name: sha256(path) for path in sorted(partial.iterdir())}
-        (partial / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, **manifest, "files": files}, indent=1))
+        (partial / "manifest.json").write_text(
+            json.dumps({"format": FORMAT, "step": step, **manifest, "files": files}, indent=1)
+        )
         for path in [*partial.iterdir(), partial]:
             fsync(path)
         shutil.rmtree(final, ignore_errors=True)
@@ -74,7 +94,9 @@ def save(out: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
         fsync(out)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{final}: could not be saved ({error}); earlier checkpoints in {out} are whole") from error
+        raise CheckpointError(
+            f"{final}: could not be saved ({error}); earlier checkpoints in {out} are whole"
+        ) from error
     for old in steps_in(out)[:-keep]:
         shutil.rmtree(old)
 
@@ -93,15 +115,19 @@ def read_manifest(folder: Path) -> dict:
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{folder / 'manifest.json'}: damaged ({error})") from error
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{folder}: format {manifest.get('format')}, this code reads {FORMAT}")
+        raise CheckpointError(
+            f"{folder}: format {manifest.get('format')}, this code reads {FORMAT}"
+        )
     for name, expected in manifest["files"].items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
-            raise CheckpointError(f"{folder / name}: missing or damaged, its sha256 differs from the manifest's")
+            raise CheckpointError(
+                f"{folder / name}: missing or damaged, its sha256 differs from the manifest's"
+            )
     return manifest
 
 
 def newest(out: Path) -> Path | None:
-    """The newest whole checkpoint of a stage's folder; damaged ones are named on stderr and passed over."""
+    """The newest whole checkpoint of a stage's folder; damaged ones are named on stderr."""
     for folder in reversed(steps_in(out)):
         try:
             read_manifest(folder)
@@ -112,13 +138,16 @@ def newest(out: Path) -> Path | None:
 
 
 def resolve(path: str | Path) -> Path:
-    """A checkpoint from its own folder or its stage's. Raises FileNotFoundError with what to run."""
+    """A checkpoint from its own folder or its stage's. FileNotFoundError says what to run."""
     path = Path(path)
     if (path / "manifest.json").is_file():
         return path
     found = newest(path) if path.is_dir() else None
     if found is None:
-        raise FileNotFoundError(f"{path}: no checkpoint there; train one: python train.py --stage 1 --data DATA --out {path}")
+        raise FileNotFoundError(
+            f"{path}: no checkpoint there; train one: python train.py --stage 1 --data DATA "
+            f"--out {path}"
+        )
     return found
 
 
@@ -144,11 +173,19 @@ def plain(config) -> dict:
 
 
 def load_weights(model: nn.Module, folder: Path, new: tuple[str, ...] = ()) -> None:
-    """Weights into the model. Parts named in `new` may be absent from the file, parts unknown to the model are an error."""
-    missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    """Weights into the model.
+
+    Parts named in `new` may be absent from the file, parts unknown to the model are an error.
+    """
+    missing, unexpected = model.load_state_dict(
+        load_file(folder / "model.safetensors"), strict=False
+    )
     missing = [key for key in missing if not key.startswith(new)] if new else missing
     if missing or unexpected:
-        raise CheckpointError(f"{folder}: lacks {missing[:5]} and has unknown {unexpected[:5]}; it is of another model")
+        raise CheckpointError(
+            f"{folder}: lacks {missing[:5]} and has unknown {unexpected[:5]}; "
+            "it is of another model"
+        )
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
@@ -156,4 +193,6 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
     for key, value in load_file(folder / "optimizer.safetensors").items():
         name, _, moment = key.rpartition("/")
         # Adam keeps its step counter on the CPU.
-        optimizer.state[parameters[name]][moment] = value if moment == "step" else value.to(parameters[name].device)
+        optimizer.state[parameters[name]][moment] = (
+            value if moment == "step" else value.to(parameters[name].device)
+        )

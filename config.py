@@ -1,10 +1,10 @@
 """Every number of the model and of training, with its source.
 
-    from config import PRESETS          # PRESETS["paper"], PRESETS["tiny"]: the same classes, other numbers
-    python train.py --help              # the comment beside a field is its help text
+    from config import PRESETS  # PRESETS["paper"], PRESETS["tiny"]: the same classes, other numbers
+    python train.py --help      # the comment beside a field, or above it, is its help text
 
-`paper` is Sec. 4-6 of the paper on MiniVLA's Prismatic VLM; `tiny` is small enough for two CPU cores. Presets differ in
-numbers only: no code asks which one it runs.
+`paper` is Sec. 4-6 of the paper on MiniVLA's Prismatic VLM; `tiny` is small enough for two CPU
+cores. Presets differ in numbers only: no code asks which one it runs.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-LABELS = ("pos", "grasp", "qpos", "obj", "seg")  # Eq. 4's subscripts: config, batch, losses, log and README use them
+# Eq. 4's subscripts: config, batch, losses, log and README use them.
+LABELS = ("pos", "grasp", "qpos", "obj", "seg")
 LOSSES = ("action", *LABELS, "flow")
 CAMERAS = ("head", "hand")  # Fig. 1; MS-HAB's fetch_head and fetch_hand
 ACTION_DIM = 13  # Fig. 2
@@ -21,12 +22,15 @@ DEPTH_SCALE_MM = 1000.0  # Eq. 1
 
 
 class InputError(ValueError):
-    """A foreseeable mistake in flags, files or folders: what was got, what was expected, the command that mends it."""
+    """A foreseeable mistake in flags, files or folders.
+
+    Its message: what was got, what was expected, the command that mends it.
+    """
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """End a command line program with the error's sentence alone when it is one of ours, not with a traceback."""
+    """End a program with the error's sentence alone, without a traceback, if it is one of ours."""
     try:
         yield
     except (InputError, FileNotFoundError, FileExistsError) as error:
@@ -35,7 +39,10 @@ def explained() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """One vision transformer. `depth` counts the checkpoint's blocks; the last is never built (features are the one before)."""
+    """One vision transformer.
+
+    `depth` counts the checkpoint's blocks; the last is never built (features are the one before).
+    """
 
     width: int = 1024
     depth: int = 24
@@ -54,15 +61,17 @@ class VisionConfig:
 
 DINOV2_L = VisionConfig()  # DINOv2-L/14 with four registers (Sec. 4.1)
 SIGLIP_SO400M = VisionConfig(  # SigLIP-so400m/14 (Sec. 4.1)
-    1152, 27, 16, 4304, registers=0, cls_token=False, layer_scale=None, mean=(0.5,) * 3, std=(0.5,) * 3
-)
+    1152, 27, 16, 4304, registers=0, cls_token=False, layer_scale=None,
+    mean=(0.5,) * 3, std=(0.5,) * 3,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LLMConfig:
     """Qwen2.5-0.5B (Sec. 4.1)."""
 
-    tokenizer: str = "Qwen/Qwen2.5-0.5B"  # hub name or folder; "words": the sentences' own words, no download
+    # hub name or folder; "words": the sentences' own words, no download
+    tokenizer: str = "Qwen/Qwen2.5-0.5B"
     vocab: int = 151936  # rows of the embedding
     width: int = 896
     depth: int = 24
@@ -74,8 +83,11 @@ class LLMConfig:
     norm_eps: float = 1e-6
     first_action_id: int = 151665  # <|extra_0|> of Prismatic's "extra" tokenizer
     prompt: str = (  # Prismatic's prompt for Qwen
-        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
-        "<|im_start|>user\nWhat action should the robot take to {}?<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\n"
+        "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n"
+        "What action should the robot take to {}?<|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
     prompt_length: int = 64  # tokens a prompt is padded to, so that every shape is static
 
@@ -89,7 +101,7 @@ class DecoderConfig:
     heads: int = 8  # qpos transformer
     mlp: int = 2048  # qpos transformer; Table 5 leaves it open
     grid: int = 8  # the mask decoder starts from grid x grid (Table 5)
-    channels: tuple[int, ...] = (64, 32, 16, 8)  # input of each of its four stages; the last one gives the mask
+    channels: tuple[int, ...] = (64, 32, 16, 8)  # input of its four stages; the last gives the mask
     mask_size: int = 128  # Table 5
 
 
@@ -118,7 +130,8 @@ class ModelConfig:
     decoders: tuple[Literal["pos", "grasp", "qpos", "obj", "seg"], ...] = LABELS
     decoder: DecoderConfig = DecoderConfig()
     flow: FlowConfig = FlowConfig()
-    freeze_vision: bool = False  # GAP-16 (Sec. 4.1): frozen or not is not said; trained, as MiniVLA does
+    # GAP-16 (Sec. 4.1): frozen or not is not said; trained, as MiniVLA does
+    freeze_vision: bool = False
     bins: int = 256  # per action dimension, uniform on [-1, 1] (Prismatic)
 
     @property
@@ -138,16 +151,24 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}")
+            raise ValueError(
+                f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}"
+            )
         if self.llm.heads % self.llm.kv_heads:
-            raise ValueError(f"heads {self.llm.heads} must be a multiple of kv_heads {self.llm.kv_heads}")
+            raise ValueError(
+                f"heads {self.llm.heads} must be a multiple of kv_heads {self.llm.kv_heads}"
+            )
         if not self.cameras or self.cameras != tuple(c for c in CAMERAS if c in self.cameras):
-            raise ValueError(f"cameras {self.cameras} must be a non-empty part of {CAMERAS}, in this order")
+            raise ValueError(
+                f"cameras {self.cameras} must be a non-empty part of {CAMERAS}, in this order"
+            )
         if unknown := set(self.decoders) - set(LABELS):
             raise ValueError(f"unknown decoders {sorted(unknown)}; choose from {LABELS}")
         stages = len(self.decoder.channels)
         if self.decoder.grid * 2**stages != self.decoder.mask_size:
-            raise ValueError(f"mask_size must be grid x 2^{stages} = {self.decoder.grid * 2**stages}")
+            raise ValueError(
+                f"mask_size must be grid x 2^{stages} = {self.decoder.grid * 2**stages}"
+            )
 
 
 @dataclass(frozen=True)
@@ -167,19 +188,23 @@ class LossWeights:
 class TrainConfig:
     data: str  # folder of demonstrations (MS-HAB's layout) or of a pack (data.py pack)
     out: str  # this stage's folder: config.json, log.jsonl, step-XXXXXXXX/, last
-    stage: Literal[1, 2, 3] = 1  # 1: decoders on detached latents, 2: joint, 3: flow head on the frozen VLM (Sec. 5.2-5.3)
+    # 1: decoders on detached latents, 2: joint, 3: flow head on the frozen VLM (Sec. 5.2-5.3)
+    stage: Literal[1, 2, 3] = 1
     preset: Literal["paper", "tiny"] = "paper"  # where the other defaults come from
-    pretrained: str | None = "Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b"  # public weights of the VLM: a
-    # Prismatic folder or hub name, or "hub" for DINOv2, SigLIP and Qwen2.5 apart; unused with --init-from
-    init_from: str | None = None  # weights of an earlier stage (its folder, or one of its checkpoints)
-    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest whole checkpoint in `out`
+    # public weights of the VLM: a Prismatic folder or hub name, or "hub" for DINOv2, SigLIP and
+    # Qwen2.5 apart; unused with --init-from
+    pretrained: str | None = "Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b"
+    init_from: str | None = None  # weights of an earlier stage (its folder or a checkpoint in it)
+    # auto: go on from the newest whole checkpoint in `out`
+    resume: Literal["auto", "never"] = "auto"
     steps: int | None = None  # optimizer steps of this stage; default: `epochs` of the data
     epochs: tuple[int, int, int] = (3, 7, 10)  # of stages 1, 2, 3 (Sec. 6.3); GAP-14 for stage 3
     batch_size: int = 512  # frames per step over all GPUs (Sec. 6.1)
     micro_batch: int = 64  # frames per GPU and backward pass; the rest is accumulated
     lr: float = 2e-5  # Adam, constant (Sec. 6.1)
     warmup: int = 0  # steps of linear warm-up; the paper has none
-    cooldown: float = 0.0  # last share of the steps over which lr falls linearly to 0; the paper has none
+    # last share of the steps over which lr falls linearly to 0; the paper has none
+    cooldown: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)  # GAP-21: optimizer details are not said; MiniVLA's
     grad_clip: float = 1.0  # GAP-21: MiniVLA's
     weights: LossWeights = LossWeights()  # Eq. 4
@@ -187,7 +212,7 @@ class TrainConfig:
     seed: int = 0  # weights, order of samples, flow noise
     device: Literal["cpu", "cuda"] | None = None  # default: what is there
     workers: int = 4  # loader processes per GPU
-    val_episodes: float = 0.02  # share of each file's episodes held out for validation, at least one
+    val_episodes: float = 0.02  # share of a file's episodes held out for validation, at least one
     val_every: int = 1000  # steps between validations; also at the end
     val_frames: int = 2048  # held-out frames per validation, spread evenly
     log_every: int = 10  # steps
@@ -197,9 +222,14 @@ class TrainConfig:
 
     def __post_init__(self):
         if self.stage == 3 and not self.init_from:
-            raise ValueError("stage 3 trains the action head of a trained VLM: give --init-from RUN/stage2")
+            raise ValueError(
+                "stage 3 trains the action head of a trained VLM: give --init-from RUN/stage2"
+            )
         if self.batch_size < 1 or self.micro_batch < 1:
-            raise ValueError(f"batch_size {self.batch_size} and micro_batch {self.micro_batch} must be at least 1")
+            raise ValueError(
+                f"batch_size {self.batch_size} and micro_batch {self.micro_batch} must be at least "
+                "1"
+            )
         if not 0 <= self.cooldown <= 1:
             raise ValueError(f"cooldown {self.cooldown} is a share of the steps: 0 to 1")
 
@@ -208,11 +238,15 @@ TINY_MODEL = ModelConfig(
     image_size=64,
     patch_size=16,
     dino=VisionConfig(96, 3, 3, 384, registers=1, layer_scale=1.0),
-    siglip=VisionConfig(96, 3, 3, 384, registers=0, cls_token=False, layer_scale=None, mean=(0.5,) * 3, std=(0.5,) * 3),
+    siglip=VisionConfig(
+        96, 3, 3, 384, registers=0, cls_token=False, layer_scale=None,
+        mean=(0.5,) * 3, std=(0.5,) * 3,
+    ),
     projector_hidden=384,
     llm=LLMConfig(
-        "words", vocab=512, width=192, depth=4, heads=6, kv_heads=2, head_dim=32, mlp=512, rope_theta=1e4,
-        first_action_id=256, prompt="What action should the robot take to {}?", prompt_length=20,
+        "words", vocab=512, width=192, depth=4, heads=6, kv_heads=2, head_dim=32, mlp=512,
+        rope_theta=1e4, first_action_id=256, prompt="What action should the robot take to {}?",
+        prompt_length=20,
     ),
     decoder=DecoderConfig(width=128, heads=4, mlp=256, channels=(16, 16, 8, 8)),
     flow=FlowConfig(width=128, mlp=512),
@@ -222,8 +256,9 @@ TINY_MODEL = ModelConfig(
 PRESETS: dict[str, dict] = {
     "paper": {},
     "tiny": dict(
-        model=TINY_MODEL, pretrained=None, batch_size=32, micro_batch=32, lr=1e-3, warmup=50, cooldown=0.4, betas=(0.9, 0.95),
-        workers=0, val_episodes=0.1, val_every=200, save_every=200, val_frames=512,
+        model=TINY_MODEL, pretrained=None, batch_size=32, micro_batch=32, lr=1e-3, warmup=50,
+        cooldown=0.4, betas=(0.9, 0.95), workers=0, val_episodes=0.1, val_every=200,
+        save_every=200, val_frames=512,
     ),
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """From a recorded or a live frame to a batch (paper Sec. 3, 4.2), and the pack that makes it fast.
 
-    python data.py pack --data DATA --out PACK      # fixed-size records, memory-mapped; resumable, checksummed
-    python data.py verify PACK                      # every block against its checksum
+    python data.py pack --data DATA --out PACK  # fixed-size records, memory-mapped; resumable
+    python data.py verify PACK                  # every block against its checksum
 
 The batch, the only contract between data and model (L = prompt length, C = cameras, V = views):
 
@@ -13,7 +13,8 @@ The batch, the only contract between data and model (L = prompt length, C = came
     obj [B, 7] m, wxyz, base frame   seg [B, C, 128, 128] 0 or 1
     has_pos ... has_seg [B] bool     does the frame have the label?
 
-Everything that turns recorded numbers into these, and back, is in this file and is used by training and acting alike.
+Everything that turns recorded numbers into these, and back, is in this file and is used by training
+and acting alike.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from config import ACTION_DIM, CAMERAS, DEPTH_SCALE_MM, LABELS, QPOS_DIM, LLMConfig, ModelConfig, explained
+from config import (
+    ACTION_DIM,
+    CAMERAS,
+    DEPTH_SCALE_MM,
+    LABELS,
+    QPOS_DIM,
+    LLMConfig,
+    ModelConfig,
+    explained,
+)
 from demonstrations import HORIZON, RECORD, SIZE, Demonstrations
 from pack import Pack, pack, verify
 from tasks import ARTICULATIONS, OBJECTS, SUBTASKS, instruction
@@ -39,39 +49,53 @@ from tasks import ARTICULATIONS, OBJECTS, SUBTASKS, instruction
 def normalize_depth(depth_mm: Tensor) -> Tensor:
     """Depth in whole millimetres -> (0, 1]; near is 1, far is 0 (Eq. 1).
 
-    GAP-20 (Eq. 1): depth 0 means that nothing was hit, yet becomes 1, "touching". Kept: MS-HAB's own policies do so.
+    GAP-20 (Eq. 1): depth 0 means that nothing was hit, yet becomes 1, "touching". Kept: MS-HAB's
+    own policies do so.
 
     Raises ValueError on float input, which is likely metres and would become all ones.
     """
     if depth_mm.is_floating_point():
-        raise ValueError(f"depth is {depth_mm.dtype}, expected integer millimetres; multiply metres by 1000 and round")
+        raise ValueError(
+            f"depth is {depth_mm.dtype}, expected integer millimetres; multiply metres by 1000 and "
+            "round"
+        )
     # Eq. 1: p_obs = 1 - tanh(depth / 1000)
     return 1 - torch.tanh(depth_mm.float() / DEPTH_SCALE_MM)
 
 
 def preprocess(rgb: Tensor, depth_mm: Tensor, cfg: ModelConfig) -> Tensor:
-    """Camera pictures -> `images` [B, V, 3, H, W] in [0, 1]; the one function for training and acting.
+    """Camera pictures -> `images` [B, V, 3, H, W] in [0, 1]; one function for training and acting.
 
     rgb [B, 2, h, w, 3] uint8 and depth_mm [B, 2, h, w] integer, head then hand.
     """
     chosen = [CAMERAS.index(camera) for camera in cfg.cameras]
-    views = [resize(rearrange(rgb[:, chosen].float() / 255, "b v h w c -> b v c h w"), cfg.image_size)]
+    views = [
+        resize(rearrange(rgb[:, chosen].float() / 255, "b v h w c -> b v c h w"), cfg.image_size)
+    ]
     if cfg.depth:
-        # GAP-4 (Sec. 4.2): how depth enters an RGB encoder is not said; as one more picture, repeated to three channels.
-        near = resize(rearrange(normalize_depth(depth_mm[:, chosen]), "b v h w -> b v 1 h w"), cfg.image_size)
+        # GAP-4 (Sec. 4.2): how depth enters an RGB encoder is not said; as one more picture,
+        # repeated to three channels.
+        near = resize(
+            rearrange(normalize_depth(depth_mm[:, chosen]), "b v h w -> b v 1 h w"), cfg.image_size
+        )
         views.append(repeat(near, "b v 1 h w -> b v c h w", c=3))
     return torch.cat(views, dim=1)  # [B, V, 3, H, W]
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Bicubic with antialiasing, as PIL does for Prismatic; [B, V, C, h, w] -> [B, V, C, size, size]."""
+    """Bicubic with antialiasing, as PIL for Prismatic; [B, V, C, h, w] -> [B, V, C, size, size]."""
     flat = rearrange(images, "b v c h w -> (b v) c h w")
-    flat = F.interpolate(flat, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+    flat = F.interpolate(
+        flat, size=(size, size), mode="bicubic", antialias=True, align_corners=False
+    )
     return rearrange(flat.clamp(0, 1), "(b v) c h w -> b v c h w", b=len(images))
 
 
 def cameras(obs: dict) -> tuple[Tensor, Tensor]:
-    """A live observation of MS-HAB -> rgb [B, 2, h, w, 3] uint8 and depth [B, 2, h, w] int16 mm, head then hand."""
+    """A live observation of MS-HAB -> rgb [B, 2, h, w, 3] uint8, depth [B, 2, h, w] int16 mm.
+
+    Head camera, then hand camera.
+    """
     sensors = [obs["sensor_data"][f"fetch_{camera}"] for camera in CAMERAS]
     rgb = torch.stack([sensor["rgb"] for sensor in sensors], dim=1)
     depth = torch.stack([sensor["depth"][..., 0] for sensor in sensors], dim=1)
@@ -83,30 +107,37 @@ def cameras(obs: dict) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class ActionStats:
-    """Per dimension, the 1st and 99th percentile of the training actions; it travels inside the checkpoint."""
+    """Per dimension, the 1st and 99th percentile of the training actions; in the checkpoint."""
 
     low: tuple[float, ...]
     high: tuple[float, ...]
 
     @staticmethod
     def of(actions: np.ndarray) -> "ActionStats":
-        """From all actions [n, 13]; a dimension whose percentiles coincide takes its minimum and maximum."""
+        """From all actions [n, 13]; where the percentiles coincide, from minimum and maximum."""
         low, high = np.quantile(actions, 0.01, axis=0), np.quantile(actions, 0.99, axis=0)
         flat = high - low < 1e-6
         low, high = np.where(flat, actions.min(0), low), np.where(flat, actions.max(0), high)
         return ActionStats(tuple(low.tolist()), tuple(high.tolist()))
 
     def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.tensor(self.low, device=like.device), torch.tensor(self.high, device=like.device)
+        return (
+            torch.tensor(self.low, device=like.device),
+            torch.tensor(self.high, device=like.device),
+        )
 
     def normalize(self, actions: Tensor) -> Tensor:
         """Robot units [..., 13] -> [-1, 1], clipped; a constant dimension becomes 0."""
         low, high = self._tensors(actions)
         span = high - low
-        return torch.where(span > 0, 2 * (actions - low) / span.clamp(min=1e-8) - 1, 0.0).clamp(-1, 1)
+        return torch.where(
+            span > 0,
+            2 * (actions - low) / span.clamp(min=1e-8) - 1,
+            0.0,
+        ).clamp(-1, 1)
 
     def denormalize(self, actions: Tensor) -> Tensor:
-        """[-1, 1] -> robot units; a constant dimension becomes its constant, whatever was predicted."""
+        """[-1, 1] -> robot units; a constant dimension becomes its constant regardless."""
         low, high = self._tensors(actions)
         return low + (actions + 1) / 2 * (high - low)
 
@@ -115,34 +146,55 @@ class ActionStats:
 
 
 def build_tokenizer(cfg: LLMConfig) -> Tokenizer:
-    """The LLM's tokenizer; "words" makes one from the words of the prompt and of every instruction, without download."""
+    """The LLM's tokenizer.
+
+    "words" makes one from the words of the prompt and of every instruction, without download.
+    """
     if cfg.tokenizer != "words":
         local = Path(cfg.tokenizer) / "tokenizer.json"
-        return Tokenizer.from_file(str(local)) if local.is_file() else Tokenizer.from_pretrained(cfg.tokenizer)
+        return (
+            Tokenizer.from_file(str(local))
+            if local.is_file()
+            else Tokenizer.from_pretrained(cfg.tokenizer)
+        )
     names = sorted({name for objects in OBJECTS.values() for name in objects} | set(ARTICULATIONS))
-    text = " ".join([cfg.prompt.format("")] + [instruction(subtask, name) for subtask in SUBTASKS for name in names])
+    text = " ".join(
+        [cfg.prompt.format("")]
+        + [instruction(subtask, name) for subtask in SUBTASKS for name in names]
+    )
     split = pre_tokenizers.Whitespace()
     words = sorted({word for word, _ in split.pre_tokenize_str(text.lower())})
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *words])}
     if len(vocabulary) > cfg.first_action_id:
-        raise ValueError(f"{len(vocabulary)} words do not fit below the action ids, which start at {cfg.first_action_id}")
+        raise ValueError(
+            f"{len(vocabulary)} words do not fit below the action ids, which start at "
+            f"{cfg.first_action_id}"
+        )
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = split
     return tokenizer
 
 
-def tokenize(instructions: list[str], tokenizer: Tokenizer, cfg: LLMConfig) -> tuple[Tensor, Tensor]:
+def tokenize(
+    instructions: list[str], tokenizer: Tokenizer, cfg: LLMConfig
+) -> tuple[Tensor, Tensor]:
     """Prompts of a static length: ids and mask [n, L].
 
-    Padding stands between the first token and the rest, where the images go, so that every prompt ends at the latents.
+    Padding stands between the first token and the rest, where the images go, so that every prompt
+    ends at the latents.
     """
     ids = torch.zeros(len(instructions), cfg.prompt_length, dtype=torch.long)
     mask = torch.zeros(len(instructions), cfg.prompt_length, dtype=torch.bool)
     for row, text in enumerate(instructions):
         prompt = cfg.prompt.format(text.lower())
-        tokens = tokenizer.encode(prompt.lower() if cfg.tokenizer == "words" else prompt, add_special_tokens=False).ids
+        tokens = tokenizer.encode(
+            prompt.lower() if cfg.tokenizer == "words" else prompt, add_special_tokens=False
+        ).ids
         if len(tokens) > cfg.prompt_length:
-            raise ValueError(f"{text!r} needs {len(tokens)} tokens; raise llm.prompt_length above {cfg.prompt_length}")
+            raise ValueError(
+                f"{text!r} needs {len(tokens)} tokens; raise llm.prompt_length above "
+                f"{cfg.prompt_length}"
+            )
         ids[row, 0], mask[row, 0] = tokens[0], True
         ids[row, cfg.prompt_length - len(tokens) + 1 :] = torch.tensor(tokens[1:])
         mask[row, cfg.prompt_length - len(tokens) + 1 :] = True
@@ -159,7 +211,7 @@ def to_tensors(records: np.ndarray) -> dict[str, Tensor]:
 
 @dataclass
 class Batcher:
-    """Makes the batch on the device from what the loader sends: raw pictures, raw actions, labels."""
+    """Makes the batch on the device from what the loader sends: raw pictures, actions, labels."""
 
     cfg: ModelConfig
     stats: ActionStats
@@ -189,13 +241,14 @@ def unpack_masks(bits: Tensor) -> Tensor:
 
 
 def check_batch(batch: dict[str, Tensor], cfg: ModelConfig) -> None:
-    """Raise ValueError, naming key, got and expected, if a batch is not what the top of this file says."""
+    """Raise ValueError, naming key, got and expected, unless a batch is as the file's top says."""
     b, c = len(batch["images"]), len(cfg.cameras)
     shapes = {
         "images": (b, cfg.num_views, 3, cfg.image_size, cfg.image_size),
         "prompt_ids": (b, cfg.llm.prompt_length), "prompt_mask": (b, cfg.llm.prompt_length),
         "actions": (b, HORIZON, ACTION_DIM), "action_mask": (b, HORIZON),
-        "pos": (b, 2), "grasp": (b,), "qpos": (b, QPOS_DIM), "obj": (b, 7), "seg": (b, c, SIZE, SIZE),
+        "pos": (b, 2), "grasp": (b,), "qpos": (b, QPOS_DIM), "obj": (b, 7),
+        "seg": (b, c, SIZE, SIZE),
     } | {f"has_{name}": (b,) for name in LABELS}  # fmt: skip
     for key, shape in shapes.items():
         if key not in batch or tuple(batch[key].shape) != shape:
@@ -203,7 +256,9 @@ def check_batch(batch: dict[str, Tensor], cfg: ModelConfig) -> None:
             raise ValueError(f"batch[{key!r}]: got {got}, expected {shape}")
     for key, low in (("images", 0), ("actions", -1)):
         if not (batch[key].min() >= low and batch[key].max() <= 1):
-            raise ValueError(f"batch[{key!r}]: values {batch[key].min()}..{batch[key].max()}, expected {low}..1")
+            raise ValueError(
+                f"batch[{key!r}]: values {batch[key].min()}..{batch[key].max()}, expected {low}..1"
+            )
 
 
 # --- The order of samples ---
@@ -236,9 +291,12 @@ class Frames(Dataset):
 
 
 class StepOrder:
-    """Which frames a step trains on: a pure function of seed and step, whatever the number of ranks or workers."""
+    """Which frames a step trains on: a pure function of seed and step, on any number of ranks."""
 
-    def __init__(self, num_frames: int, batch_size: int, seed: int, first: int, last: int, rank: int, world: int):
+    def __init__(
+        self, num_frames: int, batch_size: int, seed: int, first: int, last: int, rank: int,
+        world: int,
+    ):  # fmt: skip
         self.num_frames, self.batch_size, self.seed = num_frames, batch_size, seed
         self.first, self.last, self.rank, self.world = first, last, rank, world
 
@@ -256,16 +314,23 @@ class StepOrder:
 
 
 def loader(frames: Frames, order, workers: int) -> DataLoader:
-    """Raw batches in the given order. Its own generator: otherwise each new iterator would draw from the global random
-    state, which shifts the noise of a resumed run."""
+    """Raw batches in the given order.
+
+    Its own generator: otherwise each new iterator would draw from the global random state, which
+    shifts the noise of a resumed run.
+    """
     return DataLoader(
-        frames, sampler=order, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(), persistent_workers=workers > 0,
+        frames, sampler=order, batch_size=None, num_workers=workers,
+        pin_memory=torch.cuda.is_available(), generator=torch.Generator(),
+        persistent_workers=workers > 0,
     )  # fmt: skip
 
 
 def open_data(folder: str | Path) -> "Demonstrations | Pack":
-    """A pack if the folder is one, else the demonstrations below it. Raises FileNotFoundError when it is neither."""
+    """A pack if the folder is one, else the demonstrations below it.
+
+    Raises FileNotFoundError when it is neither.
+    """
     return Pack(folder) if (Path(folder) / "pack.json").is_file() else Demonstrations(folder)
 
 

@@ -1,16 +1,19 @@
 """The five auxiliary decoders (paper Sec. 4.3, Table 5) and their losses (Eqs. 2 and 3).
 
-Every decoder reads the same latents [B, N, D] (8 x 896 in the paper) and nothing else, so any subset can be trained
-(Tables 2 and 3). A loss returns one value per frame, [B]; model.py averages it over the frames that have the label.
+Every decoder reads the same latents [B, N, D] (8 x 896 in the paper) and nothing else, so any
+subset can be trained (Tables 2 and 3). A loss returns one value per frame, [B]; model.py averages
+it over the frames that have the label.
 
     pos    GlobalPositionDecoder  [B, 2]   base x, y, metres, world frame
     grasp  GraspDecoder           [B]      logit: is the target held?
     qpos   QposDecoder            [B, 12]  joint positions, rad (prismatic: m)
-    obj    ObjectPoseDecoder      [B, 7]   target object relative to the base: x, y, z in metres, unit quaternion wxyz
-    seg    MaskDecoder            [B, C, 128, 128]  logits: pixels of the target object in each camera
+    obj    ObjectPoseDecoder      [B, 7]   target object relative to the base: x, y, z, metres, and
+                                           unit quaternion wxyz
+    seg    MaskDecoder            [B, C, 128, 128]  logits: the target object's pixels, per camera
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -23,7 +26,7 @@ from config import QPOS_DIM, ModelConfig
 
 
 class MLPDecoder(nn.Module):
-    """Feature projection 896 -> 512, average over the latents, three-layer MLP 512 -> 256 -> 128 -> out (Table 5)."""
+    """Projection 896 -> 512, average over the latents, MLP 512 -> 256 -> 128 -> out (Table 5)."""
 
     out_dim: int
 
@@ -37,14 +40,16 @@ class MLPDecoder(nn.Module):
         )  # fmt: skip
 
     def forward(self, latents: Tensor) -> Tensor:
-        # GAP-11 (Table 5): neither the place of the pooling nor the activation is said; we pool the projected latents
-        # before the MLP (one MLP pass instead of eight) and use GELU, as the mask decoder does.
+        # GAP-11 (Table 5): neither the place of the pooling nor the activation is said; we pool the
+        # projected latents before the MLP (one MLP pass instead of eight) and use GELU, as the mask
+        # decoder does.
         pooled = reduce(self.feature_proj(latents), "b n d -> b d", "mean")  # [B, 512]
         return self.mlp(pooled)  # [B, out_dim]
 
 
 class GlobalPositionDecoder(MLPDecoder):
-    # GAP-9 (Sec. 4.3): "2D coordinates" of the robot in no named frame; world x, y of the base, raw metres.
+    # GAP-9 (Sec. 4.3): "2D coordinates" of the robot in no named frame; world x, y of the base, raw
+    # metres.
     out_dim = 2
 
 
@@ -56,7 +61,8 @@ class GraspDecoder(MLPDecoder):
 
 
 class ObjectPoseDecoder(MLPDecoder):
-    # GAP-8 (Sec. 4.3): the frame of the pose is not said; the abstract has "relative positions", so: relative to the base.
+    # GAP-8 (Sec. 4.3): the frame of the pose is not said; the abstract has "relative positions",
+    # so: relative to the base.
     out_dim = 7
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -72,18 +78,27 @@ def sincos_positions(length: int, width: int) -> Tensor:
 
 
 class QposDecoder(nn.Module):
-    """Twelve learned mask tokens attend, with the latents, through a two-layer transformer (Table 5)."""
+    """Twelve learned mask tokens attend, with the latents, in a two-layer transformer (Table 5)."""
 
-    # GAP-10 (Sec. 4.3): "12-dimensional" without names: Fetch's 15 joints less the 3 of the base, in MS-HAB's order.
+    # GAP-10 (Sec. 4.3): "12-dimensional" without names: Fetch's 15 joints less the 3 of the base,
+    # in MS-HAB's order.
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         width = cfg.decoder.width
         self.feature_proj = nn.Linear(cfg.llm.width, width)
         self.mask_tokens = nn.Parameter(torch.randn(QPOS_DIM, width) * 0.02)
-        self.register_buffer("positions", sincos_positions(QPOS_DIM + cfg.num_latents, width), persistent=False)
+        self.register_buffer(
+            "positions", sincos_positions(QPOS_DIM + cfg.num_latents, width), persistent=False
+        )
         layer = nn.TransformerEncoderLayer(
-            width, cfg.decoder.heads, cfg.decoder.mlp, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            width,
+            cfg.decoder.heads,
+            cfg.decoder.mlp,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
         )
         self.transformer = nn.TransformerEncoder(
             layer, cfg.decoder.layers, norm=nn.LayerNorm(width), enable_nested_tensor=False
@@ -100,14 +115,17 @@ class QposDecoder(nn.Module):
 class BatchNorm(nn.BatchNorm2d):
     """BatchNorm over the frames of all ranks, on any device (torch's SyncBatchNorm needs a GPU)."""
 
-    # GAP-17 (Table 5): "BatchNorm", on 8 GPUs. Per-GPU statistics would make a step depend on the number of GPUs, so they
-    # are taken over all ranks. Gradient accumulation still takes them per micro-batch.
+    # GAP-17 (Table 5): "BatchNorm", on 8 GPUs. Per-GPU statistics would make a step depend on the
+    # number of GPUs, so they are taken over all ranks. Gradient accumulation still takes them per
+    # micro-batch.
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
         x = x.float()
-        sums = torch.stack([reduce(x, "b c h w -> c", "sum"), reduce(x.square(), "b c h w -> c", "sum")])
+        sums = torch.stack(
+            [reduce(x, "b c h w -> c", "sum"), reduce(x.square(), "b c h w -> c", "sum")]
+        )
         sums = dist_nn.all_reduce(sums)  # [2, C]
         count = dist.get_world_size() * x[:, 0].numel()
         mean = sums[0] / count
@@ -121,7 +139,10 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class CameraMaskDecoder(nn.Module):
-    """One camera's mask: latents -> 64 x 8 x 8, then four transposed convolutions to 128 x 128 (Table 5)."""
+    """One camera's mask (Table 5).
+
+    Latents -> 64 x 8 x 8, then four transposed convolutions to 128 x 128.
+    """
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -129,29 +150,38 @@ class CameraMaskDecoder(nn.Module):
         self.feature_proj = nn.Sequential(
             nn.Linear(cfg.llm.width, width), nn.GELU(), nn.Linear(width, width // 2)
         )  # 896 -> 512 -> 256
-        # GAP-12 (Table 5): "Spatial proj to 8x8x64" from [B, 8, 256] is not spelled out; all latents are flattened, so
-        # that each can speak for its own part of the picture.
+        # GAP-12 (Table 5): "Spatial proj to 8x8x64" from [B, 8, 256] is not spelled out; all
+        # latents are flattened, so that each can speak for its own part of the picture.
         self.spatial_proj = nn.Linear(cfg.num_latents * width // 2, channels[0] * self.grid**2)
         stages = []
-        for c_in, c_out in zip(channels[:-1], channels[1:]):  # a bias before BatchNorm would do nothing
-            stages += [nn.ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1, bias=False), BatchNorm(c_out), nn.GELU()]
-        self.upsample = nn.Sequential(*stages, nn.ConvTranspose2d(channels[-1], 1, 4, stride=2, padding=1))
+        for c_in, c_out in pairwise(channels):  # a bias before BatchNorm would do nothing
+            stages += [
+                nn.ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1, bias=False),
+                BatchNorm(c_out),
+                nn.GELU(),
+            ]
+        self.upsample = nn.Sequential(
+            *stages, nn.ConvTranspose2d(channels[-1], 1, 4, stride=2, padding=1)
+        )
 
     def forward(self, latents: Tensor) -> Tensor:
         features = rearrange(self.feature_proj(latents), "b n d -> b (n d)")  # [B, 8 x 256]
-        grid = rearrange(self.spatial_proj(features), "b (c h w) -> b c h w", h=self.grid, w=self.grid)  # [B, 64, 8, 8]
+        grid = rearrange(
+            self.spatial_proj(features), "b (c h w) -> b c h w", h=self.grid, w=self.grid
+        )  # [B, 64, 8, 8]
         return rearrange(self.upsample(grid), "b 1 h w -> b h w")  # [B, 128, 128]
 
 
 class MaskDecoder(nn.Module):
-    # GAP-7 (Table 5, Fig. 1): one mask [B, 1, 128, 128], but Fig. 1 shows those of both cameras: one decoder per camera.
+    # GAP-7 (Table 5, Fig. 1): one mask [B, 1, 128, 128], but Fig. 1 shows those of both cameras:
+    # one decoder per camera.
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.cameras = nn.ModuleList(CameraMaskDecoder(cfg) for _ in cfg.cameras)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        return torch.stack([decoder(latents) for decoder in self.cameras], dim=1)  # [B, C, 128, 128]
+    def forward(self, latents: Tensor) -> Tensor:  # [B, N, D] -> [B, C, 128, 128]
+        return torch.stack([decoder(latents) for decoder in self.cameras], dim=1)
 
 
 # --- Losses, one value per frame ---
@@ -164,8 +194,9 @@ def pos_loss(pred: Tensor, target: Tensor) -> Tensor:
 
 def grasp_loss(pred: Tensor, target: Tensor) -> Tensor:
     # Eq. 2: L_grasp = CrossEntropy(y_hat, y)
-    # GAP-6 (Eqs. 2-3, Table 5): "CrossEntropy" over a single logit would be 0 for any prediction; Sec. 4.3 names "binary
-    # cross-entropy" for the mask, so both are binary cross-entropy with logits.
+    # GAP-6 (Eqs. 2-3, Table 5): "CrossEntropy" over a single logit would be 0 for any prediction;
+    # Sec. 4.3 names "binary cross-entropy" for the mask, so both are binary cross-entropy with
+    # logits.
     return F.binary_cross_entropy_with_logits(pred, target, reduction="none")  # [B]
 
 
@@ -175,15 +206,18 @@ def qpos_loss(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def obj_loss(pred: Tensor, target: Tensor) -> Tensor:
-    # Eq. 2: L_obj = ||t_hat - t||^2 + (1 - |q_hat . q|); |.| because q and -q are the same rotation.
+    # Eq. 2: L_obj = ||t_hat - t||^2 + (1 - |q_hat . q|)
+    # |.| because q and -q are the same rotation; the second term is 0 when aligned.
     position_error = (pred[:, :3] - target[:, :3]).square().sum(-1)  # [B], m^2
-    rotation_error = 1 - (pred[:, 3:] * F.normalize(target[:, 3:], dim=-1)).sum(-1).abs()  # [B], 0 when aligned
+    rotation_error = 1 - (pred[:, 3:] * F.normalize(target[:, 3:], dim=-1)).sum(-1).abs()  # [B]
     return position_error + rotation_error
 
 
 def seg_loss(pred: Tensor, target: Tensor) -> Tensor:
     # Eq. 3: L_seg = CrossEntropy(M_hat, M), binary (GAP-6), averaged over pixels and cameras
-    loss = F.binary_cross_entropy_with_logits(pred, target.to(pred.dtype), reduction="none")  # [B, C, 128, 128]
+    loss = F.binary_cross_entropy_with_logits(
+        pred, target.to(pred.dtype), reduction="none"
+    )  # [B, C, 128, 128]
     return reduce(loss, "b c h w -> b", "mean")
 
 

@@ -1,12 +1,14 @@
-"""Recorded demonstrations in MS-HAB's own layout (paper Sec. 3): <task>/<subtask>/<target>.h5 with a .json beside it.
+"""Recorded demonstrations in MS-HAB's own layout (paper Sec. 3).
+
+    <task>/<subtask>/<target>.h5, with a .json beside it
 
     demos = Demonstrations("DATA")        # every .h5 below the folder, in the order of their names
     demos.read([0, 17])                   # structured array of RECORD, one per frame
-    demos.read_episode(3)                 # all frames of one trajectory, each chunk of the file inflated once
+    demos.read_episode(3)                 # all frames of one trajectory, each chunk inflated once
 
-An h5 holds T + 1 observations and T actions per trajectory (MS-HAB: envs/wrappers/record.py); frame t of ours is
-observation t with actions t, t+1, ..., t+7. A label that a file lacks is marked in `has`; a frame that cannot be read is
-a DataError naming file, trajectory and frame.
+An h5 holds T + 1 observations and T actions per trajectory (MS-HAB: envs/wrappers/record.py); frame
+t of ours is observation t with actions t, t+1, ..., t+7. A label that a file lacks is marked in
+`has`; a frame that cannot be read is a DataError naming file, trajectory and frame.
 """
 
 import json
@@ -23,7 +25,8 @@ from tasks import SUBTASKS, instruction
 SIZE = 128  # pixels, MS-HAB's cameras
 HORIZON = 8  # actions stored with a frame: the flow head's chunk (Sec. 6.4)
 
-# One frame as it is recorded: no normalisation, no resize. The unit of the pack and of a loader's batch.
+# One frame as it is recorded: no normalisation, no resize. The unit of the pack and of a loader's
+# batch.
 RECORD = np.dtype(
     [
         ("rgb", np.uint8, (len(CAMERAS), SIZE, SIZE, 3)),
@@ -59,7 +62,10 @@ def load_sidecar(path: Path) -> dict:
     """The .json beside an .h5. Raises DataError when it is missing or cut off."""
     sidecar = path.with_suffix(".json")
     if not sidecar.is_file():
-        raise DataError(f"{path}: no {sidecar.name} beside it; MS-HAB's files come in pairs. Download or record it again.")
+        raise DataError(
+            f"{path}: no {sidecar.name} beside it; MS-HAB's files come in pairs. Download or "
+            "record it again."
+        )
     try:
         return json.loads(sidecar.read_text())
     except json.JSONDecodeError as error:
@@ -74,7 +80,8 @@ class Demonstrations:
         paths = sorted(self.folder.rglob("*.h5"))
         if not paths:
             raise FileNotFoundError(
-                f"{self.folder}: no .h5 demonstrations below it; record some: python collect.py --out {self.folder} ..."
+                f"{self.folder}: no .h5 demonstrations below it; record some: python collect.py "
+                f"--out {self.folder} ..."
             )
         self.episodes: list[Episode] = []
         self.instructions: list[str] = []
@@ -89,19 +96,23 @@ class Demonstrations:
         for name in ("action_schema", "qpos_names"):
             theirs, ours = sidecar.get(name), getattr(self, name)
             if ours is not None and theirs is not None and theirs != ours:
-                raise DataError(f"{path}: its {name} {theirs} differs from that of the files before it, {ours}")
+                raise DataError(
+                    f"{path}: its {name} {theirs} differs from that of the files before it, {ours}"
+                )
             setattr(self, name, ours or theirs)
         for entry in sidecar["episodes"]:
             if "instruction" not in entry and path.parent.name not in SUBTASKS:
-                raise DataError(f"{path}: no instruction in its .json, and its folder is none of {SUBTASKS}; expected "
-                                "<task>/<subtask>/<target>.h5")
+                raise DataError(
+                    f"{path}: no instruction in its .json, and its folder is none of {SUBTASKS}; "
+                    "expected <task>/<subtask>/<target>.h5"
+                )
             text = entry.get("instruction") or instruction(path.parent.name, path.stem)
             if text not in self.instructions:
                 self.instructions.append(text)
             self.episodes.append(
                 Episode(
-                    str(path.relative_to(self.folder)), f"traj_{entry['episode_id']}", entry["elapsed_steps"],
-                    self.instructions.index(text),
+                    str(path.relative_to(self.folder)), f"traj_{entry['episode_id']}",
+                    entry["elapsed_steps"], self.instructions.index(text),
                 )
             )  # fmt: skip
 
@@ -109,7 +120,10 @@ class Demonstrations:
         return int(self.starts[-1])
 
     def read(self, frames: list[int] | np.ndarray) -> np.ndarray:
-        """Frames by number, [n] of RECORD. Random access: each one inflates whole chunks of the file; see `data.py pack`."""
+        """Frames by number, [n] of RECORD.
+
+        Random access: each one inflates whole chunks of the file; see `data.py pack`.
+        """
         out = np.zeros(len(frames), RECORD)
         for row, frame in enumerate(frames):
             episode = int(np.searchsorted(self.starts, frame, side="right")) - 1
@@ -132,8 +146,8 @@ class Demonstrations:
             return open_h5(str(path))[entry.trajectory]
         except (OSError, KeyError) as error:
             raise DataError(
-                f"{path}, {entry.trajectory}: cannot be opened ({error}). The file is cut off or is not the one its .json "
-                "describes; download or record it again."
+                f"{path}, {entry.trajectory}: cannot be opened ({error}). The file is cut off or "
+                "is not the one its .json describes; download or record it again."
             ) from error
 
     def _read(self, episode: int, first: int, last: int) -> np.ndarray:
@@ -142,8 +156,9 @@ class Demonstrations:
             return read_frames(self._group(entry), entry, self.folder, episode, first, last)
         except (OSError, KeyError) as error:
             raise DataError(
-                f"{self.folder / entry.file}, {entry.trajectory}, frames {first}..{last - 1}: {error}. A key is missing or the "
-                "file is damaged; expected MS-HAB's layout recorded with obs_mode=rgbd. Download or record it again."
+                f"{self.folder / entry.file}, {entry.trajectory}, frames {first}..{last - 1}: "
+                f"{error}. A key is missing or the file is damaged; expected MS-HAB's layout "
+                "recorded with obs_mode=rgbd. Download or record it again."
             ) from error
 
 
@@ -154,22 +169,31 @@ def open_h5(path: str) -> h5py.File:
 
 
 def checked_actions(group: h5py.Group, entry: Episode, folder: Path) -> np.ndarray:
-    """The actions of a trajectory [T, 13]. Raises DataError on another shape, NaN, or values outside [-1, 1]."""
+    """The actions of a trajectory [T, 13].
+
+    Raises DataError on another shape, NaN, or values outside [-1, 1].
+    """
     where = f"{folder / entry.file}, {entry.trajectory}"
     actions = group["actions"][:]
     if actions.shape != (entry.length, ACTION_DIM):
         raise DataError(
-            f"{where}: actions {actions.shape}, expected ({entry.length}, {ACTION_DIM}): pd_joint_delta_pos of Fetch "
-            "(arm 7, gripper 1, head and torso 3, base 2). Record with control_mode=pd_joint_delta_pos."
+            f"{where}: actions {actions.shape}, expected ({entry.length}, {ACTION_DIM}): "
+            "pd_joint_delta_pos of Fetch (arm 7, gripper 1, head and torso 3, base 2). Record with "
+            "control_mode=pd_joint_delta_pos."
         )
     bad = ~(np.abs(actions) <= 1 + 1e-5)  # NaN compares false
     if bad.any():
         frame, dim = np.argwhere(bad)[0]
-        raise DataError(f"{where}, frame {frame}: action {dim} is {actions[frame, dim]}, expected a number in [-1, 1]")
+        raise DataError(
+            f"{where}, frame {frame}: action {dim} is {actions[frame, dim]}, expected a number in "
+            "[-1, 1]"
+        )
     return actions
 
 
-def read_frames(group: h5py.Group, entry: Episode, folder: Path, episode: int, first: int, last: int) -> np.ndarray:
+def read_frames(
+    group: h5py.Group, entry: Episode, folder: Path, episode: int, first: int, last: int
+) -> np.ndarray:
     """Frames first..last-1 of one trajectory as RECORD."""
     rows, out = slice(first, last), np.zeros(last - first, RECORD)
     obs, has = group["obs"], dict.fromkeys(LABELS, True)
@@ -178,8 +202,9 @@ def read_frames(group: h5py.Group, entry: Episode, folder: Path, episode: int, f
         depth = sensor["depth"]
         if not np.issubdtype(depth.dtype, np.integer):
             raise DataError(
-                f"{folder / entry.file}, {entry.trajectory}: depth is {depth.dtype}, expected integer millimetres. Float "
-                "metres would turn into 'everything touches the camera' (Eq. 1); multiply by 1000 and store as int16."
+                f"{folder / entry.file}, {entry.trajectory}: depth is {depth.dtype}, expected "
+                "integer millimetres. Float metres would turn into 'everything touches the camera' "
+                "(Eq. 1); multiply by 1000 and store as int16."
             )
         out["rgb"][:, c] = sensor["rgb"][rows]
         out["depth"][:, c] = depth[rows, ..., 0]
@@ -203,13 +228,17 @@ def read_frames(group: h5py.Group, entry: Episode, folder: Path, episode: int, f
     out["has"] = [has[label] for label in LABELS]
     # MS-HAB writes an all-zero pose, quaternion included, where the subtask has no object (GAP-8).
     out["has"][:, LABELS.index("obj")] = np.abs(out["obj"][:, 3:]).sum(-1) > 0
-    out["instruction"], out["episode"], out["frame"] = entry.instruction, episode, np.arange(first, last)
+    out["instruction"], out["episode"], out["frame"] = (
+        entry.instruction,
+        episode,
+        np.arange(first, last),
+    )
 
     for name in ("pos", "qpos", "obj"):
         bad = ~np.isfinite(out[name]).all(-1)
         if bad.any():
             raise DataError(
-                f"{folder / entry.file}, {entry.trajectory}, frame {first + int(bad.argmax())}: {name} is "
-                f"{out[name][bad.argmax()]}, expected finite numbers"
+                f"{folder / entry.file}, {entry.trajectory}, frame {first + int(bad.argmax())}: "
+                f"{name} is {out[name][bad.argmax()]}, expected finite numbers"
             )
     return out

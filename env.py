@@ -98,8 +98,9 @@ class SubtaskEnv:
         ]
         names = self.mshab.scene_builder.build_configs
         options = dict(
-            # Rebuilt every time. On its own, one environment would only ever build the first scene of its plans; and
-            # a scene kept from the episode before shows through in a few pixels of the first picture.
+            # Rebuilt every time. On its own, one environment would only ever build the first scene
+            # of its plans; and a scene kept from the episode before shows through in a few pixels
+            # of the first picture.
             reconfigure=True,
             build_config_idxs=[names.index(plan.build_config_name)],
             task_plan_idxs=torch.tensor([scene_plans.index(plan_idx)]),
@@ -233,7 +234,10 @@ class SubtaskEnv:
 
 
 def plan_files(task: str, subtask: str, target: str, split: str) -> tuple[Path, Path]:
-    """MS-HAB's task plan and start poses of a subtask. Raises FileNotFoundError, with the command that mends it."""
+    """MS-HAB's task plan and start poses of a subtask.
+
+    Raises FileNotFoundError, with the command that mends it.
+    """
     plan_file = REARRANGE / "task_plans" / task / subtask / split / f"{target}.json"
     spawn_file = REARRANGE / "spawn_data" / task / subtask / split / "spawn_data.pt"
     for path in (plan_file, spawn_file):

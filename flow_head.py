@@ -1,9 +1,10 @@
 """The flow-matching action expert (paper Sec. 4.1, 5.3, 6.4), after pi0.
 
-    loss = head.loss(actions, noise, t, cache, prefix_mask)   # training: one noised chunk per frame
-    actions = head.sample(cache, prefix_mask, noise)          # ten Euler steps: [B, 8, 13], normalised units
+    loss = head.loss(actions, noise, t, cache, prefix_mask)  # training: one noised chunk per frame
+    actions = head.sample(cache, prefix_mask, noise)         # 10 Euler steps: normalised [B, 8, 13]
 
-`cache` is the frozen VLM's keys and values of every layer, prefix_mask [B, S] marks the tokens that exist.
+`cache` is the frozen VLM's keys and values of every layer, prefix_mask [B, S] marks the tokens that
+exist.
 
 Time runs as in pi0's code, against its paper: t = 1 is noise, t = 0 is the action.
 """
@@ -20,7 +21,7 @@ from config import ACTION_DIM, ModelConfig
 
 
 def time_embedding(t: Tensor, width: int) -> Tensor:
-    """Sine-cosine embedding [B, width] of flow time t [B] in (0, 1]; periods from 0.004 to 4 (pi0)."""
+    """Sine-cosine embedding [B, width] of flow time t [B] in (0, 1]; periods 0.004 to 4 (pi0)."""
     fraction = torch.linspace(0, 1, width // 2, device=t.device)
     period = 0.004 * (4.0 / 0.004) ** fraction
     angle = 2 * math.pi * t[:, None] / period
@@ -37,11 +38,12 @@ def draw_noise(frames: int, horizon: int, generator: torch.Generator) -> tuple[T
 
 
 class FlowHead(nn.Module):
-    """A transformer of the LLM's depth and heads, but narrower, that reads the LLM's keys and values layer by layer.
+    """A narrower transformer of the LLM's depth and heads that reads its keys and values by layer.
 
-    GAP-15 (Sec. 5.3): "denoising from the rich, frozen latent representations" leaves open what is attended to. Read as
-    pi0: every layer's keys and values of the whole prefix (images, prompt, latents). The prefix stays causal, as it was
-    trained; there is no proprioception token, since the paper has no such input.
+    GAP-15 (Sec. 5.3): "denoising from the rich, frozen latent representations" leaves open what is
+    attended to. Read as pi0: every layer's keys and values of the whole prefix (images, prompt,
+    latents). The prefix stays causal, as it was trained; there is no proprioception token, since
+    the paper has no such input.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -51,27 +53,40 @@ class FlowHead(nn.Module):
         self.action_in = nn.Linear(ACTION_DIM, width)
         self.action_time_in = nn.Linear(2 * width, width)
         self.action_time_out = nn.Linear(width, width)
-        self.layers = nn.ModuleList(LLMLayer(cfg.llm, width, cfg.flow.mlp) for _ in range(cfg.llm.depth))
+        self.layers = nn.ModuleList(
+            LLMLayer(cfg.llm, width, cfg.flow.mlp) for _ in range(cfg.llm.depth)
+        )
         self.norm = nn.RMSNorm(width, eps=cfg.llm.norm_eps)
         self.action_out = nn.Linear(width, ACTION_DIM)
 
-    def velocity(self, x_t: Tensor, t: Tensor, cache: list[KeyValues], prefix_mask: Tensor) -> Tensor:
-        """Predicted velocity [B, H, 13] of noised actions x_t [B, H, 13] at time t [B]; prefix_mask [B, S]."""
+    def velocity(
+        self, x_t: Tensor, t: Tensor, cache: list[KeyValues], prefix_mask: Tensor
+    ) -> Tensor:
+        """Velocity [B, H, 13] of noised actions x_t [B, H, 13] at t [B]; prefix_mask [B, S]."""
         horizon = x_t.shape[1]
         time = repeat(time_embedding(t, self.cfg.width), "b d -> b h d", h=horizon)
         x = self.action_time_in(torch.cat([self.action_in(x_t), time], dim=-1))  # [B, H, W]
         x = self.action_time_out(F.silu(x))
         # Actions stand behind the prefix; they see all of it and each other, in both directions.
         steps = torch.arange(horizon, device=x_t.device)
-        table = rope(prefix_mask.sum(-1, keepdim=True) + steps, self.llm.head_dim, self.llm.rope_theta)
-        visible = torch.cat([prefix_mask, prefix_mask.new_ones(len(x_t), horizon)], dim=-1)  # [B, S + H]
+        table = rope(
+            prefix_mask.sum(-1, keepdim=True) + steps, self.llm.head_dim, self.llm.rope_theta
+        )
+        visible = torch.cat(
+            [prefix_mask, prefix_mask.new_ones(len(x_t), horizon)], dim=-1
+        )  # [B, S + H]
         mask = repeat(visible, "b s -> b 1 h s", h=horizon)
         for layer, past in zip(self.layers, cache):
             x, _ = layer(x, table, mask, past)
         return self.action_out(self.norm(x)).float()
 
-    def loss(self, actions: Tensor, noise: Tensor, t: Tensor, cache: list[KeyValues], prefix_mask: Tensor) -> Tensor:
-        """Squared error of the velocity per action, [B, H], for normalised chunks and noise [B, H, 13], times t [B]."""
+    def loss(
+        self, actions: Tensor, noise: Tensor, t: Tensor, cache: list[KeyValues], prefix_mask: Tensor
+    ) -> Tensor:
+        """Squared error of the velocity per action, [B, H].
+
+        For normalised chunks and noise [B, H, 13], times t [B].
+        """
         t_ = rearrange(t, "b -> b 1 1")
         x_t = t_ * noise + (1 - t_) * actions
         target = noise - actions  # dx_t / dt
@@ -79,7 +94,7 @@ class FlowHead(nn.Module):
 
     @torch.no_grad()
     def sample(self, cache: list[KeyValues], prefix_mask: Tensor, noise: Tensor) -> Tensor:
-        """Integrate from noise [B, H, 13] at t = 1 to actions at t = 0 in equal Euler steps (10 in Sec. 6.4)."""
+        """From noise [B, H, 13] at t = 1 to actions at t = 0 in 10 equal Euler steps (Sec. 6.4)."""
         x, num_steps = noise, self.cfg.denoise_steps
         for step in range(num_steps):
             t = torch.full((len(noise),), 1 - step / num_steps, device=noise.device)

@@ -1,13 +1,16 @@
-"""AuxVLA (paper Sec. 4 and 5): images and an instruction -> eight latents -> action tokens, auxiliary predictions, flow.
+"""AuxVLA (paper Sec. 4, 5): images, instruction -> 8 latents -> action tokens, predictions, flow.
 
-    losses = model(batch, stage)              # {"action": ..., "pos": ..., ...} or {"flow": ...}; through DDP in training
-    actions, predictions = model.act(batch)   # normalised actions [B, H, 13] and what the decoders read in the latents
-    python model.py --preset paper            # parameters, part by part
+    losses = model(batch, stage)             # {"action": ..., "pos": ..., ...} or {"flow": ...};
+                                             # through DDP in training
+    actions, predictions = model.act(batch)  # normalised actions [B, H, 13] and what the decoders
+                                             # read in the latents
+    python model.py --preset paper           # parameters, part by part
 
 The batch is a plain dict of tensors; data.py documents it and this file knows nothing else of data.
 
-Axes: B batch, V views (rgb then depth of each camera), P patches per view, L prompt tokens, N = 8 latents, D = 896 LLM
-width, S = L + V*P + N prefix length, A = 13 action dimensions, H actions in a chunk.
+Axes: B batch, V views (rgb then depth of each camera), P patches per view, L prompt tokens, N = 8
+latents, D = 896 LLM width, S = L + V*P + N prefix length, A = 13 action dimensions, H actions in a
+chunk.
 """
 
 from dataclasses import dataclass
@@ -23,19 +26,21 @@ from config import ACTION_DIM, ModelConfig, model_config
 from decoders import DECODERS
 from flow_head import FlowHead
 
-# The stages (Sec. 5.2, 5.3, Fig. 3): which parts a stage trains. The rest is frozen: no gradient, eval mode.
+# The stages (Sec. 5.2, 5.3, Fig. 3): which parts a stage trains. The rest is frozen: no gradient,
+# eval mode.
 TRAINED_IN = {"vlm": (1, 2), "decoders": (1, 2), "flow_head": (3,)}
 
 
 def aux_input(latents: Tensor, stage: int) -> Tensor:
-    """Stage 1 trains the decoders on detached latents; stage 2 lets their gradients into the VLM (Sec. 5.2)."""
+    """Stage 1: decoders on detached latents; stage 2: their gradients reach the VLM (Sec. 5.2)."""
     return latents.detach() if stage == 1 else latents
 
 
 # --- Action tokens ---
 
-# GAP-3 (Sec. 4.1): "discrete action tokens", of unsaid number and code. One step is 13 tokens, one per dimension, each one
-# of 256 uniform bins on [-1, 1], on Prismatic's 256 <|extra_i|> ids, in rising order; ids are emitted, never strings.
+# GAP-3 (Sec. 4.1): "discrete action tokens", of unsaid number and code. One step is 13 tokens, one
+# per dimension, each one of 256 uniform bins on [-1, 1], on Prismatic's 256 <|extra_i|> ids, in
+# rising order; ids are emitted, never strings.
 
 
 def actions_to_bins(actions: Tensor, bins: int) -> Tensor:
@@ -52,17 +57,23 @@ def bins_to_actions(index: Tensor, bins: int) -> Tensor:
 
 
 def label_counts(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """How many values each loss averages over in this batch: frames with the label; valid actions for flow.
+    """How many values each loss averages over: frames with the label; valid actions for flow.
 
-    Under several ranks or micro-batches train.py replaces these by the mean over ranks of the whole batch's counts, so
-    that the sum of all gradients is that of one mean over every labelled frame, on any number of GPUs.
+    Under several ranks or micro-batches train.py replaces these by the mean over ranks of the whole
+    batch's counts, so that the sum of all gradients is that of one mean over every labelled frame,
+    on any number of GPUs.
     """
-    counts = {key.removeprefix("has_"): has.sum() for key, has in batch.items() if key.startswith("has_")}
+    counts = {
+        key.removeprefix("has_"): has.sum() for key, has in batch.items() if key.startswith("has_")
+    }
     return counts | {"action": batch["action_mask"][:, 0].sum(), "flow": batch["action_mask"].sum()}
 
 
 def masked_mean(values: Tensor, mask: Tensor, count: Tensor) -> Tensor:
-    """Mean over labelled values; 0, with a live graph, when there are none: no rank may skip a decoder under DDP."""
+    """Mean over labelled values; 0, with a live graph, when there are none.
+
+    No rank may skip a decoder under DDP.
+    """
     return torch.where(mask.bool(), values.float(), 0.0).sum() / count.clamp(min=1e-6)
 
 
@@ -78,7 +89,7 @@ class Prefix:
     mask: Tensor  # [B, S], False at padding
 
     def truncate(self, length: int) -> "Prefix":
-        """The first `length` positions; the LLM is causal, so they do not depend on what follows."""
+        """The first `length` positions; the LLM is causal, so they are as if nothing followed."""
         cache = [(k[:, :, :length], v[:, :, :length]) for k, v in self.cache]
         return Prefix(self.hidden[:, :length], cache, self.mask[:, :length])
 
@@ -92,33 +103,52 @@ class VLM(nn.Module):
         self.vision = FusedVision(cfg)
         self.projector = Projector(cfg)
         self.llm = Qwen2(cfg.llm)
-        # GAP-2 (Table 5): the decoders read latents [B, 8, 896] that are defined nowhere. Here: eight learned queries behind
-        # the prompt and before the action tokens. They see no ground-truth action, exist for any action code, cost no
-        # decoding, and the action tokens attend to them, so that auxiliary gradients reach the action path.
+        # GAP-2 (Table 5): the decoders read latents [B, 8, 896] that are defined nowhere. Here:
+        # eight learned queries behind the prompt and before the action tokens. They see no
+        # ground-truth action, exist for any action code, cost no decoding, and the action tokens
+        # attend to them, so that auxiliary gradients reach the action path.
         self.latent_queries = nn.Parameter(torch.randn(cfg.num_latents, cfg.llm.width) * 0.02)
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """First prompt token, images, the other prompt tokens, latent queries (Prismatic) -> [B, S, D], mask [B, S]."""
+        """First prompt token, images, the other prompt tokens (Prismatic), latent queries.
+
+        Returns [B, S, D] and its mask [B, S].
+        """
         images = batch["images"]  # [B, V, 3, H, W]
         views = images.shape[1]
         patches = self.vision(rearrange(images, "b v c h w -> (b v) c h w"))  # [B*V, P, C]
-        visual = rearrange(self.projector(patches), "(b v) p d -> b (v p) d", v=views)  # [B, V*P, D]
+        visual = rearrange(
+            self.projector(patches), "(b v) p d -> b (v p) d", v=views
+        )  # [B, V*P, D]
         text = self.llm.embed(batch["prompt_ids"])  # [B, L, D]
-        queries = repeat(self.latent_queries, "n d -> b n d", b=len(images)).to(text.dtype)  # [B, N, D]
-        x = torch.cat([text[:, :1], visual.to(text.dtype), text[:, 1:], queries], dim=1)  # [B, S, D]
+        queries = repeat(
+            self.latent_queries,
+            "n d -> b n d",
+            b=len(images),
+        ).to(text.dtype)  # [B, N, D]
+        x = torch.cat(
+            [text[:, :1], visual.to(text.dtype), text[:, 1:], queries], dim=1
+        )  # [B, S, D]
         prompt = batch["prompt_mask"]  # [B, L]
         mask = torch.cat(
-            [prompt[:, :1], prompt.new_ones(visual.shape[:2]), prompt[:, 1:], prompt.new_ones(queries.shape[:2])], dim=1
+            [
+                prompt[:, :1],
+                prompt.new_ones(visual.shape[:2]),
+                prompt[:, 1:],
+                prompt.new_ones(queries.shape[:2]),
+            ],
+            dim=1,
         )
         return x, mask.bool()
 
     def encode(self, batch: dict[str, Tensor], action_ids: Tensor | None = None) -> Prefix:
-        """Run the LLM over the prefix and, in training, over the action ids [B, A-1] that follow it."""
+        """Run the LLM over the prefix and, in training, over the action ids [B, A-1] behind it."""
         x, mask = self.embed_prefix(batch)
         if action_ids is not None:
             x = torch.cat([x, self.llm.embed(action_ids).to(x.dtype)], dim=1)  # [B, S + A - 1, D]
             mask = torch.cat([mask, mask.new_ones(action_ids.shape)], dim=1)
-        # Padding is skipped by position and mask, so a padded prompt gives what the unpadded one gives.
+        # Padding is skipped by position and mask, so a padded prompt gives what the unpadded one
+        # gives.
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         hidden, cache = self.llm(x, positions, causal & mask[:, None, :])
@@ -137,7 +167,7 @@ class AuxVLA(nn.Module):
             self.flow_head.apply(init_llm)
 
     def train_stage(self, stage: int) -> list[nn.Parameter]:
-        """Freeze what the stage does not train (before DDP wraps the model) and return what it does."""
+        """Freeze what the stage does not train (before DDP wraps the model), return the rest."""
         for name, part in self.named_children():
             trained = stage in TRAINED_IN[name]
             part.requires_grad_(trained)
@@ -152,16 +182,20 @@ class AuxVLA(nn.Module):
         if stage == 3:
             with torch.no_grad():
                 prefix = self.vlm.encode(batch)
-            per_action = self.flow_head.loss(batch["actions"], batch["noise"], batch["t"], prefix.cache, prefix.mask)
+            per_action = self.flow_head.loss(
+                batch["actions"], batch["noise"], batch["t"], prefix.cache, prefix.mask
+            )
             return {"flow": masked_mean(per_action, batch["action_mask"], counts["flow"])}
 
-        bins = actions_to_bins(batch["actions"][:, 0], self.cfg.bins)  # [B, A]: one step, not a chunk (GAP-3)
+        bins = actions_to_bins(batch["actions"][:, 0], self.cfg.bins)  # [B, A]: one step (GAP-3)
         ids = self.cfg.llm.first_action_id + bins
         hidden = self.vlm.encode(batch, ids[:, :-1]).hidden  # [B, S + A - 1, D]
-        # The last latent predicts the first action token. The head runs on these 13 positions only: at all of them, and
-        # batch 64, the logits alone would take 42 GB.
+        # The last latent predicts the first action token. The head runs on these 13 positions only:
+        # at all of them, and batch 64, the logits alone would take 42 GB.
         logits = self.vlm.llm.logits(hidden[:, -ACTION_DIM:])  # [B, A, vocabulary]
-        nll = F.cross_entropy(rearrange(logits, "b a v -> b v a").float(), ids, reduction="none")  # [B, A]
+        nll = F.cross_entropy(
+            rearrange(logits, "b a v -> b v a").float(), ids, reduction="none"
+        )  # [B, A]
         per_frame = reduce(nll, "b a -> b", "mean")
         losses = {"action": masked_mean(per_frame, batch["action_mask"][:, 0], counts["action"])}
 
@@ -172,16 +206,19 @@ class AuxVLA(nn.Module):
         return losses
 
     def latents(self, prefix_hidden: Tensor) -> Tensor:
-        """The latents [B, N, D]: the LLM's last hidden states at the queries, the end of the prefix [B, S, D]."""
+        """The latents [B, N, D]: the hidden states of the queries, the prefix's end [B, S, D]."""
         return prefix_hidden[:, -self.cfg.num_latents :]
 
     # --- Acting ---
 
     @torch.no_grad()
-    def act(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Normalised actions [B, H, 13] in [-1, 1] and the decoders' predictions for the current frame.
+    def act(
+        self, batch: dict[str, Tensor], noise: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Normalised actions [B, H, 13] in [-1, 1] and the decoders' predictions for the frame.
 
-        With `noise` [B, H, 13] the flow head denoises a chunk of H actions; without it the LLM decodes one step greedily.
+        With `noise` [B, H, 13] the flow head denoises a chunk of H actions; without it the LLM
+        decodes one step greedily.
         """
         prefix = self.vlm.encode(batch)
         predictions = self.predict(self.latents(prefix.hidden))
@@ -205,16 +242,21 @@ class AuxVLA(nn.Module):
 
     @torch.no_grad()
     def teacher_forced(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Predicted bins [B, A] given the true earlier ones, and the decoders' predictions: for validation."""
+        """Predicted bins [B, A] given the true earlier ones, and the decoders' predictions."""
         bins = actions_to_bins(batch["actions"][:, 0], self.cfg.bins)
         hidden = self.vlm.encode(batch, self.cfg.llm.first_action_id + bins[:, :-1]).hidden
-        logits = self.vlm.llm.logits(hidden[:, -ACTION_DIM:], self.cfg.llm.first_action_id, self.cfg.bins)
+        logits = self.vlm.llm.logits(
+            hidden[:, -ACTION_DIM:], self.cfg.llm.first_action_id, self.cfg.bins
+        )
         return logits.argmax(-1), self.predict(self.latents(hidden[:, : 1 - ACTION_DIM]))
 
     def predict(self, latents: Tensor) -> dict[str, Tensor]:
         """What the decoders read in the latents; grasp and seg as probabilities."""
         out = {name: decoder(latents).float() for name, decoder in self.decoders.items()}
-        return {name: value.sigmoid() if name in ("grasp", "seg") else value for name, value in out.items()}
+        return {
+            name: value.sigmoid() if name in ("grasp", "seg") else value
+            for name, value in out.items()
+        }
 
 
 def init_llm(module: nn.Module) -> None:
@@ -230,8 +272,15 @@ def print_parameters(preset: str = "paper") -> None:
     with torch.device("meta"):
         model = AuxVLA(model_config(preset), flow_head=True)
     vlm = model.vlm
-    parts = {"vision.dino": vlm.vision.dino, "vision.siglip": vlm.vision.siglip, "projector": vlm.projector, "llm": vlm.llm}
-    parts |= {f"decoders.{name}": decoder for name, decoder in model.decoders.items()} | {"flow_head": model.flow_head}
+    parts = {
+        "vision.dino": vlm.vision.dino,
+        "vision.siglip": vlm.vision.siglip,
+        "projector": vlm.projector,
+        "llm": vlm.llm,
+    }
+    parts |= {f"decoders.{name}": decoder for name, decoder in model.decoders.items()} | {
+        "flow_head": model.flow_head
+    }
     for name, part in parts.items():
         print(f"{name:18} {sum(p.numel() for p in part.parameters()):>15,}")
     print(f"{'latent_queries':18} {vlm.latent_queries.numel():>15,}")

@@ -1,10 +1,10 @@
-"""The pack: every frame once, as fixed-size records in memory-mapped blocks, so that training reads at memory speed.
+"""The pack: every frame once, a fixed-size record in a memory-mapped block, read at memory speed.
 
     python data.py pack --data DATA --out PACK
     python data.py verify PACK
 
-An h5 of MS-HAB inflates 26 frames for each one that is read; a record of the pack is read alone. pack.json is written
-last, so a folder that has it is whole; it carries the sha256 of every block.
+An h5 of MS-HAB inflates 26 frames for each one that is read; a record of the pack is read alone.
+pack.json is written last, so a folder that has it is whole; it carries the sha256 of every block.
 """
 
 import hashlib
@@ -30,7 +30,9 @@ class Pack:
         self.folder = Path(folder)
         meta = json.loads((self.folder / "pack.json").read_text())
         if meta["record"] != record_layout():
-            raise DataError(f"{self.folder}: packed with other records than this code reads; pack it again")
+            raise DataError(
+                f"{self.folder}: packed with other records than this code reads; pack it again"
+            )
         self.episodes = [Episode(**episode) for episode in meta["episodes"]]
         self.instructions, self.hashes = meta["instructions"], meta["sha256"]
         self.action_schema, self.qpos_names = meta["action_schema"], meta["qpos_names"]
@@ -40,7 +42,10 @@ class Pack:
             expected = min(BLOCK, len(self) - len(self.blocks) * BLOCK)
             size = (self.folder / name).stat().st_size if (self.folder / name).is_file() else 0
             if size != expected * RECORD.itemsize:
-                raise DataError(f"{self.folder / name}: {size} bytes, expected {expected * RECORD.itemsize}; pack it again")
+                raise DataError(
+                    f"{self.folder / name}: {size} bytes, expected {expected * RECORD.itemsize}; "
+                    "pack it again"
+                )
             self.blocks.append(np.memmap(self.folder / name, RECORD, "r"))
 
     def __len__(self) -> int:
@@ -56,7 +61,9 @@ class Pack:
     def actions(self, episode: int) -> np.ndarray:
         """All actions of an episode, [T, 13], robot units."""
         frames = range(self.starts[episode], self.starts[episode + 1])
-        return np.stack([self.blocks[frame // BLOCK][frame % BLOCK]["actions"][0] for frame in frames])
+        return np.stack(
+            [self.blocks[frame // BLOCK][frame % BLOCK]["actions"][0] for frame in frames]
+        )
 
 
 def record_layout() -> list:
@@ -74,13 +81,21 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def pack(data: str, out: str) -> None:
-    """Write every frame below --data into --out once, so that training reads at memory speed. Resumable."""
+    """Write every frame below --data into --out once, so that training reads at memory speed.
+
+    Resumable.
+    """
     source, folder = Demonstrations(data), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {e.file: (source.folder / e.file).stat().st_size for e in source.episodes}
-    plan = {"sizes": sizes, "episodes": [asdict(e) for e in source.episodes], "record": record_layout()}
+    plan = {
+        "sizes": sizes,
+        "episodes": [asdict(e) for e in source.episodes],
+        "record": record_layout(),
+    }
     plan_file, done_file = folder / "plan.json", folder / "blocks.json"
-    if not plan_file.is_file() or json.loads(plan_file.read_text()) != plan:  # other data than last time: start over
+    # Other data than last time: start over.
+    if not plan_file.is_file() or json.loads(plan_file.read_text()) != plan:
         (folder / "pack.json").unlink(missing_ok=True)
         write_durably(done_file, b"{}")
         write_durably(plan_file, json.dumps(plan).encode())
@@ -92,7 +107,9 @@ def pack(data: str, out: str) -> None:
     for episode in tqdm(range(len(source.episodes)), desc="pack", unit="episode"):
         start, end = int(source.starts[episode]), int(source.starts[episode + 1])
         if end > done:
-            pending = np.concatenate([pending, source.read_episode(episode)[max(0, done - start) :]])
+            pending = np.concatenate(
+                [pending, source.read_episode(episode)[max(0, done - start) :]]
+            )
         while len(pending) >= BLOCK or (len(pending) and end == len(source)):
             content = pending[:BLOCK].tobytes()
             name = f"frames-{len(hashes):05d}.bin"
@@ -100,17 +117,30 @@ def pack(data: str, out: str) -> None:
             hashes[name] = hashlib.sha256(content).hexdigest()
             write_durably(done_file, json.dumps(hashes).encode())
             pending = pending[BLOCK:]
-    meta = {"sha256": hashes, "instructions": source.instructions, "action_schema": source.action_schema}
+    meta = {
+        "sha256": hashes,
+        "instructions": source.instructions,
+        "action_schema": source.action_schema,
+    }
     meta |= {"qpos_names": source.qpos_names, **plan}
     write_durably(folder / "pack.json", json.dumps(meta).encode())
-    print(f"{folder}: {len(source):,} frames of {len(source.episodes):,} episodes, {len(hashes)} blocks")
+    print(
+        f"{folder}: {len(source):,} frames of {len(source.episodes):,} episodes, "
+        f"{len(hashes)} blocks"
+    )
 
 
 def verify(folder: Annotated[str, tyro.conf.Positional]) -> None:
-    """Read every block of a pack and compare it with its checksum; DataError names the first that differs."""
+    """Read every block of a pack and compare it with its checksum.
+
+    DataError names the first that differs.
+    """
     pack = Pack(folder)
     for name, expected in tqdm(pack.hashes.items(), desc="verify", unit="block"):
         with open(pack.folder / name, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                raise DataError(f"{pack.folder / name}: damaged, its checksum differs; delete the pack and pack it again")
+                raise DataError(
+                    f"{pack.folder / name}: damaged, its checksum differs; "
+                    "delete the pack and pack it again"
+                )
     print(f"{folder}: {len(pack):,} frames, every block whole")

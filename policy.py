@@ -1,10 +1,11 @@
 """The trained policy: a checkpoint that drives the robot, in eval.py or in a loop of your own.
 
     policy = Policy.from_checkpoint("RUN/stage2")
-    policy.reset()                                          # at the start of an episode
-    action = policy.act(obs, "close the kitchen drawer")    # obs of MS-HAB, a batch of B environments -> [B, 13]
+    policy.reset()                                        # at the start of an episode
+    action = policy.act(obs, "close the kitchen drawer")  # MS-HAB's obs, B environments -> [B, 13]
 
-A stage-1 or stage-2 checkpoint decodes one action at a time; a stage-3 checkpoint denoises eight and executes two.
+A stage-1 or stage-2 checkpoint decodes one action at a time; a stage-3 checkpoint denoises eight
+and executes two.
 """
 
 from collections import deque
@@ -30,19 +31,26 @@ class Policy:
     manifest: dict  # the checkpoint's: config, action schema, hashes
     device: torch.device
     seed: int = 0  # of the flow head's noise, from the start of every episode
-    predictions: dict[str, np.ndarray] = field(default_factory=dict)  # of the decoders, for the last frame seen
+    # of the decoders, for the last frame seen
+    predictions: dict[str, np.ndarray] = field(default_factory=dict)
 
-    obs_mode = "rgb+depth+segmentation"  # what it needs of the simulator; segmentation is only drawn beside, never read
+    # what it needs of the simulator; segmentation is only drawn beside, never read
+    obs_mode = "rgb+depth+segmentation"
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str | None = None) -> "Policy":
-        """From a checkpoint's folder or its stage's. Raises FileNotFoundError or CheckpointError, naming the file."""
+        """From a checkpoint's folder or its stage's.
+
+        Raises FileNotFoundError or CheckpointError, naming the file.
+        """
         folder = resolve(path)
         manifest = read_manifest(folder)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = AuxVLA(model_config_of(manifest), flow_head=manifest["stage"] == 3)
         load_weights(model, folder)
-        stats = ActionStats(**{key: tuple(value) for key, value in manifest["action_stats"].items()})
+        stats = ActionStats(
+            **{key: tuple(value) for key, value in manifest["action_stats"].items()}
+        )
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         policy = cls(model.to(device).eval(), stats, tokenizer, manifest, device)
         policy.reset()
@@ -57,20 +65,27 @@ class Policy:
     def act(self, obs: dict, instruction: str) -> np.ndarray:
         """The next action [B, 13] in robot units, for B environments that move in step.
 
-        Looks at `obs` only when its queue of actions is empty; `predictions` then holds what the decoders read in it:
-        pos [B, 2], grasp [B] probability, qpos [B, 12], obj [B, 7], seg [B, C, 128, 128] probability.
+        Looks at `obs` only when its queue of actions is empty; `predictions` then holds what the
+        decoders read in it: pos [B, 2], grasp [B] probability, qpos [B, 12], obj [B, 7], seg
+        [B, C, 128, 128] probability.
         """
         if not self.queue:
             batch = self.batch(obs, instruction)
             cfg, noise = self.model.cfg, None
             if self.model.flow_head:
-                noise = torch.randn(len(batch["images"]), cfg.flow.action_horizon, ACTION_DIM, generator=self.noise)
+                noise = torch.randn(
+                    len(batch["images"]), cfg.flow.action_horizon, ACTION_DIM, generator=self.noise
+                )
                 noise = noise.to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"
+            ):
                 actions, predictions = self.model.act(batch, noise)  # [B, H, 13]
             self.predictions = {name: value.cpu().numpy() for name, value in predictions.items()}
             actions = self.stats.denormalize(actions).clamp(-1, 1).cpu().numpy()
-            self.queue.extend(actions[:, step] for step in range(min(cfg.flow.execute, actions.shape[1])))
+            self.queue.extend(
+                actions[:, step] for step in range(min(cfg.flow.execute, actions.shape[1]))
+            )
         return self.queue.popleft()
 
     def batch(self, obs: dict, instruction: str) -> dict[str, Tensor]:

@@ -1,10 +1,13 @@
-"""Public weights into AuxVLA's VLM (paper Sec. 4.1): an explicit map of names, strict in both directions.
+"""Public weights into AuxVLA's VLM (paper Sec. 4.1): an explicit map of names, strict both ways.
 
-    python train.py --pretrained PRISM ...      # a Prismatic folder (or hub name), vision towers from the hub if it has none
-    python train.py --pretrained hub ...        # DINOv2, SigLIP and Qwen2.5 each from its own hub model; a new projector
+    python train.py --pretrained PRISM ...  # a Prismatic folder (or hub name), vision towers from
+                                            # the hub if it has none
+    python train.py --pretrained hub ...    # DINOv2, SigLIP and Qwen2.5 each from its own hub
+                                            # model; a new projector
 
-Every key of a file is used or named as dead here; every parameter of the VLM is filled or named as new. Anything else is a
-PretrainedError that lists the keys and shapes. HF_HUB_OFFLINE=1 is respected: files must then be in the cache or in folders.
+Every key of a file is used or named as dead here; every parameter of the VLM is filled or named as
+new. Anything else is a PretrainedError that lists the keys and shapes. HF_HUB_OFFLINE=1 is
+respected: files must then be in the cache or in folders.
 """
 
 import math
@@ -30,7 +33,8 @@ SIGLIP_HUB = "google/siglip-so400m-patch14-224"
 QWEN_HUB = "Qwen/Qwen2.5-0.5B"
 NEW = {"latent_queries"}  # in no public checkpoint (GAP-2)
 
-# Name in the file (a regular expression) -> name here. "#0" marks the first part of a tensor that is fused here.
+# Name in the file (a regular expression) -> name here. "#0" marks the first part of a tensor that
+# is fused here.
 TIMM = {
     r"cls_token": "prefix#0",
     r"reg_token": "prefix#1",
@@ -66,7 +70,11 @@ SIGLIP_HF = {
     r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.out_proj\.(\w+)": r"blocks.\1.proj.\2",
     r"vision_model\.encoder\.layers\.(\d+)\.mlp\.(fc[12])\.(\w+)": r"blocks.\1.\2.\3",
 }
-SIGLIP_HF_DEAD = (r"text_model\..*", r"logit_(scale|bias)", r"vision_model\.(post_layernorm|head)\..*")
+SIGLIP_HF_DEAD = (
+    r"text_model\..*",
+    r"logit_(scale|bias)",
+    r"vision_model\.(post_layernorm|head)\..*",
+)
 QWEN = {
     r"model\.embed_tokens\.weight": "embed.weight",
     r"model\.norm\.weight": "norm.weight",
@@ -83,11 +91,16 @@ class PretrainedError(InputError):
     """Weights that are not what their name says; the message lists keys and shapes."""
 
 
-def translate(tensors: dict[str, Tensor], names: dict[str, str], dead: tuple[str, ...], source: str) -> dict[str, Tensor]:
-    """Rename a file's tensors by a map, fuse the parts marked "#", drop the dead ones; refuse any other key."""
+def translate(
+    tensors: dict[str, Tensor], names: dict[str, str], dead: tuple[str, ...], source: str
+) -> dict[str, Tensor]:
+    """Rename a file's tensors by a map, fuse the parts marked "#", drop the dead, refuse others."""
     out, parts, unknown = {}, {}, []
     for key, tensor in tensors.items():
-        new = next((match.expand(to) for name, to in names.items() if (match := re.fullmatch(name, key))), None)
+        new = next(
+            (match.expand(to) for name, to in names.items() if (match := re.fullmatch(name, key))),
+            None,
+        )
         if new is None:
             if not any(re.fullmatch(pattern, key) for pattern in dead):
                 unknown.append(f"{key} {list(tensor.shape)}")
@@ -97,7 +110,9 @@ def translate(tensors: dict[str, Tensor], names: dict[str, str], dead: tuple[str
         else:
             out[new] = tensor
     if unknown:
-        raise PretrainedError(f"{source}: {len(unknown)} keys that are not of this model: {', '.join(unknown[:8])}")
+        raise PretrainedError(
+            f"{source}: {len(unknown)} keys that are not of this model: {', '.join(unknown[:8])}"
+        )
     for name, fused in parts.items():
         out[name] = torch.cat([fused[i] for i in sorted(fused)], dim=1 if name == "prefix" else 0)
     return out
@@ -146,8 +161,9 @@ def folder_of(name: str, patterns: list[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
         raise PretrainedError(
-            f"{name}: neither a folder nor to be had from the hub ({error}). Download it where there is a network, then give "
-            "--pretrained FOLDER; --pretrained None starts from random weights"
+            f"{name}: neither a folder nor to be had from the hub ({error}). Download it where "
+            "there is a network, then give --pretrained FOLDER; --pretrained None starts from "
+            "random weights"
         ) from error
 
 
@@ -155,45 +171,70 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder's .safetensors files. Raises PretrainedError when there are none."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise PretrainedError(f"{folder}: no .safetensors file in it; it has {sorted(p.name for p in folder.iterdir())[:8]}")
+        raise PretrainedError(
+            f"{folder}: no .safetensors file in it; it has "
+            f"{sorted(p.name for p in folder.iterdir())[:8]}"
+        )
     out = {}
     for path in files:
         with safe_open(path, "pt") as file:
-            out |= {key: file.get_tensor(key) for key in file.keys()}
+            out |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no dict
     return out
 
 
 def read_prismatic(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """The components of a Prismatic checkpoint: projector, llm_backbone and perhaps vision_backbone."""
+    """The components of a Prismatic checkpoint: projector, llm_backbone, maybe vision_backbone."""
     path = folder / "checkpoints/latest-checkpoint.pt"
     if not path.is_file():
-        raise PretrainedError(f"{path}: not there; expected Prismatic's layout, config.json and checkpoints/ beside it")
+        raise PretrainedError(
+            f"{path}: not there; expected Prismatic's layout, config.json and checkpoints/ beside "
+            "it"
+        )
     try:
         # A pickle, Prismatic's format: only tensors and containers are ever built from it.
         components = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["model"]
     except (RuntimeError, EOFError, KeyError) as error:
-        raise PretrainedError(f"{path}: cut off or not a Prismatic checkpoint ({error}); download it again") from error
+        raise PretrainedError(
+            f"{path}: cut off or not a Prismatic checkpoint ({error}); download it again"
+        ) from error
     if missing := {"projector", "llm_backbone"} - set(components):
-        raise PretrainedError(f"{path}: lacks the components {sorted(missing)}; it has {sorted(components)}")
+        raise PretrainedError(
+            f"{path}: lacks the components {sorted(missing)}; it has {sorted(components)}"
+        )
     return components
 
 
 def strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+    }
 
 
-def parts_of(vlm: VLM, source: Source, hashes: dict[str, str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Each part of the VLM, (prefix, tensors under our names); `hashes` gets the sha256 of every file read."""
+def parts_of(
+    vlm: VLM, source: Source, hashes: dict[str, str]
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Each part of the VLM: (prefix, tensors under our names).
+
+    `hashes` gets the sha256 of every file read.
+    """
 
     def folder(name: str, *patterns: str) -> Path:
         found = folder_of(name, list(patterns))
-        hashes.update({f"{name}/{path.name}": sha256(path) for pattern in patterns for path in sorted(found.glob(pattern))})
+        hashes.update(
+            {
+                f"{name}/{path.name}": sha256(path)
+                for pattern in patterns
+                for path in sorted(found.glob(pattern))
+            }
+        )
         return found
 
     built = {name: len(getattr(vlm.vision, name).blocks) for name in ("dino", "siglip")}
     components = {}
     if source.prismatic:
-        components = read_prismatic(folder(source.prismatic, "config.json", "checkpoints/latest-checkpoint.pt"))
+        components = read_prismatic(
+            folder(source.prismatic, "config.json", "checkpoints/latest-checkpoint.pt")
+        )
         yield "projector.", translate(components["projector"], PROJECTOR, (), "projector")
         llm = strip(components["llm_backbone"], "llm.")
     else:
@@ -214,16 +255,25 @@ def parts_of(vlm: VLM, source: Source, hashes: dict[str, str]) -> Iterator[tuple
 
 
 def load_pretrained(vlm: VLM, source: Source) -> dict[str, str]:
-    """Fill the VLM; returns the sha256 of every file used. Raises PretrainedError on any key or shape that does not fit."""
+    """Fill the VLM; returns the sha256 of every file used.
+
+    Raises PretrainedError on any key or shape that does not fit.
+    """
     hashes: dict[str, str] = {}
-    new = NEW if source.prismatic else NEW | {key for key in vlm.state_dict() if key.startswith("projector.")}
+    new = (
+        NEW
+        if source.prismatic
+        else NEW | {key for key in vlm.state_dict() if key.startswith("projector.")}
+    )
     ours, filled = dict(vlm.state_dict()), set()
     for prefix, tensors in parts_of(vlm, source, hashes):
         for key, tensor in tensors.items():
             name = prefix + key
             if name not in ours or ours[name].shape != tensor.shape:
                 expected = list(ours[name].shape) if name in ours else "no such parameter"
-                raise PretrainedError(f"{name}: the file has {list(tensor.shape)}, this model has {expected}")
+                raise PretrainedError(
+                    f"{name}: the file has {list(tensor.shape)}, this model has {expected}"
+                )
             ours[name].copy_(tensor)
             filled.add(name)
     if missing := ours.keys() - filled - new:

@@ -1,6 +1,7 @@
-"""What the robot is asked to do: MS-HAB's tasks, their targets, the sentence for each, and the columns of the paper's tables.
+"""What the robot is asked to do: MS-HAB's tasks, targets, sentences, and the paper's columns.
 
-One table for collect, train and eval: the instruction a policy hears in evaluation is the one it was trained on.
+One table for collect, train and eval: the instruction a policy hears in evaluation is the one it
+was trained on.
 """
 
 import math
@@ -11,20 +12,21 @@ SUBTASKS = ("pick", "place", "open", "close")
 HORIZON = 200  # control steps per episode, 20 Hz (MS-HAB: max_episode_steps of all four subtasks)
 
 _YCB_HARD = (
-    "002_master_chef_can", "003_cracker_box", "004_sugar_box", "005_tomato_soup_can", "007_tuna_fish_can",
-    "008_pudding_box", "009_gelatin_box", "010_potted_meat_can", "024_bowl",
+    "002_master_chef_can", "003_cracker_box", "004_sugar_box", "005_tomato_soup_can",
+    "007_tuna_fish_can", "008_pudding_box", "009_gelatin_box", "010_potted_meat_can", "024_bowl",
 )  # fmt: skip
 OBJECTS = {  # what is picked and placed (MS-HAB: evaluate.py)
     "set_table": ("013_apple", "024_bowl"),
     "tidy_house": _YCB_HARD,
     "prepare_groceries": _YCB_HARD,
 }
-ARTICULATIONS = {"fridge": "fridge", "kitchen_counter": "kitchen drawer"}  # open and close, SetTable only
+# Open and close, SetTable only.
+ARTICULATIONS = {"fridge": "fridge", "kitchen_counter": "kitchen drawer"}
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of Tables 1, 2 and 4: a subtask and its target; "all" means every object of the task."""
+    """One column of Tables 1, 2 and 4: a subtask and its target; "all": each object of the task."""
 
     subtask: str
     target: str
@@ -41,7 +43,8 @@ COLUMNS = {
     "open_drawer": Column("open", "kitchen_counter"),
     "close_fridge": Column("close", "fridge"),
     "close_drawer": Column("close", "kitchen_counter"),
-    # GAP-22 (Tables 1, 2, 4): the header reads "All Obj." over one figure; read as all objects. These two ask for one.
+    # GAP-22 (Tables 1, 2, 4): the header reads "All Obj." over one figure; read as all objects.
+    # These two ask for one.
     "pick_obj": Column("pick", "obj"),
     "place_obj": Column("place", "obj"),
 }
@@ -49,7 +52,7 @@ PAPER_COLUMNS = tuple(COLUMNS)[:6]
 
 
 def targets(task: str, subtask: str) -> tuple[str, ...]:
-    """Every target of a subtask, as MS-HAB names its files; empty when the task lacks the subtask."""
+    """Every target of a subtask, as MS-HAB names its files; empty if the task lacks the subtask."""
     if subtask in ("pick", "place"):
         return OBJECTS[task]
     return tuple(ARTICULATIONS) if task == "set_table" else ()
@@ -63,8 +66,8 @@ def readable(target: str) -> str:
 def instruction(subtask: str, target: str) -> str:
     """The sentence for one subtask.
 
-    GAP-19 (Sec. 4.1): the model reads "a natural language instruction", but MS-HAB's data has none. One template
-    per subtask, filled with the target's name.
+    GAP-19 (Sec. 4.1): the model reads "a natural language instruction", but MS-HAB's data has none.
+    One template per subtask, filled with the target's name.
     """
     templates = {
         "pick": "pick up the {}",
@@ -79,7 +82,8 @@ def _row(*rates: float) -> dict[str, float]:
     return dict(zip(PAPER_COLUMNS, rates, strict=True))
 
 
-PAPER = {  # success rates on SetTable: Table 1 (OpenVLA, Base VLM), Table 2 (AuxVLA, "+ ..."), Table 4 (action head)
+# Success rates on SetTable: Tables 1 (OpenVLA, Base VLM), 2 (AuxVLA, "+ ...") and 4 (action head).
+PAPER = {
     "OpenVLA": _row(0.00, 0.19, 0.02, 0.00, 0.00, 0.04),
     "OpenVLA + multiview": _row(0.06, 0.35, 0.14, 0.38, 0.00, 0.53),
     "OpenVLA + multiview + depth": _row(0.12, 0.41, 0.43, 0.30, 0.00, 0.67),

@@ -1,11 +1,12 @@
 """Train one stage of AuxVLA (paper Sec. 5): demonstrations -> a checkpoint.
 
     torchrun --nproc_per_node=8 train.py --stage 1 --data DATA --out RUN/stage1
-    torchrun --nproc_per_node=8 train.py --stage 2 --init-from RUN/stage1 --data DATA --out RUN/stage2
-    torchrun --nproc_per_node=8 train.py --stage 3 --init-from RUN/stage2 --data DATA --out RUN/stage3
-    python train.py --preset tiny ...                     # one process, CPU or GPU; the same run
+    torchrun ... train.py --stage 2 --init-from RUN/stage1 --data DATA --out RUN/stage2
+    torchrun ... train.py --stage 3 --init-from RUN/stage2 --data DATA --out RUN/stage3
+    python train.py --preset tiny ...  # one process, CPU or GPU; the same run
 
-The same command goes on where the last one stopped. --data is a folder of MS-HAB's files or, faster, a pack of them.
+The same command goes on where the last one stopped. --data is a folder of MS-HAB's files or,
+faster, a pack of them.
 """
 
 import json
@@ -13,50 +14,69 @@ import os
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import tyro
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import checkpoint
 from config import PRESETS, InputError, TrainConfig, explained
-from data import ActionStats, Batcher, Frames, StepOrder, build_tokenizer, check_batch, loader, open_data, tokenize
+from data import (
+    ActionStats,
+    Batcher,
+    Frames,
+    StepOrder,
+    build_tokenizer,
+    check_batch,
+    loader,
+    open_data,
+    tokenize,
+)
 from flow_head import draw_noise
 from model import AuxVLA, label_counts
 from pretrained import load_pretrained, source_of
 from validation import validate
 
 # What a resumed run may change: none of these alters a step.
-MAY_CHANGE = {"data", "out", "init_from", "resume", "steps", "epochs", "device", "workers", "val_every", "val_frames"}
+MAY_CHANGE = {
+    "data", "out", "init_from", "resume", "steps", "epochs", "device", "workers", "val_every",
+    "val_frames",
+}  # fmt: skip
 MAY_CHANGE |= {"pretrained", "log_every", "save_every", "keep", "tracker"}
 
 
 def setup_distributed(device: str | None) -> tuple[int, int, torch.device]:
-    """Rank, number of ranks and device; under torchrun joins the group (NCCL on GPUs, gloo on CPUs)."""
+    """Rank, number of ranks and device; under torchrun joins the group (GPUs: NCCL, CPUs: gloo)."""
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda":
-        torch.cuda.set_device(local_rank)  # before anything else allocates, or every rank opens a context on GPU 0
+        # Before anything else allocates, or every rank opens a context on GPU 0.
+        torch.cuda.set_device(local_rank)
     if "RANK" not in os.environ:
         return 0, 1, torch.device(kind)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    return (
+        dist.get_rank(),
+        dist.get_world_size(),
+        torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind),
+    )
 
 
 def learning_rate(step: int, num_steps: int, cfg: TrainConfig) -> float:
-    """Constant in the paper (Sec. 6.1); a preset may warm up, and cool down linearly over the last share of the steps."""
+    """Constant in the paper (Sec. 6.1); a preset may warm up and cool down, linearly."""
     warm = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
     cool = min(1.0, (num_steps - step) / (cfg.cooldown * num_steps)) if cfg.cooldown else 1.0
     return cfg.lr * warm * cool
 
 
 def global_counts(batch: dict[str, Tensor], world: int) -> dict[str, Tensor]:
-    """Labels per rank, averaged over the ranks, so that DDP's mean of gradients is that of one mean over all labels."""
+    """Labels, averaged over ranks: DDP's mean gradient is then that of one mean over all labels."""
     counts = label_counts(batch)
     stacked = torch.stack([count.float() for count in counts.values()])
     if world > 1:
@@ -65,19 +85,25 @@ def global_counts(batch: dict[str, Tensor], world: int) -> dict[str, Tensor]:
 
 
 def micro_batches(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    """Slices of a rank's batch; losses divide by the counts of the whole, so their sum is the whole batch's."""
+    """Slices of a rank's batch; divided by the whole's counts, their losses add up to its loss."""
     counts = batch.pop("counts")
     split = {key: value.split(size) for key, value in batch.items()}
-    return [{key: parts[i] for key, parts in split.items()} | {"counts": counts} for i in range(len(split["images"]))]
+    return [
+        {key: parts[i] for key, parts in split.items()} | {"counts": counts}
+        for i in range(len(split["images"]))
+    ]
 
 
 def prepare(cfg: TrainConfig, is_main: bool) -> tuple[AuxVLA, dict, Path | None]:
-    """The model, the manifest it came with (action statistics, tokenizer) and the checkpoint to resume from, if any."""
+    """The model, its manifest (statistics, tokenizer), the checkpoint to resume from, if any."""
     torch.manual_seed(cfg.seed)  # the same weights on every rank
     model = AuxVLA(cfg.model, flow_head=cfg.stage == 3)
     resumed = checkpoint.newest(Path(cfg.out))
     if resumed and cfg.resume == "never":
-        raise FileExistsError(f"{cfg.out}: holds {resumed.name}; choose another --out, or drop --resume never to go on")
+        raise FileExistsError(
+            f"{cfg.out}: holds {resumed.name}; choose another --out, or drop --resume never to go "
+            "on"
+        )
     source = resumed or (checkpoint.resolve(cfg.init_from) if cfg.init_from else None)
     if source is None:
         hashes = load_pretrained(model.vlm, source_of(cfg.pretrained)) if cfg.pretrained else {}
@@ -85,10 +111,13 @@ def prepare(cfg: TrainConfig, is_main: bool) -> tuple[AuxVLA, dict, Path | None]
     manifest = checkpoint.read_manifest(source)
     ours, theirs = checkpoint.plain(cfg), manifest["config"]
     ignored = MAY_CHANGE if resumed else set(ours) - {"model"}
-    different = checkpoint.differences(*({k: v for k, v in c.items() if k not in ignored} for c in (ours, theirs)))
+    different = checkpoint.differences(
+        *({k: v for k, v in c.items() if k not in ignored} for c in (ours, theirs))
+    )
     if different:
         raise checkpoint.CheckpointError(
-            f"{source} was made with another configuration ({'; '.join(different)}). Give the same flags, or another --out."
+            f"{source} was made with another configuration ({'; '.join(different)}). "
+            "Give the same flags, or another --out."
         )
     checkpoint.load_weights(model, source, new=() if resumed else ("decoders.", "flow_head."))
     if is_main:
@@ -100,7 +129,9 @@ def main(cfg: TrainConfig) -> None:
     rank, world, device = setup_distributed(cfg.device)
     is_main, out = rank == 0, Path(cfg.out)
     if cfg.batch_size % world:
-        raise InputError(f"--batch-size {cfg.batch_size} must be a multiple of the {world} processes")
+        raise InputError(
+            f"--batch-size {cfg.batch_size} must be a multiple of the {world} processes"
+        )
     model, origin, resumed = prepare(cfg, is_main)
     model.to(device)
     params = model.train_stage(cfg.stage)  # before DDP, which registers what requires a gradient
@@ -112,17 +143,25 @@ def main(cfg: TrainConfig) -> None:
     data = open_data(cfg.data)
     frames, held_out = (Frames(data, cfg.val_episodes, train=train) for train in (True, False))
     if len(frames) < cfg.batch_size:
-        raise InputError(f"{cfg.data}: {len(frames)} training frames are less than one batch of {cfg.batch_size}")
+        raise InputError(
+            f"{cfg.data}: {len(frames)} training frames are less than one batch of {cfg.batch_size}"
+        )
     # Later stages keep the first one's units: its weights were trained in them.
     begun = "action_stats" in origin
-    stats = ActionStats(**{k: tuple(v) for k, v in origin["action_stats"].items()}) if begun else frames.stats()
+    stats = (
+        ActionStats(**{k: tuple(v) for k, v in origin["action_stats"].items()})
+        if begun
+        else frames.stats()
+    )
     saved = Path(origin["folder"]) / "tokenizer.json" if begun else None
     tokenizer = Tokenizer.from_file(str(saved)) if saved else build_tokenizer(cfg.model.llm)
     batcher = Batcher(cfg.model, stats, tokenize(data.instructions, tokenizer, cfg.model.llm))
     manifest = describe(cfg, data, stats) | {"pretrained": origin["pretrained"]}
     num_steps = cfg.steps or cfg.epochs[cfg.stage - 1] * (len(frames) // cfg.batch_size)
     order = StepOrder(len(frames), cfg.batch_size, cfg.seed, step, num_steps, rank, world)
-    log = Log(cfg, step, num_steps, is_main, len(frames), len(held_out), sum(p.numel() for p in params))
+    log = Log(
+        cfg, step, num_steps, is_main, len(frames), len(held_out), sum(p.numel() for p in params)
+    )
     ddp = DDP(model) if world > 1 else model
 
     for raw in loader(frames, order, cfg.workers):
@@ -131,7 +170,8 @@ def main(cfg: TrainConfig) -> None:
         if step == order.first:
             check_batch(batch, cfg.model)
         batch["counts"] = global_counts(batch, world)
-        # Noise is drawn for the global batch and shared out, so a step does not depend on the number of processes.
+        # Noise is drawn for the global batch and shared out, so a step does not depend on the
+        # number of processes.
         generator = torch.Generator().manual_seed(cfg.seed * 2**32 + step)
         noise, t = draw_noise(cfg.batch_size, cfg.model.flow.action_horizon, generator)
         batch |= {"noise": noise[rank::world].to(device), "t": t[rank::world].to(device)}
@@ -181,9 +221,12 @@ def describe(cfg: TrainConfig, data, stats: ActionStats) -> dict:
 
 
 class Log:
-    """log.jsonl, one object per line; a progress line; validation.json. Every rank counts, rank 0 writes."""
+    """log.jsonl, a progress line, validation.json. Every rank counts, rank 0 writes."""
 
-    def __init__(self, cfg: TrainConfig, step: int, num_steps: int, is_main: bool, frames: int, held_out: int, params: int):
+    def __init__(
+        self, cfg: TrainConfig, step: int, num_steps: int, is_main: bool, frames: int,
+        held_out: int, params: int,
+    ):  # fmt: skip
         self.cfg, self.num_steps, self.is_main, self.out = cfg, num_steps, is_main, Path(cfg.out)
         self.sums: dict[str, Tensor] = {}
         self.steps = 0
@@ -197,10 +240,17 @@ class Log:
         # Lines behind the checkpoint that we resume from will be written again.
         kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= step]
         path.write_text("".join(f"{line}\n" for line in kept))
-        self.file = open(path, "a", buffering=1)
-        self.bar = tqdm(total=num_steps, initial=step, desc=f"stage {cfg.stage}", disable=not sys.stderr.isatty())
-        print(f"stage {cfg.stage}: {frames:,} frames, {held_out:,} held out, {params / 1e6:.1f}M trained parameters, "
-              f"{num_steps} steps of {cfg.batch_size}")  # fmt: skip
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115  for the whole run
+        self.bar = tqdm(
+            total=num_steps,
+            initial=step,
+            desc=f"stage {cfg.stage}",
+            disable=not sys.stderr.isatty(),
+        )
+        print(
+            f"stage {cfg.stage}: {frames:,} frames, {held_out:,} held out, "
+            f"{params / 1e6:.1f}M trained parameters, {num_steps} steps of {cfg.batch_size}"
+        )
         self.tracker = open_tracker(cfg) if cfg.tracker else None
 
     def data_arrived(self) -> None:
@@ -222,20 +272,43 @@ class Log:
             values /= world
         seconds = time.perf_counter() - self.since
         line = {"step": step, "stage": self.cfg.stage} | dict(zip(names, values.tolist()))
-        line |= {"samples_per_s": self.steps * self.cfg.batch_size / seconds, "data_wait": self.waited / seconds}
-        line |= {"lr": lr, "grad_norm": float(grad_norm), "eta_s": (self.num_steps - step) * seconds / self.steps}
+        line |= {
+            "samples_per_s": self.steps * self.cfg.batch_size / seconds,
+            "data_wait": self.waited / seconds,
+        }
+        line |= {
+            "lr": lr,
+            "grad_norm": float(grad_norm),
+            "eta_s": (self.num_steps - step) * seconds / self.steps,
+        }
         self.sums, self.steps, self.waited, self.since = {}, 0, 0.0, time.perf_counter()
         if self.is_main:
             self.emit(step, line)
-            shown = {k: f"{v:.4g}" for k, v in line.items() if k not in ("step", "stage", "lr", "grad_norm")}
+            shown = {
+                k: f"{v:.4g}"
+                for k, v in line.items()
+                if k not in ("step", "stage", "lr", "grad_norm")
+            }
             self.bar.update(step - self.bar.n)
-            tqdm.write(f"{step:>7}/{self.num_steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+            tqdm.write(
+                f"{step:>7}/{self.num_steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items())
+            )
 
     def write_validation(self, step: int, losses: dict, metrics: dict) -> None:
         flat = {f"val_{name}": value for name, value in losses.items()}
-        self.emit(step, {"step": step, "stage": self.cfg.stage} | flat | {f"val_{k}": m["ours"] for k, m in metrics.items()})
-        (self.out / "validation.json").write_text(json.dumps({"step": step, "losses": losses, "metrics": metrics}, indent=1))
-        tqdm.write(f"{step:>7} held out: " + "  ".join(f"{k} {m['ours']:.3g} ({m['trivial']:.3g})" for k, m in metrics.items()))
+        self.emit(
+            step,
+            {"step": step, "stage": self.cfg.stage}
+            | flat
+            | {f"val_{k}": m["ours"] for k, m in metrics.items()},
+        )
+        (self.out / "validation.json").write_text(
+            json.dumps({"step": step, "losses": losses, "metrics": metrics}, indent=1)
+        )
+        tqdm.write(
+            f"{step:>7} held out: "
+            + "  ".join(f"{k} {m['ours']:.3g} ({m['trivial']:.3g})" for k, m in metrics.items())
+        )
         self.since = self.mark = time.perf_counter()
 
     def emit(self, step: int, line: dict) -> None:
@@ -245,7 +318,7 @@ class Log:
 
 
 def open_tracker(cfg: TrainConfig):
-    """A function (step, values) that sends a log line to tensorboard or wandb; both are optional installs."""
+    """A function (step, values) that logs to tensorboard or wandb; both are optional installs."""
     if cfg.tracker == "wandb":
         import wandb
 
@@ -260,7 +333,9 @@ def open_tracker(cfg: TrainConfig):
 def parse(args: list[str] | None = None) -> TrainConfig:
     """The command line over the defaults of its --preset."""
     args = sys.argv[1:] if args is None else args
-    given = [b for a, b in zip(args, args[1:]) if a == "--preset"] + [a[9:] for a in args if a.startswith("--preset=")]
+    given = [b for a, b in pairwise(args) if a == "--preset"] + [
+        a[9:] for a in args if a.startswith("--preset=")
+    ]
     name = given[-1] if given and given[-1] in PRESETS else "paper"
     base = TrainConfig(data="", out="")
     default = replace(base, preset=name, data=tyro.MISSING, out=tyro.MISSING, **PRESETS[name])
@@ -268,5 +343,6 @@ def parse(args: list[str] | None = None) -> TrainConfig:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
     with explained():
         main(parse())

@@ -1,7 +1,7 @@
-"""What the model knows of frames it never trained on, each figure beside that of the best constant predictor.
+"""What the model knows of frames it never trained on, beside the best constant predictor.
 
-The constant is fitted to the held-out frames themselves (mean, majority), so beating it needs the pictures. A figure
-without labels in the data is left out.
+The constant is fitted to the held-out frames themselves (mean, majority), so beating it needs the
+pictures. A figure without labels in the data is left out.
 """
 
 import numpy as np
@@ -18,8 +18,13 @@ CHUNK = 64  # frames at a time
 
 
 @torch.no_grad()
-def validate(model: AuxVLA, frames: Frames, batcher: Batcher, cfg: TrainConfig, device: torch.device) -> tuple[dict, dict]:
-    """Losses {name: mean} and metrics {name: {ours, trivial, unit, higher_is_better, n}} over the held-out frames."""
+def validate(
+    model: AuxVLA, frames: Frames, batcher: Batcher, cfg: TrainConfig, device: torch.device
+) -> tuple[dict, dict]:
+    """Losses and metrics over the held-out frames.
+
+    {name: mean} and {name: {ours, trivial, unit, higher_is_better, n}}
+    """
     model.eval()
     rows = np.unique(np.linspace(0, len(frames) - 1, min(cfg.val_frames, len(frames))).astype(int))
     losses: dict[str, float] = {}
@@ -36,9 +41,15 @@ def validate(model: AuxVLA, frames: Frames, batcher: Batcher, cfg: TrainConfig, 
             bins, predictions = model.teacher_forced(batch)
         keep = {"bins": bins, "true_bins": actions_to_bins(batch["actions"][:, 0], cfg.model.bins)}
         if cfg.stage == 3:
-            keep |= {"chunk": model.act(batch, batch["noise"])[0], "true_chunk": batch["actions"], "mask": batch["action_mask"]}
+            keep |= {
+                "chunk": model.act(batch, batch["noise"])[0],
+                "true_chunk": batch["actions"],
+                "mask": batch["action_mask"],
+            }
         keep |= {f"pred_{name}": value for name, value in predictions.items()}
-        keep |= {key: value for key, value in batch.items() if key.removeprefix("has_") in predictions}
+        keep |= {
+            key: value for key, value in batch.items() if key.removeprefix("has_") in predictions
+        }
         for key, value in keep.items():
             seen.setdefault(key, []).append(value.cpu())
     model.train_stage(cfg.stage)
@@ -49,7 +60,13 @@ def metrics(seen: dict[str, Tensor], batcher: Batcher) -> dict[str, dict]:
     out = {"action_token_accuracy": action_accuracy(seen, batcher)}
     if "chunk" in seen:
         out["flow_action_error"] = chunk_error(seen)
-    per_label = {"pos": position_error, "grasp": grasp_accuracy, "qpos": qpos_r2, "obj": object_error, "seg": mask_iou}
+    per_label = {
+        "pos": position_error,
+        "grasp": grasp_accuracy,
+        "qpos": qpos_r2,
+        "obj": object_error,
+        "seg": mask_iou,
+    }
     for name, metric in per_label.items():
         if f"pred_{name}" in seen and seen[f"has_{name}"].any():
             has = seen[f"has_{name}"]
@@ -57,22 +74,33 @@ def metrics(seen: dict[str, Tensor], batcher: Batcher) -> dict[str, dict]:
     return out
 
 
-def figure(ours: float | Tensor, trivial: float | Tensor, unit: str, higher_is_better: bool, n: int) -> dict:
-    return dict(ours=float(ours), trivial=float(trivial), unit=unit, higher_is_better=higher_is_better, n=n)
+def figure(
+    ours: float | Tensor, trivial: float | Tensor, unit: str, higher_is_better: bool, n: int
+) -> dict:
+    return dict(
+        ours=float(ours), trivial=float(trivial), unit=unit, higher_is_better=higher_is_better, n=n
+    )
 
 
 def action_accuracy(seen: dict[str, Tensor], batcher: Batcher) -> dict:
-    """Share of exactly right tokens, given the true earlier ones; dimensions that never move in training left out."""
+    """Share of exactly right tokens, given the true earlier ones.
+
+    Dimensions that never move in training are left out.
+    """
     moving = torch.tensor(batcher.stats.high) > torch.tensor(batcher.stats.low)
     pred, true = seen["bins"][:, moving], seen["true_bins"][:, moving]
     majority = true.mode(dim=0).values
-    return figure((pred == true).float().mean(), (majority == true).float().mean(), "share", True, len(true))
+    return figure(
+        (pred == true).float().mean(), (majority == true).float().mean(), "share", True, len(true)
+    )
 
 
 def chunk_error(seen: dict[str, Tensor]) -> dict:
     mask, true = seen["mask"].bool(), seen["true_chunk"]
     error = (seen["chunk"] - true).abs()[mask].mean()
-    return figure(error, (true - true[mask].mean(0)).abs()[mask].mean(), "of [-1, 1]", False, len(true))
+    return figure(
+        error, (true - true[mask].mean(0)).abs()[mask].mean(), "of [-1, 1]", False, len(true)
+    )
 
 
 def position_error(pred: Tensor, true: Tensor) -> dict:
@@ -95,9 +123,13 @@ def object_error(pred: Tensor, true: Tensor) -> dict:
     quaternion = F.normalize(true[:, 3:], dim=-1)
     # The mean rotation: the leading eigenvector of sum q q^T, which does not see the sign of q.
     mean = torch.linalg.eigh(quaternion.T @ quaternion).eigenvectors[:, -1]
-    distance = [(guess - true[:, :3]).norm(dim=-1).mean() * 100 for guess in (pred[:, :3], true[:, :3].mean(0))]
+    distance = [
+        (guess - true[:, :3]).norm(dim=-1).mean() * 100
+        for guess in (pred[:, :3], true[:, :3].mean(0))
+    ]
     angle = [
-        torch.rad2deg(2 * (guess * quaternion).sum(-1).abs().clamp(max=1).acos()).mean() for guess in (pred[:, 3:], mean)
+        torch.rad2deg(2 * (guess * quaternion).sum(-1).abs().clamp(max=1).acos()).mean()
+        for guess in (pred[:, 3:], mean)
     ]
     return {
         "object_distance": figure(*distance, "cm", False, len(true)),
@@ -106,11 +138,16 @@ def object_error(pred: Tensor, true: Tensor) -> dict:
 
 
 def mask_iou(pred: Tensor, true: Tensor) -> dict:
-    """Intersection over union of all held-out pixels, per camera, against the per-pixel majority."""
+    """Intersection over union of all held-out pixels, per camera, against each pixel's majority."""
     out = {}
     for camera in range(true.shape[1]):
         target = true[:, camera] > 0.5
         ours, majority = pred[:, camera] > 0.5, target.float().mean(0).expand(target.shape) > 0.5
-        iou = [(guess & target).sum() / (guess | target).sum().clamp(min=1) for guess in (ours, majority)]
-        out[f"mask_iou_{CAMERAS[camera] if true.shape[1] > 1 else 'camera'}"] = figure(*iou, "IoU", True, len(target))
+        iou = [
+            (guess & target).sum() / (guess | target).sum().clamp(min=1)
+            for guess in (ours, majority)
+        ]
+        out[f"mask_iou_{CAMERAS[camera] if true.shape[1] > 1 else 'camera'}"] = figure(
+            *iou, "IoU", True, len(target)
+        )
     return out

@@ -273,7 +273,8 @@ def add_apple_and_fridge(plans: dict[str, Plans], episode: Episode, fridge, rng)
     apple, _ = episode.objects["013_apple"]
     pick, open_, close = [], [], []
     for _ in range(START_POSES[plans["pick"].split]):
-        start = start_pose(apple[:2], YAW_CUPBOARDS, START_APPLE, rng)
+        # On the side away from the open door, or the robot's upper arm meets its edge.
+        start = start_pose(apple[:2] - aside, YAW_CUPBOARDS, START_APPLE, rng)
         qpos = opened(fridge, 0.97, 1.0, rng)
         pick.append(start | dict(articulation_qpos=qpos, obj_raw_pose=[*apple, 1, 0, 0, 0]))
         open_.append(start_pose(front - aside, YAW_CUPBOARDS, START_DOOR, rng))

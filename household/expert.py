@@ -32,8 +32,8 @@ REST_ARM = np.array([-0.370, -1.032, 0.695, 0.955, -0.1, 2.077, 0.0])  # Fetch's
 OPEN, CLOSE = 1.0, -1.0  # gripper: an absolute target
 Motion = Iterator[np.ndarray]
 FULL_SPEED = 0.5  # m/s of the hand point when it is driven
-# Fractions of the joint's range. MS-HAB's limits (sequential_task.py) are 0.01, 0.9 and 0.75.
-CLOSED, OPENED_DRAWER, OPENED_FRIDGE = 0.005, 0.96, 0.80
+# Fractions of the joint's range; MS-HAB's limits (sequential_task.py) are 0.01, 0.9 and 0.75.
+CLOSED, OPEN_DRAWER, OPEN_FRIDGE, SPARE = 0.005, 0.91, 0.76, 0.05
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Posture:
 # The seeds are the solutions nearest to the rest posture: no joint moves by more than about 1.1
 # rad, some 30 steps. Gripper pointing ahead costs 2.5 rad and more, so nothing is grasped that way.
 DOWN = Posture(0.70, np.pi / 2, 0.0, (-0.186, -0.404, 0.424, 1.198, -0.512, 0.880, 0.102))
+SHELF = Posture(0.80, 1.3, 0.0, (-0.150, -0.750, 0.470, 0.750, -0.390, 1.370, 0.170))
 PUSH = Posture(0.78, np.pi / 2, 0.0, (-0.086, 0.037, 0.420, 0.510, -0.483, 1.073, -0.090))
 HOOK = Posture(0.75, np.pi / 2, -np.pi / 2, (-0.264, 0.097, 1.038, 0.743, -1.228, 1.145, -1.140))
 REACH = Posture(0.80, 1.0, 0.0, (-0.458, -0.798, 1.197, 1.094, -1.008, 1.182, 0.568))
@@ -154,7 +155,7 @@ class ScriptedExpert:
         """Turn the wrist of a hand that points down so that it grasps the object's narrow side."""
         size = self.object.get_first_collision_mesh(to_world_frame=False).extents  # [3]
         axes = self.object.pose.sp.to_transformation_matrix()[:3, :3]  # its axes, in columns
-        level = [i for i in range(3) if abs(axes[2, i]) < 0.5]
+        level = np.argsort(np.abs(axes[2]))[:2]
         narrow, wide = sorted(level, key=lambda i: size[i])
         if size[wide] - size[narrow] < 0.01:  # round
             return arm
@@ -219,9 +220,9 @@ class ScriptedExpert:
         held = False
         while not held:
             position = self.object.pose.sp.p
-            # Above a metre the arm cannot hang down, and the robot must keep clear of the fridge's door.
-            hold = DOWN if position[2] < 1.0 else FRONT
-            above, at = (self.posture(hold, position[2] + lift) for lift in (0.12, 0.005))
+            # High up the arm cannot hang down, and in the fridge the elbow must stay off the door.
+            hold, clear = (DOWN, 0.12) if position[2] < 1.0 else (SHELF, 0.08)
+            above, at = (self.posture(hold, position[2] + lift) for lift in (clear, 0.005))
             yield from self.bring(self.aligned(above), position, hold.reach, OPEN)
             grasp = self.aligned(at)
             yield from self.bring(grasp, position, hold.reach, OPEN)
@@ -252,15 +253,15 @@ class ScriptedExpert:
     def open_drawer(self) -> Motion:
         """Grasp the bar from above, one finger behind it, and pull; again if the handle slips."""
         above, at = (self.posture(HOOK, self.handle[2] + lift) for lift in (0.10, 0.0))
-        while self.opening < OPENED_DRAWER:
+        while self.opening < OPEN_DRAWER:
             yield from self.bring(above, self.handle, HOOK.reach, OPEN)
             yield from self.bring(at, self.handle, HOOK.reach, OPEN)
             yield from self.squeeze(at, CLOSE)
-            while self.opening < OPENED_DRAWER and self.in_hand(self.handle):
+            while self.opening < OPEN_DRAWER + SPARE and self.in_hand(self.handle):
                 outside = self.handle + 0.2 * self.axis
                 yield self.toward(at, CLOSE, self.drive_to(outside, HOOK.reach))
-        yield from self.squeeze(at, OPEN)
-        yield from self.bring(above, self.handle, HOOK.reach, OPEN, near=0.1)
+            yield from self.squeeze(at, OPEN)
+            yield from self.bring(above, self.handle, HOOK.reach, OPEN, near=0.1)
         yield from self.retreat(self.handle, HOOK.reach + 0.1, OPEN)
 
     def close_fridge(self) -> Motion:
@@ -274,13 +275,13 @@ class ScriptedExpert:
     def open_fridge(self) -> Motion:
         """Grasp the bar and pull it along its arc; again if the handle slips."""
         arm = self.posture(FRONT, self.handle[2])
-        while self.opening < OPENED_FRIDGE:
-            yield from self.bring(arm, self.on_arc(0.0, 1.0, 0.12), FRONT.reach, OPEN)
+        while self.opening < OPEN_FRIDGE:
+            yield from self.bring(arm, self.on_arc(0.0, outward=0.12), FRONT.reach, OPEN)
             yield from self.bring(arm, self.handle, FRONT.reach, OPEN)
             yield from self.squeeze(arm, CLOSE)
-            while self.opening < OPENED_FRIDGE and self.in_hand(self.handle):
+            while self.opening < OPEN_FRIDGE + SPARE and self.in_hand(self.handle):
                 yield self.toward(arm, CLOSE, self.drive_to(self.on_arc(0.3), FRONT.reach))
-        yield from self.squeeze(arm, OPEN)
+            yield from self.squeeze(arm, OPEN)
         yield from self.retreat(self.handle, FRONT.reach + 0.2, OPEN)
 
 

@@ -7,15 +7,26 @@ import h5py
 import numpy as np
 
 
-def write_demos(path: Path, lengths=(12, 9, 15), labels=True, seed=0, has_object=True, instruction=None) -> Path:
-    """Write `path`.h5 and .json with random pictures, and labels and actions that are functions of the pictures."""
+def write_demos(
+    path: Path, lengths=(12, 9, 15), labels=True, seed=0, has_object=True, instruction=None
+) -> Path:
+    """Write `path`.h5 and .json with random pictures; labels and actions are functions of them."""
     rng = np.random.default_rng(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     episodes = []
     with h5py.File(path.with_suffix(".h5"), "w", track_order=True) as file:
         for i, length in enumerate(lengths):
-            write_trajectory(file.create_group(f"traj_{i}", track_order=True), length, labels, has_object, rng)
-            episodes.append({"episode_id": i, "episode_seed": [i], "elapsed_steps": length, "subtask_uid": f"uid-{i}"})
+            write_trajectory(
+                file.create_group(f"traj_{i}", track_order=True), length, labels, has_object, rng
+            )
+            episodes.append(
+                {
+                    "episode_id": i,
+                    "episode_seed": [i],
+                    "elapsed_steps": length,
+                    "subtask_uid": f"uid-{i}",
+                }
+            )
             if instruction:
                 episodes[-1]["instruction"] = instruction
     path.with_suffix(".json").write_text(json.dumps({"env_info": {}, "episodes": episodes}))
@@ -24,7 +35,8 @@ def write_demos(path: Path, lengths=(12, 9, 15), labels=True, seed=0, has_object
 
 def write_trajectory(group, length, labels, has_object, rng):
     frames = length + 1
-    level = rng.uniform(0, 1, frames).astype(np.float32)  # one number per frame that pictures, labels and actions share
+    # One number per frame that pictures, labels and actions share.
+    level = rng.uniform(0, 1, frames).astype(np.float32)
     group["actions"] = np.repeat(level[:-1, None] * 2 - 1, 13, 1).astype(np.float32)
     group["success"] = np.arange(length) == length - 1
     group["obs/agent/qpos"] = np.repeat(level[:, None], 12, 1)
@@ -34,10 +46,21 @@ def write_trajectory(group, length, labels, has_object, rng):
         pose[:, 0], pose[:, 3] = level, 1
     group["obs/extra/obj_pose_wrt_base"] = pose
     for camera in ("fetch_head", "fetch_hand"):
-        rgb = (level[:, None, None, None] * 255 + rng.integers(0, 8, (frames, 128, 128, 3))).clip(0, 255).astype(np.uint8)
-        depth = np.full((frames, 128, 128, 1), 1, np.int16) * (500 + 1000 * level[:, None, None, None]).astype(np.int16)
+        rgb = (
+            (level[:, None, None, None] * 255 + rng.integers(0, 8, (frames, 128, 128, 3)))
+            .clip(0, 255)
+            .astype(np.uint8)
+        )
+        depth = np.full((frames, 128, 128, 1), 1, np.int16) * (
+            500 + 1000 * level[:, None, None, None]
+        ).astype(np.int16)
         for name, value in (("rgb", rgb), ("depth", depth)):
-            group.create_dataset(f"obs/sensor_data/{camera}/{name}", data=value, compression="gzip", compression_opts=5)
+            group.create_dataset(
+                f"obs/sensor_data/{camera}/{name}",
+                data=value,
+                compression="gzip",
+                compression_opts=5,
+            )
         if labels:
             mask = np.zeros((frames, 128, 128), bool)
             mask[:, 32:96, 32:96] = level[:, None, None] > 0.3

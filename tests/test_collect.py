@@ -1,4 +1,4 @@
-"""Collecting demonstrations: MS-HAB's own layout, the same episodes for any number of workers, nothing lost."""
+"""Collecting demonstrations: MS-HAB's layout, the same for any number of workers, nothing lost."""
 
 import errno
 import io
@@ -22,11 +22,25 @@ EPISODES = 3
 
 
 def start(out: Path, workers: int = 1, episodes: int = EPISODES, **flags) -> subprocess.Popen:
-    options = {"expert": "scripted", "task": "set_table", "subtask": "close", "target": "kitchen_counter"} | flags
+    options = {
+        "expert": "scripted",
+        "task": "set_table",
+        "subtask": "close",
+        "target": "kitchen_counter",
+    } | flags
     options |= {"episodes": episodes, "workers": workers, "out": out}
-    command = [sys.executable, "collect.py", *(str(x) for k, v in options.items() for x in (f"--{k}", v))]
+    command = [
+        sys.executable,
+        "collect.py",
+        *(str(x) for k, v in options.items() for x in (f"--{k}", v)),
+    ]
     return subprocess.Popen(
-        command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=HERE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -45,7 +59,9 @@ def contents(path: Path) -> dict:
     """Every dataset of an h5, and the json beside it."""
     found = {"json": json.loads(path.with_suffix(".json").read_text())}
     with h5py.File(path) as file:
-        file.visititems(lambda name, x: found.update({name: x[:]}) if isinstance(x, h5py.Dataset) else None)
+        file.visititems(
+            lambda name, x: found.update({name: x[:]}) if isinstance(x, h5py.Dataset) else None
+        )
     return found
 
 
@@ -58,14 +74,16 @@ def assert_same(ours: Path, theirs: Path):
 
 
 def layout(group: h5py.Group, steps: int) -> list[tuple]:
-    """Path, type, shape (T for the number of actions), compression of every dataset, in the order of creation."""
+    """Path, type, shape (T: actions), compression of every dataset, in the order of creation."""
     rows = []
     for key, item in group.items():
         if isinstance(item, h5py.Group):
             rows += [(f"{key}/{row[0]}", *row[1:]) for row in layout(item, steps)]
         else:
             frames = {steps: "T", steps + 1: "T + 1"}[len(item)]
-            rows.append((key, item.dtype, frames, *item.shape[1:], item.compression, item.compression_opts))
+            rows.append(
+                (key, item.dtype, frames, *item.shape[1:], item.compression, item.compression_opts)
+            )
     return rows
 
 
@@ -79,12 +97,15 @@ def reference(assets, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def recorder(reference, tmp_path_factory) -> tuple[Path, dict]:
-    """The h5 of MS-HAB's own recorder, and the steps at which the reference's replayed actions succeed."""
+    """The h5 of MS-HAB's own recorder, and the steps at which the reference's actions succeed."""
     folder = tmp_path_factory.mktemp("mshab")
     command = [sys.executable, "tests/mshab_recorder.py", folder, "5", reference]
-    # ManiSkill puts rgb and depth in the order of a set of strings; collect.py fixes it for its workers.
+    # ManiSkill puts rgb and depth in the order of a set of strings; collect.py fixes it for its
+    # workers.
     environment = os.environ | {"PYTHONPATH": str(HERE), "PYTHONHASHSEED": "0"}
-    run = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert run.returncode == 0, run.stderr
     return folder / "mshab.h5", json.loads(run.stdout.splitlines()[-1])
 
@@ -98,7 +119,9 @@ def test_the_tree_is_that_of_mshabs_own_recorder(reference, recorder):
 
 
 def test_the_json_has_every_key_of_mshabs_own_recorder(reference, recorder):
-    ours, theirs = (json.loads(path.with_suffix(".json").read_text()) for path in (reference, recorder[0]))
+    ours, theirs = (
+        json.loads(path.with_suffix(".json").read_text()) for path in (reference, recorder[0])
+    )
     assert theirs.keys() <= ours.keys()
     assert theirs["env_info"].keys() == ours["env_info"].keys()
     assert theirs["env_info"]["env_kwargs"].keys() == ours["env_info"]["env_kwargs"].keys()
@@ -142,7 +165,9 @@ def test_a_killed_run_of_two_workers_goes_on_to_what_one_worker_records(referenc
 
     process = start(tmp_path, workers=1)
     while process.poll() is None and parts.exists():
-        repeated = [part for part in kept if part.exists() and part.stat().st_mtime_ns != kept[part]]
+        repeated = [
+            part for part in kept if part.exists() and part.stat().st_mtime_ns != kept[part]
+        ]
         assert not repeated
         time.sleep(0.01)
     assert f"succeeded in {EPISODES}/" in finish(process)
@@ -162,7 +187,9 @@ def test_a_worker_that_dies_ends_the_run_and_its_seed_is_named(assets, tmp_path)
     while not workers:
         assert process.poll() is None, process.communicate()
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        workers = [int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+        workers = [
+            int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
+        ]
         time.sleep(0.01)
     os.kill(workers[0], signal.SIGKILL)
     message = finish(process, code=1)

@@ -1,4 +1,4 @@
-"""From file to batch: equations, round trips, one function for recorded and live frames, and errors that name the place."""
+"""From file to batch: equations, round trips, live as recorded, errors that name the place."""
 
 import json
 import math
@@ -12,8 +12,20 @@ from files import write_demos
 
 from config import CAMERAS, LABELS, model_config
 from data import (
-    ActionStats, Batcher, Frames, StepOrder, build_tokenizer, cameras, check_batch, normalize_depth, open_data, pack,
-    preprocess, to_tensors, tokenize, verify,
+    ActionStats,
+    Batcher,
+    Frames,
+    StepOrder,
+    build_tokenizer,
+    cameras,
+    check_batch,
+    normalize_depth,
+    open_data,
+    pack,
+    preprocess,
+    to_tensors,
+    tokenize,
+    verify,
 )  # fmt: skip
 from demonstrations import RECORD, DataError, Demonstrations
 from pack import BLOCK, Pack
@@ -39,7 +51,9 @@ def make_batcher(source, frames=None, cfg=CFG):
 
 def test_depth_follows_equation_1():
     near = normalize_depth(torch.tensor([0, 500, 1000, 3000], dtype=torch.int16))
-    torch.testing.assert_close(near, torch.tensor([1 - math.tanh(mm / 1000) for mm in (0, 500, 1000, 3000)]))
+    torch.testing.assert_close(
+        near, torch.tensor([1 - math.tanh(mm / 1000) for mm in (0, 500, 1000, 3000)])
+    )
 
 
 def test_depth_in_float_metres_is_refused():
@@ -52,8 +66,14 @@ def test_a_live_frame_and_the_recorded_one_give_equal_images(demos):
     entry = source.episodes[0]
     with h5py.File(demos / entry.file) as file:
         sensors = file[f"{entry.trajectory}/obs/sensor_data"]
-        obs = {"sensor_data": {camera: {kind: torch.from_numpy(sensors[camera][kind][4:5]) for kind in ("rgb", "depth")}
-                               for camera in ("fetch_head", "fetch_hand")}}  # fmt: skip
+        obs = {
+            "sensor_data": {
+                camera: {
+                    kind: torch.from_numpy(sensors[camera][kind][4:5]) for kind in ("rgb", "depth")
+                }
+                for camera in ("fetch_head", "fetch_hand")
+            }
+        }
     recorded = to_tensors(source.read([4]))
     live = preprocess(*cameras(obs), CFG)
     assert torch.equal(live, preprocess(recorded["rgb"], recorded["depth"], CFG))
@@ -82,13 +102,17 @@ def test_actions_survive_normalisation_and_its_inverse():
     normal = stats.normalize(actions)
     assert normal.abs().max() <= 1 and (normal[:, 8] == 0).all()
     inside = normal.abs() < 1
-    torch.testing.assert_close(stats.denormalize(normal)[inside], actions[inside], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        stats.denormalize(normal)[inside], actions[inside], rtol=0, atol=1e-6
+    )
     assert torch.equal(stats.denormalize(torch.rand(5, 13))[:, 8], torch.full((5,), 0.25))
     torch.testing.assert_close(stats.denormalize(normal)[:, 9], actions[:, 9])
 
 
 def test_prompts_have_one_length_and_end_at_the_latents():
-    ids, mask = tokenize(["close the fridge", "pick up the master chef can"], build_tokenizer(CFG.llm), CFG.llm)
+    ids, mask = tokenize(
+        ["close the fridge", "pick up the master chef can"], build_tokenizer(CFG.llm), CFG.llm
+    )
     assert ids.shape == mask.shape == (2, CFG.llm.prompt_length)
     assert mask[:, 0].all() and mask[:, -1].all() and mask[0].sum() < mask[1].sum()
     assert not torch.equal(ids[0], ids[1]) and ids.max() < CFG.llm.first_action_id
@@ -120,10 +144,15 @@ def test_labels_and_masks_arrive_as_recorded(demos):
         group = file[source.episodes[0].trajectory]
         assert np.array_equal(batch["pos"].numpy(), group["labels/pos"][:-1])
         for c, camera in enumerate(CAMERAS):
-            assert np.array_equal(batch["seg"][:, c].numpy() > 0, group[f"labels/seg/fetch_{camera}"][:-1])
+            assert np.array_equal(
+                batch["seg"][:, c].numpy() > 0, group[f"labels/seg/fetch_{camera}"][:-1]
+            )
         assert np.array_equal(batch["grasp"].numpy() > 0, group["obs/extra/is_grasped"][:-1])
         assert np.array_equal(records["actions"][0], group["actions"][:8])
-    assert batch["action_mask"][-1].tolist() == [1] + [0] * 7 and (records["actions"][-1, 1:] == 0).all()
+    assert (
+        batch["action_mask"][-1].tolist() == [1] + [0] * 7
+        and (records["actions"][-1, 1:] == 0).all()
+    )
 
 
 def test_missing_labels_are_flags_and_a_zero_object_pose_is_no_label(demos):
@@ -171,7 +200,10 @@ def test_a_pack_holds_every_frame_as_the_files_do(demos, tmp_path):
     assert isinstance(packed, Pack) and len(packed) == len(source)
     rows = np.arange(len(source))
     assert source.read(rows).tobytes() == packed.read(rows).tobytes()
-    assert np.array_equal(source.actions(2), packed.actions(2)) and source.instructions == packed.instructions
+    assert (
+        np.array_equal(source.actions(2), packed.actions(2))
+        and source.instructions == packed.instructions
+    )
     verify(str(tmp_path))
 
 
@@ -188,7 +220,9 @@ def test_an_interrupted_pack_goes_on_and_gives_the_same_bytes(demos, tmp_path, m
     monkeypatch.setattr(Demonstrations, "read_episode", fail_at_4)
     with pytest.raises(KeyboardInterrupt):
         pack(str(demos), str(tmp_path / "cut"))
-    assert not (tmp_path / "cut/pack.json").exists() and list((tmp_path / "cut").glob("frames-*.bin"))
+    assert not (tmp_path / "cut/pack.json").exists() and list(
+        (tmp_path / "cut").glob("frames-*.bin")
+    )
     monkeypatch.setattr(Demonstrations, "read_episode", original)
     pack(str(demos), str(tmp_path / "cut"))
     for block in (tmp_path / "whole").iterdir():
@@ -201,15 +235,15 @@ def test_verify_names_the_block_in_which_one_bit_was_flipped(demos, tmp_path):
     content = bytearray(block.read_bytes())
     content[len(content) // 2] ^= 1
     block.write_bytes(content)
-    with pytest.raises(DataError, match="frames-00000.bin: damaged"):
+    with pytest.raises(DataError, match=r"frames-00000.bin: damaged"):
         verify(str(tmp_path))
 
 
 def test_a_cut_block_is_found_when_the_pack_is_opened(demos, tmp_path):
     pack(str(demos), str(tmp_path))
     block = tmp_path / "frames-00000.bin"
-    block.write_bytes(block.read_bytes()[:-RECORD.itemsize])
-    with pytest.raises(DataError, match="frames-00000.bin"):
+    block.write_bytes(block.read_bytes()[: -RECORD.itemsize])
+    with pytest.raises(DataError, match=r"frames-00000.bin"):
         open_data(tmp_path)
     assert BLOCK == 1024
 
@@ -236,11 +270,22 @@ def set_value(group, key, index, value):
 
 BAD = {
     "a missing key": (lambda g: g.__delitem__("obs/agent/qpos"), "qpos"),
-    "NaN in actions": (lambda g: set_value(g, "actions", (3, 2), np.nan), "frame 3: action 2 is nan"),
-    "actions out of range": (lambda g: set_value(g, "actions", (3, 2), 7), "frame 3: action 2 is 7"),
-    "12 action dimensions": (lambda g: replace_dataset(g, "actions", g["actions"][:, :12]), r"\(9, 12\), expected \(9, 13\)"),
+    "NaN in actions": (
+        lambda g: set_value(g, "actions", (3, 2), np.nan),
+        "frame 3: action 2 is nan",
+    ),
+    "actions out of range": (
+        lambda g: set_value(g, "actions", (3, 2), 7),
+        "frame 3: action 2 is 7",
+    ),
+    "12 action dimensions": (
+        lambda g: replace_dataset(g, "actions", g["actions"][:, :12]),
+        r"\(9, 12\), expected \(9, 13\)",
+    ),
     "float depth": (
-        lambda g: replace_dataset(g, "obs/sensor_data/fetch_hand/depth", np.ones((10, 128, 128, 1), np.float32)),
+        lambda g: replace_dataset(
+            g, "obs/sensor_data/fetch_hand/depth", np.ones((10, 128, 128, 1), np.float32)
+        ),
         "expected integer millimetres",
     ),
     "NaN in a label": (lambda g: set_value(g, "labels/pos", (4, 0), np.nan), "frame 4: pos is"),
@@ -260,12 +305,12 @@ def test_bad_demonstrations_are_refused_naming_file_trajectory_and_cause(fault, 
 def test_a_truncated_h5_is_refused_naming_the_file(tmp_path):
     path = write_demos(tmp_path / "set_table/close/kitchen_counter")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(DataError, match="kitchen_counter.h5, traj_0: cannot be opened"):
+    with pytest.raises(DataError, match=r"kitchen_counter.h5, traj_0: cannot be opened"):
         Demonstrations(tmp_path).read([0])
 
 
 def test_a_cut_sidecar_and_an_empty_folder_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="collect.py"):
+    with pytest.raises(FileNotFoundError, match=r"collect.py"):
         Demonstrations(tmp_path)
     path = write_demos(tmp_path / "set_table/close/kitchen_counter")
     sidecar = path.with_suffix(".json")
@@ -273,7 +318,7 @@ def test_a_cut_sidecar_and_an_empty_folder_are_refused(tmp_path):
     with pytest.raises(DataError, match="not whole"):
         Demonstrations(tmp_path)
     sidecar.unlink()
-    with pytest.raises(DataError, match="no kitchen_counter.json beside it"):
+    with pytest.raises(DataError, match=r"no kitchen_counter.json beside it"):
         Demonstrations(tmp_path)
 
 

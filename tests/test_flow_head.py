@@ -34,7 +34,7 @@ def test_ten_euler_steps_from_noise_land_on_the_chunk_it_was_trained_on():
 
 def test_noise_is_at_time_one_and_times_follow_pi0():
     noise, t = draw_noise(200_000, 1, torch.Generator().manual_seed(0))
-    assert 0.001 <= t.min() and t.max() <= 1
+    assert t.min() >= 0.001 and t.max() <= 1
     assert abs(t.mean() - 0.6004) < 0.005 and abs((t > 0.5).float().mean() - 0.647) < 0.005
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
 
@@ -57,8 +57,11 @@ def test_actions_behind_the_end_of_an_episode_are_not_trained_on():
     batch["action_mask"][0, 3:] = 0
     gradients = []
     for padding in (0.0, 0.9):
-        # The padded actions are noised and seen by the others, so their input is held fixed through the noise.
-        changed = dict(batch, actions=batch["actions"].clone(), noise=batch["noise"].clone(), t=torch.ones(2))
+        # The padded actions are noised and seen by the others, so their input is held fixed through
+        # the noise.
+        changed = dict(
+            batch, actions=batch["actions"].clone(), noise=batch["noise"].clone(), t=torch.ones(2)
+        )
         changed["actions"][0, 3:] = padding
         model.zero_grad()
         model(changed, 3)["flow"].backward()
@@ -76,7 +79,9 @@ def test_the_expert_reads_every_layer_of_the_prefix_and_no_padding():
         for layer in range(CFG.llm.depth):
             cache = list(prefix.cache)
             cache[layer] = tuple(-part for part in cache[layer])
-            assert (model.flow_head.velocity(x, t, cache, prefix.mask) - reference).abs().max() > 1e-6
+            assert (
+                model.flow_head.velocity(x, t, cache, prefix.mask) - reference
+            ).abs().max() > 1e-6
         hidden = prefix.mask.clone()
         hidden[0, 3] = False
         cache = [(k.clone(), v.clone()) for k, v in prefix.cache]

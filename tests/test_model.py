@@ -49,7 +49,14 @@ def test_stage_1_sends_no_decoder_gradient_into_the_vlm_and_stage_2_does(model, 
         model.train_stage(stage)
         reached = gradient_on_vlm(model, model(make_batch(), stage)[name])
         assert reached == 0 if stage == 1 else reached > 0
-        assert sum(p.grad.abs().sum().item() for p in model.decoders[name].parameters() if p.grad is not None) > 0
+        assert (
+            sum(
+                p.grad.abs().sum().item()
+                for p in model.decoders[name].parameters()
+                if p.grad is not None
+            )
+            > 0
+        )
 
 
 def test_the_action_loss_trains_the_vlm_in_both_stages(model):
@@ -98,7 +105,9 @@ def test_a_batch_without_any_label_still_reaches_every_decoder(model):
     model.zero_grad()
     losses = model(batch, 2)
     sum(losses.values()).backward()
-    assert all(losses[name].item() == 0 for name in LABELS) and all(p.grad is not None for p in params)
+    assert all(losses[name].item() == 0 for name in LABELS) and all(
+        p.grad is not None for p in params
+    )
 
 
 def test_black_and_white_images_give_different_action_logits(model):
@@ -130,7 +139,9 @@ def test_a_padded_prompt_gives_what_the_unpadded_one_gives(model):
     batch["images"] = batch["images"].double()
     padding = torch.zeros(2, 5, dtype=torch.long)
     padded = dict(batch)
-    padded["prompt_ids"] = torch.cat([batch["prompt_ids"][:, :1], padding, batch["prompt_ids"][:, 1:]], dim=1)
+    padded["prompt_ids"] = torch.cat(
+        [batch["prompt_ids"][:, :1], padding, batch["prompt_ids"][:, 1:]], dim=1
+    )
     mask = batch["prompt_mask"]
     padded["prompt_mask"] = torch.cat([mask[:, :1], padding.bool(), mask[:, 1:]], dim=1)
     plain, wide = (model.latents(model.vlm.encode(b).hidden) for b in (batch, padded))
@@ -177,7 +188,8 @@ def test_the_paper_preset_has_the_parameters_that_the_paper_and_its_parts_state(
         paper = AuxVLA(model_config("paper"), flow_head=True)
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     queries = paper.vlm.latent_queries.numel()
-    # Prismatic's 1,252,496,448 (the paper's 1.3B) less the 43,080,480 of last blocks, final norms and pooling head.
+    # Prismatic's 1,252,496,448 (the paper's 1.3B) less the 43,080,480 of last blocks, final norms
+    # and pooling head.
     assert count(paper.vlm) - queries == 1_252_496_448 - 43_080_480
     assert count(paper.flow_head) == 101_517_325
     assert set(paper.decoders) == set(DECODERS)
@@ -189,17 +201,27 @@ def test_the_llm_equals_transformers_qwen2(model):
     llm, cfg = model.vlm.llm.eval(), CFG.llm
     reference = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=cfg.vocab, hidden_size=cfg.width, num_hidden_layers=cfg.depth, num_attention_heads=cfg.heads,
-            num_key_value_heads=cfg.kv_heads, intermediate_size=cfg.mlp, rms_norm_eps=cfg.norm_eps,
-            tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
+            vocab_size=cfg.vocab, hidden_size=cfg.width, num_hidden_layers=cfg.depth,
+            num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads,
+            intermediate_size=cfg.mlp, rms_norm_eps=cfg.norm_eps, tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
         )
     ).eval()  # fmt: skip
     names = {"embed": "model.embed_tokens", "norm": "model.norm"}
-    names |= {f"layers.{i}.{ours}": f"model.layers.{i}.{theirs}" for i in range(cfg.depth) for ours, theirs in {
-        "input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj",
-        "up": "mlp.up_proj", "down": "mlp.down_proj"}.items()}  # fmt: skip
-    weights = {f"{names[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}": v for k, v in llm.state_dict().items()}
+    names |= {
+        f"layers.{i}.{ours}": f"model.layers.{i}.{theirs}"
+        for i in range(cfg.depth)
+        for ours, theirs in {
+            "input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+            "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+            "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
+            "down": "mlp.down_proj",
+        }.items()
+    }  # fmt: skip
+    weights = {
+        f"{names[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}": v
+        for k, v in llm.state_dict().items()
+    }
     reference.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
     ids = torch.randint(0, cfg.vocab, (2, 17))
     causal = torch.ones(2, 17, 17, dtype=torch.bool).tril()

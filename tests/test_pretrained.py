@@ -1,4 +1,4 @@
-"""Public weights load by an explicit map: the manifests fit, the formats agree, and bad files are named."""
+"""Public weights load by an explicit map: the manifest fits, formats agree, bad files are named."""
 
 import json
 from dataclasses import replace
@@ -10,7 +10,15 @@ from safetensors.torch import save_file
 
 from config import ModelConfig, VisionConfig, model_config
 from model import VLM
-from pretrained import TIMM, TIMM_DEAD, PretrainedError, Source, load_pretrained, read_prismatic, translate
+from pretrained import (
+    TIMM,
+    TIMM_DEAD,
+    PretrainedError,
+    Source,
+    load_pretrained,
+    read_prismatic,
+    translate,
+)
 
 TINY = model_config("tiny")
 # Small, but with everything the real towers have: a cls token, four registers, LayerScale.
@@ -20,14 +28,20 @@ CFG = replace(TINY, dino=VisionConfig(96, 3, 3, 384, registers=4, layer_scale=1.
 def random_timm_tower(cfg: VisionConfig, patches: int, patch: int) -> dict[str, torch.Tensor]:
     """A tower under timm's names, last block, final norm and pooling head included."""
     w = cfg.width
-    shapes = {"pos_embed": (1, patches, w), "patch_embed.proj.weight": (w, 3, patch, patch), "patch_embed.proj.bias": (w,)}
+    shapes = {
+        "pos_embed": (1, patches, w),
+        "patch_embed.proj.weight": (w, 3, patch, patch),
+        "patch_embed.proj.bias": (w,),
+    }
     if cfg.cls_token:
         shapes |= {"cls_token": (1, 1, w), "reg_token": (1, cfg.registers, w)}
     for i in range(cfg.depth):
         shapes |= {f"blocks.{i}.{k}": v for k, v in {
             "norm1.weight": (w,), "norm1.bias": (w,), "norm2.weight": (w,), "norm2.bias": (w,),
-            "attn.qkv.weight": (3 * w, w), "attn.qkv.bias": (3 * w,), "attn.proj.weight": (w, w), "attn.proj.bias": (w,),
-            "mlp.fc1.weight": (cfg.mlp, w), "mlp.fc1.bias": (cfg.mlp,), "mlp.fc2.weight": (w, cfg.mlp), "mlp.fc2.bias": (w,),
+            "attn.qkv.weight": (3 * w, w), "attn.qkv.bias": (3 * w,),
+            "attn.proj.weight": (w, w), "attn.proj.bias": (w,),
+            "mlp.fc1.weight": (cfg.mlp, w), "mlp.fc1.bias": (cfg.mlp,),
+            "mlp.fc2.weight": (w, cfg.mlp), "mlp.fc2.bias": (w,),
         }.items()}  # fmt: skip
         if cfg.layer_scale is not None:
             shapes |= {f"blocks.{i}.ls1.gamma": (w,), f"blocks.{i}.ls2.gamma": (w,)}
@@ -40,15 +54,21 @@ def random_timm_tower(cfg: VisionConfig, patches: int, patch: int) -> dict[str, 
 def write_prismatic(folder: Path, cfg: ModelConfig, vision=True, drop=None) -> dict:
     """A Prismatic folder with random weights; returns the components as written."""
     llm = VLM(cfg).llm
-    names = {"embed": "model.embed_tokens", "norm": "model.norm", "input_norm": "input_layernorm",
-             "mlp_norm": "post_attention_layernorm"} | {k: f"self_attn.{k}_proj" for k in "qkvo"}  # fmt: skip
+    names = {
+        "embed": "model.embed_tokens", "norm": "model.norm", "input_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+    } | {k: f"self_attn.{k}_proj" for k in "qkvo"}  # fmt: skip
     names |= {k: f"mlp.{k}_proj" for k in ("gate", "up", "down")}
     out = {}
     for key, value in llm.state_dict().items():
         *head, module, kind = key.split(".")
-        out[".".join(["llm", *(["model", *head] if head else []), names[module], kind])] = torch.randn_like(value) * 0.1
+        out[".".join(["llm", *(["model", *head] if head else []), names[module], kind])] = (
+            torch.randn_like(value) * 0.1
+        )
     out["llm.lm_head.weight"] = out["llm.model.embed_tokens.weight"]
-    projector = {f"projector.{k}": torch.randn_like(v) for k, v in VLM(cfg).projector.state_dict().items()}
+    projector = {
+        f"projector.{k}": torch.randn_like(v) for k, v in VLM(cfg).projector.state_dict().items()
+    }
     components = {"projector": projector, "llm_backbone": out}
     if vision:
         components["vision_backbone"] = {
@@ -73,17 +93,31 @@ def timm_to_hub(timm: dict, cfg: VisionConfig, siglip: bool) -> dict:
             if siglip:
                 out["vision_model.embeddings.position_embedding.weight"] = value[0]
             else:  # the hub file keeps a position for the cls token; timm has folded it in
-                out["embeddings.position_embeddings"] = torch.cat([torch.zeros(1, 1, cfg.width), value], dim=1)
+                out["embeddings.position_embeddings"] = torch.cat(
+                    [torch.zeros(1, 1, cfg.width), value], dim=1
+                )
         elif parts[0] in ("cls_token", "reg_token"):
-            out[f"embeddings.{'cls_token' if parts[0] == 'cls_token' else 'register_tokens'}"] = value
+            out[f"embeddings.{'cls_token' if parts[0] == 'cls_token' else 'register_tokens'}"] = (
+                value
+            )
         elif parts[0] == "patch_embed":
-            stem = "vision_model.embeddings.patch_embedding" if siglip else "embeddings.patch_embeddings.projection"
+            stem = (
+                "vision_model.embeddings.patch_embedding"
+                if siglip
+                else "embeddings.patch_embeddings.projection"
+            )
             out[f"{stem}.{parts[-1]}"] = value
         elif parts[0] == "blocks":
-            stem = f"vision_model.encoder.layers.{parts[1]}" if siglip else f"encoder.layer.{parts[1]}"
+            stem = (
+                f"vision_model.encoder.layers.{parts[1]}" if siglip else f"encoder.layer.{parts[1]}"
+            )
             rest = ".".join(parts[2:])
             if "qkv" in rest:
-                names = ("self_attn.{}_proj", "qkv") if siglip else ("attention.attention.{}", ("query", "key", "value"))
+                names = (
+                    ("self_attn.{}_proj", "qkv")
+                    if siglip
+                    else ("attention.attention.{}", ("query", "key", "value"))
+                )
                 for name, chunk in zip(names[1], value.chunk(3)):
                     out[f"{stem}.{names[0].format(name)}.{parts[-1]}"] = chunk.contiguous()
                 continue
@@ -115,20 +149,31 @@ def load(source, cfg=CFG):
 def test_a_prismatic_file_fills_the_vlm_and_leaves_a_hash(prismatic):
     folder, components = prismatic
     vlm, hashes = load(Source(prismatic=str(folder)))
-    assert any(key.endswith("latest-checkpoint.pt") and len(value) == 64 for key, value in hashes.items())
+    assert any(
+        key.endswith("latest-checkpoint.pt") and len(value) == 64 for key, value in hashes.items()
+    )
     qkv = components["vision_backbone"]["dino_featurizer.blocks.1.attn.qkv.weight"]
     assert torch.equal(vlm.vision.dino.blocks[1].qkv.weight, qkv)
-    assert torch.equal(vlm.llm.embed.weight, components["llm_backbone"]["llm.model.embed_tokens.weight"])
+    assert torch.equal(
+        vlm.llm.embed.weight, components["llm_backbone"]["llm.model.embed_tokens.weight"]
+    )
 
 
 def test_hub_towers_with_split_qkv_give_the_features_of_the_fused_original(prismatic, tmp_path):
     folder, components = prismatic
     names = {}
     for name in ("dino", "siglip"):
-        timm = {k.partition(".")[2]: v for k, v in components["vision_backbone"].items() if k.startswith(name)}
+        timm = {
+            k.partition(".")[2]: v
+            for k, v in components["vision_backbone"].items()
+            if k.startswith(name)
+        }
         names[name] = tmp_path / name
         names[name].mkdir()
-        save_file(timm_to_hub(timm, getattr(CFG, name), name == "siglip"), names[name] / "model.safetensors")
+        save_file(
+            timm_to_hub(timm, getattr(CFG, name), name == "siglip"),
+            names[name] / "model.safetensors",
+        )
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "checkpoints").mkdir()
@@ -136,7 +181,9 @@ def test_hub_towers_with_split_qkv_give_the_features_of_the_fused_original(prism
     without = {k: v for k, v in components.items() if k != "vision_backbone"}
     torch.save({"model": without}, bare / "checkpoints/latest-checkpoint.pt")
     one, _ = load(Source(prismatic=str(folder)))
-    other, _ = load(Source(prismatic=str(bare), dino=str(names["dino"]), siglip=str(names["siglip"])))
+    other, _ = load(
+        Source(prismatic=str(bare), dino=str(names["dino"]), siglip=str(names["siglip"]))
+    )
     images = torch.rand(2, 3, CFG.image_size, CFG.image_size)
     with torch.no_grad():
         torch.testing.assert_close(one.vision(images), other.vision(images), rtol=0, atol=0)
@@ -144,23 +191,35 @@ def test_hub_towers_with_split_qkv_give_the_features_of_the_fused_original(prism
 
 @pytest.mark.parametrize("name", ["dino", "siglip"])
 def test_a_tower_equals_the_hidden_state_of_transformers(name, prismatic):
-    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, SiglipVisionConfig, SiglipVisionModel
+    from transformers import (
+        Dinov2WithRegistersConfig,
+        Dinov2WithRegistersModel,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+    )
 
     folder, _ = prismatic
     cfg, (vlm, _) = getattr(CFG, name), load(Source(prismatic=str(folder)))
     tower = getattr(vlm.vision, name)
-    common = dict(hidden_size=cfg.width, num_hidden_layers=cfg.depth - 1, num_attention_heads=cfg.heads, hidden_act="gelu",
-                  image_size=CFG.image_size, patch_size=CFG.patch_size, layer_norm_eps=1e-6)  # fmt: skip
+    common = dict(
+        hidden_size=cfg.width, num_hidden_layers=cfg.depth - 1, num_attention_heads=cfg.heads,
+        hidden_act="gelu", image_size=CFG.image_size, patch_size=CFG.patch_size,
+        layer_norm_eps=1e-6,
+    )  # fmt: skip
     if name == "dino":
         reference = Dinov2WithRegistersModel(
-            Dinov2WithRegistersConfig(**common, mlp_ratio=cfg.mlp // cfg.width, num_register_tokens=cfg.registers)
+            Dinov2WithRegistersConfig(
+                **common, mlp_ratio=cfg.mlp // cfg.width, num_register_tokens=cfg.registers
+            )
         )
     else:
         reference = SiglipVisionModel(SiglipVisionConfig(**common, intermediate_size=cfg.mlp))
     fill_reference(reference, tower.state_dict(), name == "siglip")
     images = torch.rand(2, 3, CFG.image_size, CFG.image_size)
     with torch.no_grad():
-        hidden = reference(pixel_values=(images - tower.mean) / tower.std, output_hidden_states=True).hidden_states[-1]
+        hidden = reference(
+            pixel_values=(images - tower.mean) / tower.std, output_hidden_states=True
+        ).hidden_states[-1]
         torch.testing.assert_close(tower(images), hidden[:, cfg.prefix_tokens :], rtol=0, atol=1e-4)
 
 
@@ -185,33 +244,58 @@ def fill_reference(reference, state, siglip):
                 put("cls_token", value[:1])
                 put("register_tokens", value[1:])
         elif parts[0] == "patch_embed":
-            put(f"{'patch_embedding' if siglip else 'patch_embeddings.projection'}.{parts[1]}", value)
+            put(
+                f"{'patch_embedding' if siglip else 'patch_embeddings.projection'}.{parts[1]}",
+                value,
+            )
         elif parts[2] == "qkv":
             for name, chunk in zip("qkv", value.chunk(3)):
-                put(f"{layer.format(parts[1])}{'self_attn' if siglip else 'attention'}.{name}_proj.{parts[3]}", chunk)
+                put(
+                    f"{layer.format(parts[1])}{'self_attn' if siglip else 'attention'}"
+                    f".{name}_proj.{parts[3]}",
+                    chunk,
+                )
         else:
-            names = {"proj": "self_attn.out_proj" if siglip else "attention.o_proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+            names = {
+                "proj": "self_attn.out_proj" if siglip else "attention.o_proj",
+                "fc1": "mlp.fc1",
+                "fc2": "mlp.fc2",
+            }
             names |= {"scale1": "layer_scale1.lambda1", "scale2": "layer_scale2.lambda1"}
-            names |= {"norm1": "layer_norm1", "norm2": "layer_norm2"} if siglip else {"norm1": "norm1", "norm2": "norm2"}
+            names |= (
+                {"norm1": "layer_norm1", "norm2": "layer_norm2"}
+                if siglip
+                else {"norm1": "norm1", "norm2": "norm2"}
+            )
             put(layer.format(parts[1]) + ".".join([names[parts[2]], *parts[3:]]), value)
 
 
 def test_positions_of_a_518_pixel_checkpoint_are_resized_to_our_grid(prismatic, tmp_path):
     _, components = prismatic
-    timm = {k.partition(".")[2]: v for k, v in components["vision_backbone"].items() if k.startswith("dino")}
+    timm = {
+        k.partition(".")[2]: v
+        for k, v in components["vision_backbone"].items()
+        if k.startswith("dino")
+    }
     for name, count in (("wide", 37 * 37),):
-        hub = timm_to_hub(timm | {"pos_embed": torch.ones(1, count, CFG.dino.width)}, CFG.dino, siglip=False)
+        hub = timm_to_hub(
+            timm | {"pos_embed": torch.ones(1, count, CFG.dino.width)}, CFG.dino, siglip=False
+        )
         hub["embeddings.position_embeddings"][:, 0] = 5.0  # the cls token's own
         (tmp_path / name).mkdir()
         save_file(hub, tmp_path / name / "model.safetensors")
-    save_file(timm_to_hub({k.partition(".")[2]: v for k, v in components["vision_backbone"].items()
-                           if k.startswith("siglip")}, CFG.siglip, True), tmp_path / "model.safetensors")  # fmt: skip
+    save_file(timm_to_hub(
+        {k.partition(".")[2]: v for k, v in components["vision_backbone"].items()
+         if k.startswith("siglip")}, CFG.siglip, True,
+    ), tmp_path / "model.safetensors")  # fmt: skip
     bare = tmp_path / "bare"
     (bare / "checkpoints").mkdir(parents=True)
     torch.save({"model": {k: v for k, v in components.items() if k != "vision_backbone"}},
                bare / "checkpoints/latest-checkpoint.pt")  # fmt: skip
     vlm, _ = load(Source(prismatic=str(bare), dino=str(tmp_path / "wide"), siglip=str(tmp_path)))
-    torch.testing.assert_close(vlm.vision.dino.pos_embed, torch.ones_like(vlm.vision.dino.pos_embed))
+    torch.testing.assert_close(
+        vlm.vision.dino.pos_embed, torch.ones_like(vlm.vision.dino.pos_embed)
+    )
     torch.testing.assert_close(vlm.vision.dino.prefix[0], timm["cls_token"][0, 0] + 5)
 
 
@@ -219,7 +303,7 @@ MANIFEST = Path(__file__).parent / "prismatic_manifest.json"
 
 
 def test_the_paper_preset_is_filled_exactly_by_the_real_checkpoints_keys_and_shapes(monkeypatch):
-    """The manifest lists every key and shape of Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b."""
+    """The manifest is that of Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b."""
     manifest = json.loads(MANIFEST.read_text())
     with torch.device("meta"):
         vlm = VLM(model_config("paper"))
@@ -234,10 +318,12 @@ def test_an_unknown_key_a_missing_one_and_a_wrong_shape_are_named(prismatic, tmp
     with pytest.raises(PretrainedError, match=r"1 keys .* surprise \[2\]"):
         translate({"surprise": torch.zeros(2)}, TIMM, TIMM_DEAD, "file")
     write_prismatic(tmp_path / "missing", CFG, drop="llm.model.layers.2.mlp.up_proj.weight")
-    with pytest.raises(PretrainedError, match="lack 1 parameters: .*llm.layers.2.up.weight"):
+    with pytest.raises(PretrainedError, match=r"lack 1 parameters: .*llm.layers.2.up.weight"):
         load(Source(prismatic=str(tmp_path / "missing")))
     folder, _ = prismatic
-    with pytest.raises(PretrainedError, match=r"dino.prefix: the file has \[5, 96\], this model has \[2, 96\]"):
+    with pytest.raises(
+        PretrainedError, match=r"dino.prefix: the file has \[5, 96\], this model has \[2, 96\]"
+    ):
         load(Source(prismatic=str(folder)), TINY)
 
 

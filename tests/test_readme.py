@@ -1,4 +1,4 @@
-"""The README stays true: its commands parse, its files exist, its GAP rows are those of the code."""
+"""The README stays true: its commands parse, its files exist, its GAP rows are the code's."""
 
 import re
 import shlex
@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```\n(.*?)```", README, re.S)
-COMMANDS = [line for block in BLOCKS for line in block.splitlines() if re.match(r"(python|torchrun) ", line)]
+COMMANDS = [
+    line for block in BLOCKS for line in block.splitlines() if re.match(r"(python|torchrun) ", line)
+]
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("household/*.py"), *ROOT.glob("tools/*.py")]
 
 
@@ -35,7 +37,11 @@ def test_every_flag_of_a_command_is_one_that_the_program_has(command):
     rest = words[script + len(program) :]
     verb = rest[:1] if program == ["data.py"] else []
     help_text = subprocess.run(
-        [sys.executable, *program, *verb, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, *program, *verb, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     for flag in (word for word in rest if word.startswith("--")):
         assert re.search(rf"{flag}\b", help_text), f"{flag} is not a flag of {program}"

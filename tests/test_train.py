@@ -22,16 +22,22 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    write_demos(folder / "demos/set_table/close/kitchen_counter", lengths=(30, 30, 30, 8), has_object=False)
+    write_demos(
+        folder / "demos/set_table/close/kitchen_counter", lengths=(30, 30, 30, 8), has_object=False
+    )
     write_demos(folder / "demos/set_table/pick/013_apple", lengths=(30, 8), seed=1)
     pack(str(folder / "demos"), str(folder / "pack"))
     return folder / "pack"
 
 
 def flags(data, out, stage=1, steps=4, **others):
-    given = dict(preset="tiny", stage=stage, data=data, out=out, steps=steps, batch_size=8, micro_batch=8, device="cpu",
-                 log_every=1, val_frames=16) | others  # fmt: skip
-    return [part for key, value in given.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    given = dict(
+        preset="tiny", stage=stage, data=data, out=out, steps=steps, batch_size=8, micro_batch=8,
+        device="cpu", log_every=1, val_frames=16,
+    ) | others  # fmt: skip
+    return [
+        part for key, value in given.items() for part in (f"--{key.replace('_', '-')}", str(value))
+    ]
 
 
 def run(*args, **others):
@@ -77,9 +83,18 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(data, stage1, tm
 
 
 def test_two_processes_take_the_same_step_as_one(data, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        "train.py",
+    ]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, *flags(data, tmp_path / "two", steps=2, stage=2)], cwd=ROOT, env=env, check=True, timeout=300)
+    subprocess.run(
+        [*command, *flags(data, tmp_path / "two", steps=2, stage=2)],
+        cwd=ROOT,
+        env=env,
+        check=True,
+        timeout=300,
+    )
     run(data, tmp_path / "one", steps=2, stage=2)
     for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two")):
         for key in ("action", "pos", "grasp", "qpos", "obj", "seg", "grad_norm"):
@@ -97,17 +112,30 @@ def test_accumulated_micro_batches_take_the_same_step_as_one_batch(data, tmp_pat
     # Without seg: BatchNorm takes its statistics per micro-batch (GAP-17).
     decoders = ["--model.decoders", "pos", "grasp", "qpos", "obj"]
     for size in (8, 2):
-        main(parse(flags(data, tmp_path / str(size), steps=1, stage=2, micro_batch=size) + decoders))
+        main(
+            parse(flags(data, tmp_path / str(size), steps=1, stage=2, micro_batch=size) + decoders)
+        )
     one, many = weights(tmp_path / "8", "optimizer"), weights(tmp_path / "2", "optimizer")
     for key in one:
         torch.testing.assert_close(many[key], one[key], rtol=1e-4, atol=1e-6)
 
 
 def test_training_learns_the_actions_and_the_labels_of_held_out_frames(data, tmp_path):
-    run(data, tmp_path / "run", steps=80, stage=2, batch_size=16, micro_batch=16, val_frames=64, lr=2e-3)
+    run(
+        data,
+        tmp_path / "run",
+        steps=80,
+        stage=2,
+        batch_size=16,
+        micro_batch=16,
+        val_frames=64,
+        lr=2e-3,
+    )
     metrics = json.loads((tmp_path / "run/validation.json").read_text())["metrics"]
     assert metrics["qpos_r2"]["ours"] > 0.5 > metrics["qpos_r2"]["trivial"]
-    assert metrics["action_token_accuracy"]["ours"] > metrics["action_token_accuracy"]["trivial"] + 0.1
+    assert (
+        metrics["action_token_accuracy"]["ours"] > metrics["action_token_accuracy"]["trivial"] + 0.1
+    )
     assert metrics["mask_iou_hand"]["ours"] > 0.6
     lines = [line for line in log(tmp_path / "run") if "action" in line]
     assert lines[-1]["action"] < 0.6 * lines[0]["action"]
@@ -123,13 +151,13 @@ def test_stage_3_without_a_trained_vlm_is_refused(data, tmp_path, capsys):
 
 
 def test_a_checkpoint_of_another_model_is_refused_naming_the_difference(data, stage1, tmp_path):
-    args = flags(data, tmp_path / "out", stage=2, init_from=stage1) + ["--model.llm.depth", "3"]
-    with pytest.raises(CheckpointError, match="model.llm.depth: 3 here, 4 there"):
+    args = [*flags(data, tmp_path / "out", stage=2, init_from=stage1), "--model.llm.depth", "3"]
+    with pytest.raises(CheckpointError, match=r"model.llm.depth: 3 here, 4 there"):
         main(parse(args))
 
 
 def test_a_changed_flag_does_not_resume_silently(data, stage1):
-    with pytest.raises(CheckpointError, match="lr: 0.5 here, 0.001 there"):
+    with pytest.raises(CheckpointError, match=r"lr: 0.5 here, 0.001 there"):
         run(data, stage1, steps=5, lr=0.5)
 
 
@@ -153,7 +181,9 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole(stage1, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "fsync", full)  # the last call before the rename
     model = torch.nn.Linear(2, 2)
-    with pytest.raises(CheckpointError, match="No space left on device.*earlier checkpoints .* are whole"):
+    with pytest.raises(
+        CheckpointError, match=r"No space left on device.*earlier checkpoints .* are whole"
+    ):
         checkpoint.save(stage1, 99, model, torch.optim.Adam(model.parameters()), {}, "{}", keep=2)
     assert checkpoint.newest(stage1) == before and not list(stage1.glob(".*partial"))
 
@@ -162,11 +192,17 @@ def test_a_checkpoint_drives_the_robot_with_nothing_but_itself(data, stage1):
     from policy import Policy
 
     policy = Policy.from_checkpoint(stage1, device="cpu")
-    picture = {"rgb": torch.zeros(2, 128, 128, 3, dtype=torch.uint8), "depth": torch.ones(2, 128, 128, 1, dtype=torch.int16)}
+    picture = {
+        "rgb": torch.zeros(2, 128, 128, 3, dtype=torch.uint8),
+        "depth": torch.ones(2, 128, 128, 1, dtype=torch.int16),
+    }
     obs = {"sensor_data": {"fetch_head": picture, "fetch_hand": picture}}
     action = policy.act(obs, "close the kitchen drawer")
     assert action.shape == (2, 13) and abs(action).max() <= 1
-    assert policy.predictions["seg"].shape == (2, 2, 128, 128) and policy.predictions["pos"].shape == (2, 2)
+    assert (
+        policy.predictions["seg"].shape == (2, 2, 128, 128)
+        and policy.predictions["pos"].shape == (2, 2)
+    )  # fmt: skip
 
 
 def test_too_few_frames_for_a_batch_are_refused(data, tmp_path):

@@ -18,7 +18,7 @@ import tyro
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from config import CAMERAS, LOSSES
+from config import CAMERAS, LOSSES, explained
 from data import normalize_depth
 from tasks import COLUMNS, PAPER, PAPER_COLUMNS
 
@@ -273,8 +273,10 @@ def main(cfg: ReportConfig):
             f"{cfg.run}: no such run. One begins with: "
             f"python train.py --stage 1 --data DATA --out {cfg.run}/stage1"
         )
-    print(write_report(cfg.run).read_text())
+    report = write_report(cfg.run)
+    print(report.read_text().partition("## Losses")[0] + f"All of it: {report}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(ReportConfig))
+    with explained():
+        main(tyro.cli(ReportConfig))
