@@ -29,8 +29,8 @@ demo: setup
 
 learn: setup
 	@$(MAKE) --no-print-directory workflow RUN=runs/learn EPISODES=60 EPISODES_OTHERS=60 \
-		STEPS1=300 STEPS2=1800 STEPS3=500 TRIALS=20 TRIALS_OTHERS=20 TRIALS_FLOW=10 \
-		TRIALS_RANDOM=30 TRIALS_BOUNDS=30 FLOW_COLUMNS="close_drawer place_all" EVAL_FLAGS=
+		STEPS1=300 STEPS2=1800 STEPS3=500 TRIALS=16 TRIALS_OTHERS=16 TRIALS_FLOW=8 \
+		TRIALS_RANDOM=20 TRIALS_BOUNDS=20
 
 test: setup
 	$(PY) -m pytest -q -m "not slow"
@@ -51,16 +51,16 @@ COLUMNS = $(OTHERS) close_drawer
 EPISODES = 70
 EPISODES_OTHERS = 4
 # Optimizer steps of stages 1, 2, 3.
-STEPS1 = 250
-STEPS2 = 550
-STEPS3 = 300
+STEPS1 = 150
+STEPS2 = 500
+STEPS3 = 250
 # Evaluation episodes: of stage 2 closing the drawer and of each other column, of stage 3 (the flow
 # head acts), of the bounds. Stopping at a success is faster; success at the end is then not known.
 TRIALS = 20
-TRIALS_OTHERS = 4
-TRIALS_FLOW = 8
+TRIALS_OTHERS = 3
+TRIALS_FLOW = 6
 TRIALS_RANDOM = 20
-TRIALS_BOUNDS = 4
+TRIALS_BOUNDS = 3
 FLOW_COLUMNS = close_drawer
 EVAL_FLAGS = --stop-at-success
 

@@ -45,6 +45,7 @@ class CollectConfig:
     split: Literal["train", "val"] = "train"
     workers: int = 1  # processes, a simulator each; one per core is best
     seed: int = 0  # of the first episode; the others count up from it
+    real_meshes: bool = False  # render Fetch's own meshes, not the light copies in the asset folder
 
     def __post_init__(self):
         known = targets(self.task, self.subtask)
@@ -65,7 +66,7 @@ class CollectConfig:
     @property
     def recipe(self) -> dict:
         """What decides the episode of a seed, hence must not change while a file grows."""
-        return {"expert": self.expert, "split": self.split, "seed": self.seed}
+        return {key: getattr(self, key) for key in ("expert", "split", "seed", "real_meshes")}
 
 
 # --- One attempt, in a worker ---
@@ -163,7 +164,8 @@ def work(connection: Connection, cfg: CollectConfig):
         if target != opened:
             if env is not None:
                 env.close()
-            env, opened = SubtaskEnv(cfg.task, cfg.subtask, target, cfg.split), target
+            env = SubtaskEnv(cfg.task, cfg.subtask, target, cfg.split, real_meshes=cfg.real_meshes)
+            opened = target
             expert = EXPERTS[cfg.expert](env)
         connection.send(attempt(env, expert, seed))
 

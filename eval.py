@@ -58,6 +58,7 @@ class EvalConfig:
     workers: int = 1  # processes, one core and simulator each; results do not depend on it
     video: int = 0  # film the first so many episodes of each column
     row: Literal[tuple(PAPER)] = "AuxVLA + all"  # the paper's row beside ours
+    real_meshes: bool = False  # render Fetch's own meshes, not the light copies in the asset folder
     device: str | None = None  # of the learned policy; default: cuda if there is one
 
     def __post_init__(self):
@@ -154,7 +155,8 @@ def run_jobs(cfg: EvalConfig, jobs: Iterable[Job]) -> Iterator[dict]:
         if opened != (column, obs_mode):
             if env is not None:
                 env.close()
-            env = SubtaskEnv(cfg.task, what.subtask, what.target_in(cfg.task), cfg.split, obs_mode)
+            target = what.target_in(cfg.task)
+            env = SubtaskEnv(cfg.task, what.subtask, target, cfg.split, obs_mode, cfg.real_meshes)
             opened = (column, obs_mode)
             if learned is not None:
                 check_schema(env, learned.manifest)
@@ -265,7 +267,7 @@ def check_same_run(path: Path, episodes: list[dict], identity: dict):
 def main(cfg: EvalConfig):
     if cfg.checkpoint is not None:
         cfg = replace(cfg, checkpoint=resolve(cfg.checkpoint))  # one, even if training goes on
-    same = ("task", "split", "policy", "horizon", "stop_at_success")
+    same = ("task", "split", "policy", "horizon", "stop_at_success", "real_meshes")
     for name in cfg.names:  # before any worker starts
         plan_files(cfg.task, COLUMNS[name].subtask, COLUMNS[name].target_in(cfg.task), cfg.split)
     identity = {key: getattr(cfg, key) for key in same} | {

@@ -193,13 +193,14 @@ def main(cfg: TrainConfig) -> None:
         step += 1
 
         last = step == num_steps
-        log.step_done()
+        log.steps += 1
         if step % cfg.log_every == 0 or last:
             log.write(step, lr, grad_norm, world)
         if is_main and len(held_out) and (step % cfg.val_every == 0 or last):
             log.write_validation(step, *validate(model, held_out, batcher, cfg, device))
         if is_main and (step % cfg.save_every == 0 or last):
             checkpoint.save(out, step, model, optimizer, manifest, tokenizer.to_str(), cfg.keep)
+        log.waiting()
     if is_main:
         print(f"stage {cfg.stage}: {step} steps done, checkpoint {checkpoint.newest(out)}")
     if world > 1:
@@ -253,16 +254,16 @@ class Log:
         )
         self.tracker = open_tracker(cfg) if cfg.tracker else None
 
+    def waiting(self) -> None:
+        """From here on the time goes to the data."""
+        self.mark = time.perf_counter()
+
     def data_arrived(self) -> None:
         self.waited += time.perf_counter() - self.mark
 
     def add(self, losses: dict[str, Tensor]) -> None:
         for name, loss in losses.items():  # a micro-batch's loss is its share of the batch's mean
             self.sums[name] = self.sums.get(name, 0.0) + loss.detach()
-
-    def step_done(self) -> None:
-        self.steps += 1
-        self.mark = time.perf_counter()
 
     def write(self, step: int, lr: float, grad_norm: Tensor, world: int) -> None:
         """Means since the last line; collective, since each rank holds its share of every loss."""
@@ -309,7 +310,7 @@ class Log:
             f"{step:>7} held out: "
             + "  ".join(f"{k} {m['ours']:.3g} ({m['trivial']:.3g})" for k, m in metrics.items())
         )
-        self.since = self.mark = time.perf_counter()
+        self.since = time.perf_counter()
 
     def emit(self, step: int, line: dict) -> None:
         self.file.write(json.dumps(line) + "\n")

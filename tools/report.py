@@ -242,7 +242,7 @@ def write_report(run: Path) -> Path:
     manifests = {heading: results["manifest"] for heading, results in evaluations.items()}
     first = next(iter(manifests.values()), {"row": DEFAULT_ROW, "task": "set_table"})
     paper = PAPER[first["row"]] if first["task"] == "set_table" else {}
-    columns = dict.fromkeys(("ours", "random", "expert"), {})
+    columns = {key: {} for key in ("ours", "random", "expert")}
     columns |= {heading: results["columns"] for heading, results in evaluations.items()}
     listing = ["```json", json.dumps(manifests, indent=2), "```"]
     lines = [
