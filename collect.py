@@ -13,7 +13,6 @@ which the expert succeeds, whatever the number of workers. Finished attempts are
 <target>.parts; a run that was killed goes on where it was, and asking for more adds to the file.
 """
 
-import errno
 import multiprocessing
 import os
 import signal
@@ -29,7 +28,7 @@ import tyro
 from tqdm import tqdm
 
 from config import explained
-from env import CAMERAS, SubtaskEnv, plan_files
+from env import SENSORS, SubtaskEnv, plan_files
 from recording import Recording, encode
 from tasks import HORIZON, SUBTASKS, TASKS, targets, wilson
 
@@ -136,7 +135,7 @@ def frame(env: SubtaskEnv, obs: dict) -> dict:
             if key != "segmentation"
         }
 
-    masks = dict(zip(CAMERAS, env.target_masks(obs), strict=True))
+    masks = dict(zip(SENSORS, env.target_masks(obs), strict=True))
     return {"obs": rows(obs), "labels": {"pos": env.pos, "seg": masks}}
 
 
@@ -255,14 +254,5 @@ def main(cfg: CollectConfig):
 
 
 if __name__ == "__main__":
-    config = tyro.cli(CollectConfig, description=__doc__)
-    try:
-        with explained():
-            main(config)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise SystemExit(
-            f"{config.out}: the disk is full ({error}). Finished episodes are kept, nothing is "
-            "half written. Free some space and give the same command again"
-        ) from None
+    with explained():
+        main(tyro.cli(CollectConfig, description=__doc__))

@@ -7,6 +7,7 @@
 cores. Presets differ in numbers only: no code asks which one it runs.
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ CAMERAS = ("head", "hand")  # Fig. 1; MS-HAB's fetch_head and fetch_hand
 ACTION_DIM = 13  # Fig. 2
 QPOS_DIM = 12  # Table 5
 DEPTH_SCALE_MM = 1000.0  # Eq. 1
+IMAGE_SIZE = 128  # pixels of MS-HAB's cameras, hence of the masks (Table 5)
+RECORDED_ACTIONS = 8  # actions stored with a frame: the flow head's chunk (Sec. 6.4)
 
 
 class InputError(ValueError):
@@ -35,6 +38,13 @@ def explained() -> Iterator[None]:
         yield
     except (InputError, FileNotFoundError, FileExistsError) as error:
         raise SystemExit(f"error: {error}") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise SystemExit(
+            f"error: the disk is full ({error}). What was finished is kept, nothing is half "
+            "written. Free some space and give the same command again"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -144,11 +154,6 @@ class ModelConfig:
         """Patch tokens per image."""
         return (self.image_size // self.patch_size) ** 2
 
-    @property
-    def prefix_length(self) -> int:
-        """Tokens before the action tokens: prompt, images, latents."""
-        return self.llm.prompt_length + self.num_views * self.patches + self.num_latents
-
     def __post_init__(self):
         if self.image_size % self.patch_size:
             raise ValueError(
@@ -164,16 +169,34 @@ class ModelConfig:
             )
         if unknown := set(self.decoders) - set(LABELS):
             raise ValueError(f"unknown decoders {sorted(unknown)}; choose from {LABELS}")
-        stages = len(self.decoder.channels)
-        if self.decoder.grid * 2**stages != self.decoder.mask_size:
+        if self.decoder.width % self.decoder.heads:
             raise ValueError(
-                f"mask_size must be grid x 2^{stages} = {self.decoder.grid * 2**stages}"
+                f"decoder.width {self.decoder.width} must be a multiple of its heads "
+                f"{self.decoder.heads}"
+            )
+        grown = self.decoder.grid * 2 ** len(self.decoder.channels)
+        if not grown == self.decoder.mask_size == IMAGE_SIZE:
+            raise ValueError(
+                f"grid x 2^stages = {grown} and mask_size = {self.decoder.mask_size} must both be "
+                f"{IMAGE_SIZE}, the size of the labels"
+            )
+        if self.flow.action_horizon != RECORDED_ACTIONS or not (
+            1 <= self.flow.execute <= self.flow.action_horizon
+        ):
+            raise ValueError(
+                f"flow.action_horizon {self.flow.action_horizon} must be {RECORDED_ACTIONS}, what "
+                f"a frame is recorded with, and execute {self.flow.execute} at most that"
+            )
+        if self.llm.first_action_id + self.bins > self.llm.vocab:
+            raise ValueError(
+                f"{self.bins} action ids from {self.llm.first_action_id} on exceed the vocabulary "
+                f"of {self.llm.vocab}"
             )
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """The lambdas of Eq. 4 (Sec. 6.1); the action and flow losses are not weighted."""
+    """The lambdas of Eq. 4 (Sec. 6.1). The paper gives the action and flow losses no weight: 1."""
 
     action: float = 1.0
     pos: float = 1.0
@@ -200,7 +223,9 @@ class TrainConfig:
     steps: int | None = None  # optimizer steps of this stage; default: `epochs` of the data
     epochs: tuple[int, int, int] = (3, 7, 10)  # of stages 1, 2, 3 (Sec. 6.3); GAP-14 for stage 3
     batch_size: int = 512  # frames per step over all GPUs (Sec. 6.1)
-    micro_batch: int = 64  # frames per GPU and backward pass; the rest is accumulated
+    # frames per GPU and backward pass, the rest is accumulated: without activation checkpointing a
+    # frame of the paper's model keeps up to 6.1 GiB for the backward pass (counted, not run)
+    micro_batch: int = 8
     lr: float = 2e-5  # Adam, constant (Sec. 6.1)
     warmup: int = 0  # steps of linear warm-up; the paper has none
     # last share of the steps over which lr falls linearly to 0; the paper has none
@@ -225,11 +250,11 @@ class TrainConfig:
             raise ValueError(
                 "stage 3 trains the action head of a trained VLM: give --init-from RUN/stage2"
             )
-        if self.batch_size < 1 or self.micro_batch < 1:
-            raise ValueError(
-                f"batch_size {self.batch_size} and micro_batch {self.micro_batch} must be at least "
-                "1"
-            )
+        counted = ("batch_size", "micro_batch", "val_every", "log_every", "save_every", "keep")
+        if low := [name for name in counted if getattr(self, name) < 1]:
+            raise ValueError(f"{', '.join(low)}: expected at least 1")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps {self.steps}: expected at least 1")
         if not 0 <= self.cooldown <= 1:
             raise ValueError(f"cooldown {self.cooldown} is a share of the steps: 0 to 1")
 

@@ -33,13 +33,15 @@ from config import (
     ACTION_DIM,
     CAMERAS,
     DEPTH_SCALE_MM,
+    IMAGE_SIZE,
     LABELS,
     QPOS_DIM,
+    RECORDED_ACTIONS,
     LLMConfig,
     ModelConfig,
     explained,
-)
-from demonstrations import HORIZON, RECORD, SIZE, Demonstrations
+)  # fmt: skip
+from demonstrations import RECORD, Demonstrations
 from pack import Pack, pack, verify
 from tasks import ARTICULATIONS, OBJECTS, SUBTASKS, instruction
 
@@ -237,7 +239,7 @@ def unpack_masks(bits: Tensor) -> Tensor:
     """One bit per pixel [B, C, 128*128/8] -> [B, C, 128, 128] float 0 or 1."""
     shifts = torch.arange(7, -1, -1, device=bits.device)
     pixels = (rearrange(bits, "b c n -> b c n 1") >> shifts) & 1
-    return rearrange(pixels, "b c (h w) bit -> b c h (w bit)", h=SIZE).float()
+    return rearrange(pixels, "b c (h w) bit -> b c h (w bit)", h=IMAGE_SIZE).float()
 
 
 def check_batch(batch: dict[str, Tensor], cfg: ModelConfig) -> None:
@@ -246,9 +248,9 @@ def check_batch(batch: dict[str, Tensor], cfg: ModelConfig) -> None:
     shapes = {
         "images": (b, cfg.num_views, 3, cfg.image_size, cfg.image_size),
         "prompt_ids": (b, cfg.llm.prompt_length), "prompt_mask": (b, cfg.llm.prompt_length),
-        "actions": (b, HORIZON, ACTION_DIM), "action_mask": (b, HORIZON),
+        "actions": (b, RECORDED_ACTIONS, ACTION_DIM), "action_mask": (b, RECORDED_ACTIONS),
         "pos": (b, 2), "grasp": (b,), "qpos": (b, QPOS_DIM), "obj": (b, 7),
-        "seg": (b, c, SIZE, SIZE),
+        "seg": (b, c, IMAGE_SIZE, IMAGE_SIZE),
     } | {f"has_{name}": (b,) for name in LABELS}  # fmt: skip
     for key, shape in shapes.items():
         if key not in batch or tuple(batch[key].shape) != shape:

@@ -12,6 +12,7 @@ t of ours is observation t with actions t, t+1, ..., t+7. A label that a file la
 """
 
 import json
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,21 +20,27 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from config import ACTION_DIM, CAMERAS, LABELS, QPOS_DIM, InputError
+from config import (
+    ACTION_DIM,
+    CAMERAS,
+    IMAGE_SIZE,
+    LABELS,
+    QPOS_DIM,
+    RECORDED_ACTIONS,
+    InputError,
+)  # fmt: skip
 from tasks import SUBTASKS, instruction
-
-SIZE = 128  # pixels, MS-HAB's cameras
-HORIZON = 8  # actions stored with a frame: the flow head's chunk (Sec. 6.4)
 
 # One frame as it is recorded: no normalisation, no resize. The unit of the pack and of a loader's
 # batch.
+_PICTURE = (len(CAMERAS), IMAGE_SIZE, IMAGE_SIZE)
 RECORD = np.dtype(
     [
-        ("rgb", np.uint8, (len(CAMERAS), SIZE, SIZE, 3)),
-        ("depth", np.int16, (len(CAMERAS), SIZE, SIZE)),  # millimetres, 0 where nothing was hit
-        ("seg", np.uint8, (len(CAMERAS), SIZE * SIZE // 8)),  # target mask, one bit per pixel
-        ("actions", np.float32, (HORIZON, ACTION_DIM)),  # robot units; zeros past the end
-        ("action_mask", np.uint8, (HORIZON,)),  # 0 past the end of the episode
+        ("rgb", np.uint8, (*_PICTURE, 3)),
+        ("depth", np.int16, _PICTURE),  # millimetres, 0 where nothing was hit
+        ("seg", np.uint8, (len(CAMERAS), IMAGE_SIZE**2 // 8)),  # target mask, one bit per pixel
+        ("actions", np.float32, (RECORDED_ACTIONS, ACTION_DIM)),  # robot units; 0 past the end
+        ("action_mask", np.uint8, (RECORDED_ACTIONS,)),  # 0 past the end of the episode
         ("pos", np.float32, (2,)),  # base x, y, metres, world frame
         ("grasp", np.float32, ()),  # 1 while the target is held
         ("qpos", np.float32, (QPOS_DIM,)),  # rad (prismatic: m)
@@ -143,7 +150,7 @@ class Demonstrations:
     def _group(self, entry: Episode) -> h5py.Group:
         path = self.folder / entry.file
         try:
-            return open_h5(str(path))[entry.trajectory]
+            return open_h5(str(path), os.getpid())[entry.trajectory]
         except (OSError, KeyError) as error:
             raise DataError(
                 f"{path}, {entry.trajectory}: cannot be opened ({error}). The file is cut off or "
@@ -163,8 +170,8 @@ class Demonstrations:
 
 
 @lru_cache(maxsize=64)
-def open_h5(path: str) -> h5py.File:
-    """Open a file once per process; loader workers open their own, since they start without any."""
+def open_h5(path: str, process: int) -> h5py.File:
+    """Open a file once per process: a handle that a forked loader worker inherits is no good."""
     return h5py.File(path, "r")
 
 
@@ -210,7 +217,7 @@ def read_frames(
         out["depth"][:, c] = depth[rows, ..., 0]
 
     actions = checked_actions(group, entry, folder)
-    steps = np.arange(first, last)[:, None] + np.arange(HORIZON)  # [frames, 8]
+    steps = np.arange(first, last)[:, None] + np.arange(RECORDED_ACTIONS)  # [frames, 8]
     out["action_mask"] = steps < len(actions)
     out["actions"] = actions[np.minimum(steps, len(actions) - 1)] * out["action_mask"][..., None]
 

@@ -23,12 +23,12 @@ from mani_skill.utils import sapien_utils
 from mshab.envs.planner import plan_data_from_file
 
 import tasks
+from config import ACTION_DIM
 
 REARRANGE = ASSET_DIR / "scene_datasets/replica_cad_dataset/rearrange"
 REAL_FETCH_URDF = Fetch.urdf_path
 LIGHT_FETCH_URDF = ASSET_DIR / "robots/fetch_light/fetch.urdf"  # written by household/robot.py
-CAMERAS = ("fetch_head", "fetch_hand")
-ACTION_DIM = 13
+SENSORS = ("fetch_head", "fetch_hand")  # config.CAMERAS, as MS-HAB names them
 BASE_JOINTS = 3  # MS-HAB's qpos leaves out the virtual joints of the base (sequential_task.py)
 # The video camera, in the robot's frame at reset, metres: behind its left shoulder, looking ahead.
 VIDEO_EYE, VIDEO_LOOK_AT, VIDEO_SIZE = (-0.9, 1.3, 2.1), (0.8, -0.1, 0.8), 384
@@ -181,7 +181,7 @@ class SubtaskEnv:
             target = links[subtask.articulation_handle_link_idx]
         else:
             target = self.mshab.subtask_objs[0]
-        ids = [obs["sensor_data"][camera]["segmentation"][0, ..., 0].numpy() for camera in CAMERAS]
+        ids = [obs["sensor_data"][camera]["segmentation"][0, ..., 0].numpy() for camera in SENSORS]
         return np.stack(ids) == int(target.per_scene_id[0])
 
     @property

@@ -135,6 +135,9 @@ def check_schema(env: SubtaskEnv, manifest: dict):
     """Raise InputError, naming the slot, when a checkpoint is for another robot (GAP-1)."""
     for key, here in (("action_schema", env.action_schema), ("qpos_names", env.qpos_names)):
         trained = manifest[key]
+        if trained is None:  # MS-HAB's released files name neither
+            print(f"warning: the training data had no {key}: not compared", file=sys.stderr)
+            continue
         if len(trained) != len(here):
             raise InputError(f"{key}: {len(trained)} slots in the checkpoint, {len(here)} here")
         for slot, (theirs, ours) in enumerate(zip(trained, here, strict=True)):
@@ -169,10 +172,12 @@ def run_jobs(cfg: EvalConfig, jobs: Iterable[Job]) -> Iterator[dict]:
 
 
 def worker(pipe: Connection, cfg: EvalConfig):
-    """Take jobs from the pipe until None, and send back episodes."""
+    """Take jobs from the pipe until None, and send back episodes, or our own error and end."""
     try:
         for episode in run_jobs(cfg, iter(pipe.recv, None)):
             pipe.send(episode)
+    except InputError as error:
+        pipe.send(error)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent is gone, and with it the only writer of the file
 
@@ -202,6 +207,8 @@ def run_in_workers(cfg: EvalConfig, jobs: list[Job]) -> Iterator[dict]:
                     f"the worker at {column}, seed {seed} died (exit code {process.exitcode}), the "
                     f"cause is above. The same command goes on after the episodes in {cfg.out}"
                 ) from None
+            if isinstance(episode, InputError):
+                raise episode
             job = waiting.popleft() if waiting else None
             pipe.send(job)
             if job is not None:
@@ -257,9 +264,9 @@ def check_same_run(path: Path, episodes: list[dict], identity: dict):
     """Raise InputError when the file holds episodes of another evaluation."""
     for episode in episodes:
         for key, now in identity.items():
-            if episode[key] != now:
+            if episode.get(key) != now:
                 raise InputError(
-                    f"{path} has episodes with {key} = {episode[key]!r}, this run has {now!r}: one "
+                    f"{path} has episodes with {key} = {episode.get(key)!r}, this run {now!r}: one "
                     f"table cannot mix them. Give another --out, or remove {path.parent}"
                 )
 
@@ -307,7 +314,7 @@ def main(cfg: EvalConfig):
     }
     results = json.dumps({"columns": columns, "manifest": manifest}, indent=2)
     (cfg.out / "results.json").write_text(results + "\n")
-    print("\n".join(["", *success_table({cfg.policy: columns}, cfg.row, paper)]))
+    print("\n".join(["", *success_table({cfg.policy: columns}, {cfg.row: paper})]))
     print("An interval that contains the paper's figure neither confirms nor refutes it.")
 
 

@@ -88,11 +88,6 @@ class Prefix:
     cache: list[KeyValues]  # per layer
     mask: Tensor  # [B, S], False at padding
 
-    def truncate(self, length: int) -> "Prefix":
-        """The first `length` positions; the LLM is causal, so they are as if nothing followed."""
-        cache = [(k[:, :, :length], v[:, :, :length]) for k, v in self.cache]
-        return Prefix(self.hidden[:, :length], cache, self.mask[:, :length])
-
 
 class VLM(nn.Module):
     """DINOv2 + SigLIP, projector, Qwen2.5, and the eight latent queries (Sec. 4.1)."""
@@ -200,9 +195,11 @@ class AuxVLA(nn.Module):
         losses = {"action": masked_mean(per_frame, batch["action_mask"][:, 0], counts["action"])}
 
         latents = aux_input(self.latents(hidden[:, : 1 - ACTION_DIM]), stage)  # [B, N, D]
-        for name, decoder in self.decoders.items():
-            per_frame = DECODERS[name][1](decoder(latents).float(), batch[name])  # [B]
-            losses[name] = masked_mean(per_frame, batch[f"has_{name}"], counts[name])
+        # In fp32: bf16 would round metres to centimetres and quaternions off the unit sphere.
+        with torch.autocast(latents.device.type, enabled=False):
+            for name, decoder in self.decoders.items():
+                per_frame = DECODERS[name][1](decoder(latents.float()), batch[name])  # [B]
+                losses[name] = masked_mean(per_frame, batch[f"has_{name}"], counts[name])
         return losses
 
     def latents(self, prefix_hidden: Tensor) -> Tensor:
@@ -252,7 +249,8 @@ class AuxVLA(nn.Module):
 
     def predict(self, latents: Tensor) -> dict[str, Tensor]:
         """What the decoders read in the latents; grasp and seg as probabilities."""
-        out = {name: decoder(latents).float() for name, decoder in self.decoders.items()}
+        with torch.autocast(latents.device.type, enabled=False):
+            out = {name: decoder(latents.float()) for name, decoder in self.decoders.items()}
         return {
             name: value.sigmoid() if name in ("grasp", "seg") else value
             for name, value in out.items()

@@ -9,7 +9,6 @@ pack.json is written last, so a folder that has it is whole; it carries the sha2
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +18,7 @@ import tyro
 from tqdm import tqdm
 
 from demonstrations import RECORD, DataError, Demonstrations, Episode
+from recording import replacing
 
 BLOCK = 1024  # records per file, 169 MB
 
@@ -71,13 +71,9 @@ def record_layout() -> list:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write under a temporary name, fsync, rename: the file is whole or absent."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    """Whole or absent, also when the disk fills up or the process is killed."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def pack(data: str, out: str) -> None:

@@ -11,6 +11,7 @@ respected: files must then be in the cache or in folders.
 """
 
 import math
+import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -193,7 +194,7 @@ def read_prismatic(folder: Path) -> dict[str, dict[str, Tensor]]:
     try:
         # A pickle, Prismatic's format: only tensors and containers are ever built from it.
         components = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["model"]
-    except (RuntimeError, EOFError, KeyError) as error:
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise PretrainedError(
             f"{path}: cut off or not a Prismatic checkpoint ({error}); download it again"
         ) from error

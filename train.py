@@ -9,7 +9,6 @@ The same command goes on where the last one stopped. --data is a folder of MS-HA
 faster, a pack of them.
 """
 
-import json
 import os
 import sys
 import time
@@ -23,7 +22,6 @@ import tyro
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
-from tqdm import tqdm
 
 import checkpoint
 from config import PRESETS, InputError, TrainConfig, explained
@@ -39,11 +37,12 @@ from data import (
     tokenize,
 )
 from flow_head import draw_noise
+from logs import Log
 from model import AuxVLA, label_counts
 from pretrained import load_pretrained, source_of
 from validation import validate
 
-# What a resumed run may change: none of these alters a step.
+# What a resumed run may change. None alters a step, but `steps` and `epochs` move the cool-down.
 MAY_CHANGE = {
     "data", "out", "init_from", "resume", "steps", "epochs", "device", "workers", "val_every",
     "val_frames",
@@ -108,7 +107,7 @@ def prepare(cfg: TrainConfig, is_main: bool) -> tuple[AuxVLA, dict, Path | None]
     if source is None:
         hashes = load_pretrained(model.vlm, source_of(cfg.pretrained)) if cfg.pretrained else {}
         return model, {"pretrained": hashes}, None
-    manifest = checkpoint.read_manifest(source)
+    manifest = checkpoint.read_manifest(source, verify=not resumed)  # newest() has compared it
     ours, theirs = checkpoint.plain(cfg), manifest["config"]
     ignored = MAY_CHANGE if resumed else set(ours) - {"model"}
     different = checkpoint.differences(
@@ -119,7 +118,7 @@ def prepare(cfg: TrainConfig, is_main: bool) -> tuple[AuxVLA, dict, Path | None]
             f"{source} was made with another configuration ({'; '.join(different)}). "
             "Give the same flags, or another --out."
         )
-    checkpoint.load_weights(model, source, new=() if resumed else ("decoders.", "flow_head."))
+    checkpoint.load_weights(model, source, new=() if resumed else ("flow_head.",))
     if is_main:
         print(f"{'resumed' if resumed else 'initialised'} from {source}")
     return model, manifest | {"folder": str(source)}, resumed
@@ -157,6 +156,11 @@ def main(cfg: TrainConfig) -> None:
     tokenizer = Tokenizer.from_file(str(saved)) if saved else build_tokenizer(cfg.model.llm)
     batcher = Batcher(cfg.model, stats, tokenize(data.instructions, tokenizer, cfg.model.llm))
     manifest = describe(cfg, data, stats) | {"pretrained": origin["pretrained"]}
+    if resumed and origin["data"] != manifest["data"]:
+        raise checkpoint.CheckpointError(
+            f"{resumed}: was trained on {origin['data']}, {cfg.data} has {manifest['data']}. "
+            "Give the same data, or another --out with --init-from"
+        )
     num_steps = cfg.steps or cfg.epochs[cfg.stage - 1] * (len(frames) // cfg.batch_size)
     order = StepOrder(len(frames), cfg.batch_size, cfg.seed, step, num_steps, rank, world)
     log = Log(
@@ -197,12 +201,14 @@ def main(cfg: TrainConfig) -> None:
         if step % cfg.log_every == 0 or last:
             log.write(step, lr, grad_norm, world)
         if is_main and len(held_out) and (step % cfg.val_every == 0 or last):
-            log.write_validation(step, *validate(model, held_out, batcher, cfg, device))
+            began = time.perf_counter()
+            figures = validate(model, held_out, batcher, cfg, device)
+            log.write_validation(step, *figures, time.perf_counter() - began)
         if is_main and (step % cfg.save_every == 0 or last):
             checkpoint.save(out, step, model, optimizer, manifest, tokenizer.to_str(), cfg.keep)
         log.waiting()
     if is_main:
-        print(f"stage {cfg.stage}: {step} steps done, checkpoint {checkpoint.newest(out)}")
+        print(f"stage {cfg.stage}: {step} steps done, newest checkpoint in {out}")
     if world > 1:
         dist.barrier()  # rank 0 may still be saving
         dist.destroy_process_group()
@@ -217,118 +223,10 @@ def describe(cfg: TrainConfig, data, stats: ActionStats) -> dict:
         "action_schema": data.action_schema,
         "qpos_names": data.qpos_names,
         "instructions": data.instructions,
+        # A resumed run must find the same frames: the order and the held-out episodes follow them.
+        "data": {"frames": len(data), "episodes": len(data.episodes)},
         "torch": torch.__version__,
     }
-
-
-class Log:
-    """log.jsonl, a progress line, validation.json. Every rank counts, rank 0 writes."""
-
-    def __init__(
-        self, cfg: TrainConfig, step: int, num_steps: int, is_main: bool, frames: int,
-        held_out: int, params: int,
-    ):  # fmt: skip
-        self.cfg, self.num_steps, self.is_main, self.out = cfg, num_steps, is_main, Path(cfg.out)
-        self.sums: dict[str, Tensor] = {}
-        self.steps = 0
-        self.waited, self.mark, self.since = 0.0, time.perf_counter(), time.perf_counter()
-        if not is_main:
-            return
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "config.json").write_text(json.dumps(checkpoint.plain(cfg), indent=1))
-        path = self.out / "log.jsonl"
-        old = path.read_text().splitlines() if path.is_file() else []
-        # Lines behind the checkpoint that we resume from will be written again.
-        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept))
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115  for the whole run
-        self.bar = tqdm(
-            total=num_steps,
-            initial=step,
-            desc=f"stage {cfg.stage}",
-            disable=not sys.stderr.isatty(),
-        )
-        print(
-            f"stage {cfg.stage}: {frames:,} frames, {held_out:,} held out, "
-            f"{params / 1e6:.1f}M trained parameters, {num_steps} steps of {cfg.batch_size}"
-        )
-        self.tracker = open_tracker(cfg) if cfg.tracker else None
-
-    def waiting(self) -> None:
-        """From here on the time goes to the data."""
-        self.mark = time.perf_counter()
-
-    def data_arrived(self) -> None:
-        self.waited += time.perf_counter() - self.mark
-
-    def add(self, losses: dict[str, Tensor]) -> None:
-        for name, loss in losses.items():  # a micro-batch's loss is its share of the batch's mean
-            self.sums[name] = self.sums.get(name, 0.0) + loss.detach()
-
-    def write(self, step: int, lr: float, grad_norm: Tensor, world: int) -> None:
-        """Means since the last line; collective, since each rank holds its share of every loss."""
-        names, values = list(self.sums), torch.stack(list(self.sums.values())) / self.steps
-        if world > 1:
-            dist.all_reduce(values)
-            values /= world
-        seconds = time.perf_counter() - self.since
-        line = {"step": step, "stage": self.cfg.stage} | dict(zip(names, values.tolist()))
-        line |= {
-            "samples_per_s": self.steps * self.cfg.batch_size / seconds,
-            "data_wait": self.waited / seconds,
-        }
-        line |= {
-            "lr": lr,
-            "grad_norm": float(grad_norm),
-            "eta_s": (self.num_steps - step) * seconds / self.steps,
-        }
-        self.sums, self.steps, self.waited, self.since = {}, 0, 0.0, time.perf_counter()
-        if self.is_main:
-            self.emit(step, line)
-            shown = {
-                k: f"{v:.4g}"
-                for k, v in line.items()
-                if k not in ("step", "stage", "lr", "grad_norm")
-            }
-            self.bar.update(step - self.bar.n)
-            tqdm.write(
-                f"{step:>7}/{self.num_steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items())
-            )
-
-    def write_validation(self, step: int, losses: dict, metrics: dict) -> None:
-        flat = {f"val_{name}": value for name, value in losses.items()}
-        self.emit(
-            step,
-            {"step": step, "stage": self.cfg.stage}
-            | flat
-            | {f"val_{k}": m["ours"] for k, m in metrics.items()},
-        )
-        (self.out / "validation.json").write_text(
-            json.dumps({"step": step, "losses": losses, "metrics": metrics}, indent=1)
-        )
-        tqdm.write(
-            f"{step:>7} held out: "
-            + "  ".join(f"{k} {m['ours']:.3g} ({m['trivial']:.3g})" for k, m in metrics.items())
-        )
-        self.since = time.perf_counter()
-
-    def emit(self, step: int, line: dict) -> None:
-        self.file.write(json.dumps(line) + "\n")
-        if self.tracker:
-            self.tracker(step, line)
-
-
-def open_tracker(cfg: TrainConfig):
-    """A function (step, values) that logs to tensorboard or wandb; both are optional installs."""
-    if cfg.tracker == "wandb":
-        import wandb
-
-        run = wandb.init(project="auxvla", config=checkpoint.plain(cfg), dir=cfg.out)
-        return lambda step, line: run.log(line, step=step)
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(cfg.out)
-    return lambda step, line: [writer.add_scalar(name, value, step) for name, value in line.items()]
 
 
 def parse(args: list[str] | None = None) -> TrainConfig:

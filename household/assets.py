@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from config import explained
 from household import furniture as parts
 from household.episodes import Scene, write_clutter, write_set_table
 from household.robot import write_light_fetch
@@ -134,4 +135,5 @@ def write_scene(folder: Path, name: str, split: str, rng: np.random.Generator) -
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with explained():
+        tyro.cli(main)

@@ -22,6 +22,7 @@ import sapien
 import tyro
 from transforms3d.quaternions import mat2quat
 
+from config import explained
 from env import SubtaskEnv
 from tasks import COLUMNS
 
@@ -310,4 +311,5 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with explained():
+        tyro.cli(main)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -288,18 +287,6 @@ def test_a_file_of_another_seed_is_not_added_to(tmp_path):
     record(tmp_path, {0: True}).merge()
     with pytest.raises(ValueError, match="choose another --out"):
         Recording(tmp_path, "fridge", RECIPE | {"seed": 5})
-
-
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A real file system of two megabytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder]
-    if subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 def test_a_full_disk_leaves_finished_episodes_and_nothing_half_written(small_disk):

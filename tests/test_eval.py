@@ -30,7 +30,16 @@ from tasks import PAPER
 from tools.report import success_table, write_report
 
 HERE = Path(__file__).parent.parent
-EXPERT = "--policy expert --stop-at-success --columns close_drawer pick_all --episodes 3".split()
+EXPERT = [
+    "--policy",
+    "expert",
+    "--stop-at-success",
+    "--columns",
+    "close_drawer",
+    "pick_all",
+    "--episodes",
+    "3",
+]
 
 
 def start(*flags, out: Path) -> subprocess.Popen:
@@ -113,7 +122,7 @@ def test_the_table_is_counted_from_the_file_of_episodes(tmp_path):
     assert columns["open_fridge"] == pytest.approx(
         figures | {"low": 0.2077, "high": 0.9385}, abs=1e-4
     )
-    text = "\n".join(success_table({"ours": columns}, "AuxVLA + action head", row))
+    text = "\n".join(success_table({"ours": columns}, {"AuxVLA + action head": row}))
     assert "2/3 = 0.67 [0.21, 0.94], at the end 0.33 | 0.76" in text
     assert text.count("not run") == 5
 
@@ -123,7 +132,7 @@ def test_an_episode_that_stopped_at_its_success_says_nothing_of_the_end(tmp_path
     append_episode(path, {"column": "pick_all", "success_once": True, "success_at_end": None})
     columns = table(read_episodes(path), {})
     assert columns["pick_all"]["success_at_end"] is None
-    text = "\n".join(success_table({"ours": columns}, "", {}))
+    text = "\n".join(success_table({"ours": columns}, {"": {}}))
     assert "1/1 = 1.00 [0.21, 1.00], at the end not run" in text
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from config import ModelConfig, VisionConfig, model_config
@@ -277,13 +278,11 @@ def test_positions_of_a_518_pixel_checkpoint_are_resized_to_our_grid(prismatic, 
         for k, v in components["vision_backbone"].items()
         if k.startswith("dino")
     }
-    for name, count in (("wide", 37 * 37),):
-        hub = timm_to_hub(
-            timm | {"pos_embed": torch.ones(1, count, CFG.dino.width)}, CFG.dino, siglip=False
-        )
-        hub["embeddings.position_embeddings"][:, 0] = 5.0  # the cls token's own
-        (tmp_path / name).mkdir()
-        save_file(hub, tmp_path / name / "model.safetensors")
+    wide = timm | {"pos_embed": torch.ones(1, 37 * 37, CFG.dino.width)}
+    hub = timm_to_hub(wide, CFG.dino, siglip=False)
+    hub["embeddings.position_embeddings"][:, 0] = 5.0  # the cls token's own
+    (tmp_path / "wide").mkdir()
+    save_file(hub, tmp_path / "wide/model.safetensors")
     save_file(timm_to_hub(
         {k.partition(".")[2]: v for k, v in components["vision_backbone"].items()
          if k.startswith("siglip")}, CFG.siglip, True,
@@ -335,10 +334,17 @@ def test_a_truncated_or_foreign_file_is_refused(prismatic, tmp_path):
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(PretrainedError, match="cut off or not a Prismatic checkpoint"):
         read_prismatic(tmp_path)
+    torch.save({"model": Path("a foreign object")}, path)
+    with pytest.raises(PretrainedError, match="cut off or not a Prismatic checkpoint"):
+        read_prismatic(tmp_path)
     with pytest.raises(PretrainedError, match="not there"):
         read_prismatic(tmp_path / "nowhere")
 
 
 def test_without_a_network_the_error_says_what_to_do(monkeypatch):
+    def offline(*_, **__):
+        raise LocalEntryNotFoundError("not in the cache, and no network")
+
+    monkeypatch.setattr("pretrained.snapshot_download", offline)
     with pytest.raises(PretrainedError, match="--pretrained FOLDER"):
         load(Source(prismatic="nobody/no-such-model"))

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from files import write_demos
@@ -13,8 +15,11 @@ from safetensors.torch import load_file
 
 import checkpoint
 from checkpoint import CheckpointError
-from data import pack
+from config import explained
+from data import Batcher, Frames, build_tokenizer, open_data, pack, tokenize
+from model import AuxVLA
 from train import main, parse
+from validation import validate
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,22 +87,23 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(data, stage1, tm
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_two_processes_take_the_same_step_as_one(data, tmp_path):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_take_the_same_step_as_one(stage, data, stage1, tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
         "train.py",
     ]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(
-        [*command, *flags(data, tmp_path / "two", steps=2, stage=2)],
+        [*command, *flags(data, tmp_path / "two", steps=2, stage=stage, init_from=stage1)],
         cwd=ROOT,
         env=env,
         check=True,
         timeout=300,
     )
-    run(data, tmp_path / "one", steps=2, stage=2)
+    run(data, tmp_path / "one", steps=2, stage=stage, init_from=stage1)
     for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two")):
-        for key in ("action", "pos", "grasp", "qpos", "obj", "seg", "grad_norm"):
+        for key in ("action", "pos", "grasp", "qpos", "obj", "seg", "flow", "grad_norm"):
             if key in one:
                 assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-6), key
     # Adam's first moment is the gradient times 1 - beta: equal gradients, not only equal losses.
@@ -171,21 +177,77 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(data, tmp_path
     assert f"{newest.name}/model.safetensors" in capsys.readouterr().err
 
 
-def test_a_full_disk_leaves_the_older_checkpoint_whole(stage1, monkeypatch):
-    import errno
+def test_a_full_disk_leaves_the_older_checkpoint_whole(data, small_disk, capsys):
+    model = torch.nn.Linear(8, 8)
+    optimizer = torch.optim.Adam(model.parameters())
+    checkpoint.save(small_disk, 1, model, optimizer, {}, "{}", keep=2)
+    with pytest.raises(CheckpointError, match="earlier checkpoints .* are whole"):
+        checkpoint.save(small_disk, 2, torch.nn.Linear(1000, 1000), optimizer, {}, "{}", keep=2)
+    assert checkpoint.newest(small_disk).name == "step-00000001"
+    assert not list(small_disk.glob(".*partial"))
 
-    before = checkpoint.newest(stage1)
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+def test_a_full_disk_ends_packing_without_half_a_block(data, small_disk):
+    with pytest.raises(SystemExit, match="the disk is full"), explained():
+        pack(str(data.parent / "demos"), str(small_disk / "pack"))
+    assert not list((small_disk / "pack").glob("*.tmp"))
+    assert not (small_disk / "pack/pack.json").exists()
 
-    monkeypatch.setattr(checkpoint, "fsync", full)  # the last call before the rename
-    model = torch.nn.Linear(2, 2)
-    with pytest.raises(
-        CheckpointError, match=r"No space left on device.*earlier checkpoints .* are whole"
-    ):
-        checkpoint.save(stage1, 99, model, torch.optim.Adam(model.parameters()), {}, "{}", keep=2)
-    assert checkpoint.newest(stage1) == before and not list(stage1.glob(".*partial"))
+
+def test_other_data_than_before_is_not_resumed_on(data, stage1, tmp_path):
+    write_demos(tmp_path / "set_table/close/fridge", lengths=(30, 30))
+    with pytest.raises(CheckpointError, match="Give the same data"):
+        run(tmp_path, stage1, steps=5)
+
+
+VARIANTS = {
+    "one camera without depth": ["--model.cameras", "hand", "--model.no-depth"],
+    "no decoders": ["--model.decoders"],
+    "frozen vision": ["--model.freeze-vision"],
+    "loader processes": ["--workers", "2"],
+    "one checkpoint kept": ["--keep", "1", "--save-every", "1"],
+    "another seed": ["--seed", "7"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_trains_validates_and_saves(variant, data, tmp_path):
+    main(parse(flags(data, tmp_path / "out", stage=2, steps=2) + VARIANTS[variant]))
+    assert checkpoint.newest(tmp_path / "out").name == "step-00000002"
+
+
+REFUSED = {
+    "action_horizon": ["--model.flow.action-horizon", "16"],
+    "mask_size": ["--model.decoder.mask-size", "64", "--model.decoder.grid", "4"],
+    "vocabulary": ["--model.bins", "512"],
+    "heads": ["--model.decoder.heads", "3"],
+    "steps 0": ["--steps", "0"],
+    "log_every": ["--log-every", "0"],
+}
+
+
+@pytest.mark.parametrize("word", REFUSED)
+def test_numbers_that_cannot_work_are_refused_before_anything_runs(word, data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse(flags(data, tmp_path) + REFUSED[word])
+    assert word in re.sub(r"\W*\n\W*", " ", capsys.readouterr().err)
+
+
+def test_the_validation_loss_is_the_mean_over_labelled_frames(data, tmp_path):
+    """Rows are sorted by file, and only one of the two files has objects."""
+    cfg = parse(flags(data, tmp_path, stage=2, micro_batch=4))
+    source = open_data(data)
+    held_out = Frames(source, cfg.val_episodes, train=False)
+    prompts = tokenize(source.instructions, build_tokenizer(cfg.model.llm), cfg.model.llm)
+    batcher = Batcher(cfg.model, Frames(source, cfg.val_episodes, train=True).stats(), prompts)
+    model, cpu = AuxVLA(cfg.model), torch.device("cpu")
+    model.train_stage(2)
+    losses, _ = validate(model, held_out, batcher, cfg, cpu)
+    model.eval()
+    at_once = model(batcher(held_out[np.arange(len(held_out))], cpu), 2)
+    assert len(held_out) == 16 and not batcher(held_out[np.arange(4)], cpu)["has_obj"].all()
+    for name, loss in losses.items():
+        assert loss == pytest.approx(at_once[name].item(), rel=1e-4), name
 
 
 def test_a_checkpoint_drives_the_robot_with_nothing_but_itself(data, stage1):

@@ -184,14 +184,14 @@ def rate(column: dict | None) -> str:
     return f"{round(once * n)}/{n} = {once:.2f} {interval}, at the end {at_end}"
 
 
-def success_table(policies: dict[str, dict], row: str, paper: dict[str, float]) -> list[str]:
-    """Return a table's lines from {policy: {column: figures}}; `paper` are the figures of `row`."""
-    cells = [["", *policies, f"paper, {row}"]]
+def success_table(policies: dict[str, dict], papers: dict[str, dict[str, float]]) -> list[str]:
+    """Return the lines of a table from {policy: {column: figures}} and {row: {column: rate}}."""
+    cells = [["", *policies, *(f"paper, {row}" for row in papers)]]
     for name in COLUMNS:
         if name not in PAPER_COLUMNS and not any(name in columns for columns in policies.values()):
             continue
-        theirs = f"{paper[name]:.2f}" if name in paper else "-"
-        cells.append([name, *(rate(columns.get(name)) for columns in policies.values()), theirs])
+        theirs = [f"{paper[name]:.2f}" if name in paper else "-" for paper in papers.values()]
+        cells.append([name, *(rate(columns.get(name)) for columns in policies.values()), *theirs])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
     pad = [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in cells]
@@ -240,8 +240,9 @@ def write_report(run: Path) -> Path:
     if curves:
         plot_curves(curves, run / "curves.png")
     manifests = {heading: results["manifest"] for heading, results in evaluations.items()}
-    first = next(iter(manifests.values()), {"row": DEFAULT_ROW, "task": "set_table"})
-    paper = PAPER[first["row"]] if first["task"] == "set_table" else {}
+    learned = [each for each in manifests.values() if each["policy"] == "learned"]
+    papers = {each["row"]: PAPER[each["row"]] for each in learned if each["task"] == "set_table"}
+    papers = papers or {DEFAULT_ROW: PAPER[DEFAULT_ROW]}
     columns = {key: {} for key in ("ours", "random", "expert")}
     columns |= {heading: results["columns"] for heading, results in evaluations.items()}
     listing = ["```json", json.dumps(manifests, indent=2), "```"]
@@ -250,7 +251,7 @@ def write_report(run: Path) -> Path:
         "",
         "Success at any step of an episode, with the Wilson 95 % interval: two intervals that",
         "overlap do not separate two policies. The paper's figures are of the real apartments.",
-        *section("Success", success_table(columns, first["row"], paper)),
+        *section("Success", success_table(columns, papers)),
         *section("Held-out episodes", metrics_table(validation)),
         *section("Losses", ["![losses](curves.png)"] if curves else []),
         *section("Videos", [f"- [{name}]({name})" for name in videos]),
