@@ -4,8 +4,8 @@
 
 ManiSkill-HAB's own, unpatched classes load it: SetTable, TidyHouse and PrepareGroceries, train and
 val. A seed is a family of apartments: colours and handles are the same in all its scenes, furniture
-positions and walls are not. The scenes, episodes and start poses of val are others than those of
-train, of the same kind.
+positions and walls are not. Val has the scenes of train, with other episodes and start poses;
+apartments that nobody trained on come from another seed.
 
 Where it differs from the real MS-HAB: one room, furniture of boxes, objects small enough for the
 gripper and always reachable from the front; the apple stands on a block in the fridge, and goals
@@ -26,10 +26,7 @@ from household.episodes import Scene, write_clutter, write_set_table
 from household.robot import write_light_fetch
 
 # The names must be in mani_skill's metadata/scene_configs.json.
-SCENES = dict(
-    train=[f"v3_sc0_staging_0{i}.scene_instance.json" for i in range(3)],
-    val=[f"v3_sc1_staging_0{i}.scene_instance.json" for i in range(2)],
-)
+SCENES = [f"v3_sc0_staging_0{i}.scene_instance.json" for i in range(3)]
 SOURCES = ("assets.py", "episodes.py", "furniture.py", "robot.py")
 
 
@@ -85,8 +82,8 @@ def generate(data: Path, seed: int) -> None:
     for cupboard in (counter, fridge):
         parts.write_urdf(replica_cad / f"urdf/{cupboard.name}/{cupboard.name}.urdf", cupboard)
     parts.write_objects(data / "assets/mani_skill2_ycb", tint)
-    for split, names in SCENES.items():
-        scenes = [write_scene(replica_cad, name, split, rng) for name in names]
+    scenes = [write_scene(replica_cad, name, rng) for name in SCENES]
+    for split in ("train", "val"):
         write_set_table(replica_cad / "rearrange", split, scenes, counter, fridge, rng)
         for task in ("tidy_house", "prepare_groceries"):
             write_clutter(replica_cad / "rearrange", task, split, scenes, rng)
@@ -97,10 +94,9 @@ def vary_color(rng: np.random.Generator, color, amount: int = 14) -> tuple[int, 
     return tuple(int(v) for v in (color + rng.integers(-amount, amount + 1, 3)).clip(0, 255))
 
 
-def write_scene(folder: Path, name: str, split: str, rng: np.random.Generator) -> Scene:
+def write_scene(folder: Path, name: str, rng: np.random.Generator) -> Scene:
     scene = Scene(
         name,
-        split,
         counter=np.array([-2.35, -1.0]) + rng.uniform(-0.1, 0.1, 2),
         fridge=np.array([-2.25, 1.2]) + rng.uniform(-0.1, 0.1, 2),
         table=np.array([1.6, 0.3]) + rng.uniform(-0.2, 0.2, 2),

@@ -46,7 +46,6 @@ class Scene:
     """One apartment. Positions are x, y in the simulator's frame, metres."""
 
     name: str
-    split: str
     counter: np.ndarray
     fridge: np.ndarray
     table: np.ndarray

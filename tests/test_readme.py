@@ -15,7 +15,7 @@ import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```\n(.*?)```", README, re.S)
+BLOCKS = re.findall(r"```\w*\n(.*?)```", README, re.S)
 COMMANDS = [
     line for block in BLOCKS for line in block.splitlines() if re.match(r"(python|torchrun) ", line)
 ]

@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole(data, small_disk, capsys)
     model = torch.nn.Linear(8, 8)
     optimizer = torch.optim.Adam(model.parameters())
     checkpoint.save(small_disk, 1, model, optimizer, {}, "{}", keep=2)
-    with pytest.raises(CheckpointError, match="earlier checkpoints .* are whole"):
+    with pytest.raises(CheckpointError, match=r"earlier checkpoints .* are whole"):
         checkpoint.save(small_disk, 2, torch.nn.Linear(1000, 1000), optimizer, {}, "{}", keep=2)
     assert checkpoint.newest(small_disk).name == "step-00000001"
     assert not list(small_disk.glob(".*partial"))
