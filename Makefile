@@ -50,8 +50,6 @@ COLUMNS = $(OTHERS) close_drawer
 # Demonstrations: of closing the drawer, and of each other column (whose objects share them).
 EPISODES = 70
 EPISODES_OTHERS = 4
-# Disturbs the expert, so that the robot strays and is seen to come back.
-NOISE = 0.15
 # Optimizer steps of stages 1, 2, 3.
 STEPS1 = 150
 STEPS2 = 500
@@ -67,7 +65,7 @@ FLOW_COLUMNS = close_drawer
 EVAL_FLAGS = --stop-at-success
 
 COLLECT = $(PY) collect.py --expert scripted --task set_table --split train \
-	--noise $(NOISE) --workers $(WORKERS) --out $(RUN)/data
+	--workers $(WORKERS) --out $(RUN)/data
 TRAIN = $(PY) train.py --preset tiny --data $(RUN)/pack
 EVAL = $(PY) eval.py --task set_table --split val --workers $(WORKERS) $(EVAL_FLAGS)
 

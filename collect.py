@@ -7,10 +7,8 @@ envs/wrappers/record.py): T actions, T + 1 observations, depth in int16 millimet
 
     traj_i/labels/pos                     [T + 1, 2] float32      base x, y, world frame, metres
     traj_i/labels/seg/fetch_{head,hand}   [T + 1, 128, 128] bool  the target object, or the handle
-    traj_i/labels/actions                 [T, 13] float32         what the expert wanted (--noise)
 
-(the other labels are MS-HAB observations). With `--noise` the executed actions are disturbed, so
-that the robot strays and the expert is seen to come back (DART); `actions` stay the executed ones.
+(the other labels are MS-HAB observations).
 
 An episode is a seed: the file has the first N seeds at which the expert succeeds, whatever the
 number of workers. Finished attempts are kept at once, in <target>.parts; a run that was killed
@@ -33,7 +31,7 @@ from tqdm import tqdm
 
 from config import explained
 from env import SENSORS, SubtaskEnv, plan_files
-from recording import Recording, encode, stack
+from recording import Recording, encode
 from tasks import HORIZON, SUBTASKS, TASKS, targets, wilson
 
 
@@ -48,7 +46,6 @@ class CollectConfig:
     split: Literal["train", "val"] = "train"
     workers: int = 1  # processes, a simulator each; one per core is best
     seed: int = 0  # of the first episode; the others count up from it
-    noise: float = 0.0  # standard deviation of what disturbs the executed actions
     real_meshes: bool = False  # render Fetch's own meshes, not the light copies in the asset folder
 
     def __post_init__(self):
@@ -70,9 +67,7 @@ class CollectConfig:
     @property
     def recipe(self) -> dict:
         """What decides the episode of a seed, hence must not change while a file grows."""
-        return {
-            key: getattr(self, key) for key in ("expert", "split", "seed", "noise", "real_meshes")
-        }
+        return {key: getattr(self, key) for key in ("expert", "split", "seed", "real_meshes")}
 
 
 # --- One attempt, in a worker ---
@@ -94,13 +89,8 @@ class Attempt:
     part: bytes  # an h5 file: the trajectory as traj_0, its share of the json as attributes
 
 
-# How much of the noise each dimension gets: arm, gripper, head pan and tilt, torso, forward, turn.
-NOISE_SHARE = np.array([1.0] * 7 + [0.0] + [0.0, 0.0, 1.0] + [0.5, 0.1])
-
-
-def attempt(env: SubtaskEnv, expert, seed: int, noise: float = 0.0) -> Attempt:
+def attempt(env: SubtaskEnv, expert, seed: int) -> Attempt:
     """Let the expert act until the episode succeeds, fails or is at its horizon."""
-    rng, drift = np.random.default_rng((seed, 1)), np.zeros(len(NOISE_SHARE))
     obs, info = env.reset(seed), {"success": False, "fail": False}
     expert.reset()
     frames, steps = [frame(env, obs)], []
@@ -108,12 +98,9 @@ def attempt(env: SubtaskEnv, expert, seed: int, noise: float = 0.0) -> Attempt:
         action = expert.act(obs, env.instruction)[0]  # [13]
         if not (np.abs(action) <= 1).all():  # NaN compares false
             raise ValueError(f"seed {seed}: expected actions in [-1, 1], the expert gave {action}")
-        # Slow noise: what changes every step averages out before it moves the robot.
-        drift = 0.8 * drift + 0.6 * noise * NOISE_SHARE * rng.standard_normal(len(drift))
-        executed = (action + drift).clip(-1, 1).astype(np.float32)
-        obs, info = env.step(executed)
+        obs, info = env.step(action)
         frames.append(frame(env, obs))
-        steps.append({"action": executed, "wanted": action, **info})
+        steps.append({"action": action, **info})
     taken = {key: np.array([step[key] for step in steps]) for key in steps[0]}
     trajectory = {
         "obs": [each["obs"] for each in frames],
@@ -123,10 +110,8 @@ def attempt(env: SubtaskEnv, expert, seed: int, noise: float = 0.0) -> Attempt:
         "success": taken["success"],
         "fail": taken["fail"],
         "rewards": taken["reward"].astype(np.float32),
-        "labels": stack([each["labels"] for each in frames]),
+        "labels": [each["labels"] for each in frames],
     }
-    if noise:
-        trajectory["labels"]["actions"] = taken["wanted"].astype(np.float32)
     episode = {
         **env.episode,
         "instruction": env.instruction,
@@ -183,7 +168,7 @@ def work(connection: Connection, cfg: CollectConfig):
             env = SubtaskEnv(cfg.task, cfg.subtask, target, cfg.split, real_meshes=cfg.real_meshes)
             opened = target
             expert = EXPERTS[cfg.expert](env)
-        connection.send(attempt(env, expert, seed, cfg.noise))
+        connection.send(attempt(env, expert, seed))
 
 
 # --- The run, in the main process ---

@@ -181,8 +181,7 @@ def checked_actions(group: h5py.Group, entry: Episode, folder: Path) -> np.ndarr
     Raises DataError on another shape, NaN, or values outside [-1, 1].
     """
     where = f"{folder / entry.file}, {entry.trajectory}"
-    # What a disturbed expert wanted, not what was executed (collect.py --noise).
-    actions = group["labels/actions" if "labels/actions" in group else "actions"][:]
+    actions = group["actions"][:]
     if actions.shape != (entry.length, ACTION_DIM):
         raise DataError(
             f"{where}: actions {actions.shape}, expected ({entry.length}, {ACTION_DIM}): "

@@ -266,8 +266,8 @@ def check_same_run(path: Path, episodes: list[dict], identity: dict):
         for key, now in identity.items():
             if episode.get(key) != now:
                 raise InputError(
-                    f"{path} has episodes with {key} = {episode.get(key)!r}, this run {now!r}: one "
-                    f"table cannot mix them. Give another --out, or remove {path.parent}"
+                    f"{path} has episodes with {key} = {episode.get(key)!r}, this run has {now!r}: "
+                    f"one table cannot mix them. Give another --out, or remove {path.parent}"
                 )
 
 

@@ -207,6 +207,15 @@ class ScriptedExpert:
             gap = np.linalg.norm(self.offset(point, reach=0.0))
             yield self.toward(REST_ARM, gripper, (np.clip(3 * (gap - distance), -FULL_SPEED, 0), 0))
 
+    def back_off(self, arm: np.ndarray, point: np.ndarray, distance: float) -> Motion:
+        """Drive back to `distance` metres from `point` with the arm as it is.
+
+        So the arm folds where it never unfolds on the way in: from too near, both motions pass
+        through the same pictures but for a door or drawer that is shut, and a learner dithers.
+        """
+        while np.linalg.norm(self.offset(point, reach=0.0)) < distance:
+            yield self.toward(arm, CLOSE, (-FULL_SPEED, 0))
+
     def squeeze(self, arm: np.ndarray, gripper: float) -> Motion:
         """Move the fingers until they stop; the arm holds."""
         before = np.inf
@@ -249,7 +258,8 @@ class ScriptedExpert:
         while self.opening > CLOSED:
             inside = self.handle - 0.2 * outward
             yield self.toward(arm, CLOSE, self.drive_to(inside, PUSH.reach))
-        yield from self.retreat(self.handle, PUSH.reach + 0.15, CLOSE)
+        yield from self.back_off(arm, self.handle, PUSH.reach + 0.4)
+        yield from self.retreat(self.handle, PUSH.reach + 0.4, CLOSE)
 
     def open_drawer(self) -> Motion:
         """Grasp the bar from above, one finger behind it, and pull; again if the handle slips."""
@@ -271,7 +281,8 @@ class ScriptedExpert:
         yield from self.bring(arm, self.on_arc(0.0, 0.7, 0.20), REACH.reach, CLOSE, near=0.05)
         while self.opening > CLOSED:
             yield self.toward(arm, CLOSE, self.drive_to(self.on_arc(-0.4, 0.7, 0.03), REACH.reach))
-        yield from self.retreat(self.handle, REACH.reach + 0.15, CLOSE)
+        yield from self.back_off(arm, self.handle, REACH.reach + 0.3)
+        yield from self.retreat(self.handle, REACH.reach + 0.3, CLOSE)
 
     def open_fridge(self) -> Motion:
         """Grasp the bar and pull it along its arc; again if the handle slips."""

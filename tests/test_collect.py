@@ -14,7 +14,6 @@ import h5py
 import numpy as np
 import pytest
 
-from demonstrations import Demonstrations
 from recording import Recording, encode
 
 HERE = Path(__file__).parent.parent
@@ -173,19 +172,6 @@ def test_a_killed_run_of_two_workers_goes_on_to_what_one_worker_records(referenc
     assert f"succeeded in {EPISODES}/" in finish(process)
     assert_same(h5_of(tmp_path), reference)
     assert not parts.exists()
-
-
-def test_a_disturbed_expert_still_succeeds_and_what_it_wanted_is_what_is_trained_on(
-    assets, tmp_path
-):
-    finish(start(tmp_path, episodes=1, noise=0.2))
-    with h5py.File(h5_of(tmp_path)) as file:
-        executed, wanted = (file[f"traj_0/{key}"][:] for key in ("actions", "labels/actions"))
-        assert file["traj_0/success"][-1]
-    assert executed.shape == wanted.shape and np.abs(executed).max() <= 1
-    strayed = np.abs(executed - wanted)
-    assert strayed[:, :7].mean() > 0.02 and not strayed[:, 7:10].any()
-    assert np.array_equal(Demonstrations(tmp_path).actions(0), wanted)
 
 
 def test_asking_again_does_nothing(reference):
