@@ -182,7 +182,7 @@ def test_val_has_the_scenes_of_train_but_its_own_object_positions_and_starts(ass
         scenes.append({plan["build_config_name"] for plan in plans})
         configs = [assets / REARRANGE / plan["init_config_name"] for plan in plans]
         objects = [json.loads(path.read_text())["rigid_objs"] for path in configs]
-        episodes.append({json.dumps(pose) for rigid in objects for _, pose in rigid})
+        episodes.append({json.dumps(rigid) for rigid in objects})
         poses = start_poses(assets, split)
         starts.append({tuple(p) for s in poses.values() for p in s["robot_pos"].tolist()})
         assert {plan["subtasks"][0]["uid"] for plan in plans} == set(poses)
