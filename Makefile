@@ -51,8 +51,8 @@ COLUMNS = $(OTHERS) close_drawer
 EPISODES = 70
 EPISODES_OTHERS = 4
 # Optimizer steps of stages 1, 2, 3.
-STEPS1 = 150
-STEPS2 = 500
+STEPS1 = 100
+STEPS2 = 600
 STEPS3 = 250
 # Evaluation episodes: of stage 2 closing the drawer and of each other column, of stage 3 (the flow
 # head acts), of the bounds. Stopping at a success is faster; success at the end is then not known.
