@@ -91,6 +91,7 @@ class LLMConfig:
     mlp: int = 4864
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
+    init_std: float = 0.02  # of the weights that no checkpoint fills
     first_action_id: int = 151665  # <|extra_0|> of Prismatic's "extra" tokenizer
     prompt: str = (  # Prismatic's prompt for Qwen
         "<|im_start|>system\n"
@@ -261,17 +262,17 @@ class TrainConfig:
 
 TINY_MODEL = ModelConfig(
     image_size=64,
-    patch_size=16,
-    dino=VisionConfig(96, 3, 3, 384, registers=1, layer_scale=1.0),
+    patch_size=32,
+    dino=VisionConfig(192, 2, 6, 768, registers=1, layer_scale=1.0),
     siglip=VisionConfig(
-        96, 3, 3, 384, registers=0, cls_token=False, layer_scale=None,
+        192, 2, 6, 768, registers=0, cls_token=False, layer_scale=None,
         mean=(0.5,) * 3, std=(0.5,) * 3,
     ),
     projector_hidden=384,
     llm=LLMConfig(
-        "words", vocab=512, width=192, depth=4, heads=6, kv_heads=2, head_dim=32, mlp=512,
-        rope_theta=1e4, first_action_id=256, prompt="What action should the robot take to {}?",
-        prompt_length=20,
+        "words", vocab=512, width=192, depth=4, heads=6, kv_heads=6, head_dim=32, mlp=512,
+        rope_theta=1e4, init_std=0.06, first_action_id=256,
+        prompt="What action should the robot take to {}?", prompt_length=20,
     ),
     decoder=DecoderConfig(width=128, heads=4, mlp=256, channels=(16, 16, 8, 8)),
     flow=FlowConfig(width=128, mlp=512),
@@ -281,7 +282,7 @@ TINY_MODEL = ModelConfig(
 PRESETS: dict[str, dict] = {
     "paper": {},
     "tiny": dict(
-        model=TINY_MODEL, pretrained=None, batch_size=32, micro_batch=32, lr=1e-3, warmup=50,
+        model=TINY_MODEL, pretrained=None, batch_size=32, micro_batch=32, lr=3e-4, warmup=50,
         cooldown=0.4, betas=(0.9, 0.95), workers=0, val_episodes=0.1, val_every=200,
         save_every=200, val_frames=512,
     ),

@@ -157,9 +157,9 @@ class AuxVLA(nn.Module):
         self.vlm = VLM(cfg)
         self.decoders = nn.ModuleDict({name: DECODERS[name][0](cfg) for name in cfg.decoders})
         self.flow_head = FlowHead(cfg) if flow_head else None
-        self.vlm.llm.apply(init_llm)
+        init_llm(self.vlm.llm, cfg.llm.init_std)
         if self.flow_head:
-            self.flow_head.apply(init_llm)
+            init_llm(self.flow_head, cfg.llm.init_std)
 
     def train_stage(self, stage: int) -> list[nn.Parameter]:
         """Freeze what the stage does not train (before DDP wraps the model), return the rest."""
@@ -257,12 +257,13 @@ class AuxVLA(nn.Module):
         }
 
 
-def init_llm(module: nn.Module) -> None:
-    """Qwen2's own initialisation, for what no checkpoint fills: normal of 0.02, no bias."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+def init_llm(part: nn.Module, std: float) -> None:
+    """Qwen2's own initialisation, for what no checkpoint fills: normal weights, no bias."""
+    for module in part.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def print_parameters(preset: str = "paper") -> None:

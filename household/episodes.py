@@ -30,7 +30,8 @@ REST = Fetch.keyframes["rest"].qpos
 YAW_TABLE, YAW_CUPBOARDS = 0.0, np.pi  # the robot faces the table towards +x, cupboards towards -x
 # How far the base starts from the target, and how much that varies; metres, rad.
 START_TABLE, START_DRAWER, START_DOOR, START_APPLE = 0.95, 1.35, 1.25, 1.15
-VARY_AHEAD, VARY_ASIDE, VARY_YAW = 0.10, 0.08, 0.10
+START_OPEN_DRAWER = START_DRAWER + 0.10  # so far out that closing needs no step back
+VARY_AHEAD, VARY_ASIDE, VARY_YAW = 0.10, 0.08, 0.06
 # Opening starts towards the handle; closing towards the hinge, where the open door's outside is.
 DOOR_ASIDE = 0.12
 
@@ -258,7 +259,8 @@ def add_bowl_and_drawer(plans: dict[str, Plans], episode: Episode, counter, rng)
         pick.append(start | dict(articulation_qpos=qpos, obj_raw_pose=[*moved, 1, 0, 0, 0]))
         open_.append(start_pose(front, YAW_CUPBOARDS, START_DRAWER, rng))
         qpos = opened(counter, 0.90, 1.0, rng)
-        close.append(start_pose(front, YAW_CUPBOARDS, START_DRAWER, rng, articulation_qpos=qpos))
+        start = start_pose(front, YAW_CUPBOARDS, START_OPEN_DRAWER, rng)
+        close.append(start | dict(articulation_qpos=qpos))
     plans["pick"].add(
         "024_bowl", episode, pick, obj_id="024_bowl-0", articulation_config=cupboard_fields(counter)
     )

@@ -33,6 +33,7 @@ REST_ARM = np.array([-0.370, -1.032, 0.695, 0.955, -0.1, 2.077, 0.0])  # Fetch's
 OPEN, CLOSE = 1.0, -1.0  # gripper: an absolute target
 Motion = Iterator[np.ndarray]
 FULL_SPEED = 0.5  # m/s of the hand point when it is driven
+GRID = 0.05  # of the arm's and torso's actions: digits below it would be noise to a learner
 # Fractions of the joint's range; MS-HAB's limits (sequential_task.py) are 0.01, 0.9 and 0.75.
 CLOSED, OPEN_DRAWER, OPEN_FRIDGE, SPARE = 0.005, 0.91, 0.76, 0.05
 
@@ -177,29 +178,49 @@ class ScriptedExpert:
         joints = self.joints
         delta = np.append(arm - joints[ARM], REST_TORSO - joints[TORSO])
         delta = delta / max(np.abs(delta).max(), 0.1)  # full speed, slower over the last 0.1 rad
+        delta = np.round(delta / GRID) * GRID
         action = np.zeros(13, np.float32)
         action[:7], action[10] = delta[:7], delta[7]
         action[7] = gripper
         action[11], action[12] = drive[0], drive[1] / np.pi
         return np.clip(action, -1, 1)
 
-    def offset(self, point: np.ndarray, reach: float) -> np.ndarray:
-        """Where `point` lies from the hand point, [forward, left] metres."""
-        seen = self.agent.base_link.pose.sp.inv() * sapien.Pose([*point[:2], 0])
-        return seen.p[:2] - [reach, 0]
+    def hold(self, gripper: float, drive) -> np.ndarray:
+        """Return the action [13] that moves the base alone.
 
-    def drive_to(self, point: np.ndarray, reach: float) -> tuple[float, float]:
-        """Return the forward and turning velocity that bring the hand point to `point`."""
-        velocity = 3.0 * self.offset(point, reach)
-        velocity *= min(1.0, FULL_SPEED / np.linalg.norm(velocity))
+        Exactly zero for the arm, whatever the load bends it by: action tokens are decoded one after
+        the other, arm before base, and a learner takes such traces of a phase for its cause.
+        """
+        return self.toward(self.joints[ARM], gripper, drive)
+
+    def offset(self, point: np.ndarray, reach: float, slack=(0.0, 0.0)) -> np.ndarray:
+        """Where `point` lies from the hand point, beyond `slack`; [forward, left] metres."""
+        seen = self.agent.base_link.pose.sp.inv() * sapien.Pose([*point[:2], 0])
+        away = seen.p[:2] - [reach, 0]
+        return np.sign(away) * np.maximum(np.abs(away) - slack, 0)
+
+    def drive_to(
+        self, point: np.ndarray, reach: float, gain=1.5, slack=(0.0, 0.0)
+    ) -> tuple[float, float]:
+        """Return the forward and turning velocity that bring the hand point to `point`.
+
+        By default the offset fades about as fast as the arm unfolds: the learner sees offsets, and
+        how to correct them, in all those frames instead of in the first ten. What the task
+        forgives is `slack`: corrected, it would never be seen in the later frames, and a learner
+        that cannot see so finely is lost there.
+        """
+        velocity = gain * self.offset(point, reach, slack)
+        velocity *= min(1.0, FULL_SPEED / max(np.linalg.norm(velocity), 1e-6))
         return velocity[0], velocity[1] / reach
 
     # ---- motions
 
-    def bring(self, arm, point: np.ndarray, reach: float, gripper: float, near=0.02) -> Motion:
+    def bring(
+        self, arm, point: np.ndarray, reach: float, gripper: float, near=0.02, slack=(0.0, 0.0)
+    ) -> Motion:
         """Shape the arm while driving, until the hand is within `near` metres of `point`."""
-        while self.far(arm) > 0.05 or np.linalg.norm(self.offset(point, reach)) > near:
-            yield self.toward(arm, gripper, self.drive_to(point, reach))
+        while self.far(arm) > 0.05 or np.linalg.norm(self.offset(point, reach, slack)) > near:
+            yield self.toward(arm, gripper, self.drive_to(point, reach, slack=slack))
 
     def retreat(self, point: np.ndarray, distance: float, gripper: float) -> Motion:
         """Fold the arm and back off to `distance` metres from `point`; then keep still."""
@@ -207,14 +228,15 @@ class ScriptedExpert:
             gap = np.linalg.norm(self.offset(point, reach=0.0))
             yield self.toward(REST_ARM, gripper, (np.clip(3 * (gap - distance), -FULL_SPEED, 0), 0))
 
-    def back_off(self, arm: np.ndarray, point: np.ndarray, distance: float) -> Motion:
-        """Drive back to `distance` metres from `point` with the arm as it is.
+    def back_off(self, point: np.ndarray, distance: float) -> Motion:
+        """Drive back to `distance` metres from `point`: the arm as it is, the hand open.
 
-        So the arm folds where it never unfolds on the way in: from too near, both motions pass
-        through the same pictures but for a door or drawer that is shut, and a learner dithers.
+        So the arm folds where it never unfolds on the way in, and an open hand is on its way home:
+        else both ways pass through the same pictures but for a door or drawer that is shut, and a
+        learner dithers.
         """
         while np.linalg.norm(self.offset(point, reach=0.0)) < distance:
-            yield self.toward(arm, CLOSE, (-FULL_SPEED, 0))
+            yield self.hold(OPEN, (-FULL_SPEED, 0))
 
     def squeeze(self, arm: np.ndarray, gripper: float) -> Motion:
         """Move the fingers until they stop; the arm holds."""
@@ -245,21 +267,23 @@ class ScriptedExpert:
         goal = self.goal.pose.sp.p
         in_hand = (self.object.pose.sp.p - self.agent.tcp_pose.sp.p)[2]  # its centre hangs there
         above, at = (self.posture(DOWN, goal[2] - in_hand + lift) for lift in (0.12, 0.01))
-        yield from self.bring(above, goal, DOWN.reach, CLOSE)
-        yield from self.bring(at, goal, DOWN.reach, CLOSE)
+        slack = (0.05, 0.05)  # MS-HAB takes 0.15 m off the goal for placed
+        yield from self.bring(above, goal, DOWN.reach, CLOSE, slack=slack)
+        yield from self.bring(at, goal, DOWN.reach, CLOSE, slack=slack)
         yield from self.squeeze(at, OPEN)
         yield from self.bring(above, goal, DOWN.reach, OPEN, near=0.1)
         yield from self.retreat(goal, DOWN.reach, OPEN)
 
     def close_drawer(self) -> Motion:
-        """Push the handle with the closed hand."""
-        arm, outward = self.posture(PUSH, self.handle[2]), self.axis
-        yield from self.bring(arm, self.handle + 0.12 * outward, PUSH.reach, CLOSE, near=0.04)
+        """Push the handle with the closed hand; anywhere along the bar will do."""
+        arm, outward, slack = self.posture(PUSH, self.handle[2]), self.axis, (0.11, 0.10)
+        before = self.handle + 0.23 * outward
+        yield from self.bring(arm, before, PUSH.reach, CLOSE, slack=slack)
         while self.opening > CLOSED:
-            inside = self.handle - 0.2 * outward
-            yield self.toward(arm, CLOSE, self.drive_to(inside, PUSH.reach))
-        yield from self.back_off(arm, self.handle, PUSH.reach + 0.4)
-        yield from self.retreat(self.handle, PUSH.reach + 0.4, CLOSE)
+            inside = self.handle - 0.4 * outward
+            yield self.hold(CLOSE, self.drive_to(inside, PUSH.reach, 3.0, slack))
+        yield from self.back_off(self.handle, PUSH.reach + 0.4)
+        yield from self.retreat(self.handle, PUSH.reach + 0.4, OPEN)
 
     def open_drawer(self) -> Motion:
         """Grasp the bar from above, one finger behind it, and pull; again if the handle slips."""
@@ -270,19 +294,19 @@ class ScriptedExpert:
             yield from self.squeeze(at, CLOSE)
             while self.opening < OPEN_DRAWER + SPARE and self.in_hand(self.handle):
                 outside = self.handle + 0.2 * self.axis
-                yield self.toward(at, CLOSE, self.drive_to(outside, HOOK.reach))
+                yield self.toward(at, CLOSE, self.drive_to(outside, HOOK.reach, 3.0))
             yield from self.squeeze(at, OPEN)
             yield from self.bring(above, self.handle, HOOK.reach, OPEN, near=0.1)
-        yield from self.retreat(self.handle, HOOK.reach + 0.1, OPEN)
+        yield from self.retreat(self.handle, HOOK.reach + 0.1, CLOSE)  # shut: on its way home
 
     def close_fridge(self) -> Motion:
         """Push the outer side of the door, aiming at where it will be a little later."""
         arm = self.posture(REACH, self.handle[2])
         yield from self.bring(arm, self.on_arc(0.0, 0.7, 0.20), REACH.reach, CLOSE, near=0.05)
         while self.opening > CLOSED:
-            yield self.toward(arm, CLOSE, self.drive_to(self.on_arc(-0.4, 0.7, 0.03), REACH.reach))
-        yield from self.back_off(arm, self.handle, REACH.reach + 0.3)
-        yield from self.retreat(self.handle, REACH.reach + 0.3, CLOSE)
+            yield self.hold(CLOSE, self.drive_to(self.on_arc(-0.4, 0.7, 0.03), REACH.reach, 3.0))
+        yield from self.back_off(self.handle, REACH.reach + 0.3)
+        yield from self.retreat(self.handle, REACH.reach + 0.3, OPEN)
 
     def open_fridge(self) -> Motion:
         """Grasp the bar and pull it along its arc; again if the handle slips."""
@@ -292,7 +316,7 @@ class ScriptedExpert:
             yield from self.bring(arm, self.handle, FRONT.reach, OPEN)
             yield from self.squeeze(arm, CLOSE)
             while self.opening < OPEN_FRIDGE + SPARE and self.in_hand(self.handle):
-                yield self.toward(arm, CLOSE, self.drive_to(self.on_arc(0.3), FRONT.reach))
+                yield self.toward(arm, CLOSE, self.drive_to(self.on_arc(0.3), FRONT.reach, 3.0))
             yield from self.squeeze(arm, OPEN)
         yield from self.retreat(self.handle, FRONT.reach + 0.2, OPEN)
 

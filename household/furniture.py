@@ -50,6 +50,7 @@ OBJECTS = {
 
 WOOD, WORKTOP, WHITE, GREY = (165, 140, 110), (80, 80, 85), (225, 225, 230), (90, 90, 95)
 HANDLE = (0, 170, 60)  # the only strong green: a small network finds handles by it
+INSIDE = (30, 70, 200)  # the furniture's only blue: it shows that a drawer or the fridge is open
 
 
 @dataclass
@@ -112,7 +113,7 @@ def kitchen_counter(rng: np.random.Generator, tint) -> Furniture:
     drawers = [
         Link(
             name,
-            drawer_boxes(fronts, wood, handles, handle_y),
+            drawer_boxes(fronts, INSIDE, handles, handle_y),
             mass=3,
             joint="prismatic",
             origin=(0.005, DRAWER_Y, z),
@@ -128,15 +129,15 @@ def kitchen_counter(rng: np.random.Generator, tint) -> Furniture:
     )
 
 
-def drawer_boxes(front, wood, handle, handle_y: float) -> list[Box]:
+def drawer_boxes(front, inside, handle, handle_y: float) -> list[Box]:
     depth, height, width = DRAWER_SIZE
     wall, wall_y, side_z = height * 0.5, -0.04, width / 2 - 0.03
     post_z = DRAWER_HANDLE_LENGTH / 2 - 0.015
     return [
         Box((0.02, height, width), (0, 0, 0), front),
-        Box((depth, 0.02, width - 0.04), (-depth / 2, 0.02 - height / 2, 0), wood),
-        *[Box((depth, wall, 0.02), (-depth / 2, wall_y, z), wood) for z in (-side_z, side_z)],
-        Box((0.02, wall, width - 0.04), (-depth, wall_y, 0), wood),
+        Box((depth, 0.02, width - 0.04), (-depth / 2, 0.02 - height / 2, 0), inside),
+        *[Box((depth, wall, 0.02), (-depth / 2, wall_y, z), inside) for z in (-side_z, side_z)],
+        Box((0.02, wall, width - 0.04), (-depth, wall_y, 0), inside),
         *[
             Box((DRAWER_HANDLE_X, 0.02, 0.02), (DRAWER_HANDLE_X / 2, handle_y, z), handle)
             for z in (-post_z, post_z)
@@ -159,6 +160,7 @@ def fridge(rng: np.random.Generator, tint) -> Furniture:
                 for y in (0.015, 0.70, height - 0.015)
             ],
             Box((0.03, height, width), (0.015 - depth, height / 2, 0), white),
+            Box((0.01, height - 0.06, width - 0.06), (0.035 - depth, height / 2, 0), INSIDE),
             *[Box((depth, height, 0.03), (back, height / 2, z), white) for z in (-wall_z, wall_z)],
             Box((depth - 0.1, 0.02, width - 0.06), (back - 0.05, SHELF_TOP - 0.01, 0), tint(GREY)),
             *stand_boxes(tint(GREY)),

@@ -1,5 +1,7 @@
 """The stage rule, the sequence and the action tokens, on the real model at tiny size."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,8 @@ from config import LABELS, model_config
 from decoders import DECODERS
 from model import AuxVLA, actions_to_bins, bins_to_actions
 
-CFG = model_config("tiny")
+TINY = model_config("tiny")
+CFG = replace(TINY, llm=replace(TINY.llm, kv_heads=2))  # heads share keys, as in Qwen2.5
 
 
 def make_batch(b=2, seed=0):

@@ -23,7 +23,7 @@ from pretrained import (
 
 TINY = model_config("tiny")
 # Small, but with everything the real towers have: a cls token, four registers, LayerScale.
-CFG = replace(TINY, dino=VisionConfig(96, 3, 3, 384, registers=4, layer_scale=1.0))
+CFG = replace(TINY, dino=replace(TINY.dino, depth=3, registers=4))
 
 
 def random_timm_tower(cfg: VisionConfig, patches: int, patch: int) -> dict[str, torch.Tensor]:
@@ -321,7 +321,7 @@ def test_an_unknown_key_a_missing_one_and_a_wrong_shape_are_named(prismatic, tmp
         load(Source(prismatic=str(tmp_path / "missing")))
     folder, _ = prismatic
     with pytest.raises(
-        PretrainedError, match=r"dino.prefix: the file has \[5, 96\], this model has \[2, 96\]"
+        PretrainedError, match=r"dino.prefix: the file has \[5, 192\], this model has \[2, 192\]"
     ):
         load(Source(prismatic=str(folder)), TINY)
 

@@ -163,7 +163,7 @@ def test_a_checkpoint_of_another_model_is_refused_naming_the_difference(data, st
 
 
 def test_a_changed_flag_does_not_resume_silently(data, stage1):
-    with pytest.raises(CheckpointError, match=r"lr: 0.5 here, 0.001 there"):
+    with pytest.raises(CheckpointError, match=r"lr: 0.5 here, 0.0003 there"):
         run(data, stage1, steps=5, lr=0.5)
 
 
