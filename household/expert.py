@@ -129,8 +129,10 @@ class ScriptedExpert:
         normal = np.cross(axis, swung) / np.linalg.norm(swung)
         return hinge + fraction * swung + outward * normal
 
-    def in_hand(self, point: np.ndarray) -> bool:
-        return bool(np.linalg.norm(point - self.agent.tcp_pose.sp.p) < 0.06)
+    def in_hand(self, point: np.ndarray, bar=(0.0, 0.0, 0.0)) -> bool:
+        """Is `point` between the fingers, or another of the bar that runs along `bar` [3]?"""
+        away = point - self.agent.tcp_pose.sp.p
+        return bool(np.linalg.norm(away - np.multiply(bar, np.clip(away @ bar, -0.1, 0.1))) < 0.06)
 
     # ---- kinematics
 
@@ -286,17 +288,18 @@ class ScriptedExpert:
         yield from self.retreat(self.handle, PUSH.reach + 0.4, OPEN)
 
     def open_drawer(self) -> Motion:
-        """Grasp the bar from above, one finger behind it, and pull; again if the handle slips."""
+        """Grasp the bar from above, anywhere, one finger behind it, and pull; again if it slips."""
+        bar, slack = np.cross(self.axis, [0, 0, 1]), (0.0, 0.08)
         above, at = (self.posture(HOOK, self.handle[2] + lift) for lift in (0.10, 0.0))
         while self.opening < OPEN_DRAWER:
-            yield from self.bring(above, self.handle, HOOK.reach, OPEN)
-            yield from self.bring(at, self.handle, HOOK.reach, OPEN)
+            yield from self.bring(above, self.handle, HOOK.reach, OPEN, slack=slack)
+            yield from self.bring(at, self.handle, HOOK.reach, OPEN, slack=slack)
             yield from self.squeeze(at, CLOSE)
-            while self.opening < OPEN_DRAWER + SPARE and self.in_hand(self.handle):
+            while self.opening < OPEN_DRAWER + SPARE and self.in_hand(self.handle, bar):
                 outside = self.handle + 0.2 * self.axis
-                yield self.toward(at, CLOSE, self.drive_to(outside, HOOK.reach, 3.0))
+                yield self.toward(at, CLOSE, self.drive_to(outside, HOOK.reach, 3.0, slack))
             yield from self.squeeze(at, OPEN)
-            yield from self.bring(above, self.handle, HOOK.reach, OPEN, near=0.1)
+            yield from self.bring(above, self.handle, HOOK.reach, OPEN, near=0.1, slack=slack)
         yield from self.retreat(self.handle, HOOK.reach + 0.1, CLOSE)  # shut: on its way home
 
     def close_fridge(self) -> Motion:
