@@ -69,7 +69,8 @@ EVAL_FLAGS = --stop-at-success
 COLLECT = $(PY) collect.py --expert scripted --task set_table --split train \
 	--workers $(WORKERS) --out $(RUN)/data
 # One thread a process: on two cores half as fast again as one process with two threads.
-TRAIN = OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc_per_node=$(PROCESSES) train.py --preset tiny --data $(RUN)/pack
+TRAIN = OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc_per_node=$(PROCESSES) train.py --preset tiny \
+	--data $(RUN)/pack
 EVAL = $(PY) eval.py --task set_table --split val --workers $(WORKERS) $(EVAL_FLAGS)
 
 workflow: export MS_ASSET_DIR = $(CURDIR)/assets

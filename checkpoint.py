@@ -66,7 +66,7 @@ def save(
     tokenizer: str,
     keep: int,
 ):
-    """Write out/step-XXXXXXXX and out/last, then drop all but the newest `keep`.
+    """Write out/step-NNNNNNNN and out/last, then drop all but the newest `keep`.
 
     On a full disk the older ones stay whole.
     """

@@ -211,7 +211,7 @@ class LossWeights:
 @dataclass(frozen=True)
 class TrainConfig:
     data: str  # folder of demonstrations (MS-HAB's layout) or of a pack (data.py pack)
-    out: str  # this stage's folder: config.json, log.jsonl, step-XXXXXXXX/, last
+    out: str  # this stage's folder: config.json, log.jsonl, step-NNNNNNNN/, last
     # 1: decoders on detached latents, 2: joint, 3: flow head on the frozen VLM (Sec. 5.2-5.3)
     stage: Literal[1, 2, 3] = 1
     preset: Literal["paper", "tiny"] = "paper"  # where the other defaults come from

@@ -46,7 +46,7 @@ Job = tuple[str, int, bool]  # column, seed, filmed
 @dataclass(frozen=True)
 class EvalConfig:
     out: Path  # folder of the results; a run that was cut short goes on there
-    checkpoint: Path | None = None  # RUN/stageN (its newest) or RUN/stageN/step-XXXXXXXX
+    checkpoint: Path | None = None  # RUN/stageN (its newest) or RUN/stageN/step-NNNNNNNN
     policy: Literal["learned", "expert", "random"] = "learned"  # only learned takes a checkpoint
     task: Literal[TASKS] = "set_table"
     columns: tuple[Literal[tuple(COLUMNS)], ...] = ()  # default: the paper's that the task has

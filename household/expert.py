@@ -188,10 +188,10 @@ class ScriptedExpert:
         return np.clip(action, -1, 1)
 
     def hold(self, gripper: float, drive) -> np.ndarray:
-        """Return the action [13] that moves the base alone.
+        """Return the action [13] that moves the base and leaves the arm as the load has bent it.
 
-        Exactly zero for the arm, whatever the load bends it by: action tokens are decoded one after
-        the other, arm before base, and a learner takes such traces of a phase for its cause.
+        Action tokens are decoded arm before base: small corrections of the arm would tell the phase
+        of the motion, and a learner would read it there instead of in the pictures.
         """
         return self.toward(self.joints[ARM], gripper, drive)
 
@@ -206,10 +206,9 @@ class ScriptedExpert:
     ) -> tuple[float, float]:
         """Return the forward and turning velocity that bring the hand point to `point`.
 
-        By default the offset fades about as fast as the arm unfolds: the learner sees offsets, and
-        how to correct them, in all those frames instead of in the first ten. What the task
-        forgives is `slack`: corrected, it would never be seen in the later frames, and a learner
-        that cannot see so finely is lost there.
+        By default the offset fades as slowly as the arm unfolds, so that many frames show how to
+        correct one. What the task forgives is `slack`: corrected, it would be in no later frame,
+        and a learner that cannot see so finely is lost there.
         """
         velocity = gain * self.offset(point, reach, slack)
         velocity *= min(1.0, FULL_SPEED / max(np.linalg.norm(velocity), 1e-6))
@@ -231,7 +230,7 @@ class ScriptedExpert:
             yield self.toward(REST_ARM, gripper, (np.clip(3 * (gap - distance), -FULL_SPEED, 0), 0))
 
     def back_off(self, point: np.ndarray, distance: float) -> Motion:
-        """Drive back to `distance` metres from `point`: the arm as it is, the hand open.
+        """Drive back to `distance` metres from `point` with the hand open; only then retreat.
 
         So the arm folds where it never unfolds on the way in, and an open hand is on its way home:
         else both ways pass through the same pictures but for a door or drawer that is shut, and a
@@ -239,6 +238,7 @@ class ScriptedExpert:
         """
         while np.linalg.norm(self.offset(point, reach=0.0)) < distance:
             yield self.hold(OPEN, (-FULL_SPEED, 0))
+        yield from self.retreat(point, distance, OPEN)
 
     def squeeze(self, arm: np.ndarray, gripper: float) -> Motion:
         """Move the fingers until they stop; the arm holds."""
@@ -285,7 +285,6 @@ class ScriptedExpert:
             inside = self.handle - 0.4 * outward
             yield self.hold(CLOSE, self.drive_to(inside, PUSH.reach, 3.0, slack))
         yield from self.back_off(self.handle, PUSH.reach + 0.4)
-        yield from self.retreat(self.handle, PUSH.reach + 0.4, OPEN)
 
     def open_drawer(self) -> Motion:
         """Grasp the bar from above, anywhere, one finger behind it, and pull; again if it slips."""
@@ -309,7 +308,6 @@ class ScriptedExpert:
         while self.opening > CLOSED:
             yield self.hold(CLOSE, self.drive_to(self.on_arc(-0.4, 0.7, 0.03), REACH.reach, 3.0))
         yield from self.back_off(self.handle, REACH.reach + 0.3)
-        yield from self.retreat(self.handle, REACH.reach + 0.3, OPEN)
 
     def open_fridge(self) -> Motion:
         """Grasp the bar and pull it along its arc; again if the handle slips."""

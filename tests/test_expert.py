@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from env import SubtaskEnv
-from household.expert import ScriptedExpert
+from household.expert import GRID, ScriptedExpert
 from tasks import COLUMNS, HORIZON, PAPER_COLUMNS
 
 # The longest any column takes is about 125 steps: HORIZON leaves a learner time for mistakes.
@@ -65,6 +65,23 @@ def test_consecutive_actions_are_smooth(episodes, name):
     """Of uniform actions the mean is 0.67; what is left here are the changes of phase."""
     for actions, _ in episodes[name]:
         assert np.abs(np.diff(actions, axis=0)).mean() < 0.04
+
+
+@pytest.mark.parametrize("name", PAPER_COLUMNS)
+def test_the_arm_moves_on_a_grid(episodes, name):
+    """Digits below it would tell the phase to a learner that decodes the arm before the base."""
+    for actions, _ in episodes[name]:
+        steps = actions[:, :7] / GRID
+        np.testing.assert_allclose(steps, np.round(steps), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["close_drawer", "close_fridge"])
+def test_the_arm_is_still_while_the_base_pushes_and_backs_off(episodes, name):
+    for actions, _ in episodes[name]:
+        shut = np.argmax(actions[:, 7] > 0)  # from here on the hand is open
+        push, back = actions[shut - 8 : shut], actions[shut : shut + 8]
+        assert (push[:, 11] > 0).all() and (back[:, 11] < 0).all()
+        assert (push[:, :7] == 0).all() and (back[:, :7] == 0).all()
 
 
 @pytest.mark.parametrize("name", PAPER_COLUMNS)
