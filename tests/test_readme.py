@@ -12,6 +12,8 @@ import tyro
 import collect
 import eval
 import train
+from tasks import PAPER_COLUMNS
+from tools.report import rate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -63,3 +65,16 @@ def test_make_has_the_targets_that_the_readme_names():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", README, re.M):
         assert re.search(rf"^{target}:", makefile, re.M)
+
+
+def test_the_table_of_make_learn_is_counted_from_the_episodes_in_results():
+    for folder in ("eval", "eval-random", "eval-expert", "eval-flow"):
+        episodes = eval.read_episodes(ROOT / "results/learn" / folder / "episodes.jsonl")
+        columns = eval.table(episodes, {})
+        assert all(columns[name]["n"] == 20 for name in columns)
+        for name, column in columns.items():
+            row = name.replace("_", " ") + (", flow head" if folder == "eval-flow" else "")
+            (line,) = re.findall(rf"^\| {row} \|.*", README, re.M)
+            figure = rate(column).split(", at the end")[0]
+            assert figure in line or re.sub(r" = [\d.]+", "", figure) in line
+        assert folder == "eval-flow" or set(columns) == set(PAPER_COLUMNS)
