@@ -1,8 +1,8 @@
-"""The Prismatic VLM's three parts: two vision transformers, projector, Qwen2 (paper Sec. 4.1).
+"""The Prismatic VLM's three parts: two vision transformers, projector, LLM (paper Sec. 4.1).
 
     FusedVision  images [N, 3, H, W] in [0, 1]  ->  patches [N, P, C_dino + C_siglip], DINO first
     Projector    patches                        ->  visual tokens [N, P, D]
-    Qwen2        embeddings [B, T, D]           ->  hidden [B, T, D], each layer's keys and values
+    LLM          embeddings [B, T, D]           ->  hidden [B, T, D], each layer's keys and values
 
 Features are the second-to-last block's output, without the final norm and without the prefix
 tokens: that is what Prismatic feeds its LLM, so the last block, the final norm and SigLIP's pooling
@@ -134,9 +134,9 @@ class LLMLayer(nn.Module):
         self.head_dim = cfg.head_dim
         self.grouped = cfg.heads != cfg.kv_heads
         self.input_norm = nn.RMSNorm(width, eps=cfg.norm_eps)
-        self.q = nn.Linear(width, cfg.heads * cfg.head_dim)
-        self.k = nn.Linear(width, cfg.kv_heads * cfg.head_dim)
-        self.v = nn.Linear(width, cfg.kv_heads * cfg.head_dim)
+        self.q = nn.Linear(width, cfg.heads * cfg.head_dim, bias=cfg.qkv_bias)
+        self.k = nn.Linear(width, cfg.kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
+        self.v = nn.Linear(width, cfg.kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
         self.o = nn.Linear(cfg.heads * cfg.head_dim, width, bias=False)
         self.mlp_norm = nn.RMSNorm(width, eps=cfg.norm_eps)
         self.gate = nn.Linear(width, mlp, bias=False)
@@ -167,8 +167,8 @@ class LLMLayer(nn.Module):
         return x + self.down(F.silu(self.gate(y)) * self.up(y)), (k, v)
 
 
-class Qwen2(nn.Module):
-    """The causal LLM. Embedding and head are one matrix (tied)."""
+class LLM(nn.Module):
+    """The causal LLM: Qwen2.5 (tied head, biases) or Llama 2 (neither)."""
 
     def __init__(self, cfg: LLMConfig):
         super().__init__()
@@ -176,6 +176,8 @@ class Qwen2(nn.Module):
         self.embed = nn.Embedding(cfg.vocab, cfg.width)
         self.layers = nn.ModuleList(LLMLayer(cfg, cfg.width, cfg.mlp) for _ in range(cfg.depth))
         self.norm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
+        if not cfg.tied:
+            self.head = nn.Linear(cfg.width, cfg.vocab, bias=False)
 
     def forward(
         self, x: Tensor, positions: Tensor, mask: Tensor, past: list[KeyValues] | None = None
@@ -194,5 +196,5 @@ class Qwen2(nn.Module):
 
     def logits(self, hidden: Tensor, first: int = 0, count: int | None = None) -> Tensor:
         """Logits [..., count] over `count` ids from `first` on; by default the whole vocabulary."""
-        rows = self.embed.weight if count is None else self.embed.weight[first : first + count]
-        return F.linear(hidden, rows)
+        rows = self.embed.weight if self.cfg.tied else self.head.weight  # [vocabulary, D]
+        return F.linear(hidden, rows if count is None else rows[first : first + count])

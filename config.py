@@ -3,8 +3,8 @@
     from config import PRESETS  # PRESETS["paper"], PRESETS["tiny"]: the same classes, other numbers
     python train.py --help      # the comment beside a field, or above it, is its help text
 
-`paper` is Sec. 4-6 of the paper on MiniVLA's Prismatic VLM; `tiny` is small enough for two CPU
-cores. Presets differ in numbers only: no code asks which one it runs.
+`paper` is Sec. 4-6 of the paper on MiniVLA's Prismatic VLM, `openvla` Table 1's 7B baseline; `tiny`
+is small enough for two CPU cores. Presets differ in numbers only: no code asks which one it runs.
 """
 
 import errno
@@ -82,6 +82,8 @@ class LLMConfig:
 
     # hub name or folder; "words": the sentences' own words, no download
     tokenizer: str = "Qwen/Qwen2.5-0.5B"
+    tied: bool = True  # embedding and head are one matrix
+    qkv_bias: bool = True
     vocab: int = 151936  # rows of the embedding
     width: int = 896
     depth: int = 24
@@ -100,7 +102,15 @@ class LLMConfig:
         "What action should the robot take to {}?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
+    prompt_end: tuple[int, ...] = ()  # ids behind the prompt that its text does not give
     prompt_length: int = 64  # tokens a prompt is padded to, so that every shape is static
+
+
+LLAMA2_7B = LLMConfig(  # OpenVLA's LLM and prompt, which ends in Llama's id of a lone space
+    "openvla/openvla-7b", tied=False, qkv_bias=False, vocab=32064, width=4096, depth=32, heads=32,
+    kv_heads=32, head_dim=128, mlp=11008, rope_theta=1e4, first_action_id=31744,
+    prompt="In: What action should the robot take to {}?\nOut:", prompt_end=(29871,),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -214,9 +224,9 @@ class TrainConfig:
     out: str  # this stage's folder: config.json, log.jsonl, step-NNNNNNNN/, last
     # 1: decoders on detached latents, 2: joint, 3: flow head on the frozen VLM (Sec. 5.2-5.3)
     stage: Literal[1, 2, 3] = 1
-    preset: Literal["paper", "tiny"] = "paper"  # where the other defaults come from
-    # public weights of the VLM: a Prismatic folder or hub name, or "hub" for DINOv2, SigLIP and
-    # Qwen2.5 apart; unused with --init-from
+    preset: Literal["paper", "openvla", "tiny"] = "paper"  # where the other defaults come from
+    # public weights of the VLM: folder or hub name of a Prismatic checkpoint or of openvla-7b, or
+    # "hub" for DINOv2, SigLIP and Qwen2.5 apart; unused with --init-from
     pretrained: str | None = "Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b"
     init_from: str | None = None  # weights of an earlier stage (its folder or a checkpoint in it)
     # auto: go on from the newest whole checkpoint in `out`
@@ -260,6 +270,9 @@ class TrainConfig:
             raise ValueError(f"cooldown {self.cooldown} is a share of the steps: 0 to 1")
 
 
+# Table 1's baseline as it was published: one camera, RGB, no decoders.
+OPENVLA_MODEL = ModelConfig(depth=False, cameras=("head",), llm=LLAMA2_7B, decoders=())
+
 TINY_MODEL = ModelConfig(
     image_size=64,
     patch_size=32,
@@ -281,6 +294,7 @@ TINY_MODEL = ModelConfig(
 # Fields that a preset changes; `data` and `out` are always the user's.
 PRESETS: dict[str, dict] = {
     "paper": {},
+    "openvla": dict(model=OPENVLA_MODEL, pretrained="openvla/openvla-7b"),
     "tiny": dict(
         model=TINY_MODEL, pretrained=None, batch_size=32, micro_batch=32, lr=3e-4, warmup=50,
         cooldown=0.4, betas=(0.9, 0.95), workers=0, val_episodes=0.1, val_every=200,

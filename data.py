@@ -189,9 +189,9 @@ def tokenize(
     mask = torch.zeros(len(instructions), cfg.prompt_length, dtype=torch.bool)
     for row, text in enumerate(instructions):
         prompt = cfg.prompt.format(text.lower())
-        tokens = tokenizer.encode(
-            prompt.lower() if cfg.tokenizer == "words" else prompt, add_special_tokens=False
-        ).ids
+        # Llama's tokenizer begins with its <s>; Qwen's adds nothing.
+        tokens = tokenizer.encode(prompt.lower() if cfg.tokenizer == "words" else prompt).ids
+        tokens += cfg.prompt_end
         if len(tokens) > cfg.prompt_length:
             raise ValueError(
                 f"{text!r} needs {len(tokens)} tokens; raise llm.prompt_length above "

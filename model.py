@@ -21,7 +21,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbone import FusedVision, KeyValues, Projector, Qwen2
+from backbone import LLM, FusedVision, KeyValues, Projector
 from config import ACTION_DIM, ModelConfig, model_config
 from decoders import DECODERS
 from flow_head import FlowHead
@@ -97,7 +97,7 @@ class VLM(nn.Module):
         self.cfg = cfg
         self.vision = FusedVision(cfg)
         self.projector = Projector(cfg)
-        self.llm = Qwen2(cfg.llm)
+        self.llm = LLM(cfg.llm)
         # GAP-2 (Table 5): the decoders read latents [B, 8, 896] that are defined nowhere. Here:
         # eight learned queries behind the prompt and before the action tokens. They see no
         # ground-truth action, exist for any action code, cost no decoding, and the action tokens

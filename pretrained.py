@@ -2,6 +2,7 @@
 
     python train.py --pretrained PRISM ...  # a Prismatic folder (or hub name), vision towers from
                                             # the hub if it has none
+    python train.py --preset openvla ...    # openvla-7b: its three components from safetensors
     python train.py --pretrained hub ...    # DINOv2, SigLIP and Qwen2.5 each from its own hub
                                             # model; a new projector
 
@@ -21,7 +22,7 @@ import torch
 from einops import rearrange
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -85,7 +86,17 @@ QWEN = {
     r"model\.layers\.(\d+)\.post_attention_layernorm\.weight": r"layers.\1.mlp_norm.weight",
 }
 QWEN_DEAD = (r"lm_head\.weight",)  # tied: equal to the embedding, stored twice
+UNTIED = QWEN | {r"lm_head\.weight": "head.weight"}  # Llama 2: the same names, and a head
 PROJECTOR = {r"projector\.(\d)\.(\w+)": r"\1.\2"}
+# openvla-7b's names of the components -> Prismatic's, which the maps above read.
+OPENVLA = {
+    r"vision_backbone\.featurizer\.(.*)": r"vision_backbone/dino_featurizer.\1",
+    r"vision_backbone\.fused_featurizer\.(.*)": r"vision_backbone/siglip_featurizer.\1",
+    r"projector\.fc1\.(\w+)": r"projector/projector.0.\1",
+    r"projector\.fc2\.(\w+)": r"projector/projector.2.\1",
+    r"projector\.fc3\.(\w+)": r"projector/projector.4.\1",
+    r"language_model\.(.*)": r"llm_backbone/llm.\1",
+}
 
 
 class PretrainedError(InputError):
@@ -126,6 +137,8 @@ def drop_last_block(tensors: dict[str, Tensor], built: int) -> dict[str, Tensor]
 
 def vision_tower(tensors: dict[str, Tensor], hub_format: bool, patches: int) -> dict[str, Tensor]:
     """A tower's translated tensors in our shapes: prefix [T, C], pos_embed [P, C]."""
+    if "pos_embed" not in tensors:
+        return tensors  # a partial file; load_pretrained names all that it lacks
     pos = tensors["pos_embed"]
     pos = pos[0] if pos.ndim == 3 else pos  # [P or 1 + P, C]
     if hub_format and "prefix" in tensors:  # DINOv2 adds the first position to the cls token
@@ -139,8 +152,6 @@ def vision_tower(tensors: dict[str, Tensor], hub_format: bool, patches: int) -> 
         pos = rearrange(grid, "1 c h w -> (h w) c")
     if "prefix" in tensors:
         tensors["prefix"] = rearrange(tensors["prefix"], "1 t c -> t c")
-    else:  # SigLIP has neither cls nor registers
-        tensors["prefix"] = pos.new_zeros(0, pos.shape[1])
     return tensors | {"pos_embed": pos}
 
 
@@ -148,7 +159,8 @@ def vision_tower(tensors: dict[str, Tensor], hub_format: bool, patches: int) -> 
 class Source:
     """Where the weights are: hub names or local folders."""
 
-    prismatic: str | None = None  # folder with config.json and checkpoints/latest-checkpoint.pt
+    # folder with checkpoints/latest-checkpoint.pt (Prismatic) or *.safetensors (openvla-7b)
+    vlm: str | None = None
     dino: str = DINO_HUB
     siglip: str = SIGLIP_HUB
     qwen: str = QWEN_HUB
@@ -178,9 +190,30 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
         )
     out = {}
     for path in files:
-        with safe_open(path, "pt") as file:
-            out |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no dict
+        try:
+            with safe_open(path, "pt") as file:
+                out |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no dict
+        except SafetensorError as error:
+            raise PretrainedError(
+                f"{path}: cut off or not a safetensors file ({error}); download it again"
+            ) from error
     return out
+
+
+def read_openvla(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The components of openvla-7b's shards, under Prismatic's names."""
+    components = {"vision_backbone": {}, "projector": {}, "llm_backbone": {}}
+    for key, tensor in translate(read_safetensors(folder), OPENVLA, (), str(folder)).items():
+        component, _, name = key.partition("/")
+        components[component][name] = tensor
+    return components
+
+
+def read_vlm(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The components of whichever of the two formats the folder holds."""
+    if (folder / "checkpoints").is_dir() or not list(folder.glob("*.safetensors")):
+        return read_prismatic(folder)
+    return read_openvla(folder)
 
 
 def read_prismatic(folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -232,15 +265,15 @@ def parts_of(
 
     built = {name: len(getattr(vlm.vision, name).blocks) for name in ("dino", "siglip")}
     components = {}
-    if source.prismatic:
-        components = read_prismatic(
-            folder(source.prismatic, "config.json", "checkpoints/latest-checkpoint.pt")
-        )
+    if source.vlm:
+        files = ("config.json", "checkpoints/latest-checkpoint.pt", "*.safetensors")
+        components = read_vlm(folder(source.vlm, *files))
         yield "projector.", translate(components["projector"], PROJECTOR, (), "projector")
         llm = strip(components["llm_backbone"], "llm.")
     else:
         llm = read_safetensors(folder(source.qwen, "*.safetensors"))
-    yield "llm.", translate(llm, QWEN, QWEN_DEAD, "llm")
+    names, dead = (QWEN, QWEN_DEAD) if vlm.cfg.llm.tied else (UNTIED, ())
+    yield "llm.", translate(llm, names, dead, "llm")
     for name, hub, names, dead in (
         ("dino", source.dino, DINO_HF, DINO_HF_DEAD),
         ("siglip", source.siglip, SIGLIP_HF, SIGLIP_HF_DEAD),
@@ -263,7 +296,7 @@ def load_pretrained(vlm: VLM, source: Source) -> dict[str, str]:
     hashes: dict[str, str] = {}
     new = (
         NEW
-        if source.prismatic
+        if source.vlm
         else NEW | {key for key in vlm.state_dict() if key.startswith("projector.")}
     )
     ours, filled = dict(vlm.state_dict()), set()
@@ -277,11 +310,12 @@ def load_pretrained(vlm: VLM, source: Source) -> dict[str, str]:
                 )
             ours[name].copy_(tensor)
             filled.add(name)
-    if missing := ours.keys() - filled - new:
+    empty = {key for key, value in ours.items() if not value.numel()}  # SigLIP has no cls token
+    if missing := ours.keys() - filled - new - empty:
         raise PretrainedError(f"the files lack {len(missing)} parameters: {sorted(missing)[:8]}")
     return hashes
 
 
 def source_of(name: str) -> Source:
-    """--pretrained: "hub" for the three hub models, otherwise a Prismatic folder or hub name."""
-    return Source() if name == "hub" else replace(Source(), prismatic=name)
+    """--pretrained: "hub" for the three hub models, otherwise folder or hub name of a whole VLM."""
+    return Source() if name == "hub" else replace(Source(), vlm=name)

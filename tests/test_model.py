@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from backbone import LLM
 from config import LABELS, model_config
 from decoders import DECODERS
-from model import AuxVLA, actions_to_bins, bins_to_actions
+from model import AuxVLA, actions_to_bins, bins_to_actions, init_llm
 
 TINY = model_config("tiny")
 CFG = replace(TINY, llm=replace(TINY.llm, kv_heads=2))  # heads share keys, as in Qwen2.5
@@ -87,6 +88,22 @@ def test_every_trained_parameter_gets_a_gradient(model):
         model.zero_grad()
         sum(model(make_batch(), stage).values()).backward()
         assert all(p.grad is not None for p in params)
+
+
+def test_every_loss_is_positive_and_training_on_one_batch_lowers_it():
+    torch.manual_seed(0)
+    model = AuxVLA(CFG, flow_head=True)
+    for stage in (2, 3):
+        optimizer = torch.optim.Adam(model.train_stage(stage), lr=1e-3)
+        history = []
+        for _ in range(12):
+            losses = model(make_batch(), stage)
+            history.append({name: loss.item() for name, loss in losses.items()})
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+        for name, first in history[0].items():
+            assert 0 < history[-1][name] < first, name
 
 
 def test_frames_without_a_mask_do_not_change_the_seg_gradient(model):
@@ -198,19 +215,23 @@ def test_the_paper_preset_has_the_parameters_that_the_paper_and_its_parts_state(
     assert set(paper.decoders) == set(DECODERS)
 
 
-def test_the_llm_equals_transformers_qwen2(model):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+@pytest.mark.parametrize("family", ["Qwen2", "Llama"])
+def test_the_llm_equals_transformers(family):
+    """Qwen2.5: tied head, biases, grouped heads; Llama 2 (OpenVLA): neither of them."""
+    import transformers
 
-    llm, cfg = model.vlm.llm.eval(), CFG.llm
-    reference = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=cfg.vocab, hidden_size=cfg.width, num_hidden_layers=cfg.depth,
-            num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads,
-            intermediate_size=cfg.mlp, rms_norm_eps=cfg.norm_eps, tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
-        )
-    ).eval()  # fmt: skip
-    names = {"embed": "model.embed_tokens", "norm": "model.norm"}
+    cfg = CFG.llm if family == "Qwen2" else replace(TINY.llm, tied=False, qkv_bias=False)
+    torch.manual_seed(0)
+    llm = LLM(cfg).eval()
+    init_llm(llm, 0.02)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=cfg.vocab, hidden_size=cfg.width, num_hidden_layers=cfg.depth,
+        num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads,
+        intermediate_size=cfg.mlp, rms_norm_eps=cfg.norm_eps, tie_word_embeddings=cfg.tied,
+        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
+    )  # fmt: skip
+    reference = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    names = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
     names |= {
         f"layers.{i}.{ours}": f"model.layers.{i}.{theirs}"
         for i in range(cfg.depth)
@@ -225,7 +246,7 @@ def test_the_llm_equals_transformers_qwen2(model):
         f"{names[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}": v
         for k, v in llm.state_dict().items()
     }
-    reference.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+    reference.load_state_dict({"lm_head.weight": weights["model.embed_tokens.weight"]} | weights)
     ids = torch.randint(0, cfg.vocab, (2, 17))
     causal = torch.ones(2, 17, 17, dtype=torch.bool).tril()
     with torch.no_grad():

@@ -149,7 +149,7 @@ def load(source, cfg=CFG):
 
 def test_a_prismatic_file_fills_the_vlm_and_leaves_a_hash(prismatic):
     folder, components = prismatic
-    vlm, hashes = load(Source(prismatic=str(folder)))
+    vlm, hashes = load(Source(vlm=str(folder)))
     assert any(
         key.endswith("latest-checkpoint.pt") and len(value) == 64 for key, value in hashes.items()
     )
@@ -181,10 +181,8 @@ def test_hub_towers_with_split_qkv_give_the_features_of_the_fused_original(prism
     (bare / "config.json").write_text("{}")
     without = {k: v for k, v in components.items() if k != "vision_backbone"}
     torch.save({"model": without}, bare / "checkpoints/latest-checkpoint.pt")
-    one, _ = load(Source(prismatic=str(folder)))
-    other, _ = load(
-        Source(prismatic=str(bare), dino=str(names["dino"]), siglip=str(names["siglip"]))
-    )
+    one, _ = load(Source(vlm=str(folder)))
+    other, _ = load(Source(vlm=str(bare), dino=str(names["dino"]), siglip=str(names["siglip"])))
     images = torch.rand(2, 3, CFG.image_size, CFG.image_size)
     with torch.no_grad():
         torch.testing.assert_close(one.vision(images), other.vision(images), rtol=0, atol=0)
@@ -200,7 +198,7 @@ def test_a_tower_equals_the_hidden_state_of_transformers(name, prismatic):
     )
 
     folder, _ = prismatic
-    cfg, (vlm, _) = getattr(CFG, name), load(Source(prismatic=str(folder)))
+    cfg, (vlm, _) = getattr(CFG, name), load(Source(vlm=str(folder)))
     tower = getattr(vlm.vision, name)
     common = dict(
         hidden_size=cfg.width, num_hidden_layers=cfg.depth - 1, num_attention_heads=cfg.heads,
@@ -291,26 +289,86 @@ def test_positions_of_a_518_pixel_checkpoint_are_resized_to_our_grid(prismatic, 
     (bare / "checkpoints").mkdir(parents=True)
     torch.save({"model": {k: v for k, v in components.items() if k != "vision_backbone"}},
                bare / "checkpoints/latest-checkpoint.pt")  # fmt: skip
-    vlm, _ = load(Source(prismatic=str(bare), dino=str(tmp_path / "wide"), siglip=str(tmp_path)))
+    vlm, _ = load(Source(vlm=str(bare), dino=str(tmp_path / "wide"), siglip=str(tmp_path)))
     torch.testing.assert_close(
         vlm.vision.dino.pos_embed, torch.ones_like(vlm.vision.dino.pos_embed)
     )
     torch.testing.assert_close(vlm.vision.dino.prefix[0], timm["cls_token"][0, 0] + 5)
 
 
-MANIFEST = Path(__file__).parent / "prismatic_manifest.json"
+TESTS = Path(__file__).parent
 
 
 def test_the_paper_preset_is_filled_exactly_by_the_real_checkpoints_keys_and_shapes(monkeypatch):
     """The manifest is that of Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b."""
-    manifest = json.loads(MANIFEST.read_text())
+    manifest = json.loads((TESTS / "prismatic_manifest.json").read_text())
     with torch.device("meta"):
         vlm = VLM(model_config("paper"))
         components = {part: {key: torch.empty(shape) for key, shape in manifest[part].items()}
                       for part in ("projector", "llm_backbone", "vision_backbone")}  # fmt: skip
-    monkeypatch.setattr("pretrained.read_prismatic", lambda folder: components)
+    monkeypatch.setattr("pretrained.read_vlm", lambda folder: components)
     monkeypatch.setattr("pretrained.sha256", lambda path: "")
-    load_pretrained(vlm, Source(prismatic=str(MANIFEST.parent)))
+    load_pretrained(vlm, Source(vlm=str(TESTS)))
+
+
+def test_the_openvla_preset_is_filled_exactly_by_openvla_7bs_keys_and_shapes(monkeypatch):
+    manifest = json.loads((TESTS / "openvla_manifest.json").read_text())["keys"]
+    with torch.device("meta"):
+        vlm = VLM(model_config("openvla"))
+        tensors = {key: torch.empty(shape) for key, shape in manifest.items()}
+    monkeypatch.setattr("pretrained.read_safetensors", lambda folder: dict(tensors))
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([self / "model.safetensors"]))
+    monkeypatch.setattr("pretrained.sha256", lambda path: "")
+    assert len(tensors) == 982
+    load_pretrained(vlm, Source(vlm=str(TESTS)))
+    del tensors["language_model.lm_head.weight"]
+    with pytest.raises(PretrainedError, match=r"lack 1 parameters: .*llm\.head\.weight"):
+        load_pretrained(vlm, Source(vlm=str(TESTS)))
+
+
+def write_openvla(folder: Path, components: dict) -> None:
+    """A Prismatic file's components as openvla-7b's two shards name them."""
+    prefixes = {
+        "dino_featurizer.": "vision_backbone.featurizer.",
+        "siglip_featurizer.": "vision_backbone.fused_featurizer.",
+        "projector.0": "projector.fc1", "projector.2": "projector.fc2",
+        "projector.4": "projector.fc3", "llm.": "language_model.",
+    }  # fmt: skip
+    tensors = {
+        prefixes[prefix] + key.removeprefix(prefix).replace(".gamma", ".scale_factor"): value
+        for part in components.values()
+        for key, value in part.items()
+        for prefix in prefixes
+        if key.startswith(prefix)
+    }
+    tensors["language_model.lm_head.weight"] = torch.randn(TINY.llm.vocab, TINY.llm.width)
+    folder.mkdir()
+    names = sorted(tensors)
+    for i, half in enumerate((names[::2], names[1::2])):
+        shard = {name: tensors[name].clone() for name in half}
+        save_file(shard, folder / f"model-{i + 1:05d}-of-00002.safetensors")
+
+
+def test_openvla_shards_give_what_the_same_weights_give_in_prismatics_format(prismatic, tmp_path):
+    folder, components = prismatic
+    bare = {k: v for k, v in components["llm_backbone"].items() if not k.endswith("_proj.bias")}
+    write_openvla(tmp_path / "openvla", components | {"llm_backbone": bare})
+    llama = replace(CFG, llm=replace(CFG.llm, tied=False, qkv_bias=False))
+    vlm, hashes = load(Source(vlm=str(tmp_path / "openvla")), llama)
+    other, _ = load(Source(vlm=str(folder)))
+    images = torch.rand(2, 3, CFG.image_size, CFG.image_size)
+    with torch.no_grad():
+        ours, theirs = (each.projector(each.vision(images)) for each in (vlm, other))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert torch.equal(vlm.llm.layers[1].q.weight, other.llm.layers[1].q.weight)
+    assert not torch.equal(vlm.llm.head.weight, vlm.llm.embed.weight) and len(hashes) == 2
+    shard = tmp_path / "openvla/model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(PretrainedError, match=r"00002\.safetensors: cut off"):
+        load(Source(vlm=str(tmp_path / "openvla")), llama)
+    shard.unlink()
+    with pytest.raises(PretrainedError, match=r"lack \d+ parameters"):
+        load(Source(vlm=str(tmp_path / "openvla")), llama)
 
 
 def test_an_unknown_key_a_missing_one_and_a_wrong_shape_are_named(prismatic, tmp_path):
@@ -318,12 +376,12 @@ def test_an_unknown_key_a_missing_one_and_a_wrong_shape_are_named(prismatic, tmp
         translate({"surprise": torch.zeros(2)}, TIMM, TIMM_DEAD, "file")
     write_prismatic(tmp_path / "missing", CFG, drop="llm.model.layers.2.mlp.up_proj.weight")
     with pytest.raises(PretrainedError, match=r"lack 1 parameters: .*llm.layers.2.up.weight"):
-        load(Source(prismatic=str(tmp_path / "missing")))
+        load(Source(vlm=str(tmp_path / "missing")))
     folder, _ = prismatic
     with pytest.raises(
         PretrainedError, match=r"dino.prefix: the file has \[5, 192\], this model has \[2, 192\]"
     ):
-        load(Source(prismatic=str(folder)), replace(CFG, dino=replace(CFG.dino, registers=1)))
+        load(Source(vlm=str(folder)), replace(CFG, dino=replace(CFG.dino, registers=1)))
 
 
 def test_a_truncated_or_foreign_file_is_refused(prismatic, tmp_path):
@@ -347,4 +405,4 @@ def test_without_a_network_the_error_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr("pretrained.snapshot_download", offline)
     with pytest.raises(PretrainedError, match="--pretrained FOLDER"):
-        load(Source(prismatic="nobody/no-such-model"))
+        load(Source(vlm="nobody/no-such-model"))
