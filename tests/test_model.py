@@ -82,9 +82,14 @@ def test_stage_3_trains_only_the_flow_head_and_leaves_every_other_byte(model):
     assert {f"flow_head.{name}" for name, _ in model.flow_head.named_parameters()} == changed
 
 
-def test_every_trained_parameter_gets_a_gradient(model):
+def test_every_trained_parameter_gets_a_gradient_and_what_is_frozen_is_in_eval_mode(model):
     for stage in (1, 2, 3):
+        model.eval()  # as validation leaves it
         params = model.train_stage(stage)
+        for part in model.children():
+            assert {module.training for module in part.modules()} == {
+                next(iter(part.parameters())).requires_grad
+            }
         model.zero_grad()
         sum(model(make_batch(), stage).values()).backward()
         assert all(p.grad is not None for p in params)
