@@ -28,6 +28,11 @@ class Pack:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        if not (self.folder / "pack.json").is_file():
+            raise FileNotFoundError(
+                f"{self.folder}: not a whole pack, it has no pack.json; make one: "
+                f"python data.py pack --data DATA --out {self.folder}"
+            )
         meta = json.loads((self.folder / "pack.json").read_text())
         if meta["record"] != record_layout():
             raise DataError(

@@ -143,7 +143,8 @@ def main(cfg: TrainConfig) -> None:
     frames, held_out = (Frames(data, cfg.val_episodes, train=train) for train in (True, False))
     if len(frames) < cfg.batch_size:
         raise InputError(
-            f"{cfg.data}: {len(frames)} training frames are less than one batch of {cfg.batch_size}"
+            f"{cfg.data}: {len(frames)} training frames ({len(held_out)} more are held out) are "
+            f"less than one batch of {cfg.batch_size}; record more, or give a smaller --batch-size"
         )
     # Later stages keep the first one's units: its weights were trained in them.
     begun = "action_stats" in origin

@@ -239,6 +239,11 @@ def test_verify_names_the_block_in_which_one_bit_was_flipped(demos, tmp_path):
         verify(str(tmp_path))
 
 
+def test_a_folder_that_is_no_pack_is_refused_with_the_command_that_makes_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no pack\.json; make one: python data\.py pack"):
+        verify(str(tmp_path))
+
+
 def test_a_cut_block_is_found_when_the_pack_is_opened(demos, tmp_path):
     pack(str(demos), str(tmp_path))
     block = tmp_path / "frames-00000.bin"
