@@ -106,9 +106,11 @@ class LLMConfig:
     prompt_length: int = 64  # tokens a prompt is padded to, so that every shape is static
 
 
-LLAMA2_7B = LLMConfig(  # OpenVLA's LLM and prompt, which ends in Llama's id of a lone space
+# OpenVLA's LLM and prompt, which ends in Llama's id of a lone space. Its config.json leaves the
+# norms' epsilon at transformers' default.
+LLAMA2_7B = LLMConfig(
     "openvla/openvla-7b", tied=False, qkv_bias=False, vocab=32064, width=4096, depth=32, heads=32,
-    kv_heads=32, head_dim=128, mlp=11008, rope_theta=1e4, first_action_id=31744,
+    kv_heads=32, head_dim=128, mlp=11008, rope_theta=1e4, norm_eps=1e-6, first_action_id=31744,
     prompt="In: What action should the robot take to {}?\nOut:", prompt_end=(29871,),
 )  # fmt: skip
 
@@ -147,7 +149,7 @@ class ModelConfig:
     siglip: VisionConfig = SIGLIP_SO400M
     projector_hidden: int = 8704  # 4 x the fused width (Prismatic: fused-gelu-mlp)
     llm: LLMConfig = LLMConfig()
-    num_latents: int = 8  # Table 5: latents [B, 8, 896]
+    num_latents: int = 8  # Table 5: latents [B, 8, 896]; 0: the bare VLM, without decoders
     decoders: tuple[Literal["pos", "grasp", "qpos", "obj", "seg"], ...] = LABELS
     decoder: DecoderConfig = DecoderConfig()
     flow: FlowConfig = FlowConfig()
@@ -178,6 +180,8 @@ class ModelConfig:
             raise ValueError(
                 f"cameras {self.cameras} must be a non-empty part of {CAMERAS}, in this order"
             )
+        if self.decoders and self.num_latents < 1:
+            raise ValueError(f"num_latents {self.num_latents}: the decoders need at least 1")
         if unknown := set(self.decoders) - set(LABELS):
             raise ValueError(f"unknown decoders {sorted(unknown)}; choose from {LABELS}")
         if self.decoder.width % self.decoder.heads:
@@ -270,8 +274,10 @@ class TrainConfig:
             raise ValueError(f"cooldown {self.cooldown} is a share of the steps: 0 to 1")
 
 
-# Table 1's baseline as it was published: one camera, RGB, no decoders.
-OPENVLA_MODEL = ModelConfig(depth=False, cameras=("head",), llm=LLAMA2_7B, decoders=())
+# Table 1's baseline as it was published: one camera, RGB, neither latents nor decoders.
+OPENVLA_MODEL = ModelConfig(
+    depth=False, cameras=("head",), llm=LLAMA2_7B, num_latents=0, decoders=()
+)  # fmt: skip
 
 TINY_MODEL = ModelConfig(
     image_size=64,

@@ -101,7 +101,7 @@ class Log:
             json.dumps({"step": step, "losses": losses, "metrics": metrics}, indent=1)
         )
         tqdm.write(
-            f"{step:>7} held out: "
+            f"{step:>7} held out (best constant in brackets): "
             + "  ".join(f"{k} {m['ours']:.3g} ({m['trivial']:.3g})" for k, m in metrics.items())
         )
         self.since += seconds

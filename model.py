@@ -204,7 +204,7 @@ class AuxVLA(nn.Module):
 
     def latents(self, prefix_hidden: Tensor) -> Tensor:
         """The latents [B, N, D]: the hidden states of the queries, the prefix's end [B, S, D]."""
-        return prefix_hidden[:, -self.cfg.num_latents :]
+        return prefix_hidden[:, prefix_hidden.shape[1] - self.cfg.num_latents :]
 
     # --- Acting ---
 

@@ -77,7 +77,7 @@ SIGLIP_HF_DEAD = (
     r"logit_(scale|bias)",
     r"vision_model\.(post_layernorm|head)\..*",
 )
-QWEN = {
+LLM_HF = {
     r"model\.embed_tokens\.weight": "embed.weight",
     r"model\.norm\.weight": "norm.weight",
     r"model\.layers\.(\d+)\.self_attn\.([qkvo])_proj\.(\w+)": r"layers.\1.\2.\3",
@@ -85,8 +85,8 @@ QWEN = {
     r"model\.layers\.(\d+)\.input_layernorm\.weight": r"layers.\1.input_norm.weight",
     r"model\.layers\.(\d+)\.post_attention_layernorm\.weight": r"layers.\1.mlp_norm.weight",
 }
-QWEN_DEAD = (r"lm_head\.weight",)  # tied: equal to the embedding, stored twice
-UNTIED = QWEN | {r"lm_head\.weight": "head.weight"}  # Llama 2: the same names, and a head
+LLM_HF_DEAD = (r"lm_head\.weight",)  # tied: equal to the embedding, stored twice
+LLM_HF_UNTIED = LLM_HF | {r"lm_head\.weight": "head.weight"}  # Llama 2
 PROJECTOR = {r"projector\.(\d)\.(\w+)": r"\1.\2"}
 # openvla-7b's names of the components -> Prismatic's, which the maps above read.
 OPENVLA = {
@@ -221,8 +221,8 @@ def read_prismatic(folder: Path) -> dict[str, dict[str, Tensor]]:
     path = folder / "checkpoints/latest-checkpoint.pt"
     if not path.is_file():
         raise PretrainedError(
-            f"{path}: not there; expected Prismatic's layout, config.json and checkpoints/ beside "
-            "it"
+            f"{path}: not there, and no .safetensors in {folder} either; expected the folder of a "
+            "Prismatic checkpoint or of openvla-7b. Give another --pretrained"
         )
     try:
         # A pickle, Prismatic's format: only tensors and containers are ever built from it.
@@ -272,7 +272,7 @@ def parts_of(
         llm = strip(components["llm_backbone"], "llm.")
     else:
         llm = read_safetensors(folder(source.qwen, "*.safetensors"))
-    names, dead = (QWEN, QWEN_DEAD) if vlm.cfg.llm.tied else (UNTIED, ())
+    names, dead = (LLM_HF, LLM_HF_DEAD) if vlm.cfg.llm.tied else (LLM_HF_UNTIED, ())
     yield "llm.", translate(llm, names, dead, "llm")
     for name, hub, names, dead in (
         ("dino", source.dino, DINO_HF, DINO_HF_DEAD),

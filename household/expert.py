@@ -10,21 +10,17 @@ With the arm in its posture, the hand is a point `reach` metres ahead of the bas
 turning move that point in any direction, so the base alone brings the hand to an object or along
 the arc of a door.
 
-    python -m household.expert --column close_drawer --episodes 50 --split val
+    python eval.py --policy expert --columns close_drawer --episodes 50 --stop-at-success --out OUT
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import sapien
-import tyro
 from transforms3d.quaternions import mat2quat
 
-from config import explained
 from env import SubtaskEnv
-from tasks import COLUMNS
 
 ARM = [5, 7, 8, 9, 10, 11, 12]  # in the simulator's 15 joints, in the order of action[0:7]
 TORSO, FINGERS = 3, [13, 14]
@@ -320,32 +316,3 @@ class ScriptedExpert:
                 yield self.toward(arm, CLOSE, self.drive_to(self.on_arc(0.3), FRONT.reach, 3.0))
             yield from self.squeeze(arm, OPEN)
         yield from self.retreat(self.handle, FRONT.reach + 0.2, OPEN)
-
-
-def main(
-    column: Literal[tuple(COLUMNS)] = "close_drawer",
-    episodes: int = 50,
-    split: str = "val",
-    task: str = "set_table",
-) -> None:
-    """Print how often the expert succeeds in one column; without images, so it is fast."""
-    from eval import run_episode, wilson  # here: eval.py imports this file
-
-    name = COLUMNS[column]
-    env = SubtaskEnv(task, name.subtask, name.target_in(task), split, obs_mode="state_dict")
-    runs = [
-        run_episode(env, ScriptedExpert(env), seed, stop_at_success=True)
-        for seed in range(episodes)
-    ]
-    lengths = [run["length"] for run in runs if run["success_once"]]
-    low, high = wilson(len(lengths), episodes)
-    failed = [run["seed"] for run in runs if not run["success_once"]]
-    print(
-        f"{task} {column} {split}: {len(lengths)}/{episodes} [{low:.2f}, {high:.2f}], "
-        f"{np.mean(lengths) if lengths else 0:.0f} steps; failed seeds: {failed or 'none'}"
-    )
-
-
-if __name__ == "__main__":
-    with explained():
-        tyro.cli(main)

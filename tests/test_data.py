@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from files import write_demos
+from tokenizers.processors import TemplateProcessing
 
 from config import CAMERAS, LABELS, model_config
 from data import (
@@ -117,6 +118,16 @@ def test_prompts_have_one_length_and_end_at_the_latents():
     assert mask[:, 0].all() and mask[:, -1].all() and mask[0].sum() < mask[1].sum()
     assert not torch.equal(ids[0], ids[1]) and ids.max() < CFG.llm.first_action_id
     assert (ids[mask] > 1).all()  # no unknown word
+
+
+def test_a_prompt_begins_with_the_tokenizers_own_token_and_ends_in_the_configured_ids():
+    """As OpenVLA's: Llama's <s>, then the images, the sentence, and id 29871."""
+    tokenizer, cfg = build_tokenizer(CFG.llm), replace(CFG.llm, prompt_end=(7, 9))
+    plain, _ = tokenize(["close the fridge"], tokenizer, CFG.llm)
+    tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
+    ids, mask = tokenize(["close the fridge"], tokenizer, cfg)
+    words = plain[plain > 0].tolist()
+    assert ids[0, 0] == 0 and ids[mask].tolist() == [0, *words, 7, 9] and mask[0, 0]
 
 
 def test_a_prompt_that_is_too_long_is_refused():

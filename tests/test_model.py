@@ -111,6 +111,22 @@ def test_every_loss_is_positive_and_training_on_one_batch_lowers_it():
             assert 0 < history[-1][name] < first, name
 
 
+def test_without_latents_and_decoders_it_is_the_bare_vlm_and_still_acts():
+    bare = AuxVLA(replace(CFG, num_latents=0, decoders=()))
+    batch = make_batch()
+    params = bare.train_stage(1)
+    losses = bare(batch, 1)
+    losses["action"].backward()
+    assert losses.keys() == {"action"} and all(p.grad is not None for p in params)
+    prefix = bare.vlm.encode(batch)
+    length = CFG.llm.prompt_length + CFG.num_views * CFG.patches
+    assert prefix.mask.shape == (2, length) and bare.latents(prefix.hidden).shape[1] == 0
+    actions, predictions = bare.act(batch)
+    assert actions.shape == (2, 1, 13) and predictions == {}
+    with pytest.raises(ValueError, match="num_latents 0"):
+        replace(CFG, num_latents=0)
+
+
 def test_frames_without_a_mask_do_not_change_the_seg_gradient(model):
     model.train_stage(2)
     batch = make_batch()
