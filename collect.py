@@ -157,18 +157,20 @@ def work(connection: Connection, cfg: CollectConfig):
     """Answer each (target, seed) with its Attempt, until the main process hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends us
     env, opened = None, None
-    while True:
-        try:
+    try:
+        while True:
             target, seed = connection.recv()
-        except EOFError:
-            return
-        if target != opened:
-            if env is not None:
-                env.close()
-            env = SubtaskEnv(cfg.task, cfg.subtask, target, cfg.split, real_meshes=cfg.real_meshes)
-            opened = target
-            expert = EXPERTS[cfg.expert](env)
-        connection.send(attempt(env, expert, seed))
+            if target != opened:
+                if env is not None:
+                    env.close()
+                env = SubtaskEnv(
+                    cfg.task, cfg.subtask, target, cfg.split, real_meshes=cfg.real_meshes
+                )
+                opened = target
+                expert = EXPERTS[cfg.expert](env)
+            connection.send(attempt(env, expert, seed))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the main process is done or gone, and with it the only writer of the files
 
 
 # --- The run, in the main process ---

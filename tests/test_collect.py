@@ -174,6 +174,16 @@ def test_a_killed_run_of_two_workers_goes_on_to_what_one_worker_records(referenc
     assert not parts.exists()
 
 
+def test_workers_end_in_silence_when_the_main_process_is_killed(assets, tmp_path):
+    process = start(tmp_path, workers=2)
+    while not list(h5_of(tmp_path).with_suffix(".parts").glob("*.part")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    _, stderr = process.communicate(timeout=60)  # ends with the last worker, which holds the pipe
+    assert "Traceback" not in stderr
+
+
 def test_asking_again_does_nothing(reference):
     before = reference.read_bytes()
     assert "already there" in finish(start(reference.parents[2]))
