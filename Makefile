@@ -105,7 +105,7 @@ $(RUN)/.evaluated: $(RUN)/.trained
 		--columns $(OTHERS) --episodes $(TRIALS_OTHERS) --video 1
 	$(EVAL) --checkpoint $(RUN)/stage3 --out $(RUN)/eval-flow \
 		--columns $(FLOW_COLUMNS) --episodes $(TRIALS_FLOW) --video 1 \
-		--row "AuxVLA + action head"
+		--row auxvla-action-head
 	$(EVAL) --policy random --out $(RUN)/eval-random \
 		--columns close_drawer --episodes $(TRIALS_RANDOM)
 	$(EVAL) --policy random --out $(RUN)/eval-random \

@@ -2,6 +2,7 @@
 
     from config import PRESETS  # PRESETS["paper"], PRESETS["tiny"]: the same classes, other numbers
     python train.py --help      # the comment beside a field, or above it, is its help text
+    python config.py            # every row of the paper's tables: what it fixes, what it reached
 
 `paper` is Sec. 4-6 of the paper on MiniVLA's Prismatic VLM, `openvla` Table 1's 7B baseline; `tiny`
 is small enough for two CPU cores. Presets differ in numbers only: no code asks which one it runs.
@@ -10,8 +11,10 @@ is small enough for two CPU cores. Presets differ in numbers only: no code asks 
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from tasks import SUBTASKS, TASKS
 
 # Eq. 4's subscripts: config, batch, losses, log and README use them.
 LABELS = ("pos", "grasp", "qpos", "obj", "seg")
@@ -22,6 +25,7 @@ QPOS_DIM = 12  # Table 5
 DEPTH_SCALE_MM = 1000.0  # Eq. 1
 IMAGE_SIZE = 128  # pixels of MS-HAB's cameras, hence of the masks (Table 5)
 RECORDED_ACTIONS = 8  # actions stored with a frame: the flow head's chunk (Sec. 6.4)
+HISTORY = 4  # past time steps (Sec. 4.2)
 
 
 class InputError(ValueError):
@@ -145,11 +149,16 @@ class ModelConfig:
     patch_size: int = 14
     depth: bool = True  # depth views beside the RGB views (Table 1)
     cameras: tuple[Literal["head", "hand"], ...] = CAMERAS  # (Table 1: Multiview)
+    # GAP-5: what of the last 4 time steps the model sees, "observations" (Sec. 4.2: frames) or
+    # "actions" (Sec. 6.2)
+    history: Literal["none", "frames", "actions"] = "none"
     dino: VisionConfig = DINOV2_L
     siglip: VisionConfig = SIGLIP_SO400M
     projector_hidden: int = 8704  # 4 x the fused width (Prismatic: fused-gelu-mlp)
     llm: LLMConfig = LLMConfig()
     num_latents: int = 8  # Table 5: latents [B, 8, 896]; 0: the bare VLM, without decoders
+    # GAP-2: learned queries behind the prompt, or the states that predict the action tokens
+    latents: Literal["queries", "action_states"] = "queries"
     decoders: tuple[Literal["pos", "grasp", "qpos", "obj", "seg"], ...] = LABELS
     decoder: DecoderConfig = DecoderConfig()
     flow: FlowConfig = FlowConfig()
@@ -159,8 +168,13 @@ class ModelConfig:
 
     @property
     def num_views(self) -> int:
-        """Images per frame: cameras x (rgb, depth)."""
-        return len(self.cameras) * (2 if self.depth else 1)
+        """Images per sample: cameras x (rgb, depth) x time steps."""
+        steps = 1 + HISTORY if self.history == "frames" else 1
+        return len(self.cameras) * (2 if self.depth else 1) * steps
+
+    @property
+    def num_queries(self) -> int:
+        return self.num_latents if self.latents == "queries" else 0
 
     @property
     def patches(self) -> int:
@@ -182,6 +196,8 @@ class ModelConfig:
             )
         if self.decoders and self.num_latents < 1:
             raise ValueError(f"num_latents {self.num_latents}: the decoders need at least 1")
+        if self.latents == "action_states" and self.num_latents > ACTION_DIM:
+            raise ValueError(f"num_latents {self.num_latents}: only {ACTION_DIM} action states")
         if unknown := set(self.decoders) - set(LABELS):
             raise ValueError(f"unknown decoders {sorted(unknown)}; choose from {LABELS}")
         if self.decoder.width % self.decoder.heads:
@@ -228,7 +244,11 @@ class TrainConfig:
     out: str  # this stage's folder: config.json, log.jsonl, step-NNNNNNNN/, last
     # 1: decoders on detached latents, 2: joint, 3: flow head on the frozen VLM (Sec. 5.2-5.3)
     stage: Literal[1, 2, 3] = 1
-    preset: Literal["paper", "openvla", "tiny"] = "paper"  # where the other defaults come from
+    # where the other defaults come from
+    preset: Literal["paper", "openvla", "tiny", "tiny-openvla"] = "paper"
+    row: str | None = None  # a row of Tables 1-4 (rows.py), which fixes all that makes it this row
+    tasks: tuple[Literal[TASKS], ...] = ()  # train on these of the data; default: on all
+    subtasks: tuple[Literal[SUBTASKS], ...] = ()  # likewise
     # public weights of the VLM: folder or hub name of a Prismatic checkpoint or of openvla-7b, or
     # "hub" for DINOv2, SigLIP and Qwen2.5 apart; unused with --init-from
     pretrained: str | None = "Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b"
@@ -236,7 +256,8 @@ class TrainConfig:
     # auto: go on from the newest whole checkpoint in `out`
     resume: Literal["auto", "never"] = "auto"
     steps: int | None = None  # optimizer steps of this stage; default: `epochs` of the data
-    epochs: tuple[int, int, int] = (3, 7, 10)  # of stages 1, 2, 3 (Sec. 6.3); GAP-14 for stage 3
+    # of stages 1, 2, 3 (Sec. 6.3), 0: a row lacks this stage; GAP-14 for stage 3
+    epochs: tuple[int, int, int] = (3, 7, 10)
     batch_size: int = 512  # frames per step over all GPUs (Sec. 6.1)
     # frames per GPU and backward pass, the rest is accumulated: without activation checkpointing a
     # frame of the paper's model keeps up to 6.1 GiB for the backward pass (counted, not run)
@@ -297,17 +318,30 @@ TINY_MODEL = ModelConfig(
     flow=FlowConfig(width=128, mlp=512),
 )  # fmt: skip
 
+TINY_OPENVLA_MODEL = replace(
+    TINY_MODEL, depth=False, cameras=("head",), num_latents=0, decoders=(),
+    llm=replace(TINY_MODEL.llm, tied=False, qkv_bias=False),
+)  # fmt: skip
+
+_TINY_TRAINING = dict(
+    pretrained=None, batch_size=32, micro_batch=32, lr=3e-4, warmup=50, cooldown=0.4,
+    betas=(0.9, 0.95), workers=0, val_episodes=0.1, val_every=200, save_every=200, val_frames=512,
+)  # fmt: skip
+
 # Fields that a preset changes; `data` and `out` are always the user's.
 PRESETS: dict[str, dict] = {
     "paper": {},
     "openvla": dict(model=OPENVLA_MODEL, pretrained="openvla/openvla-7b"),
-    "tiny": dict(
-        model=TINY_MODEL, pretrained=None, batch_size=32, micro_batch=32, lr=3e-4, warmup=50,
-        cooldown=0.4, betas=(0.9, 0.95), workers=0, val_episodes=0.1, val_every=200,
-        save_every=200, val_frames=512,
-    ),
-}  # fmt: skip
+    "tiny": dict(model=TINY_MODEL, **_TINY_TRAINING),
+    "tiny-openvla": dict(model=TINY_OPENVLA_MODEL, **_TINY_TRAINING),
+}
 
 
 def model_config(preset: str) -> ModelConfig:
     return PRESETS[preset].get("model", ModelConfig())
+
+
+if __name__ == "__main__":
+    from rows import print_rows
+
+    print_rows()

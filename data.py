@@ -5,7 +5,10 @@
 
 The batch, the only contract between data and model (L = prompt length, C = cameras, V = views):
 
-    images       [B, V, 3, H, W]     float in [0, 1]; head rgb, hand rgb, head depth, hand depth
+    images       [B, V, 3, H, W]     float in [0, 1]; head rgb, hand rgb, head depth, hand depth;
+                                     history "frames": those of the 4 time steps before come first
+    past_actions [B, 4, 13]          history "actions": the last four, normalised, oldest first;
+                                     past_mask [B, 4]: 0 before the start of the episode
     prompt_ids   [B, L] int64        first token, padding, the other tokens; prompt_mask [B, L] bool
     actions      [B, 8, 13]          normalised to [-1, 1] by q01 and q99
     action_mask  [B, 8]              0 past the end of the episode
@@ -33,10 +36,12 @@ from config import (
     ACTION_DIM,
     CAMERAS,
     DEPTH_SCALE_MM,
+    HISTORY,
     IMAGE_SIZE,
     LABELS,
     QPOS_DIM,
     RECORDED_ACTIONS,
+    InputError,
     LLMConfig,
     ModelConfig,
     explained,
@@ -82,6 +87,11 @@ def preprocess(rgb: Tensor, depth_mm: Tensor, cfg: ModelConfig) -> Tensor:
         )
         views.append(repeat(near, "b v 1 h w -> b v c h w", c=3))
     return torch.cat(views, dim=1)  # [B, V, 3, H, W]
+
+
+def preprocess_steps(seen: list[tuple[Tensor, Tensor]], cfg: ModelConfig) -> Tensor:
+    """`images` of several time steps' (rgb, depth), oldest first, [B, steps * V, 3, H, W]."""
+    return torch.cat([preprocess(rgb, depth, cfg) for rgb, depth in seen], dim=1)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -223,8 +233,11 @@ class Batcher:
         raw = {name: value.to(device, non_blocking=True) for name, value in raw.items()}
         ids, mask = (prompt.to(device)[raw["instruction"].long()] for prompt in self.prompts)
         chosen = [CAMERAS.index(camera) for camera in self.cfg.cameras]
+        steps = [(raw["rgb"], raw["depth"])]
+        if self.cfg.history == "frames":
+            steps = list(zip(raw["past_rgb"].unbind(1), raw["past_depth"].unbind(1))) + steps
         batch = {
-            "images": preprocess(raw["rgb"], raw["depth"], self.cfg),
+            "images": preprocess_steps(steps, self.cfg),
             "prompt_ids": ids,
             "prompt_mask": mask,
             "actions": self.stats.normalize(raw["actions"]),
@@ -232,6 +245,9 @@ class Batcher:
             "seg": unpack_masks(raw["seg"][:, chosen]),
         }
         batch |= {name: raw[name] for name in ("pos", "grasp", "qpos", "obj")}
+        if self.cfg.history == "actions":
+            batch["past_actions"] = self.stats.normalize(raw["past_actions"])
+            batch["past_mask"] = raw["past_mask"]
         return batch | {f"has_{name}": raw["has"][:, i].bool() for i, name in enumerate(LABELS)}
 
 
@@ -252,6 +268,8 @@ def check_batch(batch: dict[str, Tensor], cfg: ModelConfig) -> None:
         "pos": (b, 2), "grasp": (b,), "qpos": (b, QPOS_DIM), "obj": (b, 7),
         "seg": (b, c, IMAGE_SIZE, IMAGE_SIZE),
     } | {f"has_{name}": (b,) for name in LABELS}  # fmt: skip
+    if cfg.history == "actions":
+        shapes |= {"past_actions": (b, HISTORY, ACTION_DIM), "past_mask": (b, HISTORY)}
     for key, shape in shapes.items():
         if key not in batch or tuple(batch[key].shape) != shape:
             got = tuple(batch[key].shape) if key in batch else "nothing"
@@ -269,15 +287,28 @@ def check_batch(batch: dict[str, Tensor], cfg: ModelConfig) -> None:
 class Frames(Dataset):
     """Training or held-out frames; item [i, j, ...] is the raw batch of those frames."""
 
-    def __init__(self, source: "Demonstrations | Pack", held_out: float, train: bool):
-        """Hold out the last share `held_out` of every file's episodes, at least one."""
-        self.source = source
+    def __init__(
+        self, source: "Demonstrations | Pack", held_out: float, train: bool,
+        history: str = "none", tasks: tuple[str, ...] = (), subtasks: tuple[str, ...] = (),
+    ):  # fmt: skip
+        """Hold out the last share `held_out` of every file's episodes, at least one.
+
+        `tasks` and `subtasks`, where given, leave only their files, <task>/<subtask>/<target>.h5;
+        InputError if none is left. `history` adds what Batcher needs of the steps before.
+        """
+        self.source, self.history = source, history
         files = np.array([episode.file for episode in source.episodes])
         keep = np.zeros(len(files), bool)
         for file in np.unique(files):
             rows = np.flatnonzero(files == file)
             first_val = len(rows) - max(1, round(held_out * len(rows)))
-            keep[rows[:first_val] if train else rows[first_val:]] = True
+            wanted = is_of(file, tasks, subtasks)
+            keep[rows[:first_val] if train else rows[first_val:]] = wanted
+        if not any(is_of(file, tasks, subtasks) for file in files):
+            raise InputError(
+                f"{source.folder}: no demonstrations of {' '.join(tasks)}: {' '.join(subtasks)} "
+                f"in <task>/<subtask>/<target>.h5; it has {', '.join(sorted(set(files)))}"
+            )
         self.episode_ids = np.flatnonzero(keep)
         spans = [np.arange(source.starts[e], source.starts[e + 1]) for e in self.episode_ids]
         self.frames = np.concatenate(spans) if spans else np.zeros(0, np.int64)
@@ -286,10 +317,36 @@ class Frames(Dataset):
         return len(self.frames)
 
     def __getitem__(self, rows: np.ndarray) -> dict[str, Tensor]:
-        return to_tensors(self.source.read(self.frames[rows]))
+        now = self.frames[rows]  # [B]
+        records = self.source.read(now)
+        if self.history == "none":
+            return to_tensors(records)
+        ago = np.arange(-HISTORY, 0)
+        # GAP-5: before the episode's start its first frame stands in, in training and acting alike.
+        past = now[:, None] + np.maximum(ago, -records["frame"][:, None])  # [B, 4]
+        earlier = rearrange(
+            self.source.read(rearrange(past, "b t -> (b t)")), "(b t) -> b t", t=HISTORY
+        )
+        seen = (
+            {"past_rgb": earlier["rgb"], "past_depth": earlier["depth"]}
+            if self.history == "frames"
+            else {
+                "past_actions": earlier["actions"][:, :, 0],
+                "past_mask": ago >= -records["frame"][:, None],
+            }
+        )
+        return to_tensors(records) | {
+            name: torch.from_numpy(np.array(value, order="C")) for name, value in seen.items()
+        }
 
     def stats(self) -> ActionStats:
         return ActionStats.of(np.concatenate([self.source.actions(e) for e in self.episode_ids]))
+
+
+def is_of(file: str, tasks: tuple[str, ...], subtasks: tuple[str, ...]) -> bool:
+    """Is <task>/<subtask>/<target>.h5 of these tasks and subtasks? Empty means all."""
+    task, subtask = ("", "", *Path(file).parts)[-3:-1]
+    return (not tasks or task in tasks) and (not subtasks or subtask in subtasks)
 
 
 class StepOrder:

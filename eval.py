@@ -30,12 +30,13 @@ import torch
 import tyro
 from mani_skill import ASSET_DIR
 
-from checkpoint import resolve, sha256
+from checkpoint import read_manifest, resolve, sha256
 from config import ACTION_DIM, InputError, explained
 from env import SubtaskEnv, plan_files
 from household.expert import ScriptedExpert
 from policy import Policy
-from tasks import COLUMNS, HORIZON, PAPER, PAPER_COLUMNS, TASKS, targets, wilson
+from rows import ROWS
+from tasks import COLUMNS, HORIZON, PAPER_COLUMNS, TASKS, targets, wilson
 from tools.report import Film, success_table
 
 LIBRARIES = ("torch", "mani_skill", "praxis-mshab", "sapien", "numpy")
@@ -57,7 +58,8 @@ class EvalConfig:
     stop_at_success: bool = False  # faster, but success at the end is then unknown
     workers: int = 1  # processes, one core and simulator each; results do not depend on it
     video: int = 0  # film the first so many episodes of each column
-    row: Literal[tuple(PAPER)] = "AuxVLA + all"  # the paper's row beside ours
+    # the paper's row beside ours (python config.py); default: the checkpoint's, else auxvla-all
+    row: Literal[tuple(ROWS)] | None = None
     real_meshes: bool = False  # render Fetch's own meshes, not the light copies in the asset folder
     device: str | None = None  # of the learned policy; default: cuda if there is one
 
@@ -274,6 +276,9 @@ def check_same_run(path: Path, episodes: list[dict], identity: dict):
 def main(cfg: EvalConfig):
     if cfg.checkpoint is not None:
         cfg = replace(cfg, checkpoint=resolve(cfg.checkpoint))  # one, even if training goes on
+        trained_as = read_manifest(cfg.checkpoint)["config"].get("row")
+        cfg = replace(cfg, row=cfg.row or trained_as)
+    cfg = replace(cfg, row=cfg.row or "auxvla-all")
     same = ("task", "split", "policy", "horizon", "stop_at_success", "real_meshes")
     for name in cfg.names:  # before any worker starts
         plan_files(cfg.task, COLUMNS[name].subtask, COLUMNS[name].target_in(cfg.task), cfg.split)
@@ -297,7 +302,8 @@ def main(cfg: EvalConfig):
         print(f"{where:32} {outcome:8} {episode['seconds']:6.1f} s", flush=True)
 
     episodes = read_episodes(path)
-    paper = PAPER[cfg.row] if cfg.task == "set_table" else {}  # Tables 1, 2 and 4 are SetTable
+    row = ROWS[cfg.row]
+    paper = row.paper.get(cfg.task, {})
     columns = table(episodes, paper)
     git = ["git", "-C", Path(__file__).parent, "rev-parse", "-q", "--verify", "HEAD"]
     commit = subprocess.run(git, capture_output=True)
@@ -314,7 +320,7 @@ def main(cfg: EvalConfig):
     }
     results = json.dumps({"columns": columns, "manifest": manifest}, indent=2)
     (cfg.out / "results.json").write_text(results + "\n")
-    print("\n".join(["", *success_table({cfg.policy: columns}, {cfg.row: paper})]))
+    print("\n".join(["", *success_table({cfg.policy: columns}, {row.label: paper})]))
     print("An interval that contains the paper's figure neither confirms nor refutes it.")
 
 

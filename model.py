@@ -8,9 +8,9 @@
 
 The batch is a plain dict of tensors; data.py documents it and this file knows nothing else of data.
 
-Axes: B batch, V views (rgb then depth of each camera), P patches per view, L prompt tokens, N = 8
-latents, D = 896 LLM width, S = L + V*P + N prefix length, A = 13 action dimensions, H actions in a
-chunk.
+Axes: B batch, V views (rgb then depth of each camera, history first), P patches per view, K tokens
+of past actions (0 without that history), L prompt tokens, N = 8 latents, D = 896 LLM width,
+S = L + V*P + K + N prefix length, A = 13 action dimensions, H actions in a chunk.
 """
 
 from dataclasses import dataclass
@@ -101,11 +101,13 @@ class VLM(nn.Module):
         # GAP-2 (Table 5): the decoders read latents [B, 8, 896] that are defined nowhere. Here:
         # eight learned queries behind the prompt and before the action tokens. They see no
         # ground-truth action, exist for any action code, cost no decoding, and the action tokens
-        # attend to them, so that auxiliary gradients reach the action path.
-        self.latent_queries = nn.Parameter(torch.randn(cfg.num_latents, cfg.llm.width) * 0.02)
+        # attend to them, so that auxiliary gradients reach the action path. The other reading, the
+        # states that predict the first eight action tokens, is `latents="action_states"`: it shows
+        # the decoders the true earlier action dimensions in training.
+        self.latent_queries = nn.Parameter(torch.randn(cfg.num_queries, cfg.llm.width) * 0.02)
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """First prompt token, images, the other prompt tokens (Prismatic), latent queries.
+        """First prompt token, images, past actions, other prompt tokens (Prismatic), queries.
 
         Returns [B, S, D] and its mask [B, S].
         """
@@ -121,20 +123,32 @@ class VLM(nn.Module):
             "n d -> b n d",
             b=len(images),
         ).to(text.dtype)  # [B, N, D]
+        past, past_mask = self.embed_past(batch)
         x = torch.cat(
-            [text[:, :1], visual.to(text.dtype), text[:, 1:], queries], dim=1
+            [text[:, :1], visual.to(text.dtype), past, text[:, 1:], queries], dim=1
         )  # [B, S, D]
         prompt = batch["prompt_mask"]  # [B, L]
         mask = torch.cat(
             [
                 prompt[:, :1],
                 prompt.new_ones(visual.shape[:2]),
+                past_mask,
                 prompt[:, 1:],
                 prompt.new_ones(queries.shape[:2]),
             ],
             dim=1,
         )
         return x, mask.bool()
+
+    def embed_past(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The last four actions as action tokens [B, K, D], masked before the episode's start."""
+        prompt = batch["prompt_ids"]
+        if self.cfg.history != "actions":
+            ids, mask = prompt[:, :0], batch["prompt_mask"][:, :0]
+            return self.llm.embed(ids), mask
+        ids = self.cfg.llm.first_action_id + actions_to_bins(batch["past_actions"], self.cfg.bins)
+        mask = repeat(batch["past_mask"], "b t -> b (t a)", a=ACTION_DIM)  # [B, 4 * 13]
+        return self.llm.embed(rearrange(ids, "b t a -> b (t a)")), mask.bool()
 
     def encode(self, batch: dict[str, Tensor], action_ids: Tensor | None = None) -> Prefix:
         """Run the LLM over the prefix and, in training, over the action ids [B, A-1] behind it."""
@@ -194,7 +208,8 @@ class AuxVLA(nn.Module):
         per_frame = reduce(nll, "b a -> b", "mean")
         losses = {"action": masked_mean(per_frame, batch["action_mask"][:, 0], counts["action"])}
 
-        latents = aux_input(self.latents(hidden[:, : 1 - ACTION_DIM]), stage)  # [B, N, D]
+        latents = self.latents(hidden[:, : 1 - ACTION_DIM], hidden[:, 1 - ACTION_DIM :])
+        latents = aux_input(latents, stage)  # [B, N, D]
         # In fp32: bf16 would round metres to centimetres and quaternions off the unit sphere.
         with torch.autocast(latents.device.type, enabled=False):
             for name, decoder in self.decoders.items():
@@ -202,9 +217,16 @@ class AuxVLA(nn.Module):
                 losses[name] = masked_mean(per_frame, batch[f"has_{name}"], counts[name])
         return losses
 
-    def latents(self, prefix_hidden: Tensor) -> Tensor:
-        """The latents [B, N, D]: the hidden states of the queries, the prefix's end [B, S, D]."""
-        return prefix_hidden[:, prefix_hidden.shape[1] - self.cfg.num_latents :]
+    def latents(self, prefix_hidden: Tensor, action_hidden: Tensor | None = None) -> Tensor:
+        """The latents [B, N, D]: the states of the queries, which end the prefix [B, S, D].
+
+        Or, in the other reading of GAP-2, the first N states that predict an action token: the
+        prefix's last and those behind it, action_hidden [B, A - 1, D].
+        """
+        if self.cfg.latents == "queries":
+            return prefix_hidden[:, prefix_hidden.shape[1] - self.cfg.num_latents :]
+        states = torch.cat([prefix_hidden[:, -1:], action_hidden], dim=1)  # [B, A, D]
+        return states[:, : self.cfg.num_latents]
 
     # --- Acting ---
 
@@ -218,24 +240,30 @@ class AuxVLA(nn.Module):
         decodes one step greedily.
         """
         prefix = self.vlm.encode(batch)
-        predictions = self.predict(self.latents(prefix.hidden))
+        bins = states = None
+        if noise is None or self.cfg.latents == "action_states":
+            bins, states = self.decode_bins(prefix)  # [B, A], [B, A - 1, D]
+        predictions = self.predict(self.latents(prefix.hidden, states))
         if noise is not None:
             return self.flow_head.sample(prefix.cache, prefix.mask, noise).clamp(-1, 1), predictions
-        bins = self.decode_bins(prefix)  # [B, A]
         return rearrange(bins_to_actions(bins, self.cfg.bins), "b a -> b 1 a"), predictions
 
-    def decode_bins(self, prefix: Prefix) -> Tensor:
-        """Greedy decoding of 13 action tokens over the 256 action ids -> bin indices [B, A]."""
+    def decode_bins(self, prefix: Prefix) -> tuple[Tensor, Tensor]:
+        """Greedy decoding of 13 action tokens over the 256 action ids.
+
+        Returns bin indices [B, A] and the hidden states behind the prefix [B, A - 1, D].
+        """
         llm, first = self.vlm.llm, self.cfg.llm.first_action_id
         hidden, cache, mask = prefix.hidden[:, -1:], prefix.cache, prefix.mask
-        bins = []
+        bins, states = [], []
         for step in range(ACTION_DIM):
             bins.append(llm.logits(hidden, first, self.cfg.bins).argmax(-1))  # [B, 1]
             if step < ACTION_DIM - 1:
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
                 positions = mask.sum(-1, keepdim=True) - 1  # [B, 1]
                 hidden, cache = llm(llm.embed(first + bins[-1]), positions, mask[:, None, :], cache)
-        return torch.cat(bins, dim=1)
+                states.append(hidden)  # [B, 1, D]
+        return torch.cat(bins, dim=1), torch.cat(states, dim=1)
 
     @torch.no_grad()
     def teacher_forced(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -245,7 +273,8 @@ class AuxVLA(nn.Module):
         logits = self.vlm.llm.logits(
             hidden[:, -ACTION_DIM:], self.cfg.llm.first_action_id, self.cfg.bins
         )
-        return logits.argmax(-1), self.predict(self.latents(hidden[:, : 1 - ACTION_DIM]))
+        latents = self.latents(hidden[:, : 1 - ACTION_DIM], hidden[:, 1 - ACTION_DIM :])
+        return logits.argmax(-1), self.predict(latents)
 
     def predict(self, latents: Tensor) -> dict[str, Tensor]:
         """What the decoders read in the latents; grasp and seg as probabilities."""

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoint import load_weights, model_config_of, read_manifest, resolve
-from config import ACTION_DIM
-from data import ActionStats, cameras, preprocess, tokenize
+from config import ACTION_DIM, HISTORY
+from data import ActionStats, cameras, preprocess_steps, tokenize
 from model import AuxVLA
 
 
@@ -57,20 +57,24 @@ class Policy:
         return policy
 
     def reset(self) -> None:
-        """Forget the episode: the queue of actions and the noise."""
+        """Forget the episode: the queue of actions, the history and the noise."""
         self.queue: deque[np.ndarray] = deque()
+        self.seen: deque[tuple[Tensor, Tensor]] = deque(maxlen=HISTORY)
+        self.done: deque[Tensor] = deque(maxlen=HISTORY)  # actions, robot units [B, 13]
         self.noise = torch.Generator().manual_seed(self.seed)
 
     @torch.no_grad()
     def act(self, obs: dict, instruction: str) -> np.ndarray:
         """The next action [B, 13] in robot units, for B environments that move in step.
 
-        Looks at `obs` only when its queue of actions is empty; `predictions` then holds what the
-        decoders read in it: pos [B, 2], grasp [B] probability, qpos [B, 12], obj [B, 7], seg
-        [B, C, 128, 128] probability.
+        Unless it has a history, looks at `obs` only when its queue of actions is empty;
+        `predictions` then holds what the decoders read in it: pos [B, 2], grasp [B] probability,
+        qpos [B, 12], obj [B, 7], seg [B, C, 128, 128] probability.
         """
+        if self.model.cfg.history == "frames" or not self.queue:
+            now = tuple(picture.to(self.device) for picture in cameras(obs))
         if not self.queue:
-            batch = self.batch(obs, instruction)
+            batch = self.batch(now, instruction)
             cfg, noise = self.model.cfg, None
             if self.model.flow_head:
                 noise = torch.randn(
@@ -86,13 +90,29 @@ class Policy:
             self.queue.extend(
                 actions[:, step] for step in range(min(cfg.flow.execute, actions.shape[1]))
             )
-        return self.queue.popleft()
+        action = self.queue.popleft()
+        if self.model.cfg.history == "frames":
+            self.seen.append(now)
+        self.done.append(torch.from_numpy(action))
+        return action
 
-    def batch(self, obs: dict, instruction: str) -> dict[str, Tensor]:
-        rgb, depth = (picture.to(self.device) for picture in cameras(obs))
-        ids, mask = tokenize([instruction], self.tokenizer, self.model.cfg.llm)
-        return {
-            "images": preprocess(rgb, depth, self.model.cfg),
-            "prompt_ids": ids.to(self.device).expand(len(rgb), -1),
-            "prompt_mask": mask.to(self.device).expand(len(rgb), -1),
+    def batch(self, now: tuple[Tensor, Tensor], instruction: str) -> dict[str, Tensor]:
+        """What the model reads: `now` is rgb and depth as cameras() gives them."""
+        cfg, b = self.model.cfg, len(now[0])
+        steps, past = [now], {}
+        if cfg.history == "frames":  # at the start the first frame stands in (GAP-5)
+            steps = [*self.seen, now]
+            steps = [steps[0]] * (HISTORY + 1 - len(steps)) + steps
+        elif cfg.history == "actions":
+            missing = HISTORY - len(self.done)
+            actions = [torch.zeros(b, ACTION_DIM)] * missing + list(self.done)
+            past = {
+                "past_actions": self.stats.normalize(torch.stack(actions, dim=1)).to(self.device),
+                "past_mask": (torch.arange(HISTORY) >= missing).expand(b, -1).to(self.device),
+            }
+        ids, mask = tokenize([instruction], self.tokenizer, cfg.llm)
+        return past | {
+            "images": preprocess_steps(steps, cfg),
+            "prompt_ids": ids.to(self.device).expand(b, -1),
+            "prompt_mask": mask.to(self.device).expand(b, -1),
         }

@@ -1,4 +1,4 @@
-"""What the robot is asked to do: MS-HAB's tasks, targets, sentences, and the paper's columns.
+"""What the robot is asked to do: MS-HAB's tasks, targets, sentences; the tables' columns.
 
 One table for collect, train and eval: the instruction a policy hears in evaluation is the one it
 was trained on.
@@ -76,27 +76,6 @@ def instruction(subtask: str, target: str) -> str:
         "close": "close the {}",
     }
     return templates[subtask].format(readable(target))
-
-
-def _row(*rates: float) -> dict[str, float]:
-    return dict(zip(PAPER_COLUMNS, rates, strict=True))
-
-
-# Success rates on SetTable: Tables 1 (OpenVLA, Base VLM), 2 (AuxVLA, "+ ...") and 4 (action head).
-PAPER = {
-    "OpenVLA": _row(0.00, 0.19, 0.02, 0.00, 0.00, 0.04),
-    "OpenVLA + multiview": _row(0.06, 0.35, 0.14, 0.38, 0.00, 0.53),
-    "OpenVLA + multiview + depth": _row(0.12, 0.41, 0.43, 0.30, 0.00, 0.67),
-    "Base VLM + multiview": _row(0.06, 0.53, 0.60, 0.30, 0.63, 0.93),
-    "Base VLM + multiview + depth + history": _row(0.00, 0.47, 0.57, 0.40, 0.47, 1.00),
-    "AuxVLA": _row(0.16, 0.56, 0.67, 0.36, 0.83, 1.00),  # = Base VLM + multiview + depth
-    "AuxVLA + all, naive": _row(0.03, 0.50, 0.60, 0.23, 0.67, 1.00),
-    "AuxVLA + grasp": _row(0.30, 0.53, 0.83, 0.57, 0.80, 0.93),
-    "AuxVLA + qpos": _row(0.23, 0.67, 0.87, 0.70, 0.90, 0.90),
-    "AuxVLA + pos": _row(0.07, 0.27, 0.90, 0.70, 0.97, 1.00),
-    "AuxVLA + all": _row(0.13, 0.70, 0.87, 0.77, 0.90, 1.00),
-    "AuxVLA + action head": _row(0.27, 0.80, 0.76, 0.60, 0.76, 0.97),
-}
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:

@@ -3,7 +3,8 @@
     torchrun --nproc_per_node=8 train.py --stage 1 --data DATA --out RUN/stage1
     torchrun ... train.py --stage 2 --init-from RUN/stage1 --data DATA --out RUN/stage2
     torchrun ... train.py --stage 3 --init-from RUN/stage2 --data DATA --out RUN/stage3
-    python train.py --preset tiny ...  # one process, CPU or GPU; the same run
+    python train.py --row auxvla-grasp ...  # a row of the paper's tables, see python config.py
+    python train.py --preset tiny ...       # one process, CPU or GPU; the same run
 
 The same command goes on where the last one stopped. --data is a folder of MS-HAB's files or,
 faster, a pack of them.
@@ -40,6 +41,7 @@ from flow_head import draw_noise
 from logs import Log
 from model import AuxVLA, label_counts
 from pretrained import load_pretrained, source_of
+from rows import check_row, preset_of, row_of, summary
 from validation import validate
 
 # What a resumed run may change. None alters a step, but `steps` and `epochs` move the cool-down.
@@ -140,7 +142,10 @@ def main(cfg: TrainConfig) -> None:
     step = origin["step"] if resumed else 0
 
     data = open_data(cfg.data)
-    frames, held_out = (Frames(data, cfg.val_episodes, train=train) for train in (True, False))
+    frames, held_out = (
+        Frames(data, cfg.val_episodes, train, cfg.model.history, cfg.tasks, cfg.subtasks)
+        for train in (True, False)
+    )
     if len(frames) < cfg.batch_size:
         raise InputError(
             f"{cfg.data}: {len(frames)} training frames ({len(held_out)} more are held out) are "
@@ -162,6 +167,8 @@ def main(cfg: TrainConfig) -> None:
             f"{resumed}: was trained on {origin['data']}, {cfg.data} has {manifest['data']}. "
             "Give the same data, or another --out with --init-from"
         )
+    if is_main and cfg.row:
+        print("\n".join(f"{key:9} {text}" for key, text in summary(cfg.row).items()))
     num_steps = cfg.steps or cfg.epochs[cfg.stage - 1] * (len(frames) // cfg.batch_size)
     order = StepOrder(len(frames), cfg.batch_size, cfg.seed, step, num_steps, rank, world)
     log = Log(
@@ -230,16 +237,38 @@ def describe(cfg: TrainConfig, data, stats: ActionStats) -> dict:
     }
 
 
+def given(args: list[str], flag: str) -> str | None:
+    """The value of a flag that decides on the defaults of the others."""
+    values = [b for a, b in pairwise(args) if a == flag]
+    values += [a.partition("=")[2] for a in args if a.startswith(f"{flag}=")]
+    return values[-1] if values else None
+
+
 def parse(args: list[str] | None = None) -> TrainConfig:
-    """The command line over the defaults of its --preset."""
+    """The command line over the defaults of its --preset and --row.
+
+    Raises InputError when a flag contradicts the row.
+    """
     args = sys.argv[1:] if args is None else args
-    given = [b for a, b in pairwise(args) if a == "--preset"] + [
-        a[9:] for a in args if a.startswith("--preset=")
-    ]
-    name = given[-1] if given and given[-1] in PRESETS else "paper"
-    base = TrainConfig(data="", out="")
-    default = replace(base, preset=name, data=tyro.MISSING, out=tyro.MISSING, **PRESETS[name])
-    return tyro.cli(TrainConfig, default=default, args=args, description=__doc__)
+    name, preset = given(args, "--row"), given(args, "--preset")
+    row = row_of(name) if name else None
+    default = replace(TrainConfig(data="", out=""), data=tyro.MISSING, out=tyro.MISSING)
+    if preset in (None, *PRESETS):  # otherwise tyro names the choices
+        chosen = preset_of(row, preset) if row else preset or "paper"
+        default = replace(default, preset=chosen, **PRESETS[chosen])
+        pairs = pairwise(["", *args])  # without --preset, which is now in the default
+        args = [b for a, b in pairs if "--preset" not in (a, b.partition("=")[0])]
+    if row:
+        default = replace(
+            default, model=replace(default.model, **row.model), tasks=row.tasks,
+            subtasks=row.subtasks, epochs=row.epochs,
+        )  # fmt: skip
+    cfg = tyro.cli(TrainConfig, default=default, args=args, description=__doc__)
+    if row:
+        check_row(cfg)
+    elif not cfg.epochs[cfg.stage - 1] and not cfg.steps:
+        raise InputError(f"--epochs {cfg.epochs} give stage {cfg.stage} none; give --steps")
+    return cfg
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from eval import (
     wilson,
 )
 from model import AuxVLA
-from tasks import PAPER
+from rows import ROWS
 from tools.report import success_table, write_report
 
 HERE = Path(__file__).parent.parent
@@ -115,7 +115,7 @@ def test_the_table_is_counted_from_the_file_of_episodes(tmp_path):
     for seed, (once, end) in enumerate([(True, True), (True, False), (False, False)]):
         success = {"success_once": once, "success_at_end": end}
         append_episode(path, {"column": "open_fridge", "seed": seed} | success)
-    row = PAPER["AuxVLA + action head"]
+    row = ROWS["auxvla-action-head"].paper["set_table"]
     columns = table(read_episodes(path), row)
     assert list(columns) == ["open_fridge"]
     figures = {"n": 3, "success_once": 2 / 3, "success_at_end": 1 / 3, "paper": 0.76}

@@ -194,7 +194,7 @@ def test_cached_decoding_equals_one_pass_over_all_tokens(model):
     model.eval()
     batch = make_batch(b=3)
     with torch.no_grad():
-        bins = model.decode_bins(model.vlm.encode(batch))
+        bins, _ = model.decode_bins(model.vlm.encode(batch))
         batch["actions"][:, 0] = bins_to_actions(bins, CFG.bins)
         again, _ = model.teacher_forced(batch)
     assert torch.equal(bins, again)

@@ -20,14 +20,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from config import CAMERAS, LOSSES, explained
 from data import normalize_depth
-from tasks import COLUMNS, PAPER, PAPER_COLUMNS
+from rows import ROWS
+from tasks import COLUMNS, PAPER_COLUMNS
 
 FPS = 20  # the control rate: films run in real time
 VIEW, INSET, PANEL = 512, 128, 208  # pixels; all sums are multiples of 16, as h264 wants them
 PREDICTED, TRUE = np.array([255, 110, 0]), np.array([0, 255, 90])  # colours of masks and of text
 FONT = ImageFont.load_default(13)
 NOT_RUN = "not run"
-DEFAULT_ROW = "AuxVLA + all"
+DEFAULT_ROW = "auxvla-all"
 
 
 # --- Videos ---
@@ -241,8 +242,8 @@ def write_report(run: Path) -> Path:
         plot_curves(curves, run / "curves.png")
     manifests = {heading: results["manifest"] for heading, results in evaluations.items()}
     learned = [each for each in manifests.values() if each["policy"] == "learned"]
-    papers = {each["row"]: PAPER[each["row"]] for each in learned if each["task"] == "set_table"}
-    papers = papers or {DEFAULT_ROW: PAPER[DEFAULT_ROW]}
+    rows = {(each["row"], each["task"]) for each in learned} or {(DEFAULT_ROW, "set_table")}
+    papers = {ROWS[name].label: ROWS[name].paper.get(task, {}) for name, task in sorted(rows)}
     columns = {key: {} for key in ("ours", "random", "expert")}
     columns |= {heading: results["columns"] for heading, results in evaluations.items()}
     listing = ["```json", json.dumps(manifests, indent=2), "```"]
