@@ -21,11 +21,12 @@ from pathlib import Path
 
 import dacite
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from config import InputError, ModelConfig
+from sharding import like, whole
 
 FORMAT = 1
 
@@ -51,7 +52,7 @@ def optimizer_tensors(
     """Adam's state as {"<parameter>/<moment>": tensor}."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{names[parameter]}/{key}": value.contiguous()
+        f"{names[parameter]}/{key}": whole(value).contiguous()
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
@@ -65,21 +66,24 @@ def save(
     manifest: dict,
     tokenizer: str,
     keep: int,
+    is_main: bool = True,
 ):
     """Write out/step-NNNNNNNN and out/last, then drop all but the newest `keep`.
 
-    On a full disk the older ones stay whole.
+    Every rank calls it, since a sharded model is gathered by all; the main one writes. On a full
+    disk the older ones stay whole.
     """
+    weights = {key: whole(value).contiguous() for key, value in model.state_dict().items()}
+    moments = optimizer_tensors(model, optimizer)
+    if not is_main:
+        return
     final = out / f"step-{step:08d}"
     partial = out / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        save_file(
-            {k: v.contiguous() for k, v in model.state_dict().items()},
-            partial / "model.safetensors",
-        )
-        save_file(optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
+        save_file(weights, partial / "model.safetensors")
+        save_file(moments, partial / "optimizer.safetensors")
         (partial / "tokenizer.json").write_text(tokenizer)
         files = {path.name: sha256(path) for path in sorted(partial.iterdir())}
         (partial / "manifest.json").write_text(
@@ -191,9 +195,11 @@ def load_weights(model: nn.Module, folder: Path, new: tuple[str, ...] = ()) -> N
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     parameters = dict(model.named_parameters())
-    for key, value in load_file(folder / "optimizer.safetensors").items():
-        name, _, moment = key.rpartition("/")
-        # Adam keeps its step counter on the CPU.
-        optimizer.state[parameters[name]][moment] = (
-            value if moment == "step" else value.to(parameters[name].device)
-        )
+    with safe_open(folder / "optimizer.safetensors", "pt") as file:  # one tensor at a time
+        for key in sorted(file.keys()):  # in the same order on every rank
+            name, _, moment = key.rpartition("/")
+            value = file.get_tensor(key)
+            # Adam keeps its step counter on the CPU.
+            optimizer.state[parameters[name]][moment] = (
+                value if moment == "step" else like(value, parameters[name])
+            )

@@ -262,6 +262,9 @@ class TrainConfig:
     # frames per GPU and backward pass, the rest is accumulated: without activation checkpointing a
     # frame of the paper's model keeps up to 6.1 GiB for the backward pass (counted, not run)
     micro_batch: int = 8
+    # divide weights, gradients and Adam's moments among the GPUs (sharding.py): a model too large
+    # for one of them; a single process ignores it
+    shard: bool = False
     lr: float = 2e-5  # Adam, constant (Sec. 6.1)
     warmup: int = 0  # steps of linear warm-up; the paper has none
     # last share of the steps over which lr falls linearly to 0; the paper has none
@@ -331,9 +334,9 @@ _TINY_TRAINING = dict(
 # Fields that a preset changes; `data` and `out` are always the user's.
 PRESETS: dict[str, dict] = {
     "paper": {},
-    "openvla": dict(model=OPENVLA_MODEL, pretrained="openvla/openvla-7b"),
+    "openvla": dict(model=OPENVLA_MODEL, pretrained="openvla/openvla-7b", shard=True),
     "tiny": dict(model=TINY_MODEL, **_TINY_TRAINING),
-    "tiny-openvla": dict(model=TINY_OPENVLA_MODEL, **_TINY_TRAINING),
+    "tiny-openvla": dict(model=TINY_OPENVLA_MODEL, shard=True, **_TINY_TRAINING),
 }
 
 

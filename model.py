@@ -183,7 +183,11 @@ class AuxVLA(nn.Module):
             part.train(trained)  # frozen BatchNorm must not move either
         if self.cfg.freeze_vision:
             self.vlm.vision.requires_grad_(False)
-        return [p for p in self.parameters() if p.requires_grad]
+        return self.trained()
+
+    def trained(self) -> list[nn.Parameter]:
+        """What train_stage left to train; some parts have empty parameters (SigLIP's prefix)."""
+        return [p for p in self.parameters() if p.requires_grad and p.numel()]
 
     def forward(self, batch: dict[str, Tensor], stage: int) -> dict[str, Tensor]:
         """The unweighted losses of a stage, each a scalar under its name in Eq. 4."""

@@ -42,6 +42,7 @@ from logs import Log
 from model import AuxVLA, label_counts
 from pretrained import load_pretrained, source_of
 from rows import check_row, preset_of, row_of, summary
+from sharding import shard, whole
 from validation import validate
 
 # What a resumed run may change. None alters a step, but `steps` and `epochs` move the cool-down.
@@ -49,7 +50,7 @@ MAY_CHANGE = {
     "data", "out", "init_from", "resume", "steps", "epochs", "device", "workers", "val_every",
     "val_frames",
 }  # fmt: skip
-MAY_CHANGE |= {"pretrained", "log_every", "save_every", "keep", "tracker"}
+MAY_CHANGE |= {"pretrained", "log_every", "save_every", "keep", "tracker", "shard"}
 
 
 def setup_distributed(device: str | None) -> tuple[int, int, torch.device]:
@@ -134,8 +135,13 @@ def main(cfg: TrainConfig) -> None:
             f"--batch-size {cfg.batch_size} must be a multiple of the {world} processes"
         )
     model, origin, resumed = prepare(cfg, is_main)
-    model.to(device)
-    params = model.train_stage(cfg.stage)  # before DDP, which registers what requires a gradient
+    model.train_stage(cfg.stage)  # before DDP, which registers what requires a gradient
+    sharded = cfg.shard and world > 1
+    if sharded:
+        shard(model, device)
+    else:
+        model.to(device)
+    params = model.trained()
     optimizer = torch.optim.Adam(params, lr=cfg.lr, betas=cfg.betas)  # Sec. 6.1
     if resumed:
         checkpoint.load_optimizer(model, optimizer, resumed)
@@ -174,7 +180,7 @@ def main(cfg: TrainConfig) -> None:
     log = Log(
         cfg, step, num_steps, is_main, len(frames), len(held_out), sum(p.numel() for p in params)
     )
-    ddp = DDP(model) if world > 1 else model
+    ddp = DDP(model) if world > 1 and not sharded else model
 
     for raw in loader(frames, order, cfg.workers):
         log.data_arrived()
@@ -192,14 +198,15 @@ def main(cfg: TrainConfig) -> None:
             group["lr"] = lr
         micros = micro_batches(batch, cfg.micro_batch)
         for i, micro in enumerate(micros):
-            if world > 1:  # all-reduce once per step, not per micro-batch
+            # All-reduce once per step, not per micro-batch. Shards could not: the sum stays whole.
+            if world > 1 and not sharded:
                 ddp.require_backward_grad_sync = i == len(micros) - 1
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 losses = ddp(micro, cfg.stage)  # never the bare model: it would skip the all-reduce
             # Eq. 4, plus the action loss (Sec. 4.3)
             sum(getattr(cfg.weights, name) * loss for name, loss in losses.items()).backward()
             log.add(losses)
-        grad_norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip)
+        grad_norm = whole(nn.utils.clip_grad_norm_(params, cfg.grad_clip))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -208,12 +215,15 @@ def main(cfg: TrainConfig) -> None:
         log.steps += 1
         if step % cfg.log_every == 0 or last:
             log.write(step, lr, grad_norm, world)
-        if is_main and len(held_out) and (step % cfg.val_every == 0 or last):
+        if (is_main or sharded) and len(held_out) and (step % cfg.val_every == 0 or last):
             began = time.perf_counter()
             figures = validate(model, held_out, batcher, cfg, device)
-            log.write_validation(step, *figures, time.perf_counter() - began)
-        if is_main and (step % cfg.save_every == 0 or last):
-            checkpoint.save(out, step, model, optimizer, manifest, tokenizer.to_str(), cfg.keep)
+            if is_main:
+                log.write_validation(step, *figures, time.perf_counter() - began)
+        if (is_main or sharded) and (step % cfg.save_every == 0 or last):
+            checkpoint.save(
+                out, step, model, optimizer, manifest, tokenizer.to_str(), cfg.keep, is_main
+            )
         log.waiting()
     if is_main:
         print(f"stage {cfg.stage}: {step} steps done, newest checkpoint in {out}")
