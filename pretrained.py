@@ -5,6 +5,8 @@
     python train.py --preset openvla ...    # openvla-7b: its three components from safetensors
     python train.py --pretrained hub ...    # DINOv2, SigLIP and Qwen2.5 each from its own hub
                                             # model; a new projector
+    python train.py --pretrained DIR ...    # the same from DIR/dinov2-with-registers-large,
+                                            # DIR/siglip-so400m-patch14-224, DIR/Qwen2.5-0.5B
 
 Every key of a file is used or named as dead here; every parameter of the VLM is filled or named as
 new. Anything else is a PretrainedError that lists the keys and shapes. HF_HUB_OFFLINE=1 is
@@ -15,7 +17,7 @@ import math
 import pickle
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -87,15 +89,19 @@ LLM_HF = {
 }
 LLM_HF_DEAD = (r"lm_head\.weight",)  # tied: equal to the embedding, stored twice
 LLM_HF_UNTIED = LLM_HF | {r"lm_head\.weight": "head.weight"}  # Llama 2
-PROJECTOR = {r"projector\.(\d)\.(\w+)": r"\1.\2"}
-# openvla-7b's names of the components -> Prismatic's, which the maps above read.
+# A whole VLM's names -> part/name: the LLM's names are then the hub model's, the towers' timm's.
+PRISMATIC = {
+    r"projector/projector\.(.*)": r"projector/\1",
+    r"llm_backbone/llm\.(.*)": r"llm/\1",
+    r"vision_backbone/(dino|siglip)_featurizer\.(.*)": r"\1/\2",
+}
 OPENVLA = {
-    r"vision_backbone\.featurizer\.(.*)": r"vision_backbone/dino_featurizer.\1",
-    r"vision_backbone\.fused_featurizer\.(.*)": r"vision_backbone/siglip_featurizer.\1",
-    r"projector\.fc1\.(\w+)": r"projector/projector.0.\1",
-    r"projector\.fc2\.(\w+)": r"projector/projector.2.\1",
-    r"projector\.fc3\.(\w+)": r"projector/projector.4.\1",
-    r"language_model\.(.*)": r"llm_backbone/llm.\1",
+    r"projector\.fc1\.(\w+)": r"projector/0.\1",
+    r"projector\.fc2\.(\w+)": r"projector/2.\1",
+    r"projector\.fc3\.(\w+)": r"projector/4.\1",
+    r"language_model\.(.*)": r"llm/\1",
+    r"vision_backbone\.featurizer\.(.*)": r"dino/\1",
+    r"vision_backbone\.fused_featurizer\.(.*)": r"siglip/\1",
 }
 
 
@@ -126,7 +132,15 @@ def translate(
             f"{source}: {len(unknown)} keys that are not of this model: {', '.join(unknown[:8])}"
         )
     for name, fused in parts.items():
-        out[name] = torch.cat([fused[i] for i in sorted(fused)], dim=1 if name == "prefix" else 0)
+        try:
+            out[name] = torch.cat(
+                [fused[i] for i in sorted(fused)], dim=1 if name == "prefix" else 0
+            )
+        except RuntimeError as error:
+            shapes = ", ".join(str(list(part.shape)) for part in fused.values())
+            raise PretrainedError(
+                f"{source}: the parts of {name} do not go together: {shapes}"
+            ) from error
     return out
 
 
@@ -136,23 +150,29 @@ def drop_last_block(tensors: dict[str, Tensor], built: int) -> dict[str, Tensor]
 
 
 def vision_tower(tensors: dict[str, Tensor], hub_format: bool, patches: int) -> dict[str, Tensor]:
-    """A tower's translated tensors in our shapes: prefix [T, C], pos_embed [P, C]."""
-    if "pos_embed" not in tensors:
-        return tensors  # a partial file; load_pretrained names all that it lacks
-    pos = tensors["pos_embed"]
-    pos = pos[0] if pos.ndim == 3 else pos  # [P or 1 + P, C]
-    if hub_format and "prefix" in tensors:  # DINOv2 adds the first position to the cls token
-        tensors["prefix"] = tensors["prefix"].clone()
-        tensors["prefix"][0, 0] += pos[0]
-        pos = pos[1:]
-    if len(pos) != patches:  # 518 -> 224 pixels, as timm resizes it
-        grid = rearrange(pos.float(), "(h w) c -> 1 c h w", h=math.isqrt(len(pos)))
-        size = (math.isqrt(patches),) * 2
-        grid = F.interpolate(grid, size=size, mode="bicubic", antialias=True, align_corners=False)
-        pos = rearrange(grid, "1 c h w -> (h w) c")
-    if "prefix" in tensors:
-        tensors["prefix"] = rearrange(tensors["prefix"], "1 t c -> t c")
-    return tensors | {"pos_embed": pos}
+    """A tower's translated tensors in our shapes: prefix [T, C], pos_embed [P, C].
+
+    What does not fit stays as it is; load_pretrained names it.
+    """
+    out = dict(tensors)
+    for name in ("prefix", "pos_embed"):
+        if name in out and out[name].ndim == 3:
+            out[name] = out[name][0]  # [T, C], [P or 1 + P, C]
+    if "pos_embed" in out:
+        pos, prefix = out["pos_embed"], out.get("prefix")
+        if hub_format and prefix is not None and prefix.shape[-1] == pos.shape[-1]:
+            # DINOv2 adds the first position to the cls token.
+            out["prefix"], pos = torch.cat([prefix[:1] + pos[:1], prefix[1:]]), pos[1:]
+        side = math.isqrt(len(pos))
+        if len(pos) != patches and len(pos) == side**2:  # 518 -> 224 pixels, as timm resizes it
+            grid = rearrange(pos.float(), "(h w) c -> 1 c h w", h=side)
+            size = (math.isqrt(patches),) * 2
+            grid = F.interpolate(
+                grid, size=size, mode="bicubic", antialias=True, align_corners=False
+            )
+            pos = rearrange(grid, "1 c h w -> (h w) c")
+        out["pos_embed"] = pos
+    return out
 
 
 @dataclass(frozen=True)
@@ -174,9 +194,10 @@ def folder_of(name: str, patterns: list[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
         raise PretrainedError(
-            f"{name}: neither a folder nor to be had from the hub ({error}). Download it where "
-            "there is a network, then give --pretrained FOLDER; --pretrained None starts from "
-            "random weights"
+            f"{name}: neither a folder nor to be had from the hub ({error}). Where there is a "
+            f"network: hf download {name} --local-dir DIR/{Path(name).name}; then --pretrained "
+            "DIR for the hub models, or that folder itself for a whole VLM. --pretrained None "
+            "starts from random weights"
         ) from error
 
 
@@ -200,47 +221,50 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     return out
 
 
-def read_openvla(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """The components of openvla-7b's shards, under Prismatic's names."""
-    components = {"vision_backbone": {}, "projector": {}, "llm_backbone": {}}
-    for key, tensor in translate(read_safetensors(folder), OPENVLA, (), str(folder)).items():
-        component, _, name = key.partition("/")
-        components[component][name] = tensor
-    return components
+def split(tensors: dict[str, Tensor], names: dict[str, str], source: str) -> dict[str, dict]:
+    """A whole VLM's tensors by part: projector, llm, dino, siglip."""
+    parts = {"projector": {}, "llm": {}, "dino": {}, "siglip": {}}
+    for key, tensor in translate(tensors, names, (), source).items():
+        part, _, name = key.partition("/")
+        parts[part][name] = tensor
+    return parts
 
 
 def read_vlm(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """The components of whichever of the two formats the folder holds."""
-    if (folder / "checkpoints").is_dir() or not list(folder.glob("*.safetensors")):
-        return read_prismatic(folder)
-    return read_openvla(folder)
+    """The parts of whichever of the two formats the folder holds."""
+    if list(folder.glob("*.safetensors")) and not (folder / "checkpoints").is_dir():
+        return split(read_safetensors(folder), OPENVLA, str(folder))
+    parts = split(read_prismatic(folder), PRISMATIC, str(folder))
+    # A Prismatic VLM that was trained on frozen encoders is stored without them.
+    kept = parts if parts["dino"] or parts["siglip"] else ("projector", "llm")
+    return {part: parts[part] for part in kept}
 
 
-def read_prismatic(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """The components of a Prismatic checkpoint: projector, llm_backbone, maybe vision_backbone."""
+def read_prismatic(folder: Path) -> dict[str, Tensor]:
+    """A Prismatic checkpoint's tensors as component/name; vision_backbone may be absent."""
     path = folder / "checkpoints/latest-checkpoint.pt"
     if not path.is_file():
+        hubs = ", ".join(Path(name).name for name in (DINO_HUB, SIGLIP_HUB, QWEN_HUB))
         raise PretrainedError(
             f"{path}: not there, and no .safetensors in {folder} either; expected the folder of a "
-            "Prismatic checkpoint or of openvla-7b. Give another --pretrained"
+            f"Prismatic checkpoint, of openvla-7b, or one that holds the folders {hubs}. Give "
+            "another --pretrained"
         )
     try:
         # A pickle, Prismatic's format: only tensors and containers are ever built from it.
         components = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["model"]
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
         raise PretrainedError(
             f"{path}: cut off or not a Prismatic checkpoint ({error}); download it again"
         ) from error
     if missing := {"projector", "llm_backbone"} - set(components):
         raise PretrainedError(
-            f"{path}: lacks the components {sorted(missing)}; it has {sorted(components)}"
+            f"{path}: lacks the components {sorted(missing)}; it has {sorted(components)[:8]}"
         )
-    return components
-
-
-def strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {
-        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+        f"{component}/{key}": tensor
+        for component, tensors in components.items()
+        for key, tensor in tensors.items()
     }
 
 
@@ -254,22 +278,16 @@ def parts_of(
 
     def folder(name: str, *patterns: str) -> Path:
         found = folder_of(name, list(patterns))
-        hashes.update(
-            {
-                f"{name}/{path.name}": sha256(path)
-                for pattern in patterns
-                for path in sorted(found.glob(pattern))
-            }
-        )
+        for path in sorted(path for pattern in patterns for path in found.glob(pattern)):
+            hashes[f"{name}/{path.relative_to(found)}"] = sha256(path)
         return found
 
-    built = {name: len(getattr(vlm.vision, name).blocks) for name in ("dino", "siglip")}
-    components = {}
+    whole = {}
     if source.vlm:
         files = ("config.json", "checkpoints/latest-checkpoint.pt", "*.safetensors")
-        components = read_vlm(folder(source.vlm, *files))
-        yield "projector.", translate(components["projector"], PROJECTOR, (), "projector")
-        llm = strip(components["llm_backbone"], "llm.")
+        whole = read_vlm(folder(source.vlm, *files))
+        yield "projector.", whole["projector"]
+        llm = whole["llm"]
     else:
         llm = read_safetensors(folder(source.qwen, "*.safetensors"))
     names, dead = (LLM_HF, LLM_HF_DEAD) if vlm.cfg.llm.tied else (LLM_HF_UNTIED, ())
@@ -278,44 +296,50 @@ def parts_of(
         ("dino", source.dino, DINO_HF, DINO_HF_DEAD),
         ("siglip", source.siglip, SIGLIP_HF, SIGLIP_HF_DEAD),
     ):
-        timm = "vision_backbone" in components
-        if timm:
-            tensors = strip(components["vision_backbone"], f"{name}_featurizer.")
-            tensors = translate(tensors, TIMM, TIMM_DEAD, f"{name}_featurizer")
+        if name in whole:
+            tensors = translate(whole[name], TIMM, TIMM_DEAD, name)
         else:
             tensors = translate(read_safetensors(folder(hub, "*.safetensors")), names, dead, hub)
-        tensors = vision_tower(tensors, not timm, vlm.cfg.patches)
-        yield f"vision.{name}.", drop_last_block(tensors, built[name])
+        tensors = vision_tower(tensors, name not in whole, vlm.cfg.patches)
+        built = len(getattr(vlm.vision, name).blocks)
+        yield f"vision.{name}.", drop_last_block(tensors, built)
 
 
 def load_pretrained(vlm: VLM, source: Source) -> dict[str, str]:
-    """Fill the VLM; returns the sha256 of every file used.
+    """Fill the VLM; returns the sha256 of every file used, {"<--pretrained>/<file>": sha256}.
 
-    Raises PretrainedError on any key or shape that does not fit.
+    Raises PretrainedError that names the keys and shapes which do not fit.
     """
     hashes: dict[str, str] = {}
-    new = (
-        NEW
-        if source.vlm
-        else NEW | {key for key in vlm.state_dict() if key.startswith("projector.")}
-    )
-    ours, filled = dict(vlm.state_dict()), set()
+    ours = dict(vlm.state_dict())
+    new = {key for key in ours if key.startswith("projector.") and not source.vlm} | NEW
+    unfilled = {key for key, value in ours.items() if value.numel()} - new  # SigLIP has no prefix
+    wrong = []
     for prefix, tensors in parts_of(vlm, source, hashes):
         for key, tensor in tensors.items():
             name = prefix + key
-            if name not in ours or ours[name].shape != tensor.shape:
+            unfilled.discard(name)
+            if name in ours and ours[name].shape == tensor.shape:
+                ours[name].copy_(tensor)
+            else:
                 expected = list(ours[name].shape) if name in ours else "no such parameter"
-                raise PretrainedError(
-                    f"{name}: the file has {list(tensor.shape)}, this model has {expected}"
-                )
-            ours[name].copy_(tensor)
-            filled.add(name)
-    empty = {key for key, value in ours.items() if not value.numel()}  # SigLIP has no cls token
-    if missing := ours.keys() - filled - new - empty:
-        raise PretrainedError(f"the files lack {len(missing)} parameters: {sorted(missing)[:8]}")
+                wrong.append(f"{name}: the file has {list(tensor.shape)}, this model {expected}")
+    lacking = [f"{name} {list(ours[name].shape)}" for name in sorted(unfilled)]
+    if wrong or lacking:
+        raise PretrainedError(
+            f"{source.vlm or 'the hub models'}: {len(wrong)} tensors do not fit, "
+            f"{len(lacking)} are missing: {'; '.join([*wrong[:8], *lacking[:8]])}. Are these the "
+            "files of --preset's model, and all of them?"
+        )
     return hashes
 
 
 def source_of(name: str) -> Source:
-    """--pretrained: "hub" for the three hub models, otherwise folder or hub name of a whole VLM."""
-    return Source() if name == "hub" else replace(Source(), vlm=name)
+    """What --pretrained names: "hub", or the folder or hub name of a whole VLM.
+
+    A folder in it that is named as one of the hub models stands for that model.
+    """
+    hubs = {"dino": DINO_HUB, "siglip": SIGLIP_HUB, "qwen": QWEN_HUB}
+    folders = {part: Path(name, Path(hub).name) for part, hub in hubs.items()}
+    local = {part: str(folder) for part, folder in folders.items() if folder.is_dir()}
+    return Source(vlm=None if name == "hub" or "qwen" in local else name, **local)

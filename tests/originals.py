@@ -1,0 +1,183 @@
+"""Public models with random weights, as transformers builds and saves them, and Prismatic's files.
+
+transformers writes the hub's own names and shapes, so these are the formats of the real files.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from config import ModelConfig
+from model import VLM
+from pretrained import DINO_HUB, QWEN_HUB, SIGLIP_HUB
+
+DINO, SIGLIP, QWEN = (Path(name).name for name in (DINO_HUB, SIGLIP_HUB, QWEN_HUB))
+
+
+@dataclass
+class Originals:
+    """The public models a VLM is made of."""
+
+    dino: nn.Module
+    siglip: nn.Module  # the hub's file holds its text tower too
+    llm: nn.Module
+
+
+def build_originals(cfg: ModelConfig, dino_image_size: int) -> Originals:
+    """Random weights; none of a bias of zero, a scale of one or two equal layers hides an error."""
+    dino, siglip, llm = cfg.dino, cfg.siglip, cfg.llm
+    common = dict(hidden_act="gelu", patch_size=cfg.patch_size, layer_norm_eps=1e-6)
+    family = "Qwen2" if llm.tied else "Llama"
+    originals = Originals(
+        transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(
+            hidden_size=dino.width, num_hidden_layers=dino.depth, num_attention_heads=dino.heads,
+            mlp_ratio=dino.mlp // dino.width, num_register_tokens=dino.registers,
+            image_size=dino_image_size, **common,
+        )),
+        transformers.SiglipModel(transformers.SiglipConfig(
+            vision_config=dict(
+                hidden_size=siglip.width, num_hidden_layers=siglip.depth,
+                num_attention_heads=siglip.heads, intermediate_size=siglip.mlp,
+                image_size=cfg.image_size, **common,
+            ),
+            text_config=dict(hidden_size=siglip.width, num_hidden_layers=1, vocab_size=9),
+        )),
+        getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(
+            vocab_size=llm.vocab, hidden_size=llm.width, num_hidden_layers=llm.depth,
+            num_attention_heads=llm.heads, num_key_value_heads=llm.kv_heads,
+            intermediate_size=llm.mlp, rms_norm_eps=llm.norm_eps, tie_word_embeddings=llm.tied,
+            rope_parameters={"rope_type": "default", "rope_theta": llm.rope_theta},
+            eos_token_id=None, bos_token_id=None, pad_token_id=None,
+        )),
+    )  # fmt: skip
+    with torch.no_grad():
+        for model in vars(originals).values():
+            for parameter in model.eval().parameters():
+                shake = 0.1 if parameter.ndim == 1 else 0.02
+                parameter.add_(torch.randn_like(parameter), alpha=shake)
+    return originals
+
+
+def save_hub(originals: Originals, folder: Path) -> Path:
+    """The three hub models, each in its folder."""
+    for model, name in zip(vars(originals).values(), (DINO, SIGLIP, QWEN)):
+        model.save_pretrained(folder / name)
+    return folder
+
+
+def saved(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """A model's tensors under the names of its file."""
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+RENAMED = (
+    (r"vision_model\.|embeddings\.(?=cls|mask)", ""),
+    (r"embeddings\.register_tokens", "reg_token"),
+    (r"embeddings\.position_embeddings?(\.weight)?", "pos_embed"),
+    (r"embeddings\.patch_embedding(s\.projection)?", "patch_embed.proj"),
+    (r"encoder\.layers?\.", "blocks."),
+    (r"attention\.output\.dense|self_attn\.out_proj", "attn.proj"),
+    (r"attention\.attention\.|self_attn\.", "attn."),
+    (r"(query|q_proj)\.", "q."),
+    (r"(key|k_proj)\.", "k."),
+    (r"(value|v_proj)\.", "v."),
+    (r"layer_norm(\d)", r"norm\1"),
+    (r"layer_scale(\d)\.lambda1", r"ls\1.gamma"),
+    (r"^(post_)?layernorm\.", "norm."),
+    (r"^head\.", "attn_pool."),
+)
+
+
+def timm_tower(hub: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A tower of a hub file as timm names it: fused qkv, the cls token's position folded in."""
+    out = {}
+    for key, value in hub.items():
+        if key.startswith(("text_model.", "logit_")) or key.endswith("mask_token"):
+            continue
+        for old, new in RENAMED:
+            key = re.sub(old, new, key)
+        out[key] = value
+    for key in [key for key in out if ".attn.q." in key]:
+        parts = [out.pop(key.replace(".q.", f".{part}.")) for part in "qkv"]
+        out[key.replace(".q.", ".qkv.")] = torch.cat(parts)
+    if "cls_token" in out:
+        out["cls_token"] += out["pos_embed"][:, :1]
+        out["pos_embed"] = out["pos_embed"][:, 1:]
+    else:
+        out["pos_embed"] = out["pos_embed"][None]
+    return out
+
+
+def prismatic_components(originals: Originals, cfg: ModelConfig, folder: Path) -> dict[str, dict]:
+    """The originals, and a random projector, as the components of a Prismatic checkpoint."""
+    projector = VLM(cfg).projector.state_dict()
+    llm = saved(originals.llm, folder / "llm")
+    llm.setdefault("lm_head.weight", llm["model.embed_tokens.weight"].clone())  # tied, stored twice
+    towers = {name: saved(getattr(originals, name), folder / name) for name in ("dino", "siglip")}
+    return {
+        "projector": {f"projector.{key}": value for key, value in projector.items()},
+        "llm_backbone": {f"llm.{key}": value for key, value in llm.items()},
+        "vision_backbone": {
+            f"{name}_featurizer.{key}": value
+            for name, hub in towers.items()
+            for key, value in timm_tower(hub).items()
+        },
+    }
+
+
+def save_prismatic(components: dict[str, dict], folder: Path) -> Path:
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    torch.save({"model": components}, folder / "checkpoints/latest-checkpoint.pt")
+    return folder
+
+
+OPENVLA_NAMES = {
+    "dino_featurizer.": "vision_backbone.featurizer.",
+    "siglip_featurizer.": "vision_backbone.fused_featurizer.",
+    "projector.0": "projector.fc1", "projector.2": "projector.fc2",
+    "projector.4": "projector.fc3", "llm.": "language_model.",
+}  # fmt: skip
+
+
+def save_openvla(components: dict[str, dict], folder: Path) -> Path:
+    """The same as openvla-7b's shards name it; every second tensor is in the second."""
+    tensors = {
+        new + key.removeprefix(old).replace(".gamma", ".scale_factor"): value
+        for part in components.values()
+        for key, value in part.items()
+        for old, new in OPENVLA_NAMES.items()
+        if key.startswith(old)
+    }
+    folder.mkdir(parents=True)
+    for i in (0, 1):
+        shard = {name: tensors[name] for name in sorted(tensors)[i::2]}
+        save_file(shard, folder / f"model-{i + 1:05d}-of-00002.safetensors")
+    return folder
+
+
+@torch.no_grad()
+def compare(vlm: VLM, originals: Originals, cfg: ModelConfig, tolerance: float) -> None:
+    """Our features are the second-to-last block's of both towers, our logits the LLM's."""
+    images = torch.rand(2, 3, cfg.image_size, cfg.image_size)
+    features = vlm.vision(images).split([cfg.dino.width, cfg.siglip.width], dim=-1)
+    towers = {"dino": originals.dino, "siglip": originals.siglip.vision_model}
+    for ours, (name, tower) in zip(features, towers.items()):
+        part = getattr(cfg, name)
+        mean, std = (torch.tensor(each)[:, None, None] for each in (part.mean, part.std))
+        states = tower(pixel_values=(images - mean) / std, output_hidden_states=True).hidden_states
+        assert states[-2].abs().max() > 0.5
+        theirs = states[-2][:, part.prefix_tokens :]
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+    ids = torch.randint(0, cfg.llm.vocab, (2, 17))
+    causal = torch.ones(2, 17, 17, dtype=torch.bool).tril()
+    hidden, _ = vlm.llm(vlm.llm.embed(ids), torch.arange(17).expand(2, 17), causal)
+    theirs = originals.llm(ids).logits
+    assert theirs.abs().max() > 0.5
+    torch.testing.assert_close(vlm.llm.logits(hidden), theirs, rtol=0, atol=1e-5)
