@@ -4,106 +4,182 @@
                              optimizer.safetensors  Adam's moments, by parameter name
                              tokenizer.json
                              manifest.json          config, stage, step, action statistics and
-                                                    schema, sha256 of each file
-    RUN/stage1/last                                 the newest one's name
+                                                    schema, sha256 of each file and of itself
+    RUN/stage1/last, best                           names: the newest, the lowest held-out loss
 
-It is written under a temporary name, fsynced and renamed; the manifest is written last. No pickle
+It is written under a hidden name, fsynced and renamed; the manifest is written last. No pickle
 anywhere.
 """
 
-import hashlib
+import fcntl
 import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from threading import Thread
 
 import dacite
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+import durable
 from config import InputError, ModelConfig
+from durable import read_sealed, sha256, sync, write_sealed
 from sharding import like, whole
 
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(InputError):
     """A checkpoint that cannot be used; the message names the file."""
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# --- Writing ---
 
 
-def fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+def snapshot(
+    model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Copies on the host: weights by name, Adam's state as "<parameter>/<moment>".
 
-
-def optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    """Adam's state as {"<parameter>/<moment>": tensor}."""
+    Collective where the model is sharded; ranks that do not `keep` get empty dicts.
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}/{key}": whole(value).contiguous()
+    moments = {
+        f"{names[parameter]}/{key}": value
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
 
+    def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        out = {}
+        for key, tensor in tensors.items():
+            full = whole(tensor.detach())
+            if keep:
+                out[key] = full.to("cpu", copy=True).contiguous()
+        return out
 
-def save(
-    out: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    manifest: dict,
-    tokenizer: str,
-    keep: int,
-    is_main: bool = True,
-):
-    """Write out/step-NNNNNNNN and out/last, then drop all but the newest `keep`.
+    return copies(model.state_dict()), copies(moments)
 
-    Every rank calls it, since a sharded model is gathered by all; the main one writes. On a full
-    disk the older ones stay whole.
+
+class Saver:
+    """Writes the checkpoints of a run in a thread, one at a time, while training goes on.
+
+    `step` is the one that `out` already has, if any. A failure, of a full disk for one, is told on
+    stderr and training goes on; `close` raises it if no later save has made it good.
     """
-    weights = {key: whole(value).contiguous() for key, value in model.state_dict().items()}
-    moments = optimizer_tensors(model, optimizer)
-    if not is_main:
-        return
+
+    def __init__(self, out: Path, keep: int, is_main: bool, step: int):
+        self.out, self.keep, self.is_main, self.step = out, keep, is_main, step
+        self.thread: Thread | None = None
+        self.error: CheckpointError | None = None
+
+    def save(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, manifest: dict,
+        tokenizer: str,
+    ) -> None:  # fmt: skip
+        """Copy the state and return; every rank calls it, the main one writes."""
+        if step == self.step:
+            return
+        self.wait()  # for the one before
+        tensors = snapshot(model, optimizer, self.is_main)
+        self.step = step
+        if self.is_main:
+            self.thread = Thread(target=self._write, args=(step, *tensors, manifest, tokenizer))
+            self.thread.start()
+
+    def _write(self, *args) -> None:
+        try:
+            write(self.out, *args, self.keep)
+            self.error = None
+        except CheckpointError as error:
+            self.error = error
+            print(f"warning: {error}", file=sys.stderr)
+
+    def wait(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+
+    def close(self) -> None:
+        """Wait for the last save. Raises CheckpointError if it failed."""
+        self.wait()
+        if self.error:
+            raise self.error
+
+
+def write(
+    out: Path, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], manifest: dict,
+    tokenizer: str, keep: int,
+) -> None:  # fmt: skip
+    """Write out/step-NNNNNNNN, then out/last and out/best, and drop all but the newest `keep`.
+
+    The best is kept too: the lowest `score` of those that have one in their manifest. Raises
+    CheckpointError; the older ones are then whole.
+    """
     final = out / f"step-{step:08d}"
-    partial = out / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = hidden(final, "partial")
     try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         save_file(weights, partial / "model.safetensors")
         save_file(moments, partial / "optimizer.safetensors")
         (partial / "tokenizer.json").write_text(tokenizer)
-        files = {path.name: sha256(path) for path in sorted(partial.iterdir())}
-        (partial / "manifest.json").write_text(
-            json.dumps({"format": FORMAT, "step": step, **manifest, "files": files}, indent=1)
-        )
-        for path in [*partial.iterdir(), partial]:
-            fsync(path)
-        shutil.rmtree(final, ignore_errors=True)
+        files = sorted(partial.iterdir())
+        for path in files:
+            sync(path)
+        hashes = {path.name: sha256(path) for path in files}
+        content = {"format": FORMAT, "step": step, **manifest, "files": hashes}
+        write_sealed(partial / "manifest.json", content)
+        if final.exists():  # a damaged one; Saver never writes a step twice
+            discard(final)
         os.replace(partial, final)
-        (out / "last.partial").write_text(final.name)
-        fsync(out / "last.partial")
-        os.replace(out / "last.partial", out / "last")
-        fsync(out)
+        sync(out)
+        durable.write(out / "last", final.name.encode())
+        prune(out, keep)
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"{final}: could not be saved ({error}); earlier checkpoints in {out} are whole"
         ) from error
-    for old in steps_in(out)[:-keep]:
-        shutil.rmtree(old)
+
+
+def prune(out: Path, keep: int) -> None:
+    """Name the best in out/best; remove all but the newest `keep` and the best."""
+    steps, scores = steps_in(out), {}
+    for folder in steps:
+        try:
+            score = read_sealed(folder / "manifest.json").get("score")
+        except durable.DamagedError:
+            continue
+        if score is not None:
+            scores[folder] = score
+    best = min(scores, key=scores.get) if scores else None
+    if best:
+        durable.write(out / "best", best.name.encode())
+    for folder in steps[:-keep]:
+        if folder != best:
+            discard(folder)
+
+
+def hidden(folder: Path, what: str) -> Path:
+    return folder.with_name(f".{folder.name}.{what}")
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint; killed in between, it does not stay behind as a damaged one."""
+    trash = hidden(folder, "trash")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.replace(folder, trash)
+    shutil.rmtree(trash)
+
+
+# --- Reading ---
 
 
 def steps_in(out: Path) -> list[Path]:
@@ -112,13 +188,11 @@ def steps_in(out: Path) -> list[Path]:
 
 
 def read_manifest(folder: Path, verify: bool = True) -> dict:
-    """The manifest of a checkpoint, after comparing every file with its sha256."""
-    if not (folder / "manifest.json").is_file():
-        raise CheckpointError(f"{folder}: no manifest.json, so it is not a whole checkpoint")
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{folder / 'manifest.json'}: damaged ({error})") from error
+    """The manifest of a checkpoint, after comparing every file with its sha256.
+
+    Raises DamagedError or CheckpointError, naming the file.
+    """
+    manifest = read_sealed(folder / "manifest.json")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder}: format {manifest.get('format')}, this code reads {FORMAT}"
@@ -137,9 +211,30 @@ def newest(out: Path) -> Path | None:
         try:
             read_manifest(folder)
             return folder
-        except CheckpointError as error:
+        except InputError as error:
             print(f"warning: skipped {error}", file=sys.stderr)
     return None
+
+
+@contextmanager
+def sole_writer(out: Path) -> Iterator[None]:
+    """Be the only run that writes to `out`, and remove what killed saves have left there.
+
+    Raises CheckpointError while another run is at it; the lock ends with its process.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{out}: another run is writing to it. Stop that one (pkill -f {out}), or give "
+                "another --out"
+            ) from None
+        for pattern in (".step-*.partial", ".step-*.trash"):
+            for left in out.glob(pattern):
+                shutil.rmtree(left)
+        yield
 
 
 def resolve(path: str | Path) -> Path:

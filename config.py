@@ -281,7 +281,8 @@ class TrainConfig:
     val_frames: int = 2048  # held-out frames per validation, spread evenly
     log_every: int = 10  # steps
     save_every: int = 1000  # steps; also at the end
-    keep: int = 2  # newest checkpoints kept
+    keep: int = 2  # newest checkpoints kept, beside the best
+    max_skipped: int = 10  # steps in a row without finite loss and gradient that stop the run
     tracker: Literal["tensorboard", "wandb"] | None = None  # beside log.jsonl
 
     def __post_init__(self):
@@ -290,6 +291,7 @@ class TrainConfig:
                 "stage 3 trains the action head of a trained VLM: give --init-from RUN/stage2"
             )
         counted = ("batch_size", "micro_batch", "val_every", "log_every", "save_every", "keep")
+        counted += ("max_skipped",)
         if low := [name for name in counted if getattr(self, name) < 1]:
             raise ValueError(f"{', '.join(low)}: expected at least 1")
         if self.steps is not None and self.steps < 1:

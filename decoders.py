@@ -17,7 +17,6 @@ from itertools import pairwise
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -112,6 +111,22 @@ class QposDecoder(nn.Module):
         return rearrange(self.out(tokens[:, :QPOS_DIM]), "b j 1 -> b j")  # [B, 12]
 
 
+class SumOverRanks(torch.autograd.Function):
+    """The sum over all ranks; each rank's gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
 class BatchNorm(nn.BatchNorm2d):
     """BatchNorm over the frames of all ranks, on any device (torch's SyncBatchNorm needs a GPU)."""
 
@@ -126,7 +141,7 @@ class BatchNorm(nn.BatchNorm2d):
         sums = torch.stack(
             [reduce(x, "b c h w -> c", "sum"), reduce(x.square(), "b c h w -> c", "sum")]
         )
-        sums = dist_nn.all_reduce(sums)  # [2, C]
+        sums = SumOverRanks.apply(sums)  # [2, C]
         count = dist.get_world_size() * x[:, 0].numel()
         mean = sums[0] / count
         var = (sums[1] / count - mean.square()).clamp(min=0)

@@ -147,6 +147,10 @@ class Demonstrations:
         entry = self.episodes[episode]
         return checked_actions(self._group(entry), entry, self.folder)
 
+    def actions_of(self, episodes: np.ndarray) -> np.ndarray:
+        """All actions of these episodes, [n, 13]."""
+        return np.concatenate([self.actions(episode) for episode in episodes])
+
     def _group(self, entry: Episode) -> h5py.Group:
         path = self.folder / entry.file
         try:

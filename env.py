@@ -59,7 +59,7 @@ class SubtaskEnv:
         self._plans = plan_data.plans
         self._spawns = {
             uid: len(spawn["robot_qpos"])
-            for uid, spawn in torch.load(spawn_file, map_location="cpu").items()
+            for uid, spawn in torch.load(spawn_file, map_location="cpu", weights_only=True).items()
         }
         light = LIGHT_FETCH_URDF.is_file() and not real_meshes
         Fetch.urdf_path = str(LIGHT_FETCH_URDF) if light else REAL_FETCH_URDF

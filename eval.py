@@ -30,8 +30,9 @@ import torch
 import tyro
 from mani_skill import ASSET_DIR
 
-from checkpoint import read_manifest, resolve, sha256
+from checkpoint import read_manifest, resolve
 from config import ACTION_DIM, InputError, explained
+from durable import append, read_lines, sha256
 from env import SubtaskEnv, plan_files
 from household.expert import ScriptedExpert
 from policy import Policy
@@ -221,25 +222,6 @@ def run_in_workers(cfg: EvalConfig, jobs: list[Job]) -> Iterator[dict]:
 # --- Files and numbers ---
 
 
-def read_episodes(path: Path) -> list[dict]:
-    """Read the finished episodes; a last line that a kill or a full disk tore leaves the file."""
-    if not path.exists():
-        return []
-    text = path.read_bytes()
-    whole = text.rfind(b"\n") + 1
-    if whole < len(text):
-        print(f"warning: {path}: dropped a torn last line, its episode runs again", file=sys.stderr)
-        os.truncate(path, whole)
-    return [json.loads(line) for line in text[:whole].splitlines()]
-
-
-def append_episode(path: Path, episode: dict):
-    with open(path, "a") as file:
-        file.write(json.dumps(episode) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def table(episodes: list[dict], paper: dict[str, float]) -> dict[str, dict]:
     """Return {column: n, success_once, success_at_end, low, high, paper}; None where not run."""
     columns = {}
@@ -288,7 +270,7 @@ def main(cfg: EvalConfig):
     }
     cfg.out.mkdir(parents=True, exist_ok=True)
     path = cfg.out / "episodes.jsonl"
-    episodes = read_episodes(path)
+    episodes = read_lines(path, mend=True)
     check_same_run(path, episodes, identity)
     done = {(episode["column"], episode["seed"]) for episode in episodes}
     seeds = range(cfg.seed, cfg.seed + cfg.episodes)
@@ -296,12 +278,12 @@ def main(cfg: EvalConfig):
     jobs = [job for job in jobs if job[:2] not in done]
 
     for i, episode in enumerate(run_in_workers(cfg, jobs), start=1):
-        append_episode(path, identity | episode)
+        append(path, identity | episode)
         outcome = "success" if episode["success_once"] else "fail"
         where = f"{i}/{len(jobs)}  {episode['column']}, seed {episode['seed']}"
         print(f"{where:32} {outcome:8} {episode['seconds']:6.1f} s", flush=True)
 
-    episodes = read_episodes(path)
+    episodes = read_lines(path)
     row = ROWS[cfg.row]
     paper = row.paper.get(cfg.task, {})
     columns = table(episodes, paper)

@@ -6,44 +6,46 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
 from config import TrainConfig
+from distributed import Ranks
+from durable import read_lines
+from rows import summary
 
 
 class Log:
-    """log.jsonl, a progress line, validation.json. Every rank counts, rank 0 writes."""
+    """log.jsonl, a progress line, validation.json. Every rank counts, the main one writes."""
 
     def __init__(
-        self, cfg: TrainConfig, step: int, num_steps: int, is_main: bool, frames: int,
-        held_out: int, params: int,
+        self, cfg: TrainConfig, step: int, num_steps: int, ranks: Ranks, frames: int,
+        held_out: int, params: list[Tensor],
     ):  # fmt: skip
-        self.cfg, self.num_steps, self.is_main, self.out = cfg, num_steps, is_main, Path(cfg.out)
+        self.cfg, self.num_steps, self.ranks, self.out = cfg, num_steps, ranks, Path(cfg.out)
         self.sums: dict[str, Tensor] = {}
         self.steps = 0
         self.waited, self.mark, self.since = 0.0, time.perf_counter(), time.perf_counter()
-        if not is_main:
+        if not ranks.is_main:
             return
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "config.json").write_text(json.dumps(checkpoint.plain(cfg), indent=1))
         path = self.out / "log.jsonl"
-        old = path.read_text().splitlines() if path.is_file() else []
         # Lines behind the checkpoint that we resume from will be written again.
-        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        kept = [line for line in read_lines(path) if line["step"] <= step]
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115  for the whole run
         self.bar = tqdm(
-            total=num_steps,
-            initial=step,
-            desc=f"stage {cfg.stage}",
+            total=num_steps, initial=step, desc=f"stage {cfg.stage}",
             disable=not sys.stderr.isatty(),
-        )
+        )  # fmt: skip
+        if cfg.row:
+            print("\n".join(f"{key:9} {text}" for key, text in summary(cfg.row).items()))
+        trained = sum(p.numel() for p in params) / 1e6
         print(
             f"stage {cfg.stage}: {frames:,} frames, {held_out:,} held out, "
-            f"{params / 1e6:.1f}M trained parameters, {num_steps} steps of {cfg.batch_size}"
+            f"{trained:.1f}M trained parameters, {num_steps} steps of {cfg.batch_size}"
         )
         self.tracker = open_tracker(cfg) if cfg.tracker else None
 
@@ -54,39 +56,43 @@ class Log:
     def data_arrived(self) -> None:
         self.waited += time.perf_counter() - self.mark
 
-    def add(self, losses: dict[str, Tensor]) -> None:
-        for name, loss in losses.items():  # a micro-batch's loss is its share of the batch's mean
-            self.sums[name] = self.sums.get(name, 0.0) + loss.detach()
+    def add(self, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
+        """A step that was taken: the rank's share of each loss."""
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + loss
+        self.steps, self.grad_norm = self.steps + 1, grad_norm
 
-    def write(self, step: int, lr: float, grad_norm: Tensor, world: int) -> None:
+    def skip(self, step: int, frames: list[str]) -> None:
+        """A step that was not taken, on any rank, and the frames that it was to train on."""
+        if self.ranks.is_main:
+            self.emit(step, {"step": step, "stage": self.cfg.stage, "skipped": frames})
+            tqdm.write(
+                f"{step:>7}/{self.num_steps}  skipped: a loss or gradient is not finite; the "
+                f"frames are in {self.out / 'log.jsonl'}"
+            )
+
+    def write(self, step: int, lr: float) -> None:
         """Means since the last line; collective, since each rank holds its share of every loss."""
+        if not self.steps:  # all were skipped
+            return
         names, values = list(self.sums), torch.stack(list(self.sums.values())) / self.steps
-        if world > 1:
-            dist.all_reduce(values)
-            values /= world
+        values = self.ranks.sum(values) / self.ranks.world
         seconds = time.perf_counter() - self.since
         line = {"step": step, "stage": self.cfg.stage} | dict(zip(names, values.tolist()))
         line |= {
             "samples_per_s": self.steps * self.cfg.batch_size / seconds,
             "data_wait": self.waited / seconds,
-        }
-        line |= {
             "lr": lr,
-            "grad_norm": float(grad_norm),
+            "grad_norm": float(self.grad_norm),
             "eta_s": (self.num_steps - step) * seconds / self.steps,
         }
         self.sums, self.steps, self.waited, self.since = {}, 0, 0.0, time.perf_counter()
-        if self.is_main:
+        if self.ranks.is_main:
             self.emit(step, line)
-            shown = {
-                k: f"{v:.4g}"
-                for k, v in line.items()
-                if k not in ("step", "stage", "lr", "grad_norm")
-            }
+            hidden = ("step", "stage", "lr", "grad_norm")
+            shown = [f"{k} {v:.4g}" for k, v in line.items() if k not in hidden]
             self.bar.update(step - self.bar.n)
-            tqdm.write(
-                f"{step:>7}/{self.num_steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items())
-            )
+            tqdm.write(f"{step:>7}/{self.num_steps}  " + "  ".join(shown))
 
     def write_validation(self, step: int, losses: dict, metrics: dict, seconds: float) -> None:
         """`seconds` it took, which are neither training nor waiting."""
@@ -105,6 +111,16 @@ class Log:
             + "  ".join(f"{k} {m['ours']:.3g} ({m['trivial']:.3g})" for k, m in metrics.items())
         )
         self.since += seconds
+
+    def close(self, step: int, stopped: bool) -> None:
+        if not self.ranks.is_main:
+            return
+        self.bar.close()
+        self.file.close()
+        if stopped:
+            print(f"stage {self.cfg.stage}: told to stop, step {step} is saved in {self.out}")
+        else:
+            print(f"stage {self.cfg.stage}: {step} steps done, newest checkpoint in {self.out}")
 
     def emit(self, step: int, line: dict) -> None:
         self.file.write(json.dumps(line) + "\n")

@@ -1,26 +1,43 @@
 """The pack: every frame once, a fixed-size record in a memory-mapped block, read at memory speed.
 
-    python data.py pack --data DATA --out PACK
-    python data.py verify PACK
+    python data.py pack --data DATA --out PACK  # resumable
+    python data.py verify PACK                  # every file against its sha256
+
+    PACK/frames-00000.bin ...  BLOCK records each
+         actions.bin           [frames, 13] float32: each frame's own action, for the statistics
+         pack.json             what is in it, and the sha256 of every file and of itself
 
 An h5 of MS-HAB inflates 26 frames for each one that is read; a record of the pack is read alone.
-pack.json is written last, so a folder that has it is whole; it carries the sha256 of every block.
+pack.json is written last, so a folder that has it is whole. Training reads a record only after
+comparing its checksum: what a disk has changed is an error that names the file.
 """
 
 import hashlib
-import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import tyro
+from einops import rearrange, reduce
 from tqdm import tqdm
 
+from config import ACTION_DIM
 from demonstrations import RECORD, DataError, Demonstrations, Episode
-from recording import replacing
+from durable import DamagedError, append, read_lines, read_sealed, sha256, write, write_sealed
 
-BLOCK = 1024  # records per file, 169 MB
+BLOCK = 1024  # records per file, 172 MB
+_PAD = -RECORD.itemsize % 8
+# `sum` is the sum of the record's 64-bit words: no cryptography, but no changed byte escapes it, at
+# the speed of memory.
+PACKED = np.dtype([("record", RECORD), ("pad", np.uint8, (_PAD,)), ("sum", np.uint64)])
+
+
+def sums(packed: np.ndarray) -> np.ndarray:
+    """The sum of the 64-bit words of each of [n] PACKED, modulo 2^64, without its last, `sum`."""
+    words = rearrange(np.frombuffer(packed, np.uint64), "(n w) -> n w", n=len(packed))
+    return reduce(words[:, :-1], "n w -> n", "sum")
 
 
 class Pack:
@@ -33,115 +50,146 @@ class Pack:
                 f"{self.folder}: not a whole pack, it has no pack.json; make one: "
                 f"python data.py pack --data DATA --out {self.folder}"
             )
-        meta = json.loads((self.folder / "pack.json").read_text())
-        if meta["record"] != record_layout():
+        try:
+            meta = read_sealed(self.folder / "pack.json")
+        except DamagedError as error:
+            raise DataError(f"{error}; delete the pack and pack it again") from None
+        if meta["record"] != PACKED.itemsize:
             raise DataError(
                 f"{self.folder}: packed with other records than this code reads; pack it again"
             )
         self.episodes = [Episode(**episode) for episode in meta["episodes"]]
-        self.instructions, self.hashes = meta["instructions"], meta["sha256"]
+        self.instructions, self.hashes = meta["instructions"], meta["files"]
         self.action_schema, self.qpos_names = meta["action_schema"], meta["qpos_names"]
         self.starts = np.cumsum([0] + [episode.length for episode in self.episodes])
-        self.blocks = []
-        for name in self.hashes:
-            expected = min(BLOCK, len(self) - len(self.blocks) * BLOCK)
-            size = (self.folder / name).stat().st_size if (self.folder / name).is_file() else 0
-            if size != expected * RECORD.itemsize:
-                raise DataError(
-                    f"{self.folder / name}: {size} bytes, expected {expected * RECORD.itemsize}; "
-                    "pack it again"
-                )
-            self.blocks.append(np.memmap(self.folder / name, RECORD, "r"))
+        self.blocks: dict[int, np.ndarray] = {}
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder)}
+        for number in range(-(-len(self) // BLOCK)):
+            expected = min(BLOCK, len(self) - number * BLOCK) * PACKED.itemsize
+            if (size := sizes.get(block_name(number), 0)) != expected:
+                path = self.folder / block_name(number)
+                raise DataError(f"{path}: {size} bytes, expected {expected}; pack it again")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def block(self, number: int) -> np.ndarray:
+        """A block's records, [BLOCK or the rest] of PACKED, mapped into memory at first use."""
+        if number not in self.blocks:
+            self.blocks[number] = np.memmap(self.folder / block_name(number), PACKED, "r")
+        return self.blocks[number]
+
     def read(self, frames: list[int] | np.ndarray) -> np.ndarray:
-        """Frames by number, [n] of RECORD."""
-        out = np.empty(len(frames), RECORD)
+        """Frames by number, [n] of RECORD. Raises DataError, naming the file, if one is damaged."""
+        out = np.empty(len(frames), PACKED)
         for row, frame in enumerate(frames):
-            out[row] = self.blocks[frame // BLOCK][frame % BLOCK]
-        return out
+            out[row] = self.block(frame // BLOCK)[frame % BLOCK]
+        bad = np.flatnonzero(sums(out) != out["sum"])
+        if len(bad):
+            number, record = divmod(int(frames[bad[0]]), BLOCK)
+            raise DataError(
+                f"{self.folder / block_name(number)}, record {record}: damaged, its checksum "
+                f"differs. `python data.py verify {self.folder}` looks at all; delete the pack "
+                "and pack it again"
+            )
+        return out["record"]
 
-    def actions(self, episode: int) -> np.ndarray:
-        """All actions of an episode, [T, 13], robot units."""
-        frames = range(self.starts[episode], self.starts[episode + 1])
-        return np.stack(
-            [self.blocks[frame // BLOCK][frame % BLOCK]["actions"][0] for frame in frames]
-        )
+    def actions_of(self, episodes: np.ndarray) -> np.ndarray:
+        """All actions of these episodes, [n, 13], robot units."""
+        self.verify("actions.bin")
+        actions = np.memmap(self.folder / "actions.bin", np.float32, "r")
+        actions = rearrange(actions, "(n a) -> n a", a=ACTION_DIM)
+        chosen = np.zeros(len(self.episodes), bool)
+        chosen[episodes] = True
+        return actions[np.repeat(chosen, np.diff(self.starts))]
+
+    def verify(self, name: str) -> None:
+        """Raise DataError unless a file is what its sha256 says."""
+        path = self.folder / name
+        if not path.is_file() or sha256(path) != self.hashes[name]:
+            raise DataError(
+                f"{path}: missing or damaged, its sha256 differs; delete the pack and pack it again"
+            )
 
 
-def record_layout() -> list:
-    return json.loads(json.dumps(np.lib.format.dtype_to_descr(RECORD)))
+def block_name(number: int) -> str:
+    return f"frames-{number:05d}.bin"
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Whole or absent, also when the disk fills up or the process is killed."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+def packed(records: np.ndarray) -> np.ndarray:
+    """[n] of RECORD -> [n] of PACKED, with their checksums."""
+    out = np.zeros(len(records), PACKED)
+    out["record"] = records
+    out["sum"] = sums(out)
+    return out
 
 
 def pack(data: str, out: str) -> None:
     """Write every frame below --data into --out once, so that training reads at memory speed.
 
-    Resumable.
+    Resumable: a finished block is not written again, other data than last time starts over.
     """
     source, folder = Demonstrations(data), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = {e.file: (source.folder / e.file).stat().st_size for e in source.episodes}
     plan = {
-        "sizes": sizes,
+        "sizes": {e.file: (source.folder / e.file).stat().st_size for e in source.episodes},
         "episodes": [asdict(e) for e in source.episodes],
-        "record": record_layout(),
+        "record": PACKED.itemsize,
     }
-    plan_file, done_file = folder / "plan.json", folder / "blocks.json"
-    # Other data than last time: start over.
-    if not plan_file.is_file() or json.loads(plan_file.read_text()) != plan:
-        (folder / "pack.json").unlink(missing_ok=True)
-        write_durably(done_file, b"{}")
-        write_durably(plan_file, json.dumps(plan).encode())
-    if (folder / "pack.json").is_file():
+    progress, final = folder / "progress.jsonl", folder / "pack.json"
+    if final.is_file() and is_of(final, plan):
         print(f"{folder}: {len(source):,} frames, already packed")
         return
-    hashes, pending = json.loads(done_file.read_text()), np.zeros(0, RECORD)
-    done = len(hashes) * BLOCK  # frames in the blocks of an earlier, interrupted run
-    for episode in tqdm(range(len(source.episodes)), desc="pack", unit="episode"):
-        start, end = int(source.starts[episode]), int(source.starts[episode + 1])
-        if end > done:
-            pending = np.concatenate(
-                [pending, source.read_episode(episode)[max(0, done - start) :]]
-            )
-        while len(pending) >= BLOCK or (len(pending) and end == len(source)):
-            content = pending[:BLOCK].tobytes()
-            name = f"frames-{len(hashes):05d}.bin"
-            write_durably(folder / name, content)
-            hashes[name] = hashlib.sha256(content).hexdigest()
-            write_durably(done_file, json.dumps(hashes).encode())
-            pending = pending[BLOCK:]
-    meta = {
-        "sha256": hashes,
-        "instructions": source.instructions,
-        "action_schema": source.action_schema,
-    }
-    meta |= {"qpos_names": source.qpos_names, **plan}
-    write_durably(folder / "pack.json", json.dumps(meta).encode())
+    begun = read_lines(progress, mend=True)
+    if not begun or begun[0] != plan:
+        final.unlink(missing_ok=True)
+        progress.unlink(missing_ok=True)
+        append(progress, plan)
+        begun = [plan]
+    hashes = {line["name"]: line["sha256"] for line in begun[1:]}
+    for number, block in enumerate(blocks_of(source, first=len(hashes)), start=len(hashes)):
+        content = packed(block).tobytes()
+        write(folder / block_name(number), content)
+        hashes[block_name(number)] = hashlib.sha256(content).hexdigest()
+        append(progress, {"name": block_name(number), "sha256": hashes[block_name(number)]})
+    actions = source.actions_of(np.arange(len(source.episodes))).astype(np.float32).tobytes()
+    write(folder / "actions.bin", actions)
+    hashes["actions.bin"] = hashlib.sha256(actions).hexdigest()
+    about = ("instructions", "action_schema", "qpos_names")
+    meta = {"files": hashes} | {key: getattr(source, key) for key in about} | plan
+    write_sealed(final, meta)
+    progress.unlink()
     print(
         f"{folder}: {len(source):,} frames of {len(source.episodes):,} episodes, "
-        f"{len(hashes)} blocks"
+        f"{len(hashes) - 1} blocks"
     )
 
 
-def verify(folder: Annotated[str, tyro.conf.Positional]) -> None:
-    """Read every block of a pack and compare it with its checksum.
+def is_of(final: Path, plan: dict) -> bool:
+    """Is pack.json whole, and of the same data?"""
+    try:
+        meta = read_sealed(final)
+    except DamagedError:
+        return False
+    return all(meta.get(key) == value for key, value in plan.items())
 
-    DataError names the first that differs.
-    """
+
+def blocks_of(source: Demonstrations, first: int):
+    """The records of all frames, BLOCK at a time, from block `first` on."""
+    pending, done = np.zeros(0, RECORD), first * BLOCK
+    for episode in tqdm(range(len(source.episodes)), desc="pack", unit="episode"):
+        start, end = int(source.starts[episode]), int(source.starts[episode + 1])
+        if end > done:
+            records = source.read_episode(episode)[max(0, done - start) :]
+            pending = np.concatenate([pending, records])
+        while len(pending) >= BLOCK or (len(pending) and end == len(source)):
+            yield pending[:BLOCK]
+            pending = pending[BLOCK:]
+
+
+def verify(folder: Annotated[str, tyro.conf.Positional]) -> None:
+    """Read every file of a pack and compare it with its sha256; an error names one that differs."""
     pack = Pack(folder)
-    for name, expected in tqdm(pack.hashes.items(), desc="verify", unit="block"):
-        with open(pack.folder / name, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                raise DataError(
-                    f"{pack.folder / name}: damaged, its checksum differs; "
-                    "delete the pack and pack it again"
-                )
+    for name in tqdm(pack.hashes, desc="verify", unit="file"):
+        pack.verify(name)
     print(f"{folder}: {len(pack):,} frames, every block whole")

@@ -15,8 +15,6 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -24,6 +22,7 @@ import h5py
 import numpy as np
 
 from config import InputError
+from durable import append, read_lines, replacing
 
 COMPRESSED = ("rgb", "depth", "fetch_head", "fetch_hand")  # images, and the masks named by camera
 GZIP = dict(compression="gzip", compression_opts=5)  # (MS-HAB: envs/wrappers/record.py)
@@ -53,25 +52,6 @@ def stack(rows: list) -> dict | np.ndarray:
     if isinstance(rows[0], dict):
         return {key: stack([row[key] for row in rows]) for key in rows[0]}
     return np.stack(rows)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write; the file replaces `path` once it is whole and on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 class Recording:
@@ -111,24 +91,17 @@ class Recording:
             )
 
     def read_attempts(self) -> None:
-        whole = [line for line in self.attempts.open() if line.endswith("\n")]
-        os.truncate(self.attempts, sum(map(len, whole)))  # a full disk may have cut the last line
-        if whole:
-            first, *failures = map(json.loads, whole)
+        lines = read_lines(self.attempts, mend=True)
+        if lines:
+            first, *failures = lines
             self.check_recipe(self.attempts, first)
             self.done |= {failure["seed"]: False for failure in failures}
             self.done |= {int(part.stem): True for part in self.parts.glob("*.part")}
 
-    def append(self, line: dict) -> None:
-        with open(self.attempts, "a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
     def start(self) -> None:
         self.parts.mkdir(parents=True, exist_ok=True)
         if not self.attempts.exists() or self.attempts.stat().st_size == 0:
-            self.append({"recipe": self.recipe})
+            append(self.attempts, {"recipe": self.recipe})
 
     def add(self, seed: int, success: bool, steps: int, part: bytes) -> None:
         if success:
@@ -136,7 +109,7 @@ class Recording:
             with replacing(self.parts / f"{seed:08d}.part") as path:
                 path.write_bytes(part)
         else:
-            self.append({"seed": seed, "success": False, "steps": steps})
+            append(self.attempts, {"seed": seed, "success": False, "steps": steps})
         self.done[seed] = success
 
     def next_seed(self, running: list[int], episodes: int) -> int | None:

@@ -10,15 +10,14 @@ The same command goes on where the last one stopped. --data is a folder of MS-HA
 faster, a pack of them.
 """
 
-import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import tyro
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -37,11 +36,13 @@ from data import (
     open_data,
     tokenize,
 )
+from decoders import BatchNorm
+from distributed import STOPPED, Ranks, join, signals
 from flow_head import draw_noise
 from logs import Log
 from model import AuxVLA, label_counts
 from pretrained import load_pretrained, source_of
-from rows import check_row, preset_of, row_of, summary
+from rows import check_row, preset_of, row_of
 from sharding import shard, whole
 from validation import validate
 
@@ -53,23 +54,6 @@ MAY_CHANGE = {
 MAY_CHANGE |= {"pretrained", "log_every", "save_every", "keep", "tracker", "shard"}
 
 
-def setup_distributed(device: str | None) -> tuple[int, int, torch.device]:
-    """Rank, number of ranks and device; under torchrun joins the group (GPUs: NCCL, CPUs: gloo)."""
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if kind == "cuda":
-        # Before anything else allocates, or every rank opens a context on GPU 0.
-        torch.cuda.set_device(local_rank)
-    if "RANK" not in os.environ:
-        return 0, 1, torch.device(kind)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return (
-        dist.get_rank(),
-        dist.get_world_size(),
-        torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind),
-    )
-
-
 def learning_rate(step: int, num_steps: int, cfg: TrainConfig) -> float:
     """Constant in the paper (Sec. 6.1); a preset may warm up and cool down, linearly."""
     warm = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
@@ -77,13 +61,14 @@ def learning_rate(step: int, num_steps: int, cfg: TrainConfig) -> float:
     return cfg.lr * warm * cool
 
 
-def global_counts(batch: dict[str, Tensor], world: int) -> dict[str, Tensor]:
-    """Labels, averaged over ranks: DDP's mean gradient is then that of one mean over all labels."""
-    counts = label_counts(batch)
+def global_counts(batch: dict[str, Tensor], stop: bool, ranks: Ranks) -> dict[str, Tensor]:
+    """Labels, averaged over ranks: DDP's mean gradient is then that of one mean over all labels.
+
+    On the same way: "stop", above 0 if any rank has been told to.
+    """
+    counts = label_counts(batch) | {"stop": torch.tensor(stop, device=ranks.device)}
     stacked = torch.stack([count.float() for count in counts.values()])
-    if world > 1:
-        dist.all_reduce(stacked)
-    return dict(zip(counts, stacked / world))
+    return dict(zip(counts, ranks.sum(stacked) / ranks.world))
 
 
 def micro_batches(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
@@ -96,11 +81,13 @@ def micro_batches(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]
     ]
 
 
-def prepare(cfg: TrainConfig, is_main: bool) -> tuple[AuxVLA, dict, Path | None]:
+def prepare(cfg: TrainConfig, ranks: Ranks) -> tuple[AuxVLA, dict, Path | None]:
     """The model, its manifest (statistics, tokenizer), the checkpoint to resume from, if any."""
     torch.manual_seed(cfg.seed)  # the same weights on every rank
     model = AuxVLA(cfg.model, flow_head=cfg.stage == 3)
-    resumed = checkpoint.newest(Path(cfg.out))
+    # One rank looks, and hashes the files; what it finds holds for all.
+    found = checkpoint.newest(Path(cfg.out)) if ranks.is_main else None
+    resumed = Path(name) if (name := ranks.from_main(str(found or ""))) else None
     if resumed and cfg.resume == "never":
         raise FileExistsError(
             f"{cfg.out}: holds {resumed.name}; choose another --out, or drop --resume never to go "
@@ -122,31 +109,24 @@ def prepare(cfg: TrainConfig, is_main: bool) -> tuple[AuxVLA, dict, Path | None]
             "Give the same flags, or another --out."
         )
     checkpoint.load_weights(model, source, new=() if resumed else ("flow_head.",))
-    if is_main:
+    if ranks.is_main:
         print(f"{'resumed' if resumed else 'initialised'} from {source}")
     return model, manifest | {"folder": str(source)}, resumed
 
 
-def main(cfg: TrainConfig) -> None:
-    rank, world, device = setup_distributed(cfg.device)
-    is_main, out = rank == 0, Path(cfg.out)
-    if cfg.batch_size % world:
-        raise InputError(
-            f"--batch-size {cfg.batch_size} must be a multiple of the {world} processes"
-        )
-    model, origin, resumed = prepare(cfg, is_main)
-    model.train_stage(cfg.stage)  # before DDP, which registers what requires a gradient
-    sharded = cfg.shard and world > 1
-    if sharded:
-        shard(model, device)
-    else:
-        model.to(device)
-    params = model.trained()
-    optimizer = torch.optim.Adam(params, lr=cfg.lr, betas=cfg.betas)  # Sec. 6.1
-    if resumed:
-        checkpoint.load_optimizer(model, optimizer, resumed)
-    step = origin["step"] if resumed else 0
+def moving_buffers(model: AuxVLA) -> list[Tensor]:
+    """What a forward pass changes: the mask decoders' running statistics."""
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    return [buffer for norm in norms if norm.training for buffer in norm.buffers()]
 
+
+def load_data(
+    cfg: TrainConfig, origin: dict, resumed: Path | None
+) -> tuple[Frames, Frames, Batcher, Tokenizer, dict]:
+    """Training and held-out frames, what makes batches of them, what a checkpoint says of them.
+
+    Later stages keep the first one's units and tokenizer: its weights were trained with them.
+    """
     data = open_data(cfg.data)
     frames, held_out = (
         Frames(data, cfg.val_episodes, train, cfg.model.history, cfg.tasks, cfg.subtasks)
@@ -157,15 +137,11 @@ def main(cfg: TrainConfig) -> None:
             f"{cfg.data}: {len(frames)} training frames ({len(held_out)} more are held out) are "
             f"less than one batch of {cfg.batch_size}; record more, or give a smaller --batch-size"
         )
-    # Later stages keep the first one's units: its weights were trained in them.
-    begun = "action_stats" in origin
-    stats = (
-        ActionStats(**{k: tuple(v) for k, v in origin["action_stats"].items()})
-        if begun
-        else frames.stats()
-    )
-    saved = Path(origin["folder"]) / "tokenizer.json" if begun else None
-    tokenizer = Tokenizer.from_file(str(saved)) if saved else build_tokenizer(cfg.model.llm)
+    if "action_stats" in origin:
+        stats = ActionStats(**{k: tuple(v) for k, v in origin["action_stats"].items()})
+        tokenizer = Tokenizer.from_file(str(Path(origin["folder"]) / "tokenizer.json"))
+    else:
+        stats, tokenizer = frames.stats(), build_tokenizer(cfg.model.llm)
     batcher = Batcher(cfg.model, stats, tokenize(data.instructions, tokenizer, cfg.model.llm))
     manifest = describe(cfg, data, stats) | {"pretrained": origin["pretrained"]}
     if resumed and origin["data"] != manifest["data"]:
@@ -173,63 +149,131 @@ def main(cfg: TrainConfig) -> None:
             f"{resumed}: was trained on {origin['data']}, {cfg.data} has {manifest['data']}. "
             "Give the same data, or another --out with --init-from"
         )
-    if is_main and cfg.row:
-        print("\n".join(f"{key:9} {text}" for key, text in summary(cfg.row).items()))
+    return frames, held_out, batcher, tokenizer, manifest
+
+
+def main(cfg: TrainConfig) -> int:
+    """Train the stage; the process's exit code, 0 or, after a signal, STOPPED."""
+    ranks = join(cfg.device)
+    with checkpoint.sole_writer(Path(cfg.out)) if ranks.is_main else nullcontext():
+        code = train(cfg, ranks)
+    ranks.leave()
+    return code
+
+
+def accumulate(ddp: nn.Module, batch: dict[str, Tensor], cfg: TrainConfig) -> dict[str, Tensor]:
+    """Forward and backward over a rank's batch, in micro-batches; its share of each loss."""
+    device, sums = batch["images"].device, {}
+    micros = micro_batches(batch, cfg.micro_batch)
+    for i, micro in enumerate(micros):
+        # All-reduce once per step, not per micro-batch. Shards could not: the sum stays whole.
+        if isinstance(ddp, DDP):
+            ddp.require_backward_grad_sync = i == len(micros) - 1
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            losses = ddp(micro, cfg.stage)  # never the bare model: it would skip the all-reduce
+        # Eq. 4, plus the action loss (Sec. 4.3)
+        sum(getattr(cfg.weights, name) * loss for name, loss in losses.items()).backward()
+        for name, loss in losses.items():  # a micro-batch's loss is its share of the batch's mean
+            sums[name] = sums.get(name, 0.0) + loss.detach()
+    return sums
+
+
+def distribute(model: AuxVLA, cfg: TrainConfig, ranks: Ranks) -> nn.Module:
+    """The model on its device, divided or copied among the ranks: what forward passes go through.
+
+    Afterwards model.trained() are the parameters to optimize.
+    """
+    if ranks.world == 1:
+        return model.to(ranks.device)
+    if cfg.shard:
+        shard(model, ranks.device)
+        return model
+    # DDP would reorder its buckets after a run's first step, and with them the sums of more than
+    # two ranks. Looking for unused parameters, of which there are none, keeps it from that, so that
+    # a resumed run adds like the uninterrupted one.
+    return DDP(model.to(ranks.device), find_unused_parameters=True)
+
+
+def train(cfg: TrainConfig, ranks: Ranks) -> int:
+    rank, world, device = ranks.rank, ranks.world, ranks.device
+    if cfg.batch_size % world:
+        raise InputError(
+            f"--batch-size {cfg.batch_size} must be a multiple of the {world} processes"
+        )
+    model, origin, resumed = prepare(cfg, ranks)
+    model.train_stage(cfg.stage)  # before DDP, which registers what requires a gradient
+    ddp = distribute(model, cfg, ranks)
+    params, moving = model.trained(), moving_buffers(model)
+    optimizer = torch.optim.Adam(params, lr=cfg.lr, betas=cfg.betas)  # Sec. 6.1
+    if resumed:
+        checkpoint.load_optimizer(model, optimizer, resumed)
+    step, skipped, stopped = origin["step"] if resumed else 0, 0, False
+    frames, held_out, batcher, tokenizer, manifest = load_data(cfg, origin, resumed)
     num_steps = cfg.steps or cfg.epochs[cfg.stage - 1] * (len(frames) // cfg.batch_size)
     order = StepOrder(len(frames), cfg.batch_size, cfg.seed, step, num_steps, rank, world)
-    log = Log(
-        cfg, step, num_steps, is_main, len(frames), len(held_out), sum(p.numel() for p in params)
-    )
-    ddp = DDP(model) if world > 1 and not sharded else model
+    log = Log(cfg, step, num_steps, ranks, len(frames), len(held_out), params)
+    saver = checkpoint.Saver(Path(cfg.out), cfg.keep, ranks.is_main, step)
+    everywhere = ranks.is_main or (cfg.shard and world > 1)  # shards are validated by all ranks
 
-    for raw in loader(frames, order, cfg.workers):
-        log.data_arrived()
-        batch = batcher(raw, device)
-        if step == order.first:
-            check_batch(batch, cfg.model)
-        batch["counts"] = global_counts(batch, world)
-        # Noise is drawn for the global batch and shared out, so a step does not depend on the
-        # number of processes.
-        generator = torch.Generator().manual_seed(cfg.seed * 2**32 + step)
-        noise, t = draw_noise(cfg.batch_size, cfg.model.flow.action_horizon, generator)
-        batch |= {"noise": noise[rank::world].to(device), "t": t[rank::world].to(device)}
-        lr = learning_rate(step, num_steps, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        micros = micro_batches(batch, cfg.micro_batch)
-        for i, micro in enumerate(micros):
-            # All-reduce once per step, not per micro-batch. Shards could not: the sum stays whole.
-            if world > 1 and not sharded:
-                ddp.require_backward_grad_sync = i == len(micros) - 1
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                losses = ddp(micro, cfg.stage)  # never the bare model: it would skip the all-reduce
-            # Eq. 4, plus the action loss (Sec. 4.3)
-            sum(getattr(cfg.weights, name) * loss for name, loss in losses.items()).backward()
-            log.add(losses)
-        grad_norm = whole(nn.utils.clip_grad_norm_(params, cfg.grad_clip))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
+    with signals() as stop:
+        for raw in loader(frames, order, cfg.workers):
+            log.data_arrived()
+            batch = batcher(raw, device)
+            if step == order.first:
+                check_batch(batch, cfg.model)
+            batch["counts"] = global_counts(batch, stop(), ranks)
+            if stopped := bool(batch["counts"]["stop"]):
+                break
+            # Noise is drawn for the global batch and shared out, so a step does not depend on the
+            # number of processes.
+            generator = torch.Generator().manual_seed(cfg.seed * 2**32 + step)
+            noise, t = draw_noise(cfg.batch_size, cfg.model.flow.action_horizon, generator)
+            batch |= {"noise": noise[rank::world].to(device), "t": t[rank::world].to(device)}
+            lr = learning_rate(step, num_steps, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            before = [buffer.clone() for buffer in moving]
+            losses = accumulate(ddp, batch, cfg)
+            grad_norm = whole(nn.utils.clip_grad_norm_(params, cfg.grad_clip)).to(device)
+            # One number that is finite only if the losses and gradients of every rank are: all
+            # ranks take the step, or none does.
+            if ranks.sum(sum(losses.values()) + grad_norm).isfinite():
+                optimizer.step()
+                log.add(losses, grad_norm)
+                skipped = 0
+            else:
+                torch._foreach_copy_(moving, before)
+                log.skip(step + 1, frames.names(order.batch(step)))
+                skipped += 1
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
 
-        last = step == num_steps
-        log.steps += 1
-        if step % cfg.log_every == 0 or last:
-            log.write(step, lr, grad_norm, world)
-        if (is_main or sharded) and len(held_out) and (step % cfg.val_every == 0 or last):
-            began = time.perf_counter()
-            figures = validate(model, held_out, batcher, cfg, device)
-            if is_main:
-                log.write_validation(step, *figures, time.perf_counter() - began)
-        if (is_main or sharded) and (step % cfg.save_every == 0 or last):
-            checkpoint.save(
-                out, step, model, optimizer, manifest, tokenizer.to_str(), cfg.keep, is_main
-            )
-        log.waiting()
-    if is_main:
-        print(f"stage {cfg.stage}: {step} steps done, newest checkpoint in {out}")
-    if world > 1:
-        dist.barrier()  # rank 0 may still be saving
-        dist.destroy_process_group()
+            last, score = step == num_steps, None
+            if step % cfg.log_every == 0 or last:
+                log.write(step, lr)
+            if everywhere and len(held_out) and (step % cfg.val_every == 0 or last):
+                began = time.perf_counter()
+                figures = validate(model, held_out, batcher, cfg, device)
+                score = figures[0]["flow" if cfg.stage == 3 else "action"]
+                if ranks.is_main:
+                    log.write_validation(step, *figures, time.perf_counter() - began)
+            if step % cfg.save_every == 0 or last:
+                saver.save(step, model, optimizer, manifest | {"score": score}, tokenizer.to_str())
+            if skipped == cfg.max_skipped:
+                break
+            log.waiting()
+
+        if stopped or skipped == cfg.max_skipped:
+            saver.save(step, model, optimizer, manifest | {"score": None}, tokenizer.to_str())
+        saver.close()
+    log.close(step, stopped)
+    if skipped == cfg.max_skipped:
+        raise InputError(
+            f"{skipped} steps in a row had a loss or gradient that is not finite; the state before "
+            f"them is saved in {cfg.out}, their frames are named in its log.jsonl. Look at those "
+            "with `python data.py verify`, or lower --lr"
+        )
+    return STOPPED if stopped else 0
 
 
 def describe(cfg: TrainConfig, data, stats: ActionStats) -> dict:
@@ -284,4 +328,4 @@ def parse(args: list[str] | None = None) -> TrainConfig:
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
     with explained():
-        main(parse())
+        sys.exit(main(parse()))

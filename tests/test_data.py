@@ -28,8 +28,8 @@ from data import (
     tokenize,
     verify,
 )  # fmt: skip
-from demonstrations import RECORD, DataError, Demonstrations
-from pack import BLOCK, Pack
+from demonstrations import DataError, Demonstrations
+from pack import BLOCK, PACKED, Pack
 
 CFG = model_config("tiny")
 
@@ -212,7 +212,7 @@ def test_a_pack_holds_every_frame_as_the_files_do(demos, tmp_path):
     rows = np.arange(len(source))
     assert source.read(rows).tobytes() == packed.read(rows).tobytes()
     assert (
-        np.array_equal(source.actions(2), packed.actions(2))
+        np.array_equal(source.actions_of([2, 4]), packed.actions_of([2, 4]))
         and source.instructions == packed.instructions
     )
     verify(str(tmp_path))
@@ -246,7 +246,7 @@ def test_verify_names_the_block_in_which_one_bit_was_flipped(demos, tmp_path):
     content = bytearray(block.read_bytes())
     content[len(content) // 2] ^= 1
     block.write_bytes(content)
-    with pytest.raises(DataError, match=r"frames-00000.bin: damaged"):
+    with pytest.raises(DataError, match=r"frames-00000.bin: missing or damaged"):
         verify(str(tmp_path))
 
 
@@ -258,7 +258,7 @@ def test_a_folder_that_is_no_pack_is_refused_with_the_command_that_makes_one(tmp
 def test_a_cut_block_is_found_when_the_pack_is_opened(demos, tmp_path):
     pack(str(demos), str(tmp_path))
     block = tmp_path / "frames-00000.bin"
-    block.write_bytes(block.read_bytes()[: -RECORD.itemsize])
+    block.write_bytes(block.read_bytes()[: -PACKED.itemsize])
     with pytest.raises(DataError, match=r"frames-00000.bin"):
         open_data(tmp_path)
     assert BLOCK == 1024

@@ -14,14 +14,13 @@ import torch
 import checkpoint
 from config import InputError, model_config
 from data import build_tokenizer
+from durable import append, read_lines, read_sealed, sha256, write_sealed
 from env import SubtaskEnv
 from eval import (
     EvalConfig,
-    append_episode,
     check_same_run,
     check_schema,
     main,
-    read_episodes,
     table,
     wilson,
 )
@@ -51,7 +50,7 @@ def start(*flags, out: Path) -> subprocess.Popen:
 
 def outcomes(out: Path) -> list[tuple]:
     """What may not depend on the run: everything but the order and the time."""
-    episodes = [episode | {"seconds": 0} for episode in read_episodes(out / "episodes.jsonl")]
+    episodes = [episode | {"seconds": 0} for episode in read_lines(out / "episodes.jsonl")]
     return sorted(tuple(episode.values()) for episode in episodes)
 
 
@@ -92,7 +91,8 @@ def trained(assets, tmp_path_factory) -> Path:
     env.close()
     tokenizer = build_tokenizer(cfg.llm).to_str()
     optimizer = torch.optim.Adam(model.parameters())
-    checkpoint.save(stage, 1, model, optimizer, manifest, tokenizer, keep=1)
+    tensors = checkpoint.snapshot(model, optimizer, keep=True)
+    checkpoint.write(stage, 1, *tensors, manifest, tokenizer, keep=1)
     return stage
 
 
@@ -114,9 +114,9 @@ def test_the_table_is_counted_from_the_file_of_episodes(tmp_path):
     path = tmp_path / "episodes.jsonl"
     for seed, (once, end) in enumerate([(True, True), (True, False), (False, False)]):
         success = {"success_once": once, "success_at_end": end}
-        append_episode(path, {"column": "open_fridge", "seed": seed} | success)
+        append(path, {"column": "open_fridge", "seed": seed} | success)
     row = ROWS["auxvla-action-head"].paper["set_table"]
-    columns = table(read_episodes(path), row)
+    columns = table(read_lines(path), row)
     assert list(columns) == ["open_fridge"]
     figures = {"n": 3, "success_once": 2 / 3, "success_at_end": 1 / 3, "paper": 0.76}
     assert columns["open_fridge"] == pytest.approx(
@@ -129,8 +129,8 @@ def test_the_table_is_counted_from_the_file_of_episodes(tmp_path):
 
 def test_an_episode_that_stopped_at_its_success_says_nothing_of_the_end(tmp_path):
     path = tmp_path / "episodes.jsonl"
-    append_episode(path, {"column": "pick_all", "success_once": True, "success_at_end": None})
-    columns = table(read_episodes(path), {})
+    append(path, {"column": "pick_all", "success_once": True, "success_at_end": None})
+    columns = table(read_lines(path), {})
     assert columns["pick_all"]["success_at_end"] is None
     text = "\n".join(success_table({"ours": columns}, {"": {}}))
     assert "1/1 = 1.00 [0.21, 1.00], at the end not run" in text
@@ -138,12 +138,12 @@ def test_an_episode_that_stopped_at_its_success_says_nothing_of_the_end(tmp_path
 
 def test_a_torn_last_line_is_dropped_with_a_warning(tmp_path, capsys):
     path = tmp_path / "episodes.jsonl"
-    append_episode(path, {"seed": 0})
+    append(path, {"seed": 0})
     path.write_text(path.read_text() + '{"seed": 1, "succ')
-    assert read_episodes(path) == [{"seed": 0}]
+    assert read_lines(path, mend=True) == [{"seed": 0}]
     assert "torn" in capsys.readouterr().err
-    append_episode(path, {"seed": 1})
-    assert read_episodes(path) == [{"seed": 0}, {"seed": 1}]
+    append(path, {"seed": 1})
+    assert read_lines(path) == [{"seed": 0}, {"seed": 1}]
 
 
 def test_episodes_of_another_evaluation_are_refused_by_name(tmp_path):
@@ -182,7 +182,7 @@ def test_a_kill_neither_loses_nor_repeats_an_episode(one_worker, tmp_path):
 def test_the_random_policy_runs_through_the_same_code(assets, tmp_path):
     chosen = dict(columns=("open_drawer",), episodes=2, horizon=3, seed=5)
     main(EvalConfig(out=tmp_path, policy="random", **chosen))
-    for seed, episode in zip((5, 6), read_episodes(tmp_path / "episodes.jsonl"), strict=True):
+    for seed, episode in zip((5, 6), read_lines(tmp_path / "episodes.jsonl"), strict=True):
         assert (episode["seed"], episode["length"], episode["success_once"]) == (seed, 3, False)
         assert episode["target"] == "kitchen_counter" and episode["column"] == "open_drawer"
     results = json.loads((tmp_path / "results.json").read_text())
@@ -193,14 +193,14 @@ def test_the_random_policy_runs_through_the_same_code(assets, tmp_path):
 def test_a_checkpoint_drives_the_robot_and_is_filmed(trained, tmp_path):
     chosen = dict(columns=("close_drawer",), episodes=1, horizon=3, video=1)
     main(EvalConfig(out=tmp_path, checkpoint=trained, **chosen))
-    (episode,) = read_episodes(tmp_path / "episodes.jsonl")
-    assert episode["checkpoint"] == checkpoint.sha256(trained / "step-00000001/manifest.json")
+    (episode,) = read_lines(tmp_path / "episodes.jsonl")
+    assert episode["checkpoint"] == sha256(trained / "step-00000001/manifest.json")
     assert [path.name for path in (tmp_path / "videos").iterdir()] == ["close_drawer_0_fail.mp4"]
 
 
 def test_a_checkpoint_of_another_robot_is_refused_naming_the_slot(trained, tmp_path, capfd):
     manifest_file = trained / "step-00000001/manifest.json"
-    manifest = json.loads(manifest_file.read_text())
+    manifest = read_sealed(manifest_file)
     env = SubtaskEnv("set_table", "close", "kitchen_counter", obs_mode="state_dict")
     check_schema(env, manifest)
     with pytest.raises(ValueError, match="qpos_names: 11 slots in the checkpoint, 12 here"):
@@ -210,13 +210,13 @@ def test_a_checkpoint_of_another_robot_is_refused_naming_the_slot(trained, tmp_p
         check_schema(env, manifest | {"qpos_names": swapped})
     wider = dict(manifest["action_schema"][8], high=0.2)
     schema = [*manifest["action_schema"][:8], wider, *manifest["action_schema"][9:]]
-    manifest_file.write_text(json.dumps(manifest | {"action_schema": schema}))
+    write_sealed(manifest_file, manifest | {"action_schema": schema})
     message = "action_schema, slot 8: the checkpoint was trained on"
     with pytest.raises(InputError, match=message):  # the worker's own sentence
         main(EvalConfig(out=tmp_path, checkpoint=trained, columns=("close_drawer",), episodes=1))
     check_schema(env, manifest | {"action_schema": None, "qpos_names": None})
     assert "the training data had no action_schema" in capfd.readouterr().err
-    manifest_file.write_text(json.dumps(manifest))
+    write_sealed(manifest_file, manifest)
     env.close()
 
 

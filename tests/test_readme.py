@@ -12,6 +12,7 @@ import tyro
 import collect
 import eval
 import train
+from durable import read_lines
 from tasks import PAPER_COLUMNS
 from tools.report import rate
 
@@ -69,7 +70,7 @@ def test_make_has_the_targets_that_the_readme_names():
 
 def test_the_table_of_make_learn_is_counted_from_the_episodes_in_results():
     for folder in ("eval", "eval-random", "eval-expert", "eval-flow"):
-        episodes = eval.read_episodes(ROOT / "results/learn" / folder / "episodes.jsonl")
+        episodes = read_lines(ROOT / "results/learn" / folder / "episodes.jsonl")
         columns = eval.table(episodes, {})
         assert all(columns[name]["n"] == 20 for name in columns)
         for name, column in columns.items():

@@ -181,14 +181,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(data, tmp_path
     assert f"{newest.name}/model.safetensors" in capsys.readouterr().err
 
 
-def test_a_full_disk_leaves_the_older_checkpoint_whole(data, small_disk, capsys):
+def test_a_full_disk_leaves_the_older_checkpoint_whole(small_disk, capsys):
     model = torch.nn.Linear(8, 8)
     optimizer = torch.optim.Adam(model.parameters())
-    checkpoint.save(small_disk, 1, model, optimizer, {}, "{}", keep=2)
+    saver = checkpoint.Saver(small_disk, keep=2, is_main=True, step=0)
+    saver.save(1, model, optimizer, {}, "{}")
+    saver.save(2, torch.nn.Linear(1000, 1000), optimizer, {}, "{}")
     with pytest.raises(CheckpointError, match=r"earlier checkpoints .* are whole"):
-        checkpoint.save(small_disk, 2, torch.nn.Linear(1000, 1000), optimizer, {}, "{}", keep=2)
+        saver.close()
+    assert "warning" in capsys.readouterr().err  # training would have gone on
     assert checkpoint.newest(small_disk).name == "step-00000001"
     assert not list(small_disk.glob(".*partial"))
+    saver.save(3, model, optimizer, {}, "{}")  # there is room again: the failure is made good
+    saver.close()
+    assert checkpoint.newest(small_disk).name == "step-00000003"
 
 
 def test_a_full_disk_ends_packing_without_half_a_block(data, small_disk):

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from config import CAMERAS, LOSSES, explained
 from data import normalize_depth
+from durable import read_lines
 from rows import ROWS
 from tasks import COLUMNS, PAPER_COLUMNS
 
@@ -122,12 +123,6 @@ class Film:
 
 
 # --- The run's files ---
-
-
-def read_lines(path: Path) -> list[dict]:
-    """Read JSON lines; a last line that a killed run left torn is not there."""
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def read_curves(run: Path) -> dict[str, dict[str, tuple[list, list]]]:

@@ -1,0 +1,114 @@
+"""The ranks of a run: how they find each other, agree, are told to stop, and leave.
+
+    ranks = join(device)                   # under torchrun: all of them, or an error naming who is
+    total = ranks.sum(tensor)              # missing; without it: a world of one, no communication
+    with signals() as stop: ...            # stop() is true once SIGTERM or SIGUSR1 has arrived
+    ranks.leave()
+"""
+
+import gc
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from config import InputError
+
+# How long the ranks wait for each other, seconds: to begin; to end, when one may still be saving.
+JOIN_TIMEOUT, LEAVE_TIMEOUT = 120.0, 3600.0
+STOPPED = 75  # exit code of a run that was told to stop, and saved (sysexits.h: EX_TEMPFAIL)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    world: int
+    device: torch.device
+    store: dist.Store | None = None  # None without torchrun
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_main(self, value: str) -> str:
+        """The main rank's value, on every rank."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values, device=self.device)
+        return values[0]
+
+    def meet(self, place: str, timeout: float) -> None:
+        """Wait until every rank has come to `place`. Raises InputError naming those that have not.
+
+        Through the store, since a collective that lacks a rank can only say that it timed out.
+        """
+        if self.store is None:
+            return
+        deadline = time.monotonic() + timeout
+        keys = [f"{place}/{rank}" for rank in range(self.world)]
+        self.store.set(keys[self.rank], "here")
+        while missing := [rank for rank, key in enumerate(keys) if not self.store.check([key])]:
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"rank {self.rank} waited {timeout:.0f} s to {place}; of {self.world} ranks "
+                    f"these did not come: {missing}. Their own output says why; start all nodes "
+                    "with the same command within that time"
+                )
+            time.sleep(0.01)
+
+    def leave(self) -> None:
+        """End together. Call it when nothing holds DDP any more."""
+        if self.store is None:
+            return
+        # DDP's reducer holds the process group. Were it dropped after the group, gloo's threads
+        # would be joined while they wait for the interpreter that waits for them: 1 run of 20 hung.
+        gc.collect()
+        self.meet("leave", LEAVE_TIMEOUT)
+        dist.destroy_process_group()
+
+
+def join(device: str | None, timeout: float = JOIN_TIMEOUT) -> Ranks:
+    """This process's place among the ranks that torchrun started (GPUs: NCCL, CPUs: gloo)."""
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cuda":
+        # Before anything else allocates, or every rank opens a context on GPU 0.
+        torch.cuda.set_device(local_rank)
+    if "RANK" not in os.environ:
+        return Ranks(0, 1, torch.device(kind))
+    place = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    ranks = Ranks(rank, world, place, store)
+    ranks.meet("begin", timeout)
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world
+    )
+    return ranks
+
+
+@contextmanager
+def signals() -> Iterator[Callable[[], bool]]:
+    """Within, SIGTERM and SIGUSR1 (a scheduler's) only make the yielded function return True."""
+    arrived = []
+    before = {
+        number: signal.signal(number, lambda *_: arrived.append(1))
+        for number in (signal.SIGTERM, signal.SIGUSR1)
+    }
+    try:
+        yield lambda: bool(arrived)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,105 @@
+"""Files that are whole or absent, wherever the process is killed and whenever the disk is full.
+
+    with replacing(path) as temporary: ...        # written aside, fsynced, renamed over `path`
+    write_sealed(path, {...}); read_sealed(path)  # JSON that ends in the sha256 of all before it
+    append(path, {...}); read_lines(path)         # JSON lines, each on the disk before the next
+
+Everything that must survive a kill goes through here: checkpoints, packs, demonstrations, episodes.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from config import InputError
+
+
+class DamagedError(InputError):
+    """A file whose content is not what was written; the message names it."""
+
+
+def sync(path: Path) -> None:
+    """Return once a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path to write; the file replaces `path` once it is whole and on the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write(path: Path, content: bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+# --- JSON that knows when it is damaged ---
+
+_SEAL = ',\n "sha256": "'
+
+
+def _sealed(body: str) -> str:
+    return f'{body}{_SEAL}{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
+
+
+def write_sealed(path: Path, content: dict) -> None:
+    """Write `content`, and as its last key the sha256 of the text before that key."""
+    write(path, _sealed(json.dumps(content, indent=1).removesuffix("\n}")).encode())
+
+
+def read_sealed(path: Path) -> dict:
+    """Read what write_sealed wrote. Raises DamagedError if a single byte of it is different."""
+    try:
+        text = path.read_bytes().decode()
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamagedError(f"{path}: not there") from None
+    except UnicodeDecodeError as error:
+        raise DamagedError(f"{path}: damaged ({error})") from None
+    body, seal, _ = text.rpartition(_SEAL)
+    if not seal or _sealed(body) != text:
+        raise DamagedError(f"{path}: damaged, its own sha256 differs")
+    return json.loads(body + "\n}")
+
+
+# --- JSON lines that grow ---
+
+
+def append(path: Path, line: dict) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path, mend: bool = False) -> list[dict]:
+    """The lines of a file; none if it is not there.
+
+    A last line that a kill or a full disk has torn does not count; `mend` cuts it off the file.
+    """
+    text = path.read_bytes() if path.exists() else b""
+    whole = text.rfind(b"\n") + 1
+    if mend and whole < len(text):
+        print(f"warning: {path}: dropped a torn last line", file=sys.stderr)
+        os.truncate(path, whole)
+    return [json.loads(line) for line in text[:whole].splitlines()]
