@@ -1,7 +1,10 @@
 """The action expert: its time convention, its sampler, and what it may see."""
 
+import math
+
 import torch
-from test_model import CFG, make_batch
+from test_model import CFG, make_batch, make_padded
+from torch.nn import functional as F
 
 from flow_head import draw_noise, time_embedding
 from model import AuxVLA
@@ -89,6 +92,61 @@ def test_the_expert_reads_every_layer_of_the_prefix_and_no_padding():
         for k, v in cache:
             k[:, :, 3], v[:, :, 3] = 5, 5
         torch.testing.assert_close(model.flow_head.velocity(x, t, cache, hidden), masked)
+
+
+def turn(x, positions, cfg):
+    """RoPE on [B, T, heads, head_dim], as a rotation of complex numbers."""
+    half = cfg.head_dim // 2
+    frequency = cfg.rope_theta ** (-torch.arange(half) / half)
+    angle = (positions[..., None] * frequency)[:, :, None]  # [B, T, 1, head_dim / 2]
+    rotated = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * angle)
+    return torch.cat([rotated.real, rotated.imag], dim=-1)
+
+
+def attend(layers, streams, positions, visible, cfg):
+    """One softmax over both streams, each with its own projections: [B, T, heads * head_dim]."""
+    inputs = [layer.input_norm(x) for layer, x in zip(layers, streams)]
+    q, k, v = (
+        torch.cat([getattr(layer, name)(x) for layer, x in zip(layers, inputs)], dim=1).unflatten(
+            -1, (-1, cfg.head_dim)
+        )
+        for name in "qkv"
+    )
+    groups = cfg.heads // cfg.kv_heads
+    q, k = turn(q, positions, cfg), turn(k, positions, cfg).repeat_interleave(groups, 2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(cfg.head_dim)
+    weights = scores.masked_fill(~visible[:, None], -math.inf).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v.repeat_interleave(groups, 2)).flatten(2)
+
+
+@torch.no_grad()
+def compare_with_joint_pass(model, batch, tolerance):
+    """The expert on cached keys and values is one pass over prefix and chunk together (pi0)."""
+    head, cfg, x_t, t = model.flow_head, model.cfg.llm, batch["noise"], batch["t"]
+    prefix, exists = model.vlm.embed_prefix(batch)
+    time = time_embedding(t, model.cfg.flow.width)[:, None].expand(-1, x_t.shape[1], -1)
+    chunk = head.action_time_in(torch.cat([head.action_in(x_t), time], dim=-1))
+    streams = [prefix, head.action_time_out(F.silu(chunk))]
+    lengths = [prefix.shape[1], x_t.shape[1]]
+    exists = torch.cat([exists, torch.ones(x_t.shape[:2], dtype=torch.bool)], dim=1)
+    causal = torch.ones(sum(lengths), sum(lengths), dtype=torch.bool).tril()
+    causal[lengths[0] :] = True  # actions see each other; the prefix never sees them
+    for layers in zip(model.vlm.llm.layers, head.layers):
+        mixed = attend(layers, streams, exists.cumsum(-1) - 1, causal & exists[:, None], cfg)
+        for i, (layer, part) in enumerate(zip(layers, mixed.split(lengths, dim=1))):
+            x = streams[i] + layer.o(part)
+            y = layer.mlp_norm(x)
+            streams[i] = x + layer.down(F.silu(layer.gate(y)) * layer.up(y))
+    joint = head.action_out(head.norm(streams[1]))
+    read = model.vlm.encode(batch)
+    cached = head.velocity(x_t, t, read.cache, read.mask)
+    assert joint.abs().max() > 0.1
+    torch.testing.assert_close(cached, joint, rtol=0, atol=tolerance)
+
+
+def test_the_expert_on_cached_keys_and_values_equals_the_joint_forward_pass():
+    model, _ = build()
+    compare_with_joint_pass(model.eval(), make_padded(), tolerance=1e-5)
 
 
 def test_time_embeddings_tell_times_apart():

@@ -1,25 +1,30 @@
 """The stage rule, the sequence and the action tokens, on the real model at tiny size."""
 
+import resource
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from backbone import LLM
 from config import LABELS, model_config
 from decoders import DECODERS
-from model import AuxVLA, actions_to_bins, bins_to_actions, init_llm
+from model import AuxVLA, actions_to_bins, bins_to_actions
 
+ROOT = Path(__file__).parents[1]
 TINY = model_config("tiny")
 CFG = replace(TINY, llm=replace(TINY.llm, kv_heads=2))  # heads share keys, as in Qwen2.5
 
 
-def make_batch(b=2, seed=0):
+def make_batch(b=2, seed=0, cfg=CFG):
     """A batch as data.py documents it."""
     g = torch.Generator().manual_seed(seed)
-    length = CFG.llm.prompt_length
+    length = cfg.llm.prompt_length
     batch = {
-        "images": torch.rand(b, CFG.num_views, 3, CFG.image_size, CFG.image_size, generator=g),
+        "images": torch.rand(b, cfg.num_views, 3, cfg.image_size, cfg.image_size, generator=g),
         "prompt_ids": torch.randint(2, 60, (b, length), generator=g),
         "prompt_mask": torch.ones(b, length, dtype=torch.bool),
         "actions": torch.rand(b, 8, 13, generator=g) * 2 - 1,
@@ -174,39 +179,58 @@ def test_every_view_and_the_instruction_reach_the_action(model):
     assert (hidden(other) - reference).abs().max() > 1e-5
 
 
-def test_a_padded_prompt_gives_what_the_unpadded_one_gives(model):
-    model.double().eval()
-    batch = make_batch()
-    batch["images"] = batch["images"].double()
-    padding = torch.zeros(2, 5, dtype=torch.long)
-    padded = dict(batch)
-    padded["prompt_ids"] = torch.cat(
-        [batch["prompt_ids"][:, :1], padding, batch["prompt_ids"][:, 1:]], dim=1
-    )
-    mask = batch["prompt_mask"]
-    padded["prompt_mask"] = torch.cat([mask[:, :1], padding.bool(), mask[:, 1:]], dim=1)
-    plain, wide = (model.latents(model.vlm.encode(b).hidden) for b in (batch, padded))
-    model.float()
-    torch.testing.assert_close(plain, wide, rtol=0, atol=1e-6)  # RoPE's tables are float32
+def make_padded(b=3, cfg=CFG):
+    """A batch whose prompts are of other lengths: 0, 3, 6 ... padding behind the first token."""
+    batch = make_batch(b, cfg=cfg)
+    for row, mask in enumerate(batch["prompt_mask"]):
+        mask[1 : 1 + 3 * row] = False
+    return batch
+
+
+@torch.no_grad()
+def compare_cached_decoding(model, batch, tolerance):
+    """Decoding on cached keys and values is what one pass over all 13 tokens gives."""
+    first, prefix = model.cfg.llm.first_action_id, model.vlm.encode(batch)
+    bins, states = model.decode_bins(prefix)
+    cached = torch.cat([prefix.hidden[:, -1:], states], dim=1)  # [B, 13, D]
+    whole = model.vlm.encode(batch, first + bins[:, :-1]).hidden[:, -13:]
+    torch.testing.assert_close(cached, whole, rtol=0, atol=tolerance)
+    logits = model.vlm.llm.logits(whole)[..., first : first + model.cfg.bins]
+    assert torch.equal(logits.argmax(-1), bins) and len(bins.unique()) > 1
+
+
+@torch.no_grad()
+def compare_alone_and_together(model, batch, tolerance):
+    """A frame of a padded batch is what it is alone, its prompt without padding."""
+    for noise in (None, batch["noise"]):
+        actions, predictions = model.act(batch, noise)
+        for i, real in enumerate(batch["prompt_mask"]):
+            frame = {key: value[i : i + 1] for key, value in batch.items()}
+            frame |= {key: frame[key][:, real] for key in ("prompt_ids", "prompt_mask")}
+            alone, predicted = model.act(frame, None if noise is None else frame["noise"])
+            close = dict(rtol=0, atol=tolerance)
+            torch.testing.assert_close(alone[0], actions[i], **close)
+            for name, value in predicted.items():
+                torch.testing.assert_close(value[0], predictions[name][i], **close)
 
 
 def test_cached_decoding_equals_one_pass_over_all_tokens(model):
+    compare_cached_decoding(model.eval(), make_padded(), tolerance=1e-5)
+
+
+def test_left_padded_frames_act_alike_alone_and_in_a_batch(model):
+    compare_alone_and_together(model.eval(), make_padded(), tolerance=1e-5)
+
+
+def test_the_action_loss_is_over_the_13_label_positions_and_the_whole_vocabulary(model):
     model.eval()
-    batch = make_batch(b=3)
+    batch = make_padded()
+    ids = 256 + ((batch["actions"][:, 0] + 1) * 128).long()  # 256 bins on the ids 256 to 511
     with torch.no_grad():
-        bins, _ = model.decode_bins(model.vlm.encode(batch))
-        batch["actions"][:, 0] = bins_to_actions(bins, CFG.bins)
-        again, _ = model.teacher_forced(batch)
-    assert torch.equal(bins, again)
-
-
-def test_frames_act_alike_alone_and_in_a_batch(model):
-    model.eval()
-    batch = make_batch(b=3)
-    together, _ = model.act(batch)
-    for i in range(3):
-        alone, _ = model.act({k: v[i : i + 1] for k, v in batch.items()})
-        assert torch.equal(alone[0], together[i])
+        hidden = model.vlm.encode(batch, ids[:, :-1]).hidden
+        logits = hidden @ model.vlm.llm.embed.weight.T  # [B, S + 12, vocabulary]
+        expected = F.cross_entropy(logits[:, -13:].flatten(0, 1), ids.flatten())
+        torch.testing.assert_close(model(batch, 2)["action"], expected)
 
 
 def test_the_decoders_see_no_ground_truth_action(model):
@@ -224,52 +248,41 @@ def test_action_bins_round_trip_within_half_a_bin():
     assert (actions_to_bins(actions, 256).diff() >= 0).all()
 
 
-def test_the_paper_preset_has_the_parameters_that_the_paper_and_its_parts_state():
-    with torch.device("meta"):
-        paper = AuxVLA(model_config("paper"), flow_head=True)
-    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    queries = paper.vlm.latent_queries.numel()
-    # Prismatic's 1,252,496,448 (the paper's 1.3B) less the 43,080,480 of last blocks, final norms
-    # and pooling head.
-    assert count(paper.vlm) - queries == 1_252_496_448 - 43_080_480
-    assert count(paper.flow_head) == 101_517_325
-    assert set(paper.decoders) == set(DECODERS)
+def test_prompts_and_action_ids_are_those_of_the_public_models():
+    qwen, llama = model_config("paper").llm, model_config("openvla").llm
+    assert qwen.prompt.format("close the fridge") == (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+        "<|im_end|>\n<|im_start|>user\nWhat action should the robot take to close the fridge?"
+        "<|im_end|>\n<|im_start|>assistant\n"
+    )
+    # <|extra_0|> to <|extra_255|> behind the 151,665 tokens of Qwen2.5; Llama's last 256 of 32,000.
+    for llm, last in ((qwen, 151_920), (llama, 31_999)):
+        assert llm.first_action_id + model_config("paper").bins - 1 == last
+    assert llama.prompt.format("close the fridge") == (
+        "In: What action should the robot take to close the fridge?\nOut:"
+    )
+    assert qwen.prompt_end == () and llama.prompt_end == (29871,)
 
 
-@pytest.mark.parametrize("family", ["Qwen2", "Llama"])
-def test_the_llm_equals_transformers(family):
-    """Qwen2.5: tied head, biases, grouped heads; Llama 2 (OpenVLA): neither of them."""
-    import transformers
-
-    cfg = CFG.llm if family == "Qwen2" else replace(TINY.llm, tied=False, qkv_bias=False)
-    torch.manual_seed(0)
-    llm = LLM(cfg).eval()
-    init_llm(llm, 0.02)
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=cfg.vocab, hidden_size=cfg.width, num_hidden_layers=cfg.depth,
-        num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads,
-        intermediate_size=cfg.mlp, rms_norm_eps=cfg.norm_eps, tie_word_embeddings=cfg.tied,
-        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
-    )  # fmt: skip
-    reference = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    names = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-    names |= {
-        f"layers.{i}.{ours}": f"model.layers.{i}.{theirs}"
-        for i in range(cfg.depth)
-        for ours, theirs in {
-            "input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
-            "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
-            "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
-            "down": "mlp.down_proj",
-        }.items()
-    }  # fmt: skip
-    weights = {
-        f"{names[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}": v
-        for k, v in llm.state_dict().items()
-    }
-    reference.load_state_dict({"lm_head.weight": weights["model.embed_tokens.weight"]} | weights)
-    ids = torch.randint(0, cfg.vocab, (2, 17))
-    causal = torch.ones(2, 17, 17, dtype=torch.bool).tril()
-    with torch.no_grad():
-        hidden, _ = llm(llm.embed(ids), torch.arange(17).expand(2, 17), causal)
-        torch.testing.assert_close(llm.logits(hidden), reference(ids).logits, rtol=0, atol=1e-5)
+@pytest.mark.parametrize(
+    "preset, everything, vlm, flow_head",
+    [  # the VLM: Prismatic's (the paper's 1.3B) and openvla-7b's parameters, counted in their files
+        ("paper", 1_337_637_018, 1_252_496_448, 101_517_325),
+        ("openvla", 7_868_090_029, 7_541_237_184, 369_933_325),
+    ],
+)
+def test_the_table_of_parameters_is_printed_within_ten_seconds(preset, everything, vlm, flow_head):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "model.py", "--preset", preset]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+    lines = [line.split() for line in done.stdout.splitlines()]
+    table = {name: int(count.replace(",", "")) for name, count in lines}
+    assert table.pop("all") == sum(table.values()) == everything
+    # Less the last blocks, final norms and pooling head, which nothing reads.
+    parts = ("vision.dino", "vision.siglip", "projector", "llm")
+    assert sum(table[part] for part in parts) == vlm - 43_080_480
+    assert table["flow_head"] == flow_head
+    decoders = {f"decoders.{name}" for name in DECODERS} if preset == "paper" else set()
+    assert set(table) == {*parts, *decoders, "flow_head", "latent_queries"}
