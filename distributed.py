@@ -1,9 +1,9 @@
 """The ranks of a run: how they find each other, agree, are told to stop, and leave.
 
-    ranks = join(device)                   # under torchrun: all of them, or an error naming who is
-    total = ranks.sum(tensor)              # missing; without it: a world of one, no communication
-    with signals() as stop: ...            # stop() is true once SIGTERM or SIGUSR1 has arrived
-    ranks.leave()
+ranks = join(device)                   # under torchrun: all of them, or an error naming who is
+total = ranks.sum(tensor)              # missing; without it: a world of one, no communication
+with signals() as stop: ...            # stop() is true once SIGTERM or SIGUSR1 has arrived
+ranks.leave()
 """
 
 import gc

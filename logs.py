@@ -112,12 +112,20 @@ class Log:
         )
         self.since += seconds
 
-    def close(self, step: int, stopped: bool) -> None:
+    def close(self, step: int, stopped: bool, gave_up: bool) -> None:
+        """Say how the run ended."""
         if not self.ranks.is_main:
             return
         self.bar.close()
         self.file.close()
-        if stopped:
+        if gave_up:
+            print(
+                f"error: {self.cfg.max_skipped} steps in a row had a loss or gradient that is not "
+                f"finite. The state before them is saved in {self.out}, their frames are named in "
+                "its log.jsonl: look at those, or lower --lr",
+                file=sys.stderr,
+            )
+        elif stopped:
             print(f"stage {self.cfg.stage}: told to stop, step {step} is saved in {self.out}")
         else:
             print(f"stage {self.cfg.stage}: {step} steps done, newest checkpoint in {self.out}")

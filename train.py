@@ -28,12 +28,8 @@ from config import PRESETS, InputError, TrainConfig, explained
 from data import (
     ActionStats,
     Batcher,
-    Frames,
-    StepOrder,
     build_tokenizer,
     check_batch,
-    loader,
-    open_data,
     tokenize,
 )
 from decoders import BatchNorm
@@ -43,6 +39,7 @@ from logs import Log
 from model import AuxVLA, label_counts
 from pretrained import load_pretrained, source_of
 from rows import check_row, preset_of, row_of
+from samples import Frames, StepOrder, loader, open_data
 from sharding import shard, whole
 from validation import validate
 
@@ -51,7 +48,7 @@ MAY_CHANGE = {
     "data", "out", "init_from", "resume", "steps", "epochs", "device", "workers", "val_every",
     "val_frames",
 }  # fmt: skip
-MAY_CHANGE |= {"pretrained", "log_every", "save_every", "keep", "tracker", "shard"}
+MAY_CHANGE |= {"pretrained", "log_every", "save_every", "keep", "max_skipped", "tracker", "shard"}
 
 
 def learning_rate(step: int, num_steps: int, cfg: TrainConfig) -> float:
@@ -69,6 +66,17 @@ def global_counts(batch: dict[str, Tensor], stop: bool, ranks: Ranks) -> dict[st
     counts = label_counts(batch) | {"stop": torch.tensor(stop, device=ranks.device)}
     stacked = torch.stack([count.float() for count in counts.values()])
     return dict(zip(counts, ranks.sum(stacked) / ranks.world))
+
+
+def step_noise(cfg: TrainConfig, step: int, ranks: Ranks) -> dict[str, Tensor]:
+    """The rank's share of what the flow head is trained on: noise and times.
+
+    Drawn for the global batch, so that a step does not depend on the number of processes.
+    """
+    generator = torch.Generator().manual_seed(cfg.seed * 2**32 + step)
+    noise, t = draw_noise(cfg.batch_size, cfg.model.flow.action_horizon, generator)
+    mine = slice(ranks.rank, None, ranks.world)
+    return {"noise": noise[mine].to(ranks.device), "t": t[mine].to(ranks.device)}
 
 
 def micro_batches(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
@@ -153,7 +161,7 @@ def load_data(
 
 
 def main(cfg: TrainConfig) -> int:
-    """Train the stage; the process's exit code, 0 or, after a signal, STOPPED."""
+    """Train the stage; the process's exit code: 0, STOPPED after a signal, 1 if it gave up."""
     ranks = join(cfg.device)
     with checkpoint.sole_writer(Path(cfg.out)) if ranks.is_main else nullcontext():
         code = train(cfg, ranks)
@@ -224,11 +232,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
             batch["counts"] = global_counts(batch, stop(), ranks)
             if stopped := bool(batch["counts"]["stop"]):
                 break
-            # Noise is drawn for the global batch and shared out, so a step does not depend on the
-            # number of processes.
-            generator = torch.Generator().manual_seed(cfg.seed * 2**32 + step)
-            noise, t = draw_noise(cfg.batch_size, cfg.model.flow.action_horizon, generator)
-            batch |= {"noise": noise[rank::world].to(device), "t": t[rank::world].to(device)}
+            batch |= step_noise(cfg, step, ranks)
             lr = learning_rate(step, num_steps, cfg)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -242,7 +246,8 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
                 log.add(losses, grad_norm)
                 skipped = 0
             else:
-                torch._foreach_copy_(moving, before)
+                for buffer, value in zip(moving, before):
+                    buffer.copy_(value)
                 log.skip(step + 1, frames.names(order.batch(step)))
                 skipped += 1
             optimizer.zero_grad(set_to_none=True)
@@ -263,17 +268,12 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
                 break
             log.waiting()
 
-        if stopped or skipped == cfg.max_skipped:
+        gave_up = skipped == cfg.max_skipped
+        if stopped or gave_up:
             saver.save(step, model, optimizer, manifest | {"score": None}, tokenizer.to_str())
         saver.close()
-    log.close(step, stopped)
-    if skipped == cfg.max_skipped:
-        raise InputError(
-            f"{skipped} steps in a row had a loss or gradient that is not finite; the state before "
-            f"them is saved in {cfg.out}, their frames are named in its log.jsonl. Look at those "
-            "with `python data.py verify`, or lower --lr"
-        )
-    return STOPPED if stopped else 0
+    log.close(step, stopped, gave_up)
+    return STOPPED if stopped else int(gave_up)
 
 
 def describe(cfg: TrainConfig, data, stats: ActionStats) -> dict:

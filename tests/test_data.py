@@ -15,13 +15,10 @@ from config import CAMERAS, LABELS, model_config
 from data import (
     ActionStats,
     Batcher,
-    Frames,
-    StepOrder,
     build_tokenizer,
     cameras,
     check_batch,
     normalize_depth,
-    open_data,
     pack,
     preprocess,
     to_tensors,
@@ -30,6 +27,7 @@ from data import (
 )  # fmt: skip
 from demonstrations import DataError, Demonstrations
 from pack import BLOCK, PACKED, Pack
+from samples import Frames, StepOrder, open_data
 
 CFG = model_config("tiny")
 

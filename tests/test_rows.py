@@ -12,11 +12,13 @@ from files import write_demos
 
 import checkpoint
 from config import PRESETS, InputError, model_config
-from data import Batcher, Demonstrations, Frames, build_tokenizer, check_batch, tokenize
+from data import ActionStats, Batcher, build_tokenizer, check_batch, tokenize
+from demonstrations import Demonstrations
 from eval import EvalConfig, run_jobs
 from model import AuxVLA, actions_to_bins
 from policy import Policy
 from rows import ROWS
+from samples import Frames
 from train import main, parse
 
 ROOT = Path(__file__).parent.parent
@@ -171,8 +173,6 @@ def test_the_policy_sees_the_history_that_it_was_trained_on(history, tmp_path):
 def test_the_policy_keeps_its_history_while_it_executes_a_chunk(history):
     cfg = replace(model_config("tiny"), history=history)
     tokenizer, stats = build_tokenizer(cfg.llm), [(-1.0,) * 13, (1.0,) * 13]
-    from data import ActionStats
-
     model = AuxVLA(cfg, flow_head=True).eval()
     policy = Policy(model, ActionStats(*stats), tokenizer, {}, torch.device("cpu"))
     policy.reset()

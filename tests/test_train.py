@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 import checkpoint
 from checkpoint import CheckpointError
 from config import explained
-from data import Batcher, Frames, build_tokenizer, open_data, pack, tokenize
+from data import Batcher, build_tokenizer, pack, tokenize
 from model import AuxVLA
+from samples import Frames, open_data
 from train import main, parse
 from validation import validate
 

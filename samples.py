@@ -1,0 +1,150 @@
+"""Which frames a step trains on (paper Sec. 3, 6.1): the same on any number of processes.
+
+    frames = Frames(open_data("PACK"), held_out=0.02, train=True)
+    order = StepOrder(len(frames), batch_size=512, seed=0, first=step, last=num_steps, ...)
+    for raw in loader(frames, order, workers=4): ...   # what Batcher makes a batch of
+
+The state of the order is the step: a resumed run draws the epoch's permutation again and begins at
+its place, without reading what came before.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from config import HISTORY, InputError
+from data import ActionStats, to_tensors
+from demonstrations import Demonstrations
+from pack import Pack
+
+
+class Frames(Dataset):
+    """Training or held-out frames; item [i, j, ...] is the raw batch of those frames."""
+
+    def __init__(
+        self, source: Demonstrations | Pack, held_out: float, train: bool,
+        history: str = "none", tasks: tuple[str, ...] = (), subtasks: tuple[str, ...] = (),
+    ):  # fmt: skip
+        """Hold out the last share `held_out` of every file's episodes, at least one.
+
+        `tasks` and `subtasks`, where given, leave only their files, <task>/<subtask>/<target>.h5;
+        InputError if none is left. `history` adds what Batcher needs of the steps before.
+        """
+        self.source, self.history = source, history
+        files = np.array([episode.file for episode in source.episodes])
+        keep = np.zeros(len(files), bool)
+        for file in np.unique(files):
+            rows = np.flatnonzero(files == file)
+            first_val = len(rows) - max(1, round(held_out * len(rows)))
+            wanted = is_of(file, tasks, subtasks)
+            keep[rows[:first_val] if train else rows[first_val:]] = wanted
+        if not any(is_of(file, tasks, subtasks) for file in np.unique(files)):
+            raise InputError(
+                f"{source.folder}: no demonstrations of {' '.join(tasks)}: {' '.join(subtasks)} "
+                f"in <task>/<subtask>/<target>.h5; it has {', '.join(sorted(set(files)))}"
+            )
+        self.episode_ids = np.flatnonzero(keep)
+        # 4 bytes a frame: the index of the paper's 8 million takes 32 MB.
+        self.frames = np.flatnonzero(np.repeat(keep, np.diff(source.starts))).astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, rows: np.ndarray) -> dict[str, Tensor]:
+        now = self.frames[rows]  # [B]
+        records = self.source.read(now)
+        if self.history == "none":
+            return to_tensors(records)
+        ago = np.arange(-HISTORY, 0)
+        # GAP-5: before the episode's start its first frame stands in, in training and acting alike.
+        past = now[:, None] + np.maximum(ago, -records["frame"][:, None])  # [B, 4]
+        earlier = rearrange(
+            self.source.read(rearrange(past, "b t -> (b t)")), "(b t) -> b t", t=HISTORY
+        )
+        seen = (
+            {"past_rgb": earlier["rgb"], "past_depth": earlier["depth"]}
+            if self.history == "frames"
+            else {
+                "past_actions": earlier["actions"][:, :, 0],
+                "past_mask": ago >= -records["frame"][:, None],
+            }
+        )
+        return to_tensors(records) | {
+            name: torch.from_numpy(np.array(value, order="C")) for name, value in seen.items()
+        }
+
+    def stats(self) -> ActionStats:
+        return ActionStats.of(self.source.actions_of(self.episode_ids))
+
+    def names(self, rows: np.ndarray) -> list[str]:
+        """File, trajectory and frame of each row, as a person looks for them."""
+        frames = self.frames[rows]
+        episodes = np.searchsorted(self.source.starts, frames, side="right") - 1
+        return [
+            f"{self.source.episodes[e].file} {self.source.episodes[e].trajectory} "
+            f"frame {frame - self.source.starts[e]}"
+            for e, frame in zip(episodes, frames)
+        ]
+
+
+def is_of(file: str, tasks: tuple[str, ...], subtasks: tuple[str, ...]) -> bool:
+    """Is <task>/<subtask>/<target>.h5 of these tasks and subtasks? Empty means all."""
+    task, subtask = ("", "", *Path(file).parts)[-3:-1]
+    return (not tasks or task in tasks) and (not subtasks or subtask in subtasks)
+
+
+class StepOrder:
+    """Which frames a step trains on: a pure function of seed and step, on any number of ranks.
+
+    Every epoch is a new permutation of all frames, of which an incomplete last batch is left out.
+    Iterating gives a rank's share of the batches `first`..`last` - 1.
+    """
+
+    def __init__(
+        self, num_frames: int, batch_size: int, seed: int, first: int, last: int, rank: int,
+        world: int,
+    ):  # fmt: skip
+        self.num_frames, self.batch_size, self.seed = num_frames, batch_size, seed
+        self.first, self.last, self.rank, self.world = first, last, rank, world
+        self.epoch: int | None = None
+
+    def batch(self, step: int) -> np.ndarray:
+        """The global batch of a step, rows of Frames [batch_size]."""
+        epoch, step = divmod(step, self.num_frames // self.batch_size)
+        if epoch != self.epoch:
+            rows = np.arange(self.num_frames, dtype=np.int32)
+            self.order = np.random.default_rng((self.seed, epoch)).permutation(rows)
+            self.epoch = epoch
+        return self.order[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self):
+        for step in range(self.first, self.last):
+            yield self.batch(step)[self.rank :: self.world]
+
+
+def loader(frames: Frames, order, workers: int) -> DataLoader:
+    """Raw batches in the given order.
+
+    Its own generator: otherwise each new iterator would draw from the global random state, which
+    shifts the noise of a resumed run.
+    """
+    return DataLoader(
+        frames, sampler=order, batch_size=None, num_workers=workers,
+        pin_memory=torch.cuda.is_available(), generator=torch.Generator(),
+        persistent_workers=workers > 0,
+    )  # fmt: skip
+
+
+def open_data(folder: str | Path) -> Demonstrations | Pack:
+    """A pack if the folder is one, else the demonstrations below it.
+
+    Raises FileNotFoundError when it is neither.
+    """
+    return Pack(folder) if (Path(folder) / "pack.json").is_file() else Demonstrations(folder)
