@@ -249,8 +249,8 @@ class TrainConfig:
     row: str | None = None  # a row of Tables 1-4 (rows.py), which fixes all that makes it this row
     tasks: tuple[Literal[TASKS], ...] = ()  # train on these of the data; default: on all
     subtasks: tuple[Literal[SUBTASKS], ...] = ()  # likewise
-    # public weights of the VLM: folder or hub name of a Prismatic checkpoint or of openvla-7b, or
-    # "hub" for DINOv2, SigLIP and Qwen2.5 apart; unused with --init-from
+    # public weights of the VLM: folder or hub name of a Prismatic checkpoint or of openvla-7b, a
+    # folder of the folders of DINOv2, SigLIP and Qwen2.5, or "hub"; unused with --init-from
     pretrained: str | None = "Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b"
     init_from: str | None = None  # weights of an earlier stage (its folder or a checkpoint in it)
     # auto: go on from the newest whole checkpoint in `out`

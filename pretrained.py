@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from checkpoint import sha256
 from config import InputError
+from durable import sha256
 from model import VLM
 
 DINO_HUB = "facebook/dinov2-with-registers-large"

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from config import model_config
+from durable import sha256
 from model import VLM
 from pretrained import DINO_HUB, QWEN_HUB, SIGLIP_HUB, PretrainedError, load_pretrained, source_of
 from train import main, parse
@@ -74,7 +75,7 @@ def test_each_source_gives_the_features_and_logits_of_transformers(source, files
         "openvla": ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
     }
     assert list(hashes) == [f"{folder / source}/{name}" for name in names[source]]
-    assert all(checkpoint.sha256(Path(path)) == value for path, value in hashes.items())
+    assert all(sha256(Path(path)) == value for path, value in hashes.items())
 
 
 def test_a_prismatic_file_fills_the_projector_and_keeps_the_latents(files):
@@ -250,7 +251,7 @@ def test_a_checkpoint_records_source_and_sha256_of_the_public_weights(files, tmp
     expected = ("checkpoints/latest-checkpoint.pt", "config.json")
     assert manifest["config"]["pretrained"] == str(source)
     assert manifest["pretrained"] == {
-        f"{source}/{name}": checkpoint.sha256(source / name) for name in expected
+        f"{source}/{name}": sha256(source / name) for name in expected
     }
     weight = load_file(saved / "model.safetensors")["vlm.vision.dino.blocks.1.qkv.weight"]
     written = files[2]["vision_backbone"]["dino_featurizer.blocks.1.attn.qkv.weight"]
