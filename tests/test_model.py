@@ -199,19 +199,23 @@ def compare_cached_decoding(model, batch, tolerance):
     assert torch.equal(logits.argmax(-1), bins) and len(bins.unique()) > 1
 
 
+def everything_read(model, batch):
+    """All that the model says of a batch: tokens, chunk, the decoders' predictions."""
+    prefix = model.vlm.encode(batch)
+    tokens, _ = model.decode_bins(prefix)
+    chunk = model.flow_head.sample(prefix.cache, prefix.mask, batch["noise"])
+    return {"tokens": tokens, "chunk": chunk} | model.predict(model.latents(prefix.hidden))
+
+
 @torch.no_grad()
 def compare_alone_and_together(model, batch, tolerance):
     """A frame of a padded batch is what it is alone, its prompt without padding."""
-    for noise in (None, batch["noise"]):
-        actions, predictions = model.act(batch, noise)
-        for i, real in enumerate(batch["prompt_mask"]):
-            frame = {key: value[i : i + 1] for key, value in batch.items()}
-            frame |= {key: frame[key][:, real] for key in ("prompt_ids", "prompt_mask")}
-            alone, predicted = model.act(frame, None if noise is None else frame["noise"])
-            close = dict(rtol=0, atol=tolerance)
-            torch.testing.assert_close(alone[0], actions[i], **close)
-            for name, value in predicted.items():
-                torch.testing.assert_close(value[0], predictions[name][i], **close)
+    together = everything_read(model, batch)
+    for i, real in enumerate(batch["prompt_mask"]):
+        frame = {key: value[i : i + 1] for key, value in batch.items()}
+        frame |= {key: frame[key][:, real] for key in ("prompt_ids", "prompt_mask")}
+        for name, alone in everything_read(model, frame).items():
+            torch.testing.assert_close(alone[0], together[name][i], rtol=0, atol=tolerance)
 
 
 def test_cached_decoding_equals_one_pass_over_all_tokens(model):
