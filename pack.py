@@ -43,6 +43,8 @@ def sums(packed: np.ndarray) -> np.ndarray:
 class Pack:
     """Frames as fixed-size records in memory-mapped blocks, written by `data.py pack`."""
 
+    blocks = None  # a frame is read alone, unlike in Demonstrations
+
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / "pack.json").is_file():
@@ -62,7 +64,7 @@ class Pack:
         self.instructions, self.hashes = meta["instructions"], meta["files"]
         self.action_schema, self.qpos_names = meta["action_schema"], meta["qpos_names"]
         self.starts = np.cumsum([0] + [episode.length for episode in self.episodes])
-        self.blocks: dict[int, np.ndarray] = {}
+        self.mapped: dict[int, np.ndarray] = {}
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder)}
         for number in range(-(-len(self) // BLOCK)):
             expected = min(BLOCK, len(self) - number * BLOCK) * PACKED.itemsize
@@ -75,9 +77,9 @@ class Pack:
 
     def block(self, number: int) -> np.ndarray:
         """A block's records, [BLOCK or the rest] of PACKED, mapped into memory at first use."""
-        if number not in self.blocks:
-            self.blocks[number] = np.memmap(self.folder / block_name(number), PACKED, "r")
-        return self.blocks[number]
+        if number not in self.mapped:
+            self.mapped[number] = np.memmap(self.folder / block_name(number), PACKED, "r")
+        return self.mapped[number]
 
     def read(self, frames: list[int] | np.ndarray) -> np.ndarray:
         """Frames by number, [n] of RECORD. Raises DataError, naming the file, if one is damaged."""

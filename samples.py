@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from config import HISTORY, InputError
 from data import ActionStats, to_tensors
-from demonstrations import Demonstrations
+from demonstrations import SHUFFLE_POOL, Demonstrations
 from pack import Pack
 
 
@@ -53,6 +53,12 @@ class Frames(Dataset):
 
     def __len__(self) -> int:
         return len(self.frames)
+
+    @property
+    def blocks(self) -> np.ndarray | None:
+        """The block of each frame, where reading one inflates its neighbours; None in a pack."""
+        starts = self.source.blocks
+        return None if starts is None else np.searchsorted(starts, self.frames, side="right") - 1
 
     def __getitem__(self, rows: np.ndarray) -> dict[str, Tensor]:
         now = self.frames[rows]  # [B]
@@ -101,25 +107,38 @@ class StepOrder:
     """Which frames a step trains on: a pure function of seed and step, on any number of ranks.
 
     Every epoch is a new permutation of all frames, of which an incomplete last batch is left out.
-    Iterating gives a rank's share of the batches `first`..`last` - 1.
+    Iterating gives a rank's share of the batches `first`..`last` - 1. With `blocks`, the block of
+    each frame [num_frames], those that are read together stay near each other.
     """
 
     def __init__(
         self, num_frames: int, batch_size: int, seed: int, first: int, last: int, rank: int,
-        world: int,
+        world: int, blocks: np.ndarray | None = None,
     ):  # fmt: skip
         self.num_frames, self.batch_size, self.seed = num_frames, batch_size, seed
         self.first, self.last, self.rank, self.world = first, last, rank, world
-        self.epoch: int | None = None
+        self.blocks, self.epoch = blocks, None
 
     def batch(self, step: int) -> np.ndarray:
         """The global batch of a step, rows of Frames [batch_size]."""
         epoch, step = divmod(step, self.num_frames // self.batch_size)
         if epoch != self.epoch:
-            rows = np.arange(self.num_frames, dtype=np.int32)
-            self.order = np.random.default_rng((self.seed, epoch)).permutation(rows)
-            self.epoch = epoch
+            self.order, self.epoch = self.shuffled(np.random.default_rng((self.seed, epoch))), epoch
         return self.order[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        """All rows of Frames, [num_frames], in any order or in a window of SHUFFLE_POOL blocks.
+
+        The window slides: blocks come in random order, each of their frames somewhere in the
+        window behind its block's place, so that blocks are read at an even rate.
+        """
+        if self.blocks is None:
+            return rng.permutation(np.arange(self.num_frames, dtype=np.int32))
+        _, block = np.unique(
+            self.blocks, return_inverse=True
+        )  # [num_frames], numbered without gaps
+        place = rng.permutation(block.max() + 1)[block]
+        return np.argsort(place + SHUFFLE_POOL * rng.random(self.num_frames)).astype(np.int32)
 
     def __len__(self) -> int:
         return self.last - self.first
@@ -132,9 +151,12 @@ class StepOrder:
 def loader(frames: Frames, order, workers: int) -> DataLoader:
     """Raw batches in the given order.
 
-    Its own generator: otherwise each new iterator would draw from the global random state, which
+    One process reads MS-HAB's files, where each would inflate the same blocks; several a pack. Its
+    own generator: otherwise each new iterator would draw from the global random state, which
     shifts the noise of a resumed run.
     """
+    if frames.blocks is not None:
+        workers = min(workers, 1)
     return DataLoader(
         frames, sampler=order, batch_size=None, num_workers=workers,
         pin_memory=torch.cuda.is_available(), generator=torch.Generator(),

@@ -218,7 +218,9 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
     step, skipped, stopped = origin["step"] if resumed else 0, 0, False
     frames, held_out, batcher, tokenizer, manifest = load_data(cfg, origin, resumed)
     num_steps = cfg.steps or cfg.epochs[cfg.stage - 1] * (len(frames) // cfg.batch_size)
-    order = StepOrder(len(frames), cfg.batch_size, cfg.seed, step, num_steps, rank, world)
+    order = StepOrder(
+        len(frames), cfg.batch_size, cfg.seed, step, num_steps, rank, world, frames.blocks
+    )
     log = Log(cfg, step, num_steps, ranks, len(frames), len(held_out), params)
     saver = checkpoint.Saver(Path(cfg.out), cfg.keep, ranks.is_main, step)
     everywhere = ranks.is_main or (cfg.shard and world > 1)  # shards are validated by all ranks
@@ -286,7 +288,11 @@ def describe(cfg: TrainConfig, data, stats: ActionStats) -> dict:
         "qpos_names": data.qpos_names,
         "instructions": data.instructions,
         # A resumed run must find the same frames: the order and the held-out episodes follow them.
-        "data": {"frames": len(data), "episodes": len(data.episodes)},
+        "data": {
+            "frames": len(data),
+            "episodes": len(data.episodes),
+            "packed": data.blocks is None,
+        },
         "torch": torch.__version__,
     }
 

@@ -262,6 +262,44 @@ def test_a_cut_block_is_found_when_the_pack_is_opened(demos, tmp_path):
     assert BLOCK == 1024
 
 
+# --- Blocks: frames of MS-HAB's files that are inflated together ---
+
+
+def test_blocks_are_the_chunk_rows_of_the_files(demos):
+    source = Demonstrations(demos)
+    for e, episode in enumerate(source.episodes):
+        with h5py.File(demos / episode.file) as file:
+            rows = file[f"{episode.trajectory}/obs/sensor_data/fetch_head/rgb"].chunks[0]
+        inside = source.blocks[
+            (source.blocks >= source.starts[e]) & (source.blocks < source.starts[e + 1])
+        ]
+        assert np.array_equal(inside - source.starts[e], np.arange(0, episode.length, rows))
+
+
+def test_an_epoch_of_blocks_has_every_frame_once_and_inflates_every_block_once(
+    tmp_path, monkeypatch
+):
+    for i in range(4):
+        write_demos(tmp_path / f"set_table/close/{i}", lengths=(12,) * 20, seed=i)
+    frames = Frames(Demonstrations(tmp_path), 0.1, train=True)
+    read, original = [], Demonstrations._read_block
+    monkeypatch.setattr("demonstrations.READ_AHEAD", 60)
+    monkeypatch.setattr("samples.SHUFFLE_POOL", 40)
+    monkeypatch.setattr(
+        Demonstrations,
+        "_read_block",
+        lambda self, block: read.append(block) or original(self, block),
+    )
+    batches = list(StepOrder(len(frames), 8, 0, 0, len(frames) // 8, 0, 1, frames.blocks))
+    for rows in batches:
+        frames[rows]
+    assert len(np.unique(np.concatenate(batches))) == len(frames)
+    assert len(read) == len(set(read)) == len(np.unique(frames.blocks)) > 200
+    # Far fewer than a whole episode's frames of a batch come from one episode.
+    together = [np.bincount(frames.blocks[rows]).max() for rows in batches]
+    assert np.mean(together) < 3
+
+
 # --- Bad input ---
 
 

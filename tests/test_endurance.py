@@ -59,6 +59,16 @@ def test_a_run_killed_at_random_instants_ends_with_the_uninterrupted_ones_bytes(
     assert endure.kills(data, tmp_path, count=2, stage=2, init_from=None, steps=6)["kills"] == 2
 
 
+def test_four_ranks_resume_to_the_same_bytes(data, tmp_path):
+    """Two ranks add in one order only; with more, DDP's buckets decide it."""
+    given = ["--data", data, "--stage", 2, "--warmup", 0, "--cooldown", 0]
+    for out, plan in (("straight", (4,)), ("cut", (2, 4))):
+        for steps in plan:
+            process = endure.start(tmp_path / out, 4, *given, "--steps", steps)
+            endure.finish(process, tmp_path / out)
+    assert endure.fingerprint(tmp_path / "straight") == endure.fingerprint(tmp_path / "cut")
+
+
 def test_a_dead_rank_is_started_again_and_the_bytes_are_the_same(data, tmp_path):
     assert endure.rank_deaths(data, tmp_path, 1)["equal"] == 1
 
