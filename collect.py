@@ -15,13 +15,10 @@ number of workers. Finished attempts are kept at once, in <target>.parts; a run 
 goes on where it was, and asking for more adds to the file.
 """
 
-import multiprocessing
-import os
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -31,8 +28,10 @@ from tqdm import tqdm
 
 from config import explained
 from env import SENSORS, SubtaskEnv, plan_files
+from household.expert import ScriptedExpert
 from recording import Recording, encode
 from tasks import HORIZON, SUBTASKS, TASKS, targets, wilson
+from workers import Workers
 
 
 @dataclass(frozen=True)
@@ -70,27 +69,24 @@ class CollectConfig:
         return {key: getattr(self, key) for key in ("expert", "split", "seed", "real_meshes")}
 
 
-# --- One attempt, in a worker ---
+# --- In a worker ---
 
 
-def scripted(env: SubtaskEnv):
-    from household.expert import ScriptedExpert  # here: another expert needs no household
-
-    return ScriptedExpert(env)
-
-
-EXPERTS = {"scripted": scripted}
-
-
-@dataclass(frozen=True)
-class Attempt:
-    success: bool
-    steps: int
-    part: bytes  # an h5 file: the trajectory as traj_0, its share of the json as attributes
+def attempts(cfg: CollectConfig, jobs: Iterator[tuple[str, int]]) -> Iterator[tuple]:
+    """Attempt each (target, seed); one simulator, kept while the target stays the same."""
+    for target, same in groupby(jobs, lambda job: job[0]):
+        env = SubtaskEnv(cfg.task, cfg.subtask, target, cfg.split, real_meshes=cfg.real_meshes)
+        expert = ScriptedExpert(env)
+        for _, seed in same:
+            yield attempt(env, expert, seed)
+        env.close()
 
 
-def attempt(env: SubtaskEnv, expert, seed: int) -> Attempt:
-    """Let the expert act until the episode succeeds, fails or is at its horizon."""
+def attempt(env: SubtaskEnv, expert: ScriptedExpert, seed: int) -> tuple[bool, int, bytes]:
+    """Let the expert act until the episode succeeds, fails or is at its horizon.
+
+    Returns success, steps, and the bytes of a part of the file (recording.encode).
+    """
     obs, info = env.reset(seed), {"success": False, "fail": False}
     expert.reset()
     frames, steps = [frame(env, obs)], []
@@ -112,19 +108,8 @@ def attempt(env: SubtaskEnv, expert, seed: int) -> Attempt:
         "rewards": taken["reward"].astype(np.float32),
         "labels": [each["labels"] for each in frames],
     }
-    episode = {
-        **env.episode,
-        "instruction": env.instruction,
-        "episode_seed": [seed],
-        "reset_kwargs": {"seed": seed},
-        "control_mode": env.mshab.control_mode,
-        "elapsed_steps": len(steps),
-        "success_once": bool(taken["success"].any()),
-        "success_at_end": info["success"],
-        "fail": info["fail"],
-    }
-    part = encode(trajectory, header(env), episode)
-    return Attempt(info["success"], len(steps), part)
+    about = episode(env, seed, len(steps), info)
+    return info["success"], len(steps), encode(trajectory, header(env), about)
 
 
 def frame(env: SubtaskEnv, obs: dict) -> dict:
@@ -141,6 +126,21 @@ def frame(env: SubtaskEnv, obs: dict) -> dict:
     return {"obs": rows(obs), "labels": {"pos": env.pos, "seg": masks}}
 
 
+def episode(env: SubtaskEnv, seed: int, steps: int, last: dict) -> dict:
+    """What the json says of an episode; `last` is its last step's info."""
+    return {
+        **env.episode,
+        "instruction": env.instruction,
+        "episode_seed": [seed],
+        "reset_kwargs": {"seed": seed},
+        "control_mode": env.mshab.control_mode,
+        "elapsed_steps": steps,
+        "success_once": last["success"],  # it ends at its success
+        "success_at_end": last["success"],
+        "fail": last["fail"],
+    }
+
+
 def header(env: SubtaskEnv) -> dict:
     """What the json says of all its episodes (MS-HAB: parse_env_info, less the same arguments)."""
     spec = env.mshab.spec
@@ -153,76 +153,22 @@ def header(env: SubtaskEnv) -> dict:
     }
 
 
-def work(connection: Connection, cfg: CollectConfig):
-    """Answer each (target, seed) with its Attempt, until the main process hangs up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends us
-    env, opened = None, None
-    try:
-        while True:
-            target, seed = connection.recv()
-            if target != opened:
-                if env is not None:
-                    env.close()
-                env = SubtaskEnv(
-                    cfg.task, cfg.subtask, target, cfg.split, real_meshes=cfg.real_meshes
-                )
-                opened = target
-                expert = EXPERTS[cfg.expert](env)
-            connection.send(attempt(env, expert, seed))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the main process is done or gone, and with it the only writer of the files
+# --- In the main process ---
 
 
-# --- The run, in the main process ---
-
-
-def start_workers(cfg: CollectConfig) -> dict[Connection, BaseProcess]:
-    # Inherited: one core each, and one order of MS-HAB's set of names (init_config_idx).
-    os.environ.update(OMP_NUM_THREADS="1", LP_NUM_THREADS="1", PYTHONHASHSEED="0")
-    context = multiprocessing.get_context("spawn")
-    workers = {}
-    for _ in range(min(cfg.workers, cfg.episodes)):
-        ours, theirs = context.Pipe()
-        workers[ours] = context.Process(target=work, args=(theirs, cfg), daemon=True)
-        workers[ours].start()
-        theirs.close()  # with a copy here, reading from a dead worker would wait for ever
-    return workers
-
-
-def attempt_seeds(
-    recording: Recording, target: str, episodes: int, workers: dict[Connection, BaseProcess]
-) -> Iterator[Attempt]:
-    """Attempt seeds, lowest first, until `episodes` succeeded; yield what is on the disk."""
-    idle, running = list(workers), {}
-    while True:
-        while idle and (seed := recording.next_seed([*running.values()], episodes)) is not None:
-            running[idle[-1]] = seed
-            idle.pop().send((target, seed))
-        if not running:
-            return
-        for connection in wait([*running]):
-            seed = running.pop(connection)
-            try:
-                result = connection.recv()
-            except (EOFError, ConnectionResetError):
-                workers[connection].join()
-                raise SystemExit(
-                    f"The worker at seed {seed} of {target} died (exit code "
-                    f"{workers[connection].exitcode}); if it could say why, it did so above. "
-                    "Finished episodes are kept: the same command goes on"
-                ) from None
-            idle.append(connection)
-            recording.add(seed, result.success, result.steps, result.part)
-            yield result
-
-
-def collect(
-    recording: Recording, target: str, episodes: int, workers: dict[Connection, BaseProcess]
-):
+def collect(recording: Recording, target: str, episodes: int, workers: Workers):
+    """Attempt seeds, lowest first, until `episodes` succeeded, and write the file."""
     episodes = max(episodes, recording.successes)  # keep all that a run that wanted more left
+
+    def next_job(running: list[tuple[str, int]]) -> tuple[str, int] | None:
+        seed = recording.next_seed([seed for _, seed in running], episodes)
+        return None if seed is None else (target, seed)
+
+    recording.start()
     bar = tqdm(total=episodes, initial=recording.successes, desc=target, disable=None)
-    for result in attempt_seeds(recording, target, episodes, workers):
-        bar.update(result.success)
+    for (_, seed), (success, steps, part) in workers.run(next_job):
+        recording.add(seed, success, steps, part)
+        bar.update(success)
         bar.set_postfix(attempts=len(recording.done))
         if len(recording.done) >= 20 + 10 * episodes and recording.successes < episodes:
             raise SystemExit(
@@ -243,7 +189,7 @@ def report(cfg: CollectConfig, recording: Recording):
 
 
 def main(cfg: CollectConfig):
-    workers = None
+    workers = Workers(cfg.workers, partial(attempts, cfg))
     for target in cfg.wanted:
         plan_files(cfg.task, cfg.subtask, target, cfg.split)  # before any worker starts
     for target, episodes in cfg.wanted.items():
@@ -251,8 +197,6 @@ def main(cfg: CollectConfig):
         if len(recording.episodes) >= episodes:
             print(f"{recording.h5}: already there, {len(recording.episodes)} episodes")
             continue
-        recording.start()
-        workers = workers or start_workers(cfg)
         collect(recording, target, episodes, workers)
         report(cfg, recording)
 

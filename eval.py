@@ -10,17 +10,15 @@ evaluations of a run side by side.
 """
 
 import json
-import multiprocessing
-import os
 import platform
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
-from multiprocessing.connection import Connection, wait
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +36,8 @@ from household.expert import ScriptedExpert
 from policy import Policy
 from rows import ROWS
 from tasks import COLUMNS, HORIZON, PAPER_COLUMNS, TASKS, targets, wilson
-from tools.report import Film, success_table
+from tools.report import DEFAULT_ROW, Film, success_table
+from workers import Workers
 
 LIBRARIES = ("torch", "mani_skill", "praxis-mshab", "sapien", "numpy")
 HOUSEHOLD = ASSET_DIR.parent / "household.json"  # what was generated; the real apartments have none
@@ -154,69 +153,21 @@ def check_schema(env: SubtaskEnv, manifest: dict):
 def run_jobs(cfg: EvalConfig, jobs: Iterable[Job]) -> Iterator[dict]:
     """Yield each job's episode; one simulator at a time, kept while the column stays the same."""
     learned = Policy.from_checkpoint(cfg.checkpoint, cfg.device) if cfg.checkpoint else None
-    env, opened = None, None
-    for column, seed, filmed in jobs:
+    for (column, seen), same in groupby(jobs, lambda job: (job[0], job[2] or learned is not None)):
         what = COLUMNS[column]
-        obs_mode = Policy.obs_mode if learned or filmed else "state_dict"  # the fast one, no images
-        if opened != (column, obs_mode):
-            if env is not None:
-                env.close()
-            target = what.target_in(cfg.task)
-            env = SubtaskEnv(cfg.task, what.subtask, target, cfg.split, obs_mode, cfg.real_meshes)
-            opened = (column, obs_mode)
-            if learned is not None:
-                check_schema(env, learned.manifest)
-        policy = learned or (ScriptedExpert(env) if cfg.policy == "expert" else RandomPolicy(seed))
-        film = Film(env, learned, cfg.out / "videos", f"{column}_{seed}") if filmed else None
-        episode = run_episode(env, policy, seed, cfg.horizon, cfg.stop_at_success, film)
-        yield {"column": column, **episode}
-    if env is not None:
+        obs_mode = Policy.obs_mode if seen else "state_dict"  # the fast one, no images
+        target = what.target_in(cfg.task)
+        env = SubtaskEnv(cfg.task, what.subtask, target, cfg.split, obs_mode, cfg.real_meshes)
+        if learned is not None:
+            check_schema(env, learned.manifest)
+        for _, seed, filmed in same:
+            policy = learned or (
+                ScriptedExpert(env) if cfg.policy == "expert" else RandomPolicy(seed)
+            )
+            film = Film(env, learned, cfg.out / "videos", f"{column}_{seed}") if filmed else None
+            episode = run_episode(env, policy, seed, cfg.horizon, cfg.stop_at_success, film)
+            yield {"column": column, **episode}
         env.close()
-
-
-def worker(pipe: Connection, cfg: EvalConfig):
-    """Take jobs from the pipe until None, and send back episodes, or our own error and end."""
-    try:
-        for episode in run_jobs(cfg, iter(pipe.recv, None)):
-            pipe.send(episode)
-    except InputError as error:
-        pipe.send(error)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the parent is gone, and with it the only writer of the file
-
-
-def run_in_workers(cfg: EvalConfig, jobs: list[Job]) -> Iterator[dict]:
-    """Yield episodes as they finish. Raises RuntimeError when a worker dies; stderr says why."""
-    # Inherited: one core each, so the same sums for any number of workers; and one hash seed, since
-    # the simulator builds objects in the order of a set of names.
-    os.environ.update(OMP_NUM_THREADS="1", LP_NUM_THREADS="1", PYTHONHASHSEED="0")
-    context = multiprocessing.get_context("spawn")
-    waiting, busy = deque(jobs), {}  # busy: pipe -> process, job
-    for _ in range(min(cfg.workers, len(jobs))):
-        pipe, theirs = context.Pipe()
-        process = context.Process(target=worker, args=(theirs, cfg), daemon=True)
-        process.start()
-        theirs.close()  # the only copy is the worker's: when it dies, our end says so
-        busy[pipe] = (process, waiting.popleft())
-        pipe.send(busy[pipe][1])
-    while busy:
-        for pipe in wait(list(busy)):
-            process, (column, seed, _) = busy.pop(pipe)
-            try:
-                episode = pipe.recv()
-            except (EOFError, ConnectionResetError):
-                process.join()
-                raise RuntimeError(
-                    f"the worker at {column}, seed {seed} died (exit code {process.exitcode}), the "
-                    f"cause is above. The same command goes on after the episodes in {cfg.out}"
-                ) from None
-            if isinstance(episode, InputError):
-                raise episode
-            job = waiting.popleft() if waiting else None
-            pipe.send(job)
-            if job is not None:
-                busy[pipe] = (process, job)
-            yield episode
 
 
 # --- Files and numbers ---
@@ -229,19 +180,27 @@ def table(episodes: list[dict], paper: dict[str, float]) -> dict[str, dict]:
         of_column = [episode for episode in episodes if episode["column"] == name]
         if not of_column:
             continue
-        n = len(of_column)
-        once = [episode["success_once"] for episode in of_column]
-        end = [episode["success_at_end"] for episode in of_column]
-        low, high = wilson(sum(once), n)
+        n, once = len(of_column), sum(episode["success_once"] for episode in of_column)
+        ends = [episode["success_at_end"] for episode in of_column]
+        low, high = wilson(once, n)
         columns[name] = {
             "n": n,
-            "success_once": sum(once) / n,
-            "success_at_end": None if None in end else sum(end) / n,
+            "success_once": once / n,
+            "success_at_end": None if None in ends else sum(ends) / n,
             "low": low,
             "high": high,
             "paper": paper.get(name),
         }
     return columns
+
+
+def identity_of(cfg: EvalConfig) -> dict:
+    """What decides the episode of a seed: it is on every line of a file, and must not change."""
+    same = ("task", "split", "policy", "horizon", "stop_at_success", "real_meshes")
+    return {key: getattr(cfg, key) for key in same} | {
+        "checkpoint": sha256(cfg.checkpoint / "manifest.json") if cfg.checkpoint else None,
+        "assets": sha256(HOUSEHOLD) if HOUSEHOLD.exists() else None,
+    }
 
 
 def check_same_run(path: Path, episodes: list[dict], identity: dict):
@@ -255,44 +214,13 @@ def check_same_run(path: Path, episodes: list[dict], identity: dict):
                 )
 
 
-def main(cfg: EvalConfig):
-    if cfg.checkpoint is not None:
-        cfg = replace(cfg, checkpoint=resolve(cfg.checkpoint))  # one, even if training goes on
-        trained_as = read_manifest(cfg.checkpoint)["config"].get("row")
-        cfg = replace(cfg, row=cfg.row or trained_as)
-    cfg = replace(cfg, row=cfg.row or "auxvla-all")
-    same = ("task", "split", "policy", "horizon", "stop_at_success", "real_meshes")
-    for name in cfg.names:  # before any worker starts
-        plan_files(cfg.task, COLUMNS[name].subtask, COLUMNS[name].target_in(cfg.task), cfg.split)
-    identity = {key: getattr(cfg, key) for key in same} | {
-        "checkpoint": sha256(cfg.checkpoint / "manifest.json") if cfg.checkpoint else None,
-        "assets": sha256(HOUSEHOLD) if HOUSEHOLD.exists() else None,
-    }
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    path = cfg.out / "episodes.jsonl"
-    episodes = read_lines(path, mend=True)
-    check_same_run(path, episodes, identity)
-    done = {(episode["column"], episode["seed"]) for episode in episodes}
-    seeds = range(cfg.seed, cfg.seed + cfg.episodes)
-    jobs = [(name, seed, seed < cfg.seed + cfg.video) for name in cfg.names for seed in seeds]
-    jobs = [job for job in jobs if job[:2] not in done]
-
-    for i, episode in enumerate(run_in_workers(cfg, jobs), start=1):
-        append(path, identity | episode)
-        outcome = "success" if episode["success_once"] else "fail"
-        where = f"{i}/{len(jobs)}  {episode['column']}, seed {episode['seed']}"
-        print(f"{where:32} {outcome:8} {episode['seconds']:6.1f} s", flush=True)
-
-    episodes = read_lines(path)
-    row = ROWS[cfg.row]
-    paper = row.paper.get(cfg.task, {})
-    columns = table(episodes, paper)
+def origin(cfg: EvalConfig) -> dict:
+    """Where and with what the results came about."""
     git = ["git", "-C", Path(__file__).parent, "rev-parse", "-q", "--verify", "HEAD"]
     commit = subprocess.run(git, capture_output=True)
-    manifest = identity | {
+    return {
         "checkpoint_path": str(cfg.checkpoint) if cfg.checkpoint else None,
         "household": json.loads(HOUSEHOLD.read_text()) if HOUSEHOLD.exists() else None,
-        "seeds": sorted({episode["seed"] for episode in episodes}),
         "row": cfg.row,
         "command": " ".join(sys.argv),
         "git": commit.stdout.decode().strip() or None,
@@ -300,8 +228,41 @@ def main(cfg: EvalConfig):
         "renderer": sapien.render.get_device_summary().partition("\n")[0],
         "versions": {"python": platform.python_version()} | {x: version(x) for x in LIBRARIES},
     }
-    results = json.dumps({"columns": columns, "manifest": manifest}, indent=2)
-    (cfg.out / "results.json").write_text(results + "\n")
+
+
+def run(cfg: EvalConfig, path: Path, identity: dict):
+    """Run the episodes that the file lacks; each is a line of it at once."""
+    episodes = read_lines(path, mend=True)
+    check_same_run(path, episodes, identity)
+    done = {(episode["column"], episode["seed"]) for episode in episodes}
+    seeds = range(cfg.seed, cfg.seed + cfg.episodes)
+    jobs = [(name, seed, seed < cfg.seed + cfg.video) for name in cfg.names for seed in seeds]
+    jobs = [job for job in jobs if job[:2] not in done]
+    waiting, workers = iter(jobs), Workers(cfg.workers, partial(run_jobs, cfg))
+    for i, (_, episode) in enumerate(workers.run(lambda running: next(waiting, None)), start=1):
+        append(path, identity | episode)
+        outcome = "success" if episode["success_once"] else "fail"
+        where = f"{i}/{len(jobs)}  {episode['column']}, seed {episode['seed']}"
+        print(f"{where:32} {outcome:8} {episode['seconds']:6.1f} s", flush=True)
+
+
+def main(cfg: EvalConfig):
+    if cfg.checkpoint is not None:
+        folder = resolve(cfg.checkpoint)  # one, even if training goes on
+        trained_as = read_manifest(folder)["config"].get("row")
+        cfg = replace(cfg, checkpoint=folder, row=cfg.row or trained_as)
+    cfg = replace(cfg, row=cfg.row or DEFAULT_ROW)
+    for name in cfg.names:  # before any worker starts
+        plan_files(cfg.task, COLUMNS[name].subtask, COLUMNS[name].target_in(cfg.task), cfg.split)
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    path, identity = cfg.out / "episodes.jsonl", identity_of(cfg)
+    run(cfg, path, identity)
+    episodes, row = read_lines(path), ROWS[cfg.row]
+    paper = row.paper.get(cfg.task, {})
+    columns = table(episodes, paper)
+    seeds = sorted({episode["seed"] for episode in episodes})
+    results = {"columns": columns, "manifest": identity | origin(cfg) | {"seeds": seeds}}
+    (cfg.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print("\n".join(["", *success_table({cfg.policy: columns}, {row.label: paper})]))
     print("An interval that contains the paper's figure neither confirms nor refutes it.")
 
