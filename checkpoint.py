@@ -294,7 +294,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
         for key in sorted(file.keys()):  # in the same order on every rank
             name, _, moment = key.rpartition("/")
             value = file.get_tensor(key)
-            # Adam keeps its step counter on the CPU.
-            optimizer.state[parameters[name]][moment] = (
-                value if moment == "step" else like(value, parameters[name])
+            parameter = parameters[name]
+            optimizer.state[parameter][moment] = (
+                value.to(parameter.device) if moment == "step" else like(value, parameter)
             )

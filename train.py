@@ -212,7 +212,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
     model.train_stage(cfg.stage)  # before DDP, which registers what requires a gradient
     ddp = distribute(model, cfg, ranks)
     params, moving = model.trained(), moving_buffers(model)
-    optimizer = torch.optim.Adam(params, lr=cfg.lr, betas=cfg.betas)  # Sec. 6.1
+    optimizer = torch.optim.Adam(params, lr=cfg.lr, betas=cfg.betas, fused=True)  # Sec. 6.1
     if resumed:
         checkpoint.load_optimizer(model, optimizer, resumed)
     step, skipped, stopped = origin["step"] if resumed else 0, 0, False
