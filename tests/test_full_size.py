@@ -1,0 +1,133 @@
+"""The paper's own size, in fp32 on a CPU that does nothing else; `make test` leaves it out.
+
+    python -m pytest -rP tests/test_full_size.py  # -rP prints the figures of the README
+
+Half an hour on two cores, 20 GB of memory, 6 GB of disk.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from originals import build_originals, compare, save_hub, save_prismatic
+from test_flow_head import compare_with_joint_pass
+from test_model import (
+    ROOT,
+    compare_alone_and_together,
+    compare_cached_decoding,
+    make_batch,
+    make_padded,
+)
+
+from config import LABELS, model_config
+from model import VLM, AuxVLA
+from pretrained import load_pretrained, source_of
+
+pytestmark = pytest.mark.slow
+PAPER = model_config("paper")
+
+
+def measure(script, *args):
+    """Run a script in a process of its own. Returns what it printed as JSON, with its peak memory.
+
+    The peak is the kernel's VmHWM in GB, which counts the pages of mapped files.
+    """
+    script += """
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps(figures | {"peak_gb": int(peak.split()[1]) * 1024 / 1e9}))
+"""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    print({name: round(value, 1) for name, value in figures.items()})
+    return figures
+
+
+LOAD = """
+import json, sys, time
+from config import model_config
+from model import AuxVLA
+from pretrained import load_pretrained, source_of
+began = time.perf_counter()
+model = AuxVLA(model_config("paper"))
+built = time.perf_counter()
+load_pretrained(model.vlm, source_of(sys.argv[1]))
+figures = {"build_s": built - began, "load_s": time.perf_counter() - built}
+"""
+
+
+def test_a_prismatic_file_of_5_gb_loads_within_a_minute_and_12_gb(tmp_path):
+    manifest = json.loads((ROOT / "tests/prismatic_manifest.json").read_text())
+    components = {
+        part: {key: torch.randn(shape) * 0.02 for key, shape in manifest[part].items()}
+        for part in ("projector", "llm_backbone", "vision_backbone")
+    }
+    folder = save_prismatic(components, tmp_path / "prism")
+    del components
+    path = folder / "checkpoints/latest-checkpoint.pt"
+    assert path.stat().st_size > 5e9
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from the cache
+    os.close(descriptor)
+    figures = measure(LOAD, folder)
+    path.unlink()
+    # From nothing to the filled model; the file is read twice, once for its sha256.
+    assert figures["build_s"] + figures["load_s"] <= 60 and figures["peak_gb"] <= 12
+
+
+STEP = """
+import json, time, torch
+from test_full_size import PAPER, AuxVLA, make_batch
+model = AuxVLA(PAPER)
+parameters = model.train_stage(2)
+began = time.perf_counter()
+losses = model(make_batch(1, cfg=PAPER), 2)
+forward = time.perf_counter()
+sum(losses.values()).backward()
+figures = {"forward_s": forward - began, "backward_s": time.perf_counter() - forward}
+figures |= {name: loss.item() for name, loss in losses.items()}
+assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters)
+"""
+
+
+def test_one_stage_2_step_with_all_five_decoders_runs():
+    figures = measure(STEP)
+    assert all(0 < figures[name] < 100 for name in ("action", *LABELS))
+
+
+def test_the_hub_models_give_the_features_and_logits_of_transformers(tmp_path):
+    torch.manual_seed(0)
+    originals = build_originals(PAPER, dino_image_size=518)
+    save_hub(originals, tmp_path)
+    vlm = VLM(PAPER).eval()
+    load_pretrained(vlm, source_of(str(tmp_path)))
+    for path in tmp_path.glob("*/model.safetensors"):
+        path.unlink()
+    compare(vlm, originals, PAPER, tolerance=1e-5)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return AuxVLA(PAPER, flow_head=True).eval()
+
+
+def test_cached_decoding_equals_one_pass_over_all_tokens(model):
+    compare_cached_decoding(model, make_padded(2, cfg=PAPER), tolerance=1e-5)
+
+
+def test_left_padded_frames_act_alike_alone_and_in_a_batch(model):
+    compare_alone_and_together(model, make_padded(2, cfg=PAPER), tolerance=1e-5)
+
+
+def test_the_expert_on_cached_keys_and_values_equals_the_joint_forward_pass(model):
+    padded = {key: value[1:] for key, value in make_padded(2, cfg=PAPER).items()}
+    compare_with_joint_pass(model, padded, tolerance=1e-5)
