@@ -244,8 +244,7 @@ class TrainConfig:
     out: str  # this stage's folder: config.json, log.jsonl, step-NNNNNNNN/, last
     # 1: decoders on detached latents, 2: joint, 3: flow head on the frozen VLM (Sec. 5.2-5.3)
     stage: Literal[1, 2, 3] = 1
-    # where the other defaults come from
-    preset: Literal["paper", "openvla", "tiny", "tiny-openvla"] = "paper"
+    preset: Literal["paper", "openvla", "tiny", "tiny-openvla"] = "paper"  # of all below
     row: str | None = None  # a row of Tables 1-4 (rows.py), which fixes all that makes it this row
     tasks: tuple[Literal[TASKS], ...] = ()  # train on these of the data; default: on all
     subtasks: tuple[Literal[SUBTASKS], ...] = ()  # likewise
@@ -256,8 +255,7 @@ class TrainConfig:
     # auto: go on from the newest whole checkpoint in `out`
     resume: Literal["auto", "never"] = "auto"
     steps: int | None = None  # optimizer steps of this stage; default: `epochs` of the data
-    # of stages 1, 2, 3 (Sec. 6.3), 0: a row lacks this stage; GAP-14 for stage 3
-    epochs: tuple[int, int, int] = (3, 7, 10)
+    epochs: tuple[int, int, int] = (3, 7, 10)  # of each stage (Sec. 6.3; GAP-14); 0: lacks it
     batch_size: int = 512  # frames per step over all GPUs (Sec. 6.1)
     # frames per GPU and backward pass, the rest is accumulated: without activation checkpointing a
     # frame of the paper's model keeps up to 6.1 GiB for the backward pass (counted, not run)
@@ -290,8 +288,8 @@ class TrainConfig:
             raise ValueError(
                 "stage 3 trains the action head of a trained VLM: give --init-from RUN/stage2"
             )
-        counted = ("batch_size", "micro_batch", "val_every", "log_every", "save_every", "keep")
-        counted += ("max_skipped",)
+        counted = ["batch_size", "micro_batch", "max_skipped", "keep"]
+        counted += ["val_every", "log_every", "save_every"]
         if low := [name for name in counted if getattr(self, name) < 1]:
             raise ValueError(f"{', '.join(low)}: expected at least 1")
         if self.steps is not None and self.steps < 1:

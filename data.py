@@ -27,6 +27,8 @@ import numpy as np
 import torch
 import tyro
 from einops import rearrange, repeat
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,6 +42,7 @@ from config import (
     LABELS,
     QPOS_DIM,
     RECORDED_ACTIONS,
+    InputError,
     LLMConfig,
     ModelConfig,
     explained,
@@ -156,17 +159,22 @@ class ActionStats:
 
 
 def build_tokenizer(cfg: LLMConfig) -> Tokenizer:
-    """The LLM's tokenizer.
+    """The LLM's tokenizer: from a folder, or from the hub or its cache.
 
     "words" makes one from the words of the prompt and of every instruction, without download.
+    Raises InputError when it is not to be had.
     """
     if cfg.tokenizer != "words":
-        local = Path(cfg.tokenizer) / "tokenizer.json"
-        return (
-            Tokenizer.from_file(str(local))
-            if local.is_file()
-            else Tokenizer.from_pretrained(cfg.tokenizer)
-        )
+        file = Path(cfg.tokenizer) / "tokenizer.json"
+        try:
+            found = file if file.is_file() else hf_hub_download(cfg.tokenizer, file.name)
+        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
+            raise InputError(
+                f"{cfg.tokenizer}: no folder with a tokenizer.json, nor to be had from the hub "
+                f"({error}). Where there is a network: hf download {cfg.tokenizer} "
+                "tokenizer.json --local-dir FOLDER; then give --model.llm.tokenizer FOLDER"
+            ) from error
+        return Tokenizer.from_file(str(found))
     names = sorted({name for objects in OBJECTS.values() for name in objects} | set(ARTICULATIONS))
     text = " ".join(
         [cfg.prompt.format("")]

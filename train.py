@@ -103,6 +103,7 @@ def prepare(cfg: TrainConfig, ranks: Ranks) -> tuple[AuxVLA, dict, Path | None]:
         )
     source = resumed or (checkpoint.resolve(cfg.init_from) if cfg.init_from else None)
     if source is None:
+        build_tokenizer(cfg.model.llm)  # better missed now than after all weights were read
         hashes = load_pretrained(model.vlm, source_of(cfg.pretrained)) if cfg.pretrained else {}
         return model, {"pretrained": hashes}, None
     manifest = checkpoint.read_manifest(source, verify=not resumed)  # newest() has compared it

@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -29,6 +33,7 @@ from demonstrations import DataError, Demonstrations
 from pack import BLOCK, PACKED, Pack
 from samples import Frames, StepOrder, open_data
 
+ROOT = Path(__file__).parent.parent
 CFG = model_config("tiny")
 
 
@@ -116,6 +121,23 @@ def test_prompts_have_one_length_and_end_at_the_latents():
     assert mask[:, 0].all() and mask[:, -1].all() and mask[0].sum() < mask[1].sum()
     assert not torch.equal(ids[0], ids[1]) and ids.max() < CFG.llm.first_action_id
     assert (ids[mask] > 1).all()  # no unknown word
+
+
+def test_a_tokenizer_that_is_not_to_be_had_is_named_with_the_command(tmp_path, monkeypatch):
+    """In a process of its own: huggingface_hub reads HF_HUB_OFFLINE when it is imported."""
+    script = """
+from dataclasses import replace
+from config import explained, model_config
+from data import build_tokenizer
+with explained():
+    build_tokenizer(replace(model_config("paper").llm, tokenizer="nobody/nothing"))
+"""
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "hf download nobody/nothing tokenizer.json" in done.stderr
 
 
 def test_a_prompt_begins_with_the_tokenizers_own_token_and_ends_in_the_configured_ids():
