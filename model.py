@@ -236,38 +236,50 @@ class AuxVLA(nn.Module):
 
     @torch.no_grad()
     def act(
-        self, batch: dict[str, Tensor], noise: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, batch: dict[str, Tensor], noise: Tensor | None = None, draft: Tensor | None = None,
+        predict: bool = True,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """Normalised actions [B, H, 13] in [-1, 1] and the decoders' predictions for the frame.
 
         With `noise` [B, H, 13] the flow head denoises a chunk of H actions; without it the LLM
-        decodes one step greedily.
+        decodes one step greedily, faster if `draft` [B, 13], normalised, is nearly that step.
         """
         prefix = self.vlm.encode(batch)
         bins = states = None
-        if noise is None or self.cfg.latents == "action_states":
-            bins, states = self.decode_bins(prefix)  # [B, A], [B, A - 1, D]
-        predictions = self.predict(self.latents(prefix.hidden, states))
+        if noise is None or (predict and self.cfg.latents == "action_states"):
+            guess = None if draft is None else actions_to_bins(draft, self.cfg.bins)
+            bins, states = self.decode_bins(prefix, guess)  # [B, A], [B, A - 1, D]
+        predictions = self.predict(self.latents(prefix.hidden, states)) if predict else {}
         if noise is not None:
             return self.flow_head.sample(prefix.cache, prefix.mask, noise).clamp(-1, 1), predictions
         return rearrange(bins_to_actions(bins, self.cfg.bins), "b a -> b 1 a"), predictions
 
-    def decode_bins(self, prefix: Prefix) -> tuple[Tensor, Tensor]:
+    def decode_bins(self, prefix: Prefix, draft: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Greedy decoding of 13 action tokens over the 256 action ids.
 
+        `draft` [B, A] guesses the bins: one pass then finds all of them up to the first that the
+        model would have chosen otherwise in any frame. The result is that of one token a pass.
         Returns bin indices [B, A] and the hidden states behind the prefix [B, A - 1, D].
         """
-        llm, first = self.vlm.llm, self.cfg.llm.first_action_id
-        hidden, cache, mask = prefix.hidden[:, -1:], prefix.cache, prefix.mask
-        bins, states = [], []
-        for step in range(ACTION_DIM):
-            bins.append(llm.logits(hidden, first, self.cfg.bins).argmax(-1))  # [B, 1]
-            if step < ACTION_DIM - 1:
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-                positions = mask.sum(-1, keepdim=True) - 1  # [B, 1]
-                hidden, cache = llm(llm.embed(first + bins[-1]), positions, mask[:, None, :], cache)
-                states.append(hidden)  # [B, 1, D]
-        return torch.cat(bins, dim=1), torch.cat(states, dim=1)
+        llm, first, count = self.vlm.llm, self.cfg.llm.first_action_id, self.cfg.bins
+        bins = llm.logits(prefix.hidden[:, -1:], first, count).argmax(-1)  # [B, 1]
+        cache, mask, states = prefix.cache, prefix.mask, []
+        draft = bins[:, :0] if draft is None else draft
+        while (found := bins.shape[1]) < ACTION_DIM:
+            guess = draft[:, found : ACTION_DIM - 1]  # [B, G]
+            tokens = first + torch.cat([bins[:, -1:], guess], dim=1)  # [B, 1 + G]
+            visible = torch.cat([mask, mask.new_ones(tokens.shape)], dim=1)  # [B, past + 1 + G]
+            positions = visible.cumsum(-1)[:, -tokens.shape[1] :] - 1  # [B, 1 + G]
+            causal = visible.new_ones(tokens.shape[1], visible.shape[1]).tril(mask.shape[1])
+            hidden, grown = llm(llm.embed(tokens), positions, causal & visible[:, None, :], cache)
+            chosen = llm.logits(hidden, first, count).argmax(-1)  # [B, 1 + G]
+            right = (chosen[:, :-1] == guess).all(0).long().cumprod(0).sum()
+            new = 1 + int(right) if guess.shape[1] else 1  # no wait for a GPU without a draft
+            bins = torch.cat([bins, chosen[:, :new]], dim=1)
+            states.append(hidden[:, :new])
+            mask = visible[:, : mask.shape[1] + new]
+            cache = [(k[:, :, : mask.shape[1]], v[:, :, : mask.shape[1]]) for k, v in grown]
+        return bins, torch.cat(states, dim=1)
 
     @torch.no_grad()
     def teacher_forced(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

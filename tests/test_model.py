@@ -199,6 +199,23 @@ def compare_cached_decoding(model, batch, tolerance):
     assert torch.equal(logits.argmax(-1), bins) and len(bins.unique()) > 1
 
 
+@pytest.mark.parametrize("wrong", [[], [0], [5], [3, 7], [11, 12], list(range(13))])
+@torch.no_grad()
+def test_a_draft_changes_the_passes_that_decoding_takes_and_not_its_tokens(model, wrong):
+    model.eval()
+    prefix = model.vlm.encode(make_batch(3, seed=5))
+    plain, states = model.decode_bins(prefix)
+    draft, passes = plain.clone(), []
+    draft[1, wrong] = (draft[1, wrong] + 1) % model.cfg.bins
+    hook = model.vlm.llm.register_forward_hook(lambda *_: passes.append(1))
+    bins, again = model.decode_bins(prefix, draft)
+    hook.remove()
+    assert torch.equal(bins, plain)
+    torch.testing.assert_close(again, states, rtol=0, atol=1e-5)
+    # The first token needs no pass, the last one's guess is never read.
+    assert len(passes) == 1 + len(set(wrong) - {0, 12})
+
+
 def everything_read(model, batch):
     """All that the model says of a batch: tokens, chunk, the decoders' predictions."""
     prefix = model.vlm.encode(batch)
