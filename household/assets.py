@@ -15,6 +15,7 @@ lie on a table.
 import hashlib
 import json
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,8 @@ SOURCES = ("assets.py", "episodes.py", "furniture.py", "robot.py")
 
 def main(out: Path, seed: int = 0) -> None:
     """Write OUT/data, for MS_ASSET_DIR=OUT. A folder that is complete already is left alone."""
-    marker = dict(seed=seed, code=code_version())
+    sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in SOURCES)
+    marker = dict(seed=seed, code=hashlib.sha256(sources).hexdigest()[:12])
     if out.exists() and any(out.iterdir()):
         check_marker(out, marker)
         print(f"{out} is already the generated apartment of seed {seed}: nothing to do")
@@ -45,12 +47,6 @@ def main(out: Path, seed: int = 0) -> None:
         parts.write_json(apartment / "household.json", marker)
         apartment.rename(out)
     print(f"wrote {out} (seed {seed}); use it with MS_ASSET_DIR={out.absolute()}")
-
-
-def code_version() -> str:
-    """Hash of the generator's sources."""
-    sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in SOURCES)
-    return hashlib.sha256(sources).hexdigest()[:12]
 
 
 def check_marker(out: Path, expected: dict) -> None:
@@ -69,18 +65,16 @@ def check_marker(out: Path, expected: dict) -> None:
 
 def generate(data: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    tints: dict[tuple, tuple] = {}
 
+    @cache
     def tint(color):
         """This family's shade of a colour."""
-        if color not in tints:
-            tints[color] = vary_color(rng, color)
-        return tints[color]
+        return vary_color(rng, color)
 
     replica_cad = data / "scene_datasets/replica_cad_dataset"
     counter, fridge = parts.kitchen_counter(rng, tint), parts.fridge(rng, tint)
     for cupboard in (counter, fridge):
-        parts.write_urdf(replica_cad / f"urdf/{cupboard.name}/{cupboard.name}.urdf", cupboard)
+        parts.write_urdf(replica_cad / "urdf", cupboard)
     parts.write_objects(data / "assets/mani_skill2_ycb", tint)
     scenes = [write_scene(replica_cad, name, rng) for name in SCENES]
     for split in ("train", "val"):
@@ -102,31 +96,27 @@ def write_scene(folder: Path, name: str, rng: np.random.Generator) -> Scene:
         table=np.array([1.6, 0.3]) + rng.uniform(-0.2, 0.2, 2),
     )
     stem = name.partition(".")[0]
+    table = f"table_{stem}"
     floor, *walls = [vary_color(rng, color) for color in [(150, 120, 95), *[(200, 200, 195)] * 4]]
     parts.write_glb(folder / f"stages/{stem}.glb", parts.room_boxes(floor, walls))
-    table = f"table_{stem}"
-    table_color = vary_color(rng, (120, 75, 45))
-    parts.write_glb(folder / f"objects/{table}.glb", parts.table_boxes(table_color))
-    parts.write_json(
-        folder / f"configs/objects/{table}.object_config.json",
-        dict(render_asset=f"../../objects/{table}.glb"),
-    )
+    boxes = parts.table_boxes(vary_color(rng, (120, 75, 45)))
+    parts.write_glb(folder / f"objects/{table}.glb", boxes)
+    config = dict(render_asset=f"../../objects/{table}.glb")
+    parts.write_json(folder / f"configs/objects/{table}.object_config.json", config)
 
     def instance(template: str, xy: np.ndarray, **kwargs) -> dict:
         x, y = xy.tolist()
         return dict(template_name=template, translation=[x, 0, -y], rotation=[1, 0, 0, 0], **kwargs)
 
-    parts.write_json(
-        folder / f"configs/scenes/{name}",
-        dict(
-            stage_instance=dict(template_name=f"stages/{stem}"),
-            object_instances=[instance(f"objects/{table}", scene.table, motion_type="STATIC")],
-            articulated_object_instances=[
-                instance("fridge", scene.fridge, fixed_base=True),
-                instance("kitchen_counter", scene.counter, fixed_base=True),
-            ],
-        ),
+    content = dict(
+        stage_instance=dict(template_name=f"stages/{stem}"),
+        object_instances=[instance(f"objects/{table}", scene.table, motion_type="STATIC")],
+        articulated_object_instances=[
+            instance("fridge", scene.fridge, fixed_base=True),
+            instance("kitchen_counter", scene.counter, fixed_base=True),
+        ],
     )
+    parts.write_json(folder / f"configs/scenes/{name}", content)
     return scene
 
 

@@ -27,7 +27,7 @@ CLUTTER = tuple(parts.OBJECTS)[1:]  # TidyHouse and PrepareGroceries; SetTable h
 SLOTS = (-0.42, 0.0, 0.42)  # where objects stand along a table or counter, metres from its middle
 
 REST = Fetch.keyframes["rest"].qpos
-YAW_TABLE, YAW_CUPBOARDS = 0.0, np.pi  # the robot faces the table towards +x, cupboards towards -x
+TO_TABLE, TO_CUPBOARDS = 0.0, np.pi  # yaw: the robot faces the table towards +x, cupboards -x
 # How far the base starts from the target, and how much that varies; metres, rad.
 START_TABLE, START_DRAWER, START_DOOR, START_APPLE = 0.95, 1.35, 1.25, 1.15
 START_OPEN_DRAWER = START_DRAWER + 0.10  # so far out that closing needs no step back
@@ -80,16 +80,24 @@ def standing(name: str, x: float, y: float, surface: float) -> np.ndarray:
     return np.array([x, y, surface + parts.OBJECTS[name][1][2] + 0.002])
 
 
-def table_slot(scene: Scene, slot: float, rng: np.random.Generator) -> tuple[float, float]:
-    """x, y near the edge of the table that the robot faces."""
-    x, y = scene.table + np.array([-parts.TABLE_SIZE[0] / 2 + 0.18, slot])
-    return x + rng.uniform(-0.05, 0.05), y + rng.uniform(-0.06, 0.06)
+@dataclass(frozen=True)
+class Surface:
+    """A top with a row of objects near the edge that the robot faces."""
+
+    furniture: str  # as Scene names it
+    row: float  # x of the row, from the furniture's own, metres
+    vary: float
+    yaw: float  # of the robot
+    height: float
+
+    def slot(self, scene: Scene, slot: float, rng: np.random.Generator) -> tuple[float, float]:
+        x, y = getattr(scene, self.furniture) + np.array([self.row, slot])
+        return x + rng.uniform(-self.vary, self.vary), y + rng.uniform(-0.06, 0.06)
 
 
-def counter_slot(scene: Scene, slot: float, rng: np.random.Generator) -> tuple[float, float]:
-    """x, y near the front edge of the counter."""
-    x, y = scene.counter + np.array([-0.15, slot])
-    return x + rng.uniform(-0.04, 0.04), y + rng.uniform(-0.06, 0.06)
+TABLE = Surface("table", -parts.TABLE_SIZE[0] / 2 + 0.18, 0.05, TO_TABLE, parts.TABLE_SIZE[1])
+COUNTER = Surface("counter", -0.15, 0.04, TO_CUPBOARDS, parts.COUNTER_SIZE[1])
+PICKED_FROM = dict(tidy_house=TABLE, prepare_groceries=COUNTER)
 
 
 # --- Start poses and task plans
@@ -119,11 +127,11 @@ class Plans:
             for key in starts[0]
         }
 
-    def write(self, rearrange: Path, every: bool) -> None:
-        """Write one plan file per target, with `every` also all.json, and the start poses."""
+    def write(self, rearrange: Path) -> None:
+        """Write one plan file per target, of objects also all.json, and the start poses."""
         place = Path(self.task, self.subtask, self.split)
         plans = dict(self.plans)
-        if every:
+        if self.subtask in ("pick", "place"):
             plans["all"] = [plan for target in self.plans.values() for plan in target]
         for target, chosen in plans.items():
             parts.write_json(
@@ -135,54 +143,40 @@ class Plans:
         torch.save(self.spawns, path)
 
 
-def start_pose(xy, yaw: float, distance: float, rng: np.random.Generator, **more) -> dict:
-    """A start of the robot at rest, `distance` metres before `xy` and facing it.
-
-    `more` are further keys of MS-HAB's spawn data.
-    """
+def start_pose(xy, yaw: float, distance: float, rng: np.random.Generator) -> dict:
+    """A start of the robot at rest, `distance` metres before `xy` and facing it."""
     forward, left = np.array([np.cos(yaw), np.sin(yaw)]), np.array([-np.sin(yaw), np.cos(yaw)])
     ahead, aside = rng.uniform(-1, 1, 2) * [VARY_AHEAD, VARY_ASIDE]
     base = np.asarray(xy) - forward * (distance + ahead) + left * aside
     qpos = REST.copy()
-    qpos[2] = yaw + rng.uniform(
-        -VARY_YAW, VARY_YAW
-    )  # the root has x, y; the virtual joint the heading
-    return dict(robot_pos=np.append(base, 0.02), robot_qpos=qpos) | more
-
-
-def holding(start: dict, name: str) -> dict:
-    """Put the object between the fingers: its centre at the tcp, or lower if it is tall."""
-    _, half_width, half_height = parts.OBJECTS[name][1]
-    start["robot_qpos"][-2:] = half_width
-    below = max(0.0, half_height - PALM_DEPTH)
-    return start | dict(obj_raw_pose_wrt_tcp=np.array([below, 0, 0, *UPRIGHT_IN_HAND]))
-
-
-def goal_fields(position: np.ndarray) -> dict:
-    x, y, z = position.tolist()
-    corners = [(-1, -1), (1, -1), (1, 1), (-1, 1)]
-    return dict(
-        goal_pos=[x, y, z],
-        goal_rectangle_corners=[[x + 0.15 * dx, y + 0.15 * dy, z] for dx, dy in corners],
-    )
+    # The root has x, y; the virtual joint the heading.
+    qpos[2] = yaw + rng.uniform(-VARY_YAW, VARY_YAW)
+    return dict(robot_pos=np.append(base, 0.02), robot_qpos=qpos)
 
 
 def add_place(plans: Plans, name: str, episode: Episode, slot: float, rng) -> None:
-    x, y = table_slot(episode.scene, slot, rng)
-    starts = [
-        holding(start_pose((x, y), YAW_TABLE, START_TABLE, rng), name)
-        for _ in range(START_POSES[plans.split])
-    ]
-    goal = goal_fields(standing(name, x, y, parts.TABLE_SIZE[1]))
+    """The object starts between the fingers: its centre at the tcp, or lower if it is tall."""
+    x, y = TABLE.slot(episode.scene, slot, rng)
+    _, half_width, half_height = parts.OBJECTS[name][1]
+    below = max(0.0, half_height - PALM_DEPTH)
+    starts = []
+    for _ in range(START_POSES[plans.split]):
+        start = start_pose((x, y), TO_TABLE, START_TABLE, rng)
+        start["robot_qpos"][-2:] = half_width
+        starts.append(start | dict(obj_raw_pose_wrt_tcp=np.array([below, 0, 0, *UPRIGHT_IN_HAND])))
+    x, y, z = standing(name, x, y, TABLE.height).tolist()
+    corners = [(-1, -1), (1, -1), (1, 1), (-1, 1)]
+    goal = dict(
+        goal_pos=[x, y, z],
+        goal_rectangle_corners=[[x + 0.15 * dx, y + 0.15 * dy, z] for dx, dy in corners],
+    )
     plans.add(name, episode, starts, obj_id=f"{name}-0", **goal)
 
 
 def write_clutter(rearrange: Path, task: str, split: str, scenes: list[Scene], rng) -> None:
     """TidyHouse: from table to table. PrepareGroceries: from the kitchen counter to the table."""
     pick, place = Plans(task, "pick", split), Plans(task, "place", split)
-    on_table = task == "tidy_house"
-    yaw = YAW_TABLE if on_table else YAW_CUPBOARDS
-    surface = parts.TABLE_SIZE[1] if on_table else parts.COUNTER_SIZE[1]
+    top = PICKED_FROM[task]
     for i in range(EPISODES):
         scene = scenes[i % len(scenes)]
         # Each object meets each scene and each slot.
@@ -190,103 +184,94 @@ def write_clutter(rearrange: Path, task: str, split: str, scenes: list[Scene], r
         slots = dict(zip(names, rng.permutation(SLOTS), strict=True))
         objects = {}
         for name, slot in slots.items():
-            x, y = table_slot(scene, slot, rng) if on_table else counter_slot(scene, slot, rng)
-            objects[name] = (standing(name, x, y, surface), rng.uniform(-0.3, 0.3))
+            position = standing(name, *top.slot(scene, slot, rng), top.height)
+            objects[name] = (position, rng.uniform(-0.3, 0.3))
         episode = Episode(f"{split}/{task}/episode_{i}.json", scene, objects)
         write_episode(rearrange, episode)
         for name, (position, _) in objects.items():
             starts = [
-                start_pose(position[:2], yaw, START_TABLE, rng) for _ in range(START_POSES[split])
+                start_pose(position[:2], top.yaw, START_TABLE, rng)
+                for _ in range(START_POSES[split])
             ]
             pick.add(name, episode, starts, obj_id=f"{name}-0")
             add_place(place, name, episode, slots[name], rng)
     for plans in (pick, place):
-        plans.write(rearrange, every=True)
+        plans.write(rearrange)
 
 
 def write_set_table(rearrange: Path, split: str, scenes: list[Scene], counter, fridge, rng) -> None:
     """The bowl is in the drawer and the apple in the fridge, open when they are to be picked."""
     plans = {sub: Plans("set_table", sub, split) for sub in ("pick", "place", "open", "close")}
     for i in range(EPISODES):
-        episode = set_table_episode(split, i, scenes[i % len(scenes)], rng)
+        scene = scenes[i % len(scenes)]
+        bowl_x, bowl_y = scene.counter + rng.uniform([-0.21, -0.10], [-0.15, 0.10])
+        bowl_y += parts.DRAWER_Z
+        apple_x, apple_y = scene.fridge + np.array([parts.STAND_X, -parts.STAND_Z])
+        objects = {
+            "024_bowl": (standing("024_bowl", bowl_x, bowl_y, parts.DRAWER_FLOOR), 0.0),
+            "013_apple": (standing("013_apple", apple_x, apple_y, parts.STAND_TOP), 0.0),
+        }
+        episode = Episode(f"{split}/set_table/episode_{i}.json", scene, objects)
         write_episode(rearrange, episode)
-        add_bowl_and_drawer(plans, episode, counter, rng)
-        add_apple_and_fridge(plans, episode, fridge, rng)
+        add_cupboard(plans, episode, counter, "024_bowl", bowl_starts, rng)
+        add_cupboard(plans, episode, fridge, "013_apple", apple_starts, rng)
         for name in ("013_apple", "024_bowl"):
             add_place(plans["place"], name, episode, rng.choice(SLOTS), rng)
-    for subtask, collected in plans.items():
-        collected.write(rearrange, every=subtask in ("pick", "place"))
+    for collected in plans.values():
+        collected.write(rearrange)
 
 
-def set_table_episode(split: str, number: int, scene: Scene, rng) -> Episode:
-    bowl_x, bowl_y = scene.counter + rng.uniform([-0.21, -0.10], [-0.15, 0.10])
-    bowl_y += parts.DRAWER_Z
-    apple_x, apple_y = scene.fridge + np.array([parts.STAND_X, -parts.STAND_Z])
-    objects = {
-        "024_bowl": (standing("024_bowl", bowl_x, bowl_y, parts.DRAWER_FLOOR), 0.0),
-        "013_apple": (standing("013_apple", apple_x, apple_y, parts.STAND_TOP), 0.0),
-    }
-    return Episode(f"{split}/set_table/episode_{number}.json", scene, objects)
-
-
-def opened(cupboard: parts.Furniture, low: float, high: float, rng) -> np.ndarray:
-    """Joint positions [dof] with the handle's joint between these fractions of its range."""
-    qpos = np.zeros(cupboard.dof)
-    qpos[cupboard.handle_joint] = cupboard.upper * rng.uniform(low, high)
-    return qpos
-
-
-def cupboard_fields(cupboard: parts.Furniture) -> dict:
-    return dict(
+def add_cupboard(plans: dict[str, Plans], episode: Episode, cupboard, name, starts, rng) -> None:
+    """Pick the object `name` from the open cupboard; open it; close it."""
+    number = START_POSES[plans["pick"].split]
+    pick, open_, close = zip(*(starts(episode, cupboard, rng) for _ in range(number)))
+    fields = dict(
         articulation_type=cupboard.name,
         articulation_id=f"{cupboard.name}-0",
         articulation_handle_link_idx=cupboard.handle_link,
         articulation_handle_active_joint_idx=cupboard.handle_joint,
     )
-
-
-def add_bowl_and_drawer(plans: dict[str, Plans], episode: Episode, counter, rng) -> None:
-    handle = dict(articulation_relative_handle_pos=counter.handle_pos, **cupboard_fields(counter))
-    front = episode.scene.counter + np.array([0, parts.DRAWER_Z])
-    bowl, _ = episode.objects["024_bowl"]
-    pick, open_, close = [], [], []
-    for _ in range(START_POSES[plans["pick"].split]):
-        qpos = opened(counter, 0.97, 1.0, rng)
-        moved = bowl + np.array(
-            [qpos[counter.handle_joint], 0, 0]
-        )  # the bowl came out with the drawer
-        start = start_pose((front[0], moved[1]), YAW_CUPBOARDS, START_DRAWER, rng)
-        pick.append(start | dict(articulation_qpos=qpos, obj_raw_pose=[*moved, 1, 0, 0, 0]))
-        open_.append(start_pose(front, YAW_CUPBOARDS, START_DRAWER, rng))
-        qpos = opened(counter, 0.90, 1.0, rng)
-        start = start_pose(front, YAW_CUPBOARDS, START_OPEN_DRAWER, rng)
-        close.append(start | dict(articulation_qpos=qpos))
-    plans["pick"].add(
-        "024_bowl", episode, pick, obj_id="024_bowl-0", articulation_config=cupboard_fields(counter)
+    handle, content = (
+        dict(articulation_relative_handle_pos=cupboard.handle_pos, **fields),
+        f"{name}-0",
     )
-    plans["open"].add(counter.name, episode, open_, obj_id="024_bowl-0", **handle)
-    plans["close"].add(counter.name, episode, close, remove_obj_id="024_bowl-0", **handle)
+    removed = dict(remove_obj_id=content) if name == "024_bowl" else {}
+    plans["pick"].add(name, episode, pick, obj_id=content, articulation_config=fields)
+    plans["open"].add(cupboard.name, episode, open_, obj_id=content, **handle)
+    plans["close"].add(cupboard.name, episode, close, **removed, **handle)
 
 
-def add_apple_and_fridge(plans: dict[str, Plans], episode: Episode, fridge, rng) -> None:
-    handle = dict(articulation_relative_handle_pos=fridge.handle_pos, **cupboard_fields(fridge))
+def opened(cupboard: parts.Furniture, low: float, high: float, rng) -> np.ndarray:
+    """Joint positions with the handle's joint between these fractions of its range."""
+    qpos = np.zeros(len(cupboard.links) - 1)
+    qpos[cupboard.handle_joint] = cupboard.links[cupboard.handle_link].upper * rng.uniform(
+        low, high
+    )
+    return qpos
+
+
+def bowl_starts(episode: Episode, counter, rng) -> tuple[dict, dict, dict]:
+    """Starts to pick the bowl, to open and to close the drawer."""
+    front = episode.scene.counter + np.array([0, parts.DRAWER_Z])
+    qpos = opened(counter, 0.97, 1.0, rng)
+    bowl, _ = episode.objects["024_bowl"]
+    bowl = bowl + np.array([qpos[counter.handle_joint], 0, 0])  # it came out with the drawer
+    pick = start_pose((front[0], bowl[1]), TO_CUPBOARDS, START_DRAWER, rng)
+    pick |= dict(articulation_qpos=qpos, obj_raw_pose=[*bowl, 1, 0, 0, 0])
+    open_ = start_pose(front, TO_CUPBOARDS, START_DRAWER, rng)
+    qpos = opened(counter, 0.90, 1.0, rng)
+    close = start_pose(front, TO_CUPBOARDS, START_OPEN_DRAWER, rng)
+    return pick, open_, close | dict(articulation_qpos=qpos)
+
+
+def apple_starts(episode: Episode, fridge, rng) -> tuple[dict, dict, dict]:
+    """Starts to pick the apple, to open and to close the fridge."""
     front, aside = episode.scene.fridge, np.array([0, DOOR_ASIDE])
     apple, _ = episode.objects["013_apple"]
-    pick, open_, close = [], [], []
-    for _ in range(START_POSES[plans["pick"].split]):
-        # On the side away from the open door, or the robot's upper arm meets its edge.
-        start = start_pose(apple[:2] - aside, YAW_CUPBOARDS, START_APPLE, rng)
-        qpos = opened(fridge, 0.97, 1.0, rng)
-        pick.append(start | dict(articulation_qpos=qpos, obj_raw_pose=[*apple, 1, 0, 0, 0]))
-        open_.append(start_pose(front - aside, YAW_CUPBOARDS, START_DOOR, rng))
-        close_start = start_pose(front + aside, YAW_CUPBOARDS, START_DOOR, rng)
-        close.append(close_start | dict(articulation_qpos=opened(fridge, 0.75, 0.90, rng)))
-    plans["pick"].add(
-        "013_apple",
-        episode,
-        pick,
-        obj_id="013_apple-0",
-        articulation_config=cupboard_fields(fridge),
-    )
-    plans["open"].add(fridge.name, episode, open_, obj_id="013_apple-0", **handle)
-    plans["close"].add(fridge.name, episode, close, **handle)
+    # On the side away from the open door, or the robot's upper arm meets its edge.
+    pick = start_pose(apple[:2] - aside, TO_CUPBOARDS, START_APPLE, rng)
+    qpos = opened(fridge, 0.97, 1.0, rng)
+    pick |= dict(articulation_qpos=qpos, obj_raw_pose=[*apple, 1, 0, 0, 0])
+    open_ = start_pose(front - aside, TO_CUPBOARDS, START_DOOR, rng)
+    close = start_pose(front + aside, TO_CUPBOARDS, START_DOOR, rng)
+    return pick, open_, close | dict(articulation_qpos=opened(fridge, 0.75, 0.90, rng))

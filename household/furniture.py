@@ -82,126 +82,95 @@ class Furniture:
     name: str
     links: list[Link] = field(repr=False)
     handle_link: int
-    handle_joint: int
     handle_pos: tuple[float, float, float]  # in the frame of the handle's link
-    upper: float  # range of the handle's joint, m or rad
 
     @property
-    def dof(self) -> int:
-        return len(self.links) - 1
+    def handle_joint(self) -> int:
+        return self.handle_link - 1  # the first link has none
 
 
 def kitchen_counter(rng: np.random.Generator, tint) -> Furniture:
     """A counter with two drawers; the tasks use the one at -z."""
     depth, height, width = COUNTER_SIZE
-    wood, back = tint(WOOD), -depth / 2
+    wood, back, end = tint(WOOD), -depth / 2, width / 2 - 0.015
     low, high = DRAWER_Y - DRAWER_SIZE[1] / 2 - 0.02, height - 0.04
-    side, middle = (depth, high - low, 0.03), (high + low) / 2
-    root = Link(
-        "root",
-        [
-            Box((depth, 0.04, width), (back, height - 0.02, 0), tint(WORKTOP)),
-            Box((depth, low, width), (back, low / 2, 0), wood),
-            Box((0.02, high - low, width), (0.01 - depth, middle, 0), wood),
-            *[Box(side, (back, middle, z), wood) for z in (0.015 - width / 2, width / 2 - 0.015)],
-            Box((depth - 0.02, high - low, 0.03), (back - 0.01, middle, 0), wood),
-        ],
-        mass=50,
-    )
+    tall, middle = high - low, (high + low) / 2
+    root = [
+        Box((depth, 0.04, width), (back, height - 0.02, 0), tint(WORKTOP)),
+        Box((depth, low, width), (back, low / 2, 0), wood),
+        Box((0.02, tall, width), (0.01 - depth, middle, 0), wood),
+        *[Box((depth, tall, 0.03), (back, middle, z), wood) for z in (-end, end)],
+        Box((depth - 0.02, tall, 0.03), (back - 0.01, middle, 0), wood),
+    ]
     handle_y = float(rng.uniform(-0.02, 0.02))
-    fronts, handles = tint((200, 180, 140)), HANDLE
+    boxes = drawer_boxes(tint((200, 180, 140)), handle_y)
+    slide = dict(joint="prismatic", axis=(1, 0, 0), upper=DRAWER_RANGE, damping=2, friction=1)
     drawers = [
-        Link(
-            name,
-            drawer_boxes(fronts, INSIDE, handles, handle_y),
-            mass=3,
-            joint="prismatic",
-            origin=(0.005, DRAWER_Y, z),
-            axis=(1, 0, 0),
-            upper=DRAWER_RANGE,
-            damping=2,
-            friction=1,
-        )
+        Link(name, boxes, mass=3, origin=(0.005, DRAWER_Y, z), **slide)
         for name, z in (("drawer_left", DRAWER_Z), ("drawer_right", -DRAWER_Z))
     ]
-    return Furniture(
-        "kitchen_counter", [root, *drawers], 2, 1, (DRAWER_HANDLE_X, handle_y, 0.0), DRAWER_RANGE
-    )
+    links = [Link("root", root, mass=50), *drawers]
+    return Furniture("kitchen_counter", links, 2, (DRAWER_HANDLE_X, handle_y, 0.0))
 
 
-def drawer_boxes(front, inside, handle, handle_y: float) -> list[Box]:
+def drawer_boxes(front, handle_y: float) -> list[Box]:
     depth, height, width = DRAWER_SIZE
-    wall, wall_y, side_z = height * 0.5, -0.04, width / 2 - 0.03
-    post_z = DRAWER_HANDLE_LENGTH / 2 - 0.015
+    back, wall, wall_y, side = -depth / 2, height * 0.5, -0.04, width / 2 - 0.03
+    x, post = DRAWER_HANDLE_X, DRAWER_HANDLE_LENGTH / 2 - 0.015
     return [
         Box((0.02, height, width), (0, 0, 0), front),
-        Box((depth, 0.02, width - 0.04), (-depth / 2, 0.02 - height / 2, 0), inside),
-        *[Box((depth, wall, 0.02), (-depth / 2, wall_y, z), inside) for z in (-side_z, side_z)],
-        Box((0.02, wall, width - 0.04), (-depth, wall_y, 0), inside),
-        *[
-            Box((DRAWER_HANDLE_X, 0.02, 0.02), (DRAWER_HANDLE_X / 2, handle_y, z), handle)
-            for z in (-post_z, post_z)
-        ],
-        Box((0.02, 0.03, DRAWER_HANDLE_LENGTH), (DRAWER_HANDLE_X, handle_y, 0), handle),
+        Box((depth, 0.02, width - 0.04), (back, 0.02 - height / 2, 0), INSIDE),
+        *[Box((depth, wall, 0.02), (back, wall_y, z), INSIDE) for z in (-side, side)],
+        Box((0.02, wall, width - 0.04), (-depth, wall_y, 0), INSIDE),
+        *[Box((x, 0.02, 0.02), (x / 2, handle_y, z), HANDLE) for z in (-post, post)],
+        Box((0.02, 0.03, DRAWER_HANDLE_LENGTH), (x, handle_y, 0), HANDLE),
     ]
 
 
 def fridge(rng: np.random.Generator, tint) -> Furniture:
     """A fridge with two doors; the tasks use the top one, which coasts shut when it is pushed."""
     depth, height, width = FRIDGE_SIZE
-    white, back, wall_z = tint(WHITE), -depth / 2, width / 2 - 0.015
-    door_height = height - DOOR_BOTTOM - 0.02
-    door_y = DOOR_BOTTOM + door_height / 2
-    body = Link(
-        "body",
-        [
-            *[
-                Box((depth, 0.03, width), (back, y, 0), white)
-                for y in (0.015, 0.70, height - 0.015)
-            ],
-            Box((0.03, height, width), (0.015 - depth, height / 2, 0), white),
-            Box((0.01, height - 0.06, width - 0.06), (0.035 - depth, height / 2, 0), INSIDE),
-            *[Box((depth, height, 0.03), (back, height / 2, z), white) for z in (-wall_z, wall_z)],
-            Box((depth - 0.1, 0.02, width - 0.06), (back - 0.05, SHELF_TOP - 0.01, 0), tint(GREY)),
-            *stand_boxes(tint(GREY)),
-        ],
-        mass=80,
-    )
-    handle_y = 1.12 - door_y + float(rng.uniform(-0.02, 0.02))
-    post_y = DOOR_HANDLE_LENGTH / 2 - 0.015
-    middle, post = DOOR_WIDTH / 2, (DOOR_THICKNESS + DOOR_HANDLE_X) / 2
+    white, back, side = tint(WHITE), -depth / 2, width / 2 - 0.015
+    levels, middle = (0.015, 0.70, height - 0.015), height / 2
+    body = [
+        *[Box((depth, 0.03, width), (back, y, 0), white) for y in levels],
+        Box((0.03, height, width), (0.015 - depth, middle, 0), white),
+        Box((0.01, height - 0.06, width - 0.06), (0.035 - depth, middle, 0), INSIDE),
+        *[Box((depth, height, 0.03), (back, middle, z), white) for z in (-side, side)],
+        Box((depth - 0.1, 0.02, width - 0.06), (back - 0.05, SHELF_TOP - 0.01, 0), tint(GREY)),
+        *stand_boxes(tint(GREY)),
+    ]
+    top_height, bottom_height = height - DOOR_BOTTOM - 0.02, DOOR_BOTTOM - 0.04
+    top_y, bottom_y = DOOR_BOTTOM + top_height / 2, 0.02 + bottom_height / 2
+    handle = (DOOR_HANDLE_X, 1.12 - top_y + float(rng.uniform(-0.02, 0.02)), DOOR_HANDLE_Z)
     face = tint((235, 235, 240))
     hinge = dict(joint="revolute", axis=(0, 1, 0), upper=DOOR_RANGE, damping=0.5, friction=0.1)
-    top = Link(
-        "top_door",
-        [
-            Box((DOOR_THICKNESS, door_height, DOOR_WIDTH), (DOOR_THICKNESS / 2, 0, middle), face),
-            *[
-                Box(
-                    (DOOR_HANDLE_X - DOOR_THICKNESS, 0.02, 0.02),
-                    (post, handle_y + y, DOOR_HANDLE_Z),
-                    HANDLE,
-                )
-                for y in (-post_y, post_y)
-            ],
-            Box(
-                (0.025, DOOR_HANDLE_LENGTH, 0.03), (DOOR_HANDLE_X, handle_y, DOOR_HANDLE_Z), HANDLE
-            ),
-        ],
-        mass=4,
-        origin=(0.005, door_y, DOOR_HINGE_Z),
-        **hinge,
+    doors = [
+        Link(name, boxes, mass=4, origin=(0.005, y, DOOR_HINGE_Z), **hinge)
+        for name, boxes, y in (
+            ("top_door", [door_box(top_height, face), *door_handle(handle)], top_y),
+            ("bottom_door", [door_box(bottom_height, face)], bottom_y),
+        )
+    ]
+    return Furniture("fridge", [Link("body", body, mass=80), *doors], 1, handle)
+
+
+def door_box(height: float, color) -> Box:
+    return Box((DOOR_THICKNESS, height, DOOR_WIDTH), (DOOR_THICKNESS / 2, 0, DOOR_WIDTH / 2), color)
+
+
+def door_handle(bar: tuple[float, float, float]) -> list[Box]:
+    """Two posts and the bar."""
+    x, y, z = bar
+    post, post_x, post_y = (
+        x - DOOR_THICKNESS,
+        (DOOR_THICKNESS + x) / 2,
+        DOOR_HANDLE_LENGTH / 2 - 0.015,
     )
-    bottom_height = DOOR_BOTTOM - 0.04
-    bottom = Link(
-        "bottom_door",
-        [Box((DOOR_THICKNESS, bottom_height, DOOR_WIDTH), (DOOR_THICKNESS / 2, 0, middle), face)],
-        mass=4,
-        origin=(0.005, 0.02 + bottom_height / 2, DOOR_HINGE_Z),
-        **hinge,
-    )
-    handle = (DOOR_HANDLE_X, handle_y, DOOR_HANDLE_Z)
-    return Furniture("fridge", [body, top, bottom], 1, 0, handle, DOOR_RANGE)
+    return [
+        *[Box((post, 0.02, 0.02), (post_x, y + dy, z), HANDLE) for dy in (-post_y, post_y)],
+        Box((0.025, DOOR_HANDLE_LENGTH, 0.03), bar, HANDLE),
+    ]
 
 
 def stand_boxes(color) -> list[Box]:
@@ -219,25 +188,20 @@ def room_boxes(floor, walls: list) -> list[Box]:
     """Floor and four walls; `walls` has one colour for each."""
     half, height = ROOM / 2 + 0.05, WALL_HEIGHT
     sides = [(-half, 0), (half, 0), (0, -half), (0, half)]
-    return [
-        Box((ROOM, 0.1, ROOM), (0, -0.05, 0), floor),
-        *[
-            Box((0.1, height, ROOM) if x else (ROOM, height, 0.1), (x, height / 2, z), color)
-            for (x, z), color in zip(sides, walls, strict=True)
-        ],
-    ]
+    boxes = [Box((ROOM, 0.1, ROOM), (0, -0.05, 0), floor)]
+    for (x, z), color in zip(sides, walls):
+        size = (0.1, height, ROOM) if x else (ROOM, height, 0.1)
+        boxes.append(Box(size, (x, height / 2, z), color))
+    return boxes
 
 
 def table_boxes(color) -> list[Box]:
     depth, height, width = TABLE_SIZE
     leg, x, z = height - 0.04, depth / 2 - 0.04, width / 2 - 0.04
+    corners = [(-x, -z), (-x, z), (x, -z), (x, z)]
     return [
         Box((depth, 0.04, width), (0, height - 0.02, 0), color),
-        *[
-            Box((0.05, leg, 0.05), (sx * x, leg / 2, sz * z), color)
-            for sx in (-1, 1)
-            for sz in (-1, 1)
-        ],
+        *[Box((0.05, leg, 0.05), (x, leg / 2, z), color) for x, z in corners],
     ]
 
 
@@ -253,22 +217,23 @@ def write_json(path: Path, data: dict) -> None:
     write_text(path, json.dumps(data, indent=1))
 
 
+def painted(rgba, metallic=0.0, roughness=0.9) -> trimesh.visual.TextureVisuals:
+    material = PBRMaterial(baseColorFactor=rgba, metallicFactor=metallic, roughnessFactor=roughness)
+    return trimesh.visual.TextureVisuals(material=material)
+
+
 def write_glb(path: Path, boxes: list[Box]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    meshes = []
-    for box in boxes:
-        mesh = trimesh.creation.box(box.size)
+    meshes = [trimesh.creation.box(box.size) for box in boxes]
+    for mesh, box in zip(meshes, boxes):
         mesh.apply_translation(box.center)
-        material = PBRMaterial(
-            baseColorFactor=[*box.color, 255], metallicFactor=0.0, roughnessFactor=0.9
-        )
-        mesh.visual = trimesh.visual.TextureVisuals(material=material)
-        meshes.append(mesh)
+        mesh.visual = painted([*box.color, 255])
     trimesh.Scene(meshes).export(path)
 
 
-def write_urdf(path: Path, furniture: Furniture) -> None:
-    root = furniture.links[0].name
+def write_urdf(folder: Path, furniture: Furniture) -> None:
+    """Write <folder>/<name>/<name>.urdf."""
+    root, *others = furniture.links
     text = f'<?xml version="1.0"?>\n<robot name="{furniture.name}">\n'
     for link in furniture.links:
         text += (
@@ -281,41 +246,26 @@ def write_urdf(path: Path, furniture: Furniture) -> None:
                 f'<geometry><box size="{numbers(box.size)}"/></geometry>'
             )
             rgba = numbers([*(np.array(box.color) / 255), 1])
-            material = (
-                f'<material name="c{rgba.replace(" ", "_")}"><color rgba="{rgba}"/></material>'
-            )
-            text += f"  <visual>{shape}{material}</visual>\n  <collision>{shape}</collision>\n"
+            paint = f'<material name="c{rgba.replace(" ", "_")}"><color rgba="{rgba}"/></material>'
+            text += f"  <visual>{shape}{paint}</visual>\n  <collision>{shape}</collision>\n"
         text += "</link>\n"
-    for i, link in enumerate(furniture.links[1:]):
+    for i, link in enumerate(others):
         text += (
             f'<joint name="joint_{i}" type="{link.joint}">'
-            f'<parent link="{root}"/><child link="{link.name}"/>'
+            f'<parent link="{root.name}"/><child link="{link.name}"/>'
             f'<origin xyz="{numbers(link.origin)}"/><axis xyz="{numbers(link.axis)}"/>'
             f'<limit lower="0" upper="{link.upper}" effort="1000" velocity="10"/>'
             f'<dynamics damping="{link.damping}" friction="{link.friction}"/></joint>\n'
         )
-    write_text(path, text + "</robot>\n")
+    write_text(folder / furniture.name / f"{furniture.name}.urdf", text + "</robot>\n")
 
 
 def numbers(values) -> str:
     return " ".join(f"{float(value):.6g}" for value in values)
 
 
-def write_ycb_model(folder: Path, mesh: trimesh.Trimesh, color, density: float) -> dict:
-    """Write one object (z-up, centred) and return its entry of info_pick_v0.json."""
-    folder.mkdir(parents=True)
-    mesh.export(folder / "collision.ply")
-    write_text(
-        folder / "textured.mtl", f"newmtl m\nKd {numbers(np.array(color) / 255)}\nKa 0 0 0\n"
-    )
-    vertices = "".join(f"v {numbers(vertex)}\n" for vertex in mesh.vertices)
-    faces = "".join(f"f {a + 1} {b + 1} {c + 1}\n" for a, b, c in mesh.faces)
-    write_text(folder / "textured.obj", f"mtllib textured.mtl\no o\n{vertices}usemtl m\n{faces}")
-    low, high = mesh.bounds.tolist()
-    return dict(bbox=dict(min=low, max=high), density=density, scales=[1.0])
-
-
 def write_objects(folder: Path, tint) -> None:
+    """Write the OBJECTS, z-up and centred, and info_pick_v0.json."""
     infos = {}
     for name, (shape, half, color, density) in OBJECTS.items():
         if shape == "ball":
@@ -324,5 +274,14 @@ def write_objects(folder: Path, tint) -> None:
             mesh = trimesh.creation.cylinder(radius=half[0], height=2 * half[2], sections=24)
         else:
             mesh = trimesh.creation.box(np.multiply(half, 2))
-        infos[name] = write_ycb_model(folder / "models" / name, mesh, tint(color), density)
+        model = folder / "models" / name
+        rgb = numbers(np.array(tint(color)) / 255)
+        write_text(model / "textured.mtl", f"newmtl m\nKd {rgb}\nKa 0 0 0\n")
+        vertices = "".join(f"v {numbers(vertex)}\n" for vertex in mesh.vertices)
+        faces = "".join(f"f {a + 1} {b + 1} {c + 1}\n" for a, b, c in mesh.faces)
+        obj = f"mtllib textured.mtl\no o\n{vertices}usemtl m\n{faces}"
+        write_text(model / "textured.obj", obj)
+        mesh.export(model / "collision.ply")
+        low, high = mesh.bounds.tolist()
+        infos[name] = dict(bbox=dict(min=low, max=high), density=density, scales=[1.0])
     write_json(folder / "info_pick_v0.json", infos)

@@ -17,7 +17,8 @@ import numpy as np
 import sapien
 import trimesh
 from mani_skill.agents.robots.fetch.fetch import Fetch
-from trimesh.visual.material import PBRMaterial
+
+from household.furniture import painted
 
 CELL = 0.010  # metres; at 20 mm the fingers in the hand camera's picture are visibly wrong
 COLORS_PER_MESH = 6  # a baked texture's main colours; each is one more mesh to draw
@@ -57,20 +58,12 @@ def lighten(path: Path) -> trimesh.Scene:
             if len(chosen) == 0:
                 continue
             used, local = np.unique(chosen, return_inverse=True)
-            material = PBRMaterial(
-                baseColorFactor=np.append(color * 255, 255).round().astype(np.uint8),
-                metallicFactor=float(part.material.metallic),
-                roughnessFactor=float(part.material.roughness),
-            )
-            scene.add_geometry(
-                trimesh.Trimesh(
-                    vertices[used],
-                    local.reshape(chosen.shape),
-                    vertex_normals=normals[used],
-                    visual=trimesh.visual.TextureVisuals(material=material),
-                    process=False,
-                )
-            )
+            mesh = trimesh.Trimesh(vertices[used], local.reshape(chosen.shape), process=False)
+            mesh.vertex_normals = normals[used]
+            rgba = np.append(color * 255, 255).round().astype(np.uint8)
+            look = float(part.material.metallic), float(part.material.roughness)
+            mesh.visual = painted(rgba, *look)
+            scene.add_geometry(mesh)
     return scene
 
 

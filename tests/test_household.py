@@ -9,14 +9,18 @@ import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import tasks
+from env import SubtaskEnv
+from household.assets import main as generate
 
 REPOSITORY = Path(__file__).parents[1]
 REARRANGE = "data/scene_datasets/replica_cad_dataset/rearrange"
 SPLITS = ("train", "val")
+STILL = np.array([0] * 7 + [-1] + [0] * 5)  # closes the gripper
 # (task, subtask, target, split) that are run: every column, every class, every task.
 ENVIRONMENTS = [
     ("set_table", "pick", "013_apple", "train"),
@@ -32,46 +36,6 @@ ENVIRONMENTS = [
     ("prepare_groceries", "place", "all", "val"),
 ]
 
-RUN_ENVIRONMENTS = """
-import json, sys
-import numpy as np
-from env import SubtaskEnv
-
-STILL = np.array([0] * 7 + [-1] + [0] * 5)  # closes the gripper
-reports = []
-for task, subtask, target, split in json.loads(sys.argv[1]):
-    env = SubtaskEnv(task, subtask, target, split)
-    choices = [env.choose(seed) for seed in range(20)]
-    first = env.reset(0)
-    report = dict(
-        split=split, module=type(env.mshab).__module__, name=type(env.mshab).__name__,
-        repeatable=choices == [env.choose(seed) for seed in range(20)], starts=len(set(choices)),
-        robot=type(env.mshab.agent).urdf_path, mask=0, episodes=[],
-        names=env.qpos_names, schema=[d["name"] for d in env.action_schema],
-    )
-    for seed in (3, 4, 0):
-        obs = env.reset(seed)
-        report["mask"] += int(env.target_masks(obs).sum())
-        words = dict(instruction=env.instruction, target=env.target)
-        report["episodes"].append(env.episode | words)
-    head, hand = (obs["sensor_data"][camera] for camera in ("fetch_head", "fetch_hand"))
-    report["shapes"] = [
-        [*camera[kind].shape, str(camera[kind].dtype)]
-        for camera in (head, hand) for kind in ("rgb", "depth", "segmentation")
-    ]
-    report["drawn"] = [float(camera["rgb"].float().std()) for camera in (head, hand)]
-    report["same_start"] = bool((first["sensor_data"]["fetch_hand"]["rgb"] == hand["rgb"]).all())
-    report["pos"] = env.pos.tolist()
-    for step in range(12):
-        obs, info = env.step(STILL)
-    report["elapsed"], report["success"] = info["elapsed"], info["success"]
-    report["grasped"] = bool(obs["extra"]["is_grasped"][0])
-    report["picture"] = list(env.third_person().shape)
-    reports.append(report)
-    env.close()
-json.dump(reports, open(sys.argv[2], "w"))
-"""
-
 MISSING = """
 import os
 from env import SubtaskEnv
@@ -83,32 +47,6 @@ for folder in (os.environ["MS_ASSET_DIR"], None):
     except FileNotFoundError as error:
         print(error)
 """
-
-GENERATE = """
-import sys
-from pathlib import Path
-from household.assets import main
-same, other = map(Path, sys.argv[1:])
-main(same)
-main(other, seed=1)
-main(same)
-try:
-    main(same, seed=1)
-except FileExistsError as error:
-    print(error)
-"""
-
-
-def run_script(script: str, *args: str, **environment: str) -> str:
-    """What a script prints that runs in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", script, *args],
-        cwd=REPOSITORY,
-        env=os.environ | environment,
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    ).stdout
 
 
 def files(folder: Path) -> list[str]:
@@ -126,29 +64,60 @@ def start_poses(assets: Path, split: str) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def generated(assets, tmp_path_factory) -> tuple[Path, Path, str]:
+def generated(assets, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("generated")
-    same, other = folder / "same", folder / "other"
-    return same, other, run_script(GENERATE, str(same), str(other))
+    generate(folder / "same", seed=0)
+    generate(folder / "other", seed=1)
+    return folder / "same", folder / "other"
+
+
+def run(task: str, subtask: str, target: str, split: str) -> dict:
+    """What came of three episodes of an environment."""
+    env = SubtaskEnv(task, subtask, target, split)
+    choices = [env.choose(seed) for seed in range(20)]
+    first = env.reset(0)
+    report = dict(
+        split=split,
+        environment=type(env.mshab),
+        repeatable=choices == [env.choose(seed) for seed in range(20)],
+        starts=len(set(choices)),
+        robot=type(env.mshab.agent).urdf_path,
+        mask=0,
+        episodes=[],
+        names=env.qpos_names,
+        schema=env.action_schema,
+    )
+    for seed in (3, 4, 0):
+        obs = env.reset(seed)
+        report["mask"] += int(env.target_masks(obs).sum())
+        words = dict(instruction=env.instruction, target=env.target)
+        report["episodes"].append(env.episode | words)
+    report["cameras"] = obs["sensor_data"]
+    hands = [each["sensor_data"]["fetch_hand"]["rgb"] for each in (first, obs)]
+    report["same_start"] = bool((hands[0] == hands[1]).all())
+    report["pos"] = env.pos.tolist()
+    for _ in range(12):
+        obs, info = env.step(STILL)
+    report |= dict(elapsed=info["elapsed"], success=info["success"], picture=env.third_person())
+    report["grasped"] = bool(obs["extra"]["is_grasped"][0])
+    env.close()
+    return report
 
 
 @pytest.fixture(scope="module")
-def reports(assets, tmp_path_factory) -> list[dict]:
-    """What came of running each of ENVIRONMENTS, in one process."""
-    path = tmp_path_factory.mktemp("reports") / "reports.json"
-    run_script(RUN_ENVIRONMENTS, json.dumps(ENVIRONMENTS), str(path), LP_NUM_THREADS="1")
-    return json.loads(path.read_text())
+def reports(assets) -> list[dict]:
+    return [run(*address) for address in ENVIRONMENTS]
 
 
 def test_the_same_seed_writes_the_same_files(assets, generated):
-    same, _, _ = generated
+    same, _ = generated
     assert files(same) == files(assets)
     _, different, unreadable = filecmp.cmpfiles(assets, same, files(same), shallow=False)
     assert not different and not unreadable
 
 
 def test_another_seed_writes_another_apartment(assets, generated):
-    _, other, _ = generated
+    _, other = generated
     assert files(other) == files(assets)
     _, different, _ = filecmp.cmpfiles(assets, other, files(assets), shallow=False)
     assert any("configs/scenes" in name for name in different)
@@ -157,10 +126,12 @@ def test_another_seed_writes_another_apartment(assets, generated):
     assert not any("fetch_light" in name for name in different)
 
 
-def test_a_complete_folder_is_left_alone_and_another_seed_refused(generated):
-    same, _, printed = generated
-    assert "nothing to do" in printed
-    assert f"rm -r {same}" in printed
+def test_a_complete_folder_is_left_alone_and_another_seed_refused(generated, capsys):
+    same, _ = generated
+    generate(same, seed=0)
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(FileExistsError, match=f"rm -r {same}"):
+        generate(same, seed=1)
 
 
 def test_a_killed_run_leaves_no_asset_folder(tmp_path):
@@ -204,18 +175,22 @@ def test_every_target_of_every_task_has_plans_and_64_starts_in_train(assets):
 
 def test_the_environments_are_the_real_mshab_classes(reports):
     expected = {f"{s.capitalize()}SubtaskTrainEnv" for s in tasks.SUBTASKS}
-    assert {r["name"] for r in reports} == expected
-    assert {r["module"] for r in reports} == {f"mshab.envs.{s}" for s in tasks.SUBTASKS}
+    classes = {report["environment"] for report in reports}
+    assert {each.__name__ for each in classes} == expected
+    assert {each.__module__ for each in classes} == {f"mshab.envs.{s}" for s in tasks.SUBTASKS}
 
 
 def test_every_column_resets_steps_and_renders(reports):
     assert len(reports) == len(ENVIRONMENTS)
-    camera = [[1, 128, 128, 3, "torch.uint8"], *[[1, 128, 128, 1, "torch.int16"]] * 2]
     for report in reports:
-        assert report["shapes"] == camera * 2
-        assert min(report["drawn"]) > 5  # of 255: the pictures are not blank
+        assert report["cameras"].keys() == {"fetch_head", "fetch_hand"}
+        for camera in report["cameras"].values():
+            assert camera["rgb"].shape == (1, 128, 128, 3) and camera["rgb"].dtype == torch.uint8
+            assert camera["rgb"].float().std() > 5  # of 255: the pictures are not blank
+            for kind in ("depth", "segmentation"):
+                assert camera[kind].shape == (1, 128, 128, 1) and camera[kind].dtype == torch.int16
         assert report["elapsed"] == 12 and not report["success"]
-        assert report["picture"][2] == 3
+        assert report["picture"].shape[2] == 3
         assert len(report["names"]) == 12 and len(report["schema"]) == 13
 
 
@@ -249,7 +224,11 @@ def test_every_scene_of_the_split_is_built(reports):
 
 
 def test_a_missing_asset_folder_is_named_with_the_command_that_mends_it(tmp_path):
-    empty, unset = run_script(MISSING, MS_ASSET_DIR=str(tmp_path)).splitlines()
+    environment = os.environ | {"MS_ASSET_DIR": str(tmp_path)}
+    printed = subprocess.check_output(
+        [sys.executable, "-c", MISSING], cwd=REPOSITORY, env=environment, text=True
+    )
+    empty, unset = printed.splitlines()
     assert str(tmp_path) in empty and "MS_ASSET_DIR is not set" in unset
     for message in (empty, unset):
         assert "python -m household.assets --out assets" in message
