@@ -57,10 +57,8 @@ class SubtaskEnv:
         self._address = dict(task=task, subtask=subtask, target=target, split=split)
         plan_data = plan_data_from_file(plan_file)
         self._plans = plan_data.plans
-        self._spawns = {
-            uid: len(spawn["robot_qpos"])
-            for uid, spawn in torch.load(spawn_file, map_location="cpu", weights_only=True).items()
-        }
+        spawns = torch.load(spawn_file, map_location="cpu", weights_only=True)
+        self._starts = {uid: len(spawn["robot_qpos"]) for uid, spawn in spawns.items()}
         light = LIGHT_FETCH_URDF.is_file() and not real_meshes
         Fetch.urdf_path = str(LIGHT_FETCH_URDF) if light else REAL_FETCH_URDF
         # MS-HAB's own arguments (mshab/envs/make.py) without its wrappers, which drop the colours,
@@ -93,17 +91,15 @@ class SubtaskEnv:
         """Start the episode of `seed`, which names a plan and a start pose (`choose`)."""
         plan_idx, spawn_idx = self.choose(seed)
         plan = self._plans[plan_idx]
-        scene_plans = [
-            i for i, p in enumerate(self._plans) if p.build_config_name == plan.build_config_name
-        ]
-        names = self.mshab.scene_builder.build_configs
+        scene, names = plan.build_config_name, self.mshab.scene_builder.build_configs
+        of_scene = [i for i, other in enumerate(self._plans) if other.build_config_name == scene]
         options = dict(
             # Rebuilt every time. On its own, one environment would only ever build the first scene
             # of its plans; and a scene kept from the episode before shows through in a few pixels
             # of the first picture.
             reconfigure=True,
-            build_config_idxs=[names.index(plan.build_config_name)],
-            task_plan_idxs=torch.tensor([scene_plans.index(plan_idx)]),
+            build_config_idxs=[names.index(scene)],
+            task_plan_idxs=torch.tensor([of_scene.index(plan_idx)]),
             spawn_selection_idxs=[spawn_idx],
         )
         obs, _ = self.mshab.reset(seed=seed, options=options)
@@ -113,13 +109,16 @@ class SubtaskEnv:
             plan=plan_idx,
             spawn=spawn_idx,
             subtask_uid=plan.subtasks[0].uid,
-            scene=plan.build_config_name,
+            scene=scene,
             build_config_idx=self.mshab.build_config_idxs[0],
             task_plan_idx=int(self.mshab.task_plan_idxs[0]),
             init_config_idx=self.mshab.init_config_idxs[0],
             spawn_selection_idx=spawn_idx,
         )
-        self._place_video_camera()
+        base = self.mshab.agent.base_link.pose.sp
+        eye, look_at = (base * sapien.Pose(p) for p in (VIDEO_EYE, VIDEO_LOOK_AT))
+        camera = self.mshab.scene.human_render_cameras["render_camera"].camera
+        camera.set_local_pose(sapien_utils.look_at(eye.p, look_at.p).sp)
         return obs
 
     def choose(self, seed: int) -> tuple[int, int]:
@@ -127,7 +126,7 @@ class SubtaskEnv:
         rng = np.random.default_rng(seed)
         plan = int(rng.integers(len(self._plans)))
         uid = self._plans[plan].subtasks[0].uid
-        return plan, int(rng.integers(self._spawns[uid]))
+        return plan, int(rng.integers(self._starts[uid]))
 
     def step(self, action: np.ndarray) -> tuple[dict, dict]:
         """Apply one action [13] in [-1, 1], 1/20 s.
@@ -223,14 +222,7 @@ class SubtaskEnv:
         return scene.get_human_render_camera_images()["render_camera"][0].numpy()
 
     def close(self) -> None:
-        """Free the simulator."""
         self.mshab.close()
-
-    def _place_video_camera(self) -> None:
-        base = self.mshab.agent.base_link.pose.sp
-        eye, look_at = (base * sapien.Pose(p) for p in (VIDEO_EYE, VIDEO_LOOK_AT))
-        camera = self.mshab.scene.human_render_cameras["render_camera"].camera
-        camera.set_local_pose(sapien_utils.look_at(eye.p, look_at.p).sp)
 
 
 def plan_files(task: str, subtask: str, target: str, split: str) -> tuple[Path, Path]:
@@ -238,15 +230,6 @@ def plan_files(task: str, subtask: str, target: str, split: str) -> tuple[Path, 
 
     Raises FileNotFoundError, with the command that mends it.
     """
-    plan_file = REARRANGE / "task_plans" / task / subtask / split / f"{target}.json"
-    spawn_file = REARRANGE / "spawn_data" / task / subtask / split / "spawn_data.pt"
-    for path in (plan_file, spawn_file):
-        require_asset(path)
-    return plan_file, spawn_file
-
-
-def require_asset(path: Path) -> None:
-    """Raise FileNotFoundError, with the command that mends it, unless `path` is an asset."""
     folder = os.environ.get("MS_ASSET_DIR")
     remedy = (
         "Generate an apartment (`python -m household.assets --out assets`), or download the real "
@@ -260,5 +243,9 @@ def require_asset(path: Path) -> None:
             f"MS_ASSET_DIR={folder} was set after mani_skill was imported, which reads "
             f"{ASSET_DIR}. Set it before."
         )
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path} (MS_ASSET_DIR={folder}). {remedy}")
+    plan_file = REARRANGE / "task_plans" / task / subtask / split / f"{target}.json"
+    spawn_file = REARRANGE / "spawn_data" / task / subtask / split / "spawn_data.pt"
+    for path in (plan_file, spawn_file):
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path} (MS_ASSET_DIR={folder}). {remedy}")
+    return plan_file, spawn_file

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -48,11 +49,9 @@ class Policy:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = AuxVLA(model_config_of(manifest), flow_head=manifest["stage"] == 3)
         load_weights(model, folder)
-        stats = ActionStats(
-            **{key: tuple(value) for key, value in manifest["action_stats"].items()}
-        )
+        stats = {key: tuple(value) for key, value in manifest["action_stats"].items()}
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        policy = cls(model.to(device).eval(), stats, tokenizer, manifest, device)
+        policy = cls(model.to(device).eval(), ActionStats(**stats), tokenizer, manifest, device)
         policy.reset()
         return policy
 
@@ -74,22 +73,16 @@ class Policy:
         if self.model.cfg.history == "frames" or not self.queue:
             now = tuple(picture.to(self.device) for picture in cameras(obs))
         if not self.queue:
-            batch = self.batch(now, instruction)
             cfg, noise = self.model.cfg, None
             if self.model.flow_head:
-                noise = torch.randn(
-                    len(batch["images"]), cfg.flow.action_horizon, ACTION_DIM, generator=self.noise
-                )
-                noise = noise.to(self.device)
-            with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"
-            ):
+                shape = len(now[0]), cfg.flow.action_horizon, ACTION_DIM
+                noise = torch.randn(shape, generator=self.noise).to(self.device)
+            batch, on_gpu = self.batch(now, instruction), self.device.type == "cuda"
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
                 actions, predictions = self.model.act(batch, noise)  # [B, H, 13]
             self.predictions = {name: value.cpu().numpy() for name, value in predictions.items()}
             actions = self.stats.denormalize(actions).clamp(-1, 1).cpu().numpy()
-            self.queue.extend(
-                actions[:, step] for step in range(min(cfg.flow.execute, actions.shape[1]))
-            )
+            self.queue.extend(rearrange(actions, "b h a -> h b a")[: cfg.flow.execute])
         action = self.queue.popleft()
         if self.model.cfg.history == "frames":
             self.seen.append(now)

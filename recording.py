@@ -22,7 +22,7 @@ import h5py
 import numpy as np
 
 from config import InputError
-from durable import append, read_lines, replacing
+from durable import append, read_lines, replacing, write
 
 COMPRESSED = ("rgb", "depth", "fetch_head", "fetch_hand")  # images, and the masks named by camera
 GZIP = dict(compression="gzip", compression_opts=5)  # (MS-HAB: envs/wrappers/record.py)
@@ -74,8 +74,11 @@ class Recording:
             self.done = dict.fromkeys(sidecar["failed_seeds"], False)
             self.done |= {episode["seed"]: True for episode in self.episodes}
         merged = len(self.done)
-        if self.attempts.exists():
-            self.read_attempts()
+        if lines := read_lines(self.attempts, mend=True):
+            first, *failures = lines
+            self.check_recipe(self.attempts, first)
+            self.done |= {failure["seed"]: False for failure in failures}
+            self.done |= {int(part.stem): True for part in self.parts.glob("*.part")}
         if merged and len(self.done) == merged:  # killed before the parts were removed
             shutil.rmtree(self.parts, ignore_errors=True)
 
@@ -90,24 +93,15 @@ class Recording:
                 "choose another --out"
             )
 
-    def read_attempts(self) -> None:
-        lines = read_lines(self.attempts, mend=True)
-        if lines:
-            first, *failures = lines
-            self.check_recipe(self.attempts, first)
-            self.done |= {failure["seed"]: False for failure in failures}
-            self.done |= {int(part.stem): True for part in self.parts.glob("*.part")}
-
     def start(self) -> None:
         self.parts.mkdir(parents=True, exist_ok=True)
-        if not self.attempts.exists() or self.attempts.stat().st_size == 0:
+        if not read_lines(self.attempts):
             append(self.attempts, {"recipe": self.recipe})
 
     def add(self, seed: int, success: bool, steps: int, part: bytes) -> None:
         if success:
             # Not .h5: readers take every .h5 below DATA for a whole file.
-            with replacing(self.parts / f"{seed:08d}.part") as path:
-                path.write_bytes(part)
+            write(self.parts / f"{seed:08d}.part", part)
         else:
             append(self.attempts, {"seed": seed, "success": False, "steps": steps})
         self.done[seed] = success
@@ -122,19 +116,16 @@ class Recording:
         hopeful = [*running, *(s for s, success in self.done.items() if success)]
         return seed if sum(s < seed for s in hopeful) < episodes else None
 
-    def check_space(self, sources: list[Path]) -> None:
-        """Raise the OSError of a full disk first: h5py raises RuntimeError, or fails on closing."""
-        if shutil.disk_usage(self.parts).free < sum(path.stat().st_size for path in sources):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.h5))
-
     def merge(self) -> None:
         """Write the h5, then the json that makes it count, then remove the parts."""
         merged = {episode["seed"] for episode in self.episodes}
         parts = {int(part.stem): part for part in self.parts.glob("*.part")}
-        self.check_space([*parts.values(), *([self.h5] if merged else [])])
-        top = {}
+        top, sources = {}, [*parts.values(), *([self.h5] if merged else [])]
+        if shutil.disk_usage(self.parts).free < sum(path.stat().st_size for path in sources):
+            # Before h5py meets a full disk: it raises RuntimeError, or fails on closing.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.h5))
         with replacing(self.h5) as path, h5py.File(path, "w") as file:
-            if self.episodes:
+            if merged:
                 with h5py.File(self.h5) as old:
                     for episode in self.episodes:
                         old.copy(f"traj_{episode['episode_id']}", file)
@@ -147,6 +138,5 @@ class Recording:
                 self.episodes.append({"episode_id": number, **episode})
         failed = sorted(seed for seed, success in self.done.items() if not success)
         top |= {"recipe": self.recipe, "failed_seeds": failed, "episodes": self.episodes}
-        with replacing(self.json) as path:
-            path.write_text(json.dumps(top, indent=1))
+        write(self.json, json.dumps(top, indent=1).encode())
         shutil.rmtree(self.parts)
