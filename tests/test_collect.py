@@ -6,41 +6,23 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from processes import start, workers_of
 
 from recording import Recording, encode
 
-HERE = Path(__file__).parent.parent
 EPISODES = 3
 
 
-def start(out: Path, workers: int = 1, episodes: int = EPISODES, **flags) -> subprocess.Popen:
-    options = {
-        "expert": "scripted",
-        "task": "set_table",
-        "subtask": "close",
-        "target": "kitchen_counter",
-    } | flags
-    options |= {"episodes": episodes, "workers": workers, "out": out}
-    command = [
-        sys.executable,
-        "collect.py",
-        *(str(x) for k, v in options.items() for x in (f"--{k}", v)),
-    ]
-    return subprocess.Popen(
-        command,
-        cwd=HERE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def collect(out: Path, workers: int = 1, target: str = "kitchen_counter") -> subprocess.Popen:
+    flags = f"--expert scripted --task set_table --subtask close --target {target}"
+    flags += f" --episodes {EPISODES} --workers {workers}"
+    return start("collect.py", *flags.split(), "--out", out)
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
@@ -90,7 +72,7 @@ def layout(group: h5py.Group, steps: int) -> list[tuple]:
 def reference(assets, tmp_path_factory) -> Path:
     """An uninterrupted run of one worker."""
     out = tmp_path_factory.mktemp("reference")
-    assert f"succeeded in {EPISODES}/" in finish(start(out))
+    assert f"succeeded in {EPISODES}/" in finish(collect(out))
     return h5_of(out)
 
 
@@ -98,15 +80,12 @@ def reference(assets, tmp_path_factory) -> Path:
 def recorder(reference, tmp_path_factory) -> tuple[Path, dict]:
     """The h5 of MS-HAB's own recorder, and the steps at which the reference's actions succeed."""
     folder = tmp_path_factory.mktemp("mshab")
-    command = [sys.executable, "tests/mshab_recorder.py", folder, "5", reference]
     # ManiSkill puts rgb and depth in the order of a set of strings; collect.py fixes it for its
     # workers.
-    environment = os.environ | {"PYTHONPATH": str(HERE), "PYTHONHASHSEED": "0"}
-    run = subprocess.run(
-        command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
-    return folder / "mshab.h5", json.loads(run.stdout.splitlines()[-1])
+    process = start("tests/mshab_recorder.py", folder, 5, reference, PYTHONHASHSEED="0")
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    return folder / "mshab.h5", json.loads(stdout.splitlines()[-1])
 
 
 def test_the_tree_is_that_of_mshabs_own_recorder(reference, recorder):
@@ -153,7 +132,7 @@ def test_recorded_actions_are_in_range_and_succeed_again_from_the_seed(reference
 
 def test_a_killed_run_of_two_workers_goes_on_to_what_one_worker_records(reference, tmp_path):
     parts = h5_of(tmp_path).with_suffix(".parts")
-    process = start(tmp_path, workers=2)
+    process = collect(tmp_path, workers=2)
     while not list(parts.glob("*.part")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -162,7 +141,7 @@ def test_a_killed_run_of_two_workers_goes_on_to_what_one_worker_records(referenc
     kept = {part: part.stat().st_mtime_ns for part in parts.glob("*.part")}
     assert 0 < len(kept) < EPISODES and not h5_of(tmp_path).exists()
 
-    process = start(tmp_path, workers=1)
+    process = collect(tmp_path, workers=1)
     while process.poll() is None and parts.exists():
         repeated = [
             part for part in kept if part.exists() and part.stat().st_mtime_ns != kept[part]
@@ -175,7 +154,7 @@ def test_a_killed_run_of_two_workers_goes_on_to_what_one_worker_records(referenc
 
 
 def test_workers_end_in_silence_when_the_main_process_is_killed(assets, tmp_path):
-    process = start(tmp_path, workers=2)
+    process = collect(tmp_path, workers=2)
     while not list(h5_of(tmp_path).with_suffix(".parts").glob("*.part")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -186,19 +165,14 @@ def test_workers_end_in_silence_when_the_main_process_is_killed(assets, tmp_path
 
 def test_asking_again_does_nothing(reference):
     before = reference.read_bytes()
-    assert "already there" in finish(start(reference.parents[2]))
+    assert "already there" in finish(collect(reference.parents[2]))
     assert reference.read_bytes() == before
 
 
 def test_a_worker_that_dies_ends_the_run_and_its_seed_is_named(assets, tmp_path):
-    process = start(tmp_path)
-    workers = []
-    while not workers:
+    process = collect(tmp_path)
+    while not (workers := workers_of(process)):
         assert process.poll() is None, process.communicate()
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        workers = [
-            int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
-        ]
         time.sleep(0.01)
     os.kill(workers[0], signal.SIGKILL)
     message = finish(process, code=1)
@@ -206,7 +180,7 @@ def test_a_worker_that_dies_ends_the_run_and_its_seed_is_named(assets, tmp_path)
 
 
 def test_a_target_of_another_task_is_refused(assets, tmp_path):
-    message = finish(start(tmp_path, target="024_bowl"), code=2)
+    message = finish(collect(tmp_path, target="024_bowl"), code=2)
     assert "--target 024_bowl" in message and "('fridge', 'kitchen_counter')" in message
 
 
@@ -321,5 +295,5 @@ def test_a_full_disk_leaves_finished_episodes_and_nothing_half_written(small_dis
 
 def test_a_full_disk_ends_the_command_with_a_message(assets, small_disk):
     (small_disk / "ballast").write_bytes(bytes(2 * 1024 * 1024))
-    message = finish(start(small_disk), code=1)
+    message = finish(collect(small_disk), code=1)
     assert "the disk is full" in message and "Traceback" not in message

@@ -4,48 +4,24 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import start, workers_of
 
 import checkpoint
 from config import InputError, model_config
 from data import build_tokenizer
 from durable import append, read_lines, read_sealed, sha256, write_sealed
 from env import SubtaskEnv
-from eval import (
-    EvalConfig,
-    check_same_run,
-    check_schema,
-    main,
-    table,
-    wilson,
-)
+from eval import EvalConfig, check_same_run, check_schema, main, table, wilson
 from model import AuxVLA
 from rows import ROWS
 from tools.report import success_table, write_report
 
-HERE = Path(__file__).parent.parent
-EXPERT = [
-    "--policy",
-    "expert",
-    "--stop-at-success",
-    "--columns",
-    "close_drawer",
-    "pick_all",
-    "--episodes",
-    "3",
-]
-
-
-def start(*flags, out: Path) -> subprocess.Popen:
-    command = [sys.executable, "eval.py", *flags, "--out", out]
-    return subprocess.Popen(
-        command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+EXPERT = "--policy expert --stop-at-success --columns close_drawer pick_all --episodes 3"
 
 
 def outcomes(out: Path) -> list[tuple]:
@@ -61,15 +37,10 @@ def wait_for_episodes(out: Path, count: int, process: subprocess.Popen):
         time.sleep(0.02)
 
 
-def workers_of(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(c) for c in children if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text()]
-
-
 @pytest.fixture(scope="module")
 def one_worker(assets, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("one_worker")
-    process = start(*EXPERT, out=out)
+    process = start("eval.py", *EXPERT.split(), "--out", out)
     assert process.wait() == 0, process.communicate()
     return out
 
@@ -160,20 +131,21 @@ def test_only_the_learned_policy_takes_a_checkpoint(tmp_path):
 
 def test_a_kill_neither_loses_nor_repeats_an_episode(one_worker, tmp_path):
     """Also: two workers, killed twice and started again, give the records that one worker gives."""
-    process = start(*EXPERT, "--workers", "2", out=tmp_path)
+    two_workers = ("eval.py", *EXPERT.split(), "--workers", "2", "--out", tmp_path)
+    process = start(*two_workers)
     wait_for_episodes(tmp_path, 1, process)
-    os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+    os.kill(workers_of(process)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "died (exit code -9)" in errors
 
-    process = start(*EXPERT, "--workers", "2", out=tmp_path)
+    process = start(*two_workers)
     wait_for_episodes(tmp_path, 3, process)
-    orphans = workers_of(process.pid)
+    orphans = workers_of(process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert 3 <= len(outcomes(tmp_path)) < 6
 
-    process = start(*EXPERT, "--workers", "2", out=tmp_path)
+    process = start(*two_workers)
     assert process.wait() == 0, process.communicate()
     assert outcomes(tmp_path) == outcomes(one_worker)
     assert orphans and not any(Path(f"/proc/{worker}").exists() for worker in orphans)

@@ -9,7 +9,6 @@ is not there is "not run". `Film` is what `eval.py --video` draws with.
 import json
 import math
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -71,17 +70,17 @@ class Film:
 
     def add(self, obs: dict, step: int):
         """Draw one observation; call after `policy.act` on it."""
-        # Within a chunk of actions the policy does not look: its predictions are the chunk's first.
-        predictions = {} if self.policy is None else self.policy.predictions
-        self.writer.append_data(self.frame(obs, step, predictions))
+        self.writer.append_data(self.frame(obs, step))
 
     def save(self, success: bool):
         """Finish the file under its final name."""
         self.writer.close()
         self.part.replace(self.folder / f"{self.name}_{'success' if success else 'fail'}.mp4")
 
-    def frame(self, obs: dict, step: int, predictions: dict) -> np.ndarray:
-        """Compose uint8 [VIEW, VIEW + INSET + PANEL, 3]; `predictions` are Policy's, batch of 1."""
+    def frame(self, obs: dict, step: int) -> np.ndarray:
+        """Compose uint8 [VIEW, VIEW + INSET + PANEL, 3]."""
+        # Within a chunk of actions the policy does not look: its predictions are the chunk's first.
+        predictions = {} if self.policy is None else self.policy.predictions
         canvas = np.zeros((VIEW, VIEW + INSET + PANEL, 3), np.uint8)
         canvas[:, :VIEW] = Image.fromarray(self.env.third_person()).resize((VIEW, VIEW))
         insets = []
@@ -125,16 +124,16 @@ class Film:
 # --- The run's files ---
 
 
-def read_curves(run: Path) -> dict[str, dict[str, tuple[list, list]]]:
-    """Return {loss: {"stage1 train": (steps, values), "stage1 val": ...}}, stages end to end."""
+def read_curves(run: Path) -> dict[str, list[tuple[str, str, tuple, tuple]]]:
+    """Return {loss: [("stage1", "train", steps, values), ...]}, stages end to end."""
     curves, start = {}, 0
     for log in sorted(run.glob("stage*/log.jsonl")):
         lines = read_lines(log)
         for loss in LOSSES:
-            for key, which in ((loss, "train"), (f"val_{loss}", "val")):
+            for which, key in (("train", loss), ("val", f"val_{loss}")):
                 points = [(start + line["step"], line[key]) for line in lines if key in line]
                 if points:
-                    curves.setdefault(loss, {})[f"{log.parent.name} {which}"] = tuple(zip(*points))
+                    curves.setdefault(loss, []).append((log.parent.name, which, *zip(*points)))
         start += max((line["step"] for line in lines), default=0)
     return curves
 
@@ -146,12 +145,12 @@ def plot_curves(curves: dict, path: Path):
     for axis in axes[len(curves) :]:
         axis.axis("off")
     for axis, (loss, lines) in zip(axes, curves.items(), strict=False):
-        for label, (steps, values) in lines.items():
-            stage, which = label.split()
+        for stage, which, steps, values in lines:
             style = dict(ls="--", marker="o", ms=3) if which == "val" else dict(alpha=0.6)
-            axis.plot(steps, values, color=f"C{stage.removeprefix('stage')}", label=label, **style)
+            style |= dict(color=f"C{stage.removeprefix('stage')}", label=f"{stage} {which}")
+            axis.plot(steps, values, **style)
         axis.set(title=loss, xlabel="step, stages end to end")
-        if all(min(values) > 0 for _, values in lines.values()):
+        if all(min(values) > 0 for *_, values in lines):
             axis.set_yscale("log")
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
@@ -259,21 +258,17 @@ def write_report(run: Path) -> Path:
     return run / "report.md"
 
 
-@dataclass(frozen=True)
-class ReportConfig:
-    run: Path  # folder with stage*/ and eval*/
-
-
-def main(cfg: ReportConfig):
-    if not cfg.run.is_dir():
+def main(run: Path):
+    """Write the report of RUN, a folder with stage*/ and eval*/."""
+    if not run.is_dir():
         raise FileNotFoundError(
-            f"{cfg.run}: no such run. One begins with: "
-            f"python train.py --stage 1 --data DATA --out {cfg.run}/stage1"
+            f"{run}: no such run. One begins with: "
+            f"python train.py --stage 1 --data DATA --out {run}/stage1"
         )
-    report = write_report(cfg.run)
+    report = write_report(run)
     print(report.read_text().partition("## Losses")[0] + f"All of it: {report}")
 
 
 if __name__ == "__main__":
     with explained():
-        main(tyro.cli(ReportConfig))
+        tyro.cli(main)
