@@ -100,9 +100,7 @@ class RandomPolicy:
 # --- One episode ---
 
 
-def run_episode(
-    env: SubtaskEnv, policy, seed: int, horizon: int = HORIZON, stop_at_success=False, film=None
-) -> dict:
+def run_episode(env: SubtaskEnv, policy, seed: int, cfg: EvalConfig, film: Film | None) -> dict:
     """Run the episode `seed` addresses and return its record.
 
     GAP-18 (Sec. 6.1): the paper does not say whether success counts once or at the end. We keep
@@ -114,7 +112,7 @@ def run_episode(
     obs = env.reset(seed)
     policy.reset()
     success_once, length = False, 0
-    while length < horizon and not (success_once and stop_at_success):
+    while length < cfg.horizon and not (success_once and cfg.stop_at_success):
         action = policy.act(obs, env.instruction)
         if film is not None:
             film.add(obs, length)  # before the step: predictions are about this observation
@@ -127,7 +125,7 @@ def run_episode(
         **env.episode,
         "target": env.target,
         "success_once": success_once,
-        "success_at_end": None if stop_at_success else info["success"],
+        "success_at_end": None if cfg.stop_at_success else info["success"],
         "length": length,
         "seconds": round(time.perf_counter() - started, 2),
     }
@@ -165,8 +163,7 @@ def run_jobs(cfg: EvalConfig, jobs: Iterable[Job]) -> Iterator[dict]:
                 ScriptedExpert(env) if cfg.policy == "expert" else RandomPolicy(seed)
             )
             film = Film(env, learned, cfg.out / "videos", f"{column}_{seed}") if filmed else None
-            episode = run_episode(env, policy, seed, cfg.horizon, cfg.stop_at_success, film)
-            yield {"column": column, **episode}
+            yield {"column": column, **run_episode(env, policy, seed, cfg, film)}
         env.close()
 
 

@@ -21,13 +21,13 @@ from config import InputError
 
 Job = tuple  # (name, seed, whatever else `serve` needs)
 Serve = Callable[[Iterator[Job]], Iterator]
+HUNG_UP = (EOFError, BrokenPipeError, ConnectionResetError)  # the other end of a pipe is gone
 
 
 def work(pipe: Connection, serve: Serve):
     """Send each job's result, or our own error and end, until the main process hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends us
-    # Then the main process is done or gone, and with it the only writer of the files.
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    with suppress(*HUNG_UP):  # done or gone, and with it the only writer of the files
         try:
             for result in serve(iter(pipe.recv, None)):
                 pipe.send(result)
@@ -63,7 +63,7 @@ class Workers:
                     break
                 pipe = idle.pop() if idle else self.start()
                 running[pipe] = job
-                with suppress(BrokenPipeError):  # died while it was idle: `receive` says so
+                with suppress(*HUNG_UP):  # died while it was idle: `receive` says so
                     pipe.send(job)
             if not running:
                 return
@@ -76,7 +76,7 @@ class Workers:
         """The job's result. Raises the worker's InputError, or SystemExit when it died."""
         try:
             result = pipe.recv()
-        except (EOFError, ConnectionResetError):
+        except HUNG_UP:
             self.processes[pipe].join()
             raise SystemExit(
                 f"The worker at seed {job[1]} of {job[0]} died (exit code "

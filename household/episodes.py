@@ -115,13 +115,12 @@ class Plans:
         """Add one plan; `starts` are the spawns of `start_pose`, `fields` the subtask's own."""
         number = len(self.plans.setdefault(target, []))
         uid = f"{self.task}-{self.subtask}-{self.split}-{target}-{number}-0"
-        self.plans[target].append(
-            dict(
-                subtasks=[dict(type=self.subtask, uid=uid, **fields)],
-                build_config_name=episode.scene.name,
-                init_config_name=episode.name,
-            )
+        plan = dict(
+            subtasks=[dict(type=self.subtask, uid=uid, **fields)],
+            build_config_name=episode.scene.name,
+            init_config_name=episode.name,
         )
+        self.plans[target].append(plan)
         self.spawns[uid] = {
             key: torch.tensor(np.stack([start[key] for start in starts]), dtype=torch.float32)
             for key in starts[0]
@@ -134,10 +133,8 @@ class Plans:
         if self.subtask in ("pick", "place"):
             plans["all"] = [plan for target in self.plans.values() for plan in target]
         for target, chosen in plans.items():
-            parts.write_json(
-                rearrange / "task_plans" / place / f"{target}.json",
-                dict(dataset=DATASETS[self.task] + self.split.capitalize(), plans=chosen),
-            )
+            content = dict(dataset=DATASETS[self.task] + self.split.capitalize(), plans=chosen)
+            parts.write_json(rearrange / "task_plans" / place / f"{target}.json", content)
         path = rearrange / "spawn_data" / place / "spawn_data.pt"
         path.parent.mkdir(parents=True)
         torch.save(self.spawns, path)
@@ -166,10 +163,8 @@ def add_place(plans: Plans, name: str, episode: Episode, slot: float, rng) -> No
         starts.append(start | dict(obj_raw_pose_wrt_tcp=np.array([below, 0, 0, *UPRIGHT_IN_HAND])))
     x, y, z = standing(name, x, y, TABLE.height).tolist()
     corners = [(-1, -1), (1, -1), (1, 1), (-1, 1)]
-    goal = dict(
-        goal_pos=[x, y, z],
-        goal_rectangle_corners=[[x + 0.15 * dx, y + 0.15 * dy, z] for dx, dy in corners],
-    )
+    area = [[x + 0.15 * dx, y + 0.15 * dy, z] for dx, dy in corners]
+    goal = dict(goal_pos=[x, y, z], goal_rectangle_corners=area)
     plans.add(name, episode, starts, obj_id=f"{name}-0", **goal)
 
 
@@ -189,10 +184,8 @@ def write_clutter(rearrange: Path, task: str, split: str, scenes: list[Scene], r
         episode = Episode(f"{split}/{task}/episode_{i}.json", scene, objects)
         write_episode(rearrange, episode)
         for name, (position, _) in objects.items():
-            starts = [
-                start_pose(position[:2], top.yaw, START_TABLE, rng)
-                for _ in range(START_POSES[split])
-            ]
+            spots = [position[:2]] * START_POSES[split]
+            starts = [start_pose(xy, top.yaw, START_TABLE, rng) for xy in spots]
             pick.add(name, episode, starts, obj_id=f"{name}-0")
             add_place(place, name, episode, slots[name], rng)
     for plans in (pick, place):
@@ -231,22 +224,17 @@ def add_cupboard(plans: dict[str, Plans], episode: Episode, cupboard, name, star
         articulation_handle_link_idx=cupboard.handle_link,
         articulation_handle_active_joint_idx=cupboard.handle_joint,
     )
-    handle, content = (
-        dict(articulation_relative_handle_pos=cupboard.handle_pos, **fields),
-        f"{name}-0",
-    )
-    removed = dict(remove_obj_id=content) if name == "024_bowl" else {}
-    plans["pick"].add(name, episode, pick, obj_id=content, articulation_config=fields)
-    plans["open"].add(cupboard.name, episode, open_, obj_id=content, **handle)
+    handle = dict(articulation_relative_handle_pos=cupboard.handle_pos, **fields)
+    removed = dict(remove_obj_id=f"{name}-0") if name == "024_bowl" else {}
+    plans["pick"].add(name, episode, pick, obj_id=f"{name}-0", articulation_config=fields)
+    plans["open"].add(cupboard.name, episode, open_, obj_id=f"{name}-0", **handle)
     plans["close"].add(cupboard.name, episode, close, **removed, **handle)
 
 
 def opened(cupboard: parts.Furniture, low: float, high: float, rng) -> np.ndarray:
     """Joint positions with the handle's joint between these fractions of its range."""
-    qpos = np.zeros(len(cupboard.links) - 1)
-    qpos[cupboard.handle_joint] = cupboard.links[cupboard.handle_link].upper * rng.uniform(
-        low, high
-    )
+    qpos, upper = np.zeros(len(cupboard.links) - 1), cupboard.links[cupboard.handle_link].upper
+    qpos[cupboard.handle_joint] = upper * rng.uniform(low, high)
     return qpos
 
 

@@ -6,7 +6,7 @@ Lengths are metres, colours RGB in 0..255. `tint` gives the apartment's own shad
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +80,7 @@ class Furniture:
     """A cupboard and its handle. Link and joint indices are SAPIEN's, the order of the file."""
 
     name: str
-    links: list[Link] = field(repr=False)
+    links: list[Link]
     handle_link: int
     handle_pos: tuple[float, float, float]  # in the frame of the handle's link
 

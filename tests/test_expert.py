@@ -12,15 +12,20 @@ SEEDS, LONGEST = (0, 1), 140
 MOVING = [0, 1, 2, 3, 4, 5, 6, 10, 11, 12]  # arm, torso, base
 
 
-def run(env: SubtaskEnv, seed: int, horizon: int = HORIZON) -> tuple[np.ndarray, np.ndarray]:
-    """Play an episode to its success; return the actions [T, 13] and the successes [T]."""
-    expert, obs = ScriptedExpert(env), env.reset(seed)
+def run(env: SubtaskEnv, seed: int, to_the_end=False, push=()) -> tuple[np.ndarray, np.ndarray]:
+    """Play an episode to its success, or to the horizon; at the steps of `push` act at random.
+
+    Returns the actions [T, 13] and the successes [T].
+    """
+    expert, obs, rng = ScriptedExpert(env), env.reset(seed), np.random.default_rng(0)
     expert.reset()
     actions, successes = [], []
-    while len(actions) < horizon and not any(successes):
-        action = expert.act(obs, env.instruction)
-        obs, info = env.step(action[0])
-        actions.append(action[0])
+    while len(actions) < HORIZON and (to_the_end or not any(successes)):
+        action = expert.act(obs, env.instruction)[0]
+        if len(actions) in push:
+            action = rng.uniform(-1, 1, 13)
+        obs, info = env.step(action)
+        actions.append(action)
         successes.append(info["success"])
     return np.array(actions), np.array(successes)
 
@@ -99,24 +104,11 @@ def test_one_seed_is_one_motion(drawer):
 
 
 def test_it_stays_at_rest_after_success(drawer):
-    expert, obs = ScriptedExpert(drawer), drawer.reset(5)
-    expert.reset()
-    for _ in range(HORIZON):
-        action = expert.act(obs, drawer.instruction)[0]
-        obs, info = drawer.step(action)
-    assert info["success"]
-    assert np.abs(action[MOVING]).max() < 0.01
+    actions, successes = run(drawer, seed=5, to_the_end=True)
+    assert successes[-1] and np.abs(actions[-1, MOVING]).max() < 0.01
 
 
 def test_it_recovers_from_a_push(drawer):
     """The expert also labels states that a learner got into."""
-    expert, obs = ScriptedExpert(drawer), drawer.reset(5)
-    expert.reset()
-    rng, success = np.random.default_rng(0), False
-    for step in range(HORIZON):
-        action = expert.act(obs, drawer.instruction)[0]
-        if step in range(10, 16):  # a third of a second of anything
-            action = rng.uniform(-1, 1, 13)
-        obs, info = drawer.step(action)
-        success |= info["success"]
-    assert success
+    _, successes = run(drawer, seed=5, push=range(10, 16))  # a third of a second of anything
+    assert successes[-1]
