@@ -26,14 +26,14 @@ stop() { # a sentence, then the lines that mend it
 minor_version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
 
 find_python() { # mani_skill asks for mplib 0.1.1, which has no wheels for Python 3.13 and later
-  local name names=(python3.11 python3.12 python3.10 python3)
+  local name names=(python3.11 python3.12 python3)
   [ -z "${PYTHON:-}" ] || names=("$PYTHON")
   for name in "${names[@]}"; do
     case "$(minor_version "$name")" in
-      3.10 | 3.11 | 3.12) echo "$name" && return ;;
+      3.11 | 3.12) echo "$name" && return ;;
     esac
   done
-  stop "${names[*]}: no Python 3.10, 3.11 or 3.12. Install one, or say which it is:" \
+  stop "${names[*]}: no Python 3.11 or 3.12. Install one, or say which it is:" \
     "make setup PYTHON=/path/to/python3.11"
 }
 
