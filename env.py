@@ -31,7 +31,8 @@ LIGHT_FETCH_URDF = ASSET_DIR / "robots/fetch_light/fetch.urdf"  # written by hou
 SENSORS = ("fetch_head", "fetch_hand")  # config.CAMERAS, as MS-HAB names them
 BASE_JOINTS = 3  # MS-HAB's qpos leaves out the virtual joints of the base (sequential_task.py)
 # The video camera, in the robot's frame at reset, metres: behind its left shoulder, looking ahead.
-VIDEO_EYE, VIDEO_LOOK_AT, VIDEO_SIZE = (-0.9, 1.3, 2.1), (0.8, -0.1, 0.8), 384
+VIDEO_EYE, VIDEO_LOOK_AT = (-0.9, 1.3, 2.1), (0.8, -0.1, 0.8)
+VIDEO_CAMERA = dict(mount=None, width=384, height=384, fov=1.1, shader_pack="minimal")
 
 
 class SubtaskEnv:
@@ -80,12 +81,9 @@ class SubtaskEnv:
             require_build_configs_repeated_equally_across_envs=False,
             add_event_tracker_info=True,
             reconfiguration_freq=0,
-            human_render_camera_configs=dict(
-                mount=None, width=VIDEO_SIZE, height=VIDEO_SIZE, fov=1.1, shader_pack="minimal"
-            ),
+            human_render_camera_configs=VIDEO_CAMERA,
         ).unwrapped
-        self.episode: dict = {}
-        self.elapsed = 0
+        self.episode, self.elapsed = {}, 0
 
     def reset(self, seed: int) -> dict:
         """Start the episode of `seed`, which names a plan and a start pose (`choose`)."""
