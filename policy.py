@@ -32,6 +32,7 @@ class Policy:
     manifest: dict  # the checkpoint's: config, action schema, hashes
     device: torch.device
     seed: int = 0  # of the flow head's noise, from the start of every episode
+    predict: bool = True  # fill `predictions`; without, acting is faster
     # of the decoders, for the last frame seen
     predictions: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -56,11 +57,12 @@ class Policy:
         return policy
 
     def reset(self) -> None:
-        """Forget the episode: the queue of actions, the history and the noise."""
+        """Forget the episode: the queue of actions, the history, the noise and the draft."""
         self.queue: deque[np.ndarray] = deque()
         self.seen: deque[tuple[Tensor, Tensor]] = deque(maxlen=HISTORY)
         self.done: deque[Tensor] = deque(maxlen=HISTORY)  # actions, robot units [B, 13]
         self.noise = torch.Generator().manual_seed(self.seed)
+        self.draft: Tensor | None = None  # normalised actions [B, 13]
 
     @torch.no_grad()
     def act(self, obs: dict, instruction: str) -> np.ndarray:
@@ -79,7 +81,12 @@ class Policy:
                 noise = torch.randn(shape, generator=self.noise).to(self.device)
             batch, on_gpu = self.batch(now, instruction), self.device.type == "cuda"
             with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
-                actions, predictions = self.model.act(batch, noise)  # [B, H, 13]
+                actions, predictions = self.model.act(
+                    batch, noise, self.draft, self.predict
+                )  # [B, H, 13]
+            # The next step's tokens are often the same. A GPU would wait for the CPU to compare
+            # them, and in bf16 a longer pass may round a close call the other way.
+            self.draft = None if on_gpu else actions[:, 0]
             self.predictions = {name: value.cpu().numpy() for name, value in predictions.items()}
             actions = self.stats.denormalize(actions).clamp(-1, 1).cpu().numpy()
             self.queue.extend(rearrange(actions, "b h a -> h b a")[: cfg.flow.execute])
