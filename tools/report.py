@@ -1,13 +1,14 @@
 """The report of a run: success table, held-out metrics, curves, videos. And what draws the videos.
 
-    python -m tools.report --run RUN     # RUN/report.md, curves.png, results.json
+    python -m tools.report --run RUN     # RUN/report.md, curves.png, results.json, videos/
 
-Reads RUN/eval*/ (results.json and videos, one folder per policy), RUN/stage*/log.jsonl and
-validation.json. What is not there is "not run". `Film` is what `eval.py --video` draws with.
+Reads RUN/eval*/results.json (one folder per policy), RUN/stage*/log.jsonl and validation.json. What
+is not there is "not run". `Film` is what `eval.py --video` draws with.
 """
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -207,15 +208,26 @@ def metrics_table(validation: dict[str, dict]) -> list[str]:
     return lines
 
 
+def gather_videos(run: Path) -> list[str]:
+    """Copy every evaluation's videos to RUN/videos, and return their paths in RUN."""
+    gathered = []
+    for path in sorted(run.glob("eval*/videos/*.mp4")):
+        if path.name.endswith(".part.mp4"):
+            continue
+        name = Path("videos") / f"{path.parent.parent.name}_{path.name}"
+        (run / "videos").mkdir(exist_ok=True)
+        shutil.copyfile(path, run / name)
+        gathered.append(str(name))
+    return gathered
+
+
 def section(title: str, lines: list[str]) -> list[str]:
     return ["", f"## {title}", "", *(lines or [NOT_RUN])]
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report.md, curves.png and results.json; return the report's path."""
-    evaluations, curves = read_evaluations(run), read_curves(run)
-    films = [path for path in sorted(run.glob("eval*/videos/*.mp4")) if ".part." not in path.name]
-    videos = [str(path.relative_to(run)) for path in films]
+    """Write RUN/report.md, curves.png, results.json and videos/; return the report's path."""
+    evaluations, curves, videos = read_evaluations(run), read_curves(run), gather_videos(run)
     validation = {
         path.parent.name: json.loads(path.read_text())["metrics"]
         for path in sorted(run.glob("stage*/validation.json"))
