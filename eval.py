@@ -163,6 +163,8 @@ def run_jobs(cfg: EvalConfig, jobs: Iterable[Job]) -> Iterator[dict]:
                 ScriptedExpert(env) if cfg.policy == "expert" else RandomPolicy(seed)
             )
             film = Film(env, learned, cfg.out / "videos", f"{column}_{seed}") if filmed else None
+            if learned is not None:
+                learned.predict = filmed  # what the decoders read is only drawn
             yield {"column": column, **run_episode(env, policy, seed, cfg, film)}
         env.close()
 

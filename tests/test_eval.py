@@ -213,3 +213,15 @@ def test_the_report_says_what_was_not_run_and_what_does_not_beat_the_trivial_pre
     assert "## Videos\n\nnot run" in text and "![losses](curves.png)" in text
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "results.json").read_text())["validation"]["stage1"] == metrics
+
+
+def test_the_report_gathers_the_finished_films_of_all_evaluations(tmp_path):
+    for evaluation in ("eval", "eval-flow"):
+        film = tmp_path / evaluation / "videos/close_drawer_0_success.mp4"
+        film.parent.mkdir(parents=True)
+        film.write_text(evaluation)
+        film.with_name("close_drawer_1.part.mp4").write_text("half of one")
+    text = write_report(tmp_path).read_text()
+    copies = sorted((tmp_path / "videos").iterdir())
+    assert [copy.read_text() for copy in copies] == ["eval", "eval-flow"]
+    assert all(f"](videos/{copy.name})" in text for copy in copies)
