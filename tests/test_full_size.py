@@ -18,7 +18,6 @@ from test_model import (
     ROOT,
     compare_alone_and_together,
     compare_cached_decoding,
-    make_batch,
     make_padded,
 )
 
