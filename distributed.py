@@ -7,6 +7,7 @@ ranks.leave()
 """
 
 import gc
+import hashlib
 import os
 import signal
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -50,25 +52,6 @@ class Ranks:
             dist.broadcast_object_list(values, device=self.device)
         return values[0]
 
-    def meet(self, place: str, timeout: float) -> None:
-        """Wait until every rank has come to `place`. Raises InputError naming those that have not.
-
-        Through the store, since a collective that lacks a rank can only say that it timed out.
-        """
-        if self.store is None:
-            return
-        deadline = time.monotonic() + timeout
-        keys = [f"{place}/{rank}" for rank in range(self.world)]
-        self.store.set(keys[self.rank], "here")
-        while missing := [rank for rank, key in enumerate(keys) if not self.store.check([key])]:
-            if time.monotonic() > deadline:
-                raise InputError(
-                    f"rank {self.rank} waited {timeout:.0f} s to {place}; of {self.world} ranks "
-                    f"these did not come: {missing}. Their own output says why; start all nodes "
-                    "with the same command within that time"
-                )
-            time.sleep(0.01)
-
     def leave(self) -> None:
         """End together. Call it when nothing holds DDP any more."""
         if self.store is None:
@@ -76,8 +59,50 @@ class Ranks:
         # DDP's reducer holds the process group. Were it dropped after the group, gloo's threads
         # would be joined while they wait for the interpreter that waits for them: 1 run of 20 hung.
         gc.collect()
-        self.meet("leave", LEAVE_TIMEOUT)
+        deadline = time.monotonic() + LEAVE_TIMEOUT
+        while missing := absent(self.store, "leave", self.rank, self.world):
+            wait_for(missing, self.rank, self.world, deadline)
         dist.destroy_process_group()
+
+
+# Through the store, since a collective that lacks a rank can only say that it timed out.
+
+
+def absent(store: dist.Store, place: str, rank: int, world: int) -> list[int]:
+    """Come to `place`; the ranks that have not come there yet."""
+    store.set(f"{place}/{rank}", "here")
+    return [other for other in range(world) if not store.check([f"{place}/{other}"])]
+
+
+def wait_for(missing: list[int], rank: int, world: int, deadline: float) -> None:
+    """Wait a little. Raises InputError, naming the missing ranks, after the deadline."""
+    if time.monotonic() > deadline:
+        raise InputError(
+            f"rank {rank} waited in vain: of {world} ranks these did not come: {missing}. Their "
+            "own output says why; start all nodes with the same command at about the same time"
+        )
+    time.sleep(0.01)
+
+
+def gather(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
+    """Wait for all ranks of this start; a store of their own. InputError names the missing.
+
+    torchrun keeps one store when it starts ranks again, and what the dead have left there must not
+    be taken for the living's. So each process brings a new name, the main one calls the roll, and
+    only who is on it answers.
+    """
+    me, deadline = uuid4().hex, time.monotonic() + timeout
+    names, missing = [f"name/{other}" for other in range(world)], list(range(world))
+    store.set(names[rank], me)
+    while True:
+        if rank == 0:
+            store.set("roll", " ".join(store.get(n).decode() for n in names if store.check([n])))
+        roll = store.get("roll").decode() if store.check(["roll"]) else ""
+        if me in roll:
+            own = dist.PrefixStore(hashlib.sha256(roll.encode()).hexdigest(), store)
+            if not (missing := absent(own, "begin", rank, world)):
+                return own
+        wait_for(missing, rank, world, deadline)
 
 
 def join(device: str | None, timeout: float = JOIN_TIMEOUT) -> Ranks:
@@ -91,12 +116,11 @@ def join(device: str | None, timeout: float = JOIN_TIMEOUT) -> Ranks:
         return Ranks(0, 1, torch.device(kind))
     place = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-    ranks = Ranks(rank, world, place, store)
-    ranks.meet("begin", timeout)
+    store = gather(store, rank, world, timeout)
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world
     )
-    return ranks
+    return Ranks(rank, world, place, store)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import re
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from checkpoint import CheckpointError
 from config import InputError
 from data import pack
 from demonstrations import DataError
-from distributed import STOPPED, Ranks
+from distributed import STOPPED, gather
 from durable import read_lines, read_sealed, write_sealed
 from pack import PACKED, Pack, sums
 from samples import Frames, StepOrder
@@ -216,13 +218,33 @@ def test_the_index_of_eight_million_frames_opens_small_and_at_once(tmp_path):
     assert figures["seconds"] < 20  # under 1 on a quiet machine, see README
 
 
+def a_store():
+    return dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=5))
+
+
 def test_missing_ranks_are_named():
-    store = dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=5))
-    for other in (0, 2):
-        store.set(f"begin/{other}", "here")
-    ranks = Ranks(0, 4, torch.device("cpu"), store)
-    with pytest.raises(InputError, match=r"of 4 ranks these did not come: \[1, 3\]"):
-        ranks.meet("begin", timeout=0.2)
+    store, named = a_store(), r"of 4 ranks these did not come: \[1, 3\]"
+    with ThreadPoolExecutor() as threads:
+        there = [threads.submit(gather, store, rank, 4, 1.0) for rank in (0, 2)]
+    for rank in there:
+        with pytest.raises(InputError, match=named):
+            rank.result()
+
+
+def test_ranks_that_are_started_again_do_not_meet_the_dead_ones():
+    """torchrun keeps its store: the main rank comes again first, and waits for the others' new."""
+    store = a_store()
+    with ThreadPoolExecutor() as threads:
+        dead = [threads.submit(gather, store, rank, 3, 5.0) for rank in range(3)]
+        assert all(rank.result() for rank in dead)
+    with ThreadPoolExecutor() as threads:
+        main = threads.submit(gather, store, 0, 3, 5.0)
+        time.sleep(0.5)
+        assert not main.done()
+        others = [threads.submit(gather, store, rank, 3, 5.0) for rank in (2, 1)]
+        stores = [rank.result() for rank in (main, *others)]
+    stores[0].set("key", "of the living")
+    assert stores[2].get("key") == b"of the living"
 
 
 def test_two_machines_take_the_same_steps_as_one(data, tmp_path):
