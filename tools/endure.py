@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import checkpoint
 from config import explained
-from durable import read_lines, sha256
+from durable import read_lines, sha256, write
 from tools.faults import Lost, faults, flips, open_large_index, read_all, stall
 
 ROOT = Path(__file__).parent.parent
@@ -191,27 +191,39 @@ class EndureConfig:
 
 
 def main(cfg: EndureConfig) -> None:
+    """Every part that is not in --out yet; each is written there when it is done."""
     cfg.work.mkdir(parents=True, exist_ok=True)
     pack, rng = cfg.work / "pack", random.Random(0)
     shutil.copytree(cfg.data, pack, dirs_exist_ok=True)
-    figures = {
-        "index": open_large_index(cfg.work / "index"), "stall": stall(cfg.work),
-        "faults": faults(cfg.work), "order": order(pack, cfg.work),
-    }  # fmt: skip
-    figures["SIGTERM"] = sigterm(pack, cfg.work, cfg.signals)
-    before = None
-    for stage, count in zip((1, 2, 3), np.diff(np.linspace(0, cfg.kills, 4).astype(int))):
-        figures[f"kill -9, stage {stage}"] = kills(pack, cfg.work, int(count), stage, before)
-        before = cfg.work / f"straight{stage}"
-    figures["rank deaths"] = rank_deaths(pack, cfg.work, cfg.deaths)
-    saved = checkpoint.newest(before)
-    looks = {"checkpoint": (saved, lambda: checkpoint.read_manifest(saved)),
-             "pack": (pack, lambda: read_all(pack))}  # fmt: skip
-    for name, (folder, check) in looks.items():
-        figures[f"flipped bytes, {name}"] = {"named": flips(folder, check, cfg.flips, rng)}
+    straight = {stage: cfg.work / f"straight{stage}" for stage in (1, 2, 3)}
+
+    def checkpoint_flips() -> dict:
+        saved = checkpoint.newest(straight[3])
+        return flips(saved, lambda: checkpoint.read_manifest(saved), cfg.flips, rng)
+
+    parts = {
+        "index": lambda: open_large_index(cfg.work / "index"),
+        "stall": lambda: stall(cfg.work),
+        "faults": lambda: faults(cfg.work),
+        "order": lambda: order(pack, cfg.work),
+        "SIGTERM": lambda: sigterm(pack, cfg.work, cfg.signals),
+    }
+    for stage, share in zip((1, 2, 3), np.diff(np.linspace(0, cfg.kills, 4).astype(int))):
+        parts[f"kill -9, stage {stage}"] = lambda stage=stage, share=int(share): kills(
+            pack, cfg.work, share, stage, straight.get(stage - 1)
+        )
+    parts |= {
+        "rank deaths": lambda: rank_deaths(pack, cfg.work, cfg.deaths),
+        "flipped bytes, checkpoint": checkpoint_flips,
+        "flipped bytes, pack": lambda: flips(pack, lambda: read_all(pack), cfg.flips, rng),
+    }
+    figures = json.loads(cfg.out.read_text()) if cfg.out.exists() else {}
     cfg.out.parent.mkdir(parents=True, exist_ok=True)
-    cfg.out.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    for name, part in parts.items():
+        if name not in figures:
+            figures[name] = part()
+            write(cfg.out, (json.dumps(figures, indent=1) + "\n").encode())
+            print(f"{name}: {figures[name]}", flush=True)
 
 
 if __name__ == "__main__":
