@@ -11,13 +11,10 @@ It is written under a hidden name, fsynced and renamed; the manifest is written 
 anywhere.
 """
 
-import fcntl
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
@@ -216,25 +213,11 @@ def newest(out: Path) -> Path | None:
     return None
 
 
-@contextmanager
-def sole_writer(out: Path) -> Iterator[None]:
-    """Be the only run that writes to `out`, and remove what killed saves have left there.
-
-    Raises CheckpointError while another run is at it; the lock ends with its process.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(
-                f"{out}: another run is writing to it. Stop that one (pkill -f {out}), or give "
-                "another --out"
-            ) from None
-        for pattern in (".step-*.partial", ".step-*.trash"):
-            for left in out.glob(pattern):
-                shutil.rmtree(left)
-        yield
+def tidy(out: Path) -> None:
+    """Remove what killed saves have left. Nobody else may be writing to `out`."""
+    for pattern in (".step-*.partial", ".step-*.trash"):
+        for left in out.glob(pattern):
+            shutil.rmtree(left)
 
 
 def resolve(path: str | Path) -> Path:
@@ -245,7 +228,7 @@ def resolve(path: str | Path) -> Path:
     found = newest(path) if path.is_dir() else None
     if found is None:
         raise FileNotFoundError(
-            f"{path}: no checkpoint there; train one: python train.py --stage 1 --data DATA "
+            f"{path}: no whole checkpoint there; train one: python train.py --stage 1 --data DATA "
             f"--out {path}"
         )
     return found

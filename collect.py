@@ -27,6 +27,7 @@ import tyro
 from tqdm import tqdm
 
 from config import explained
+from durable import sole_writer
 from env import SENSORS, SubtaskEnv, plan_files
 from household.expert import ScriptedExpert
 from recording import Recording, encode
@@ -193,11 +194,13 @@ def main(cfg: CollectConfig):
     for target in cfg.wanted:
         plan_files(cfg.task, cfg.subtask, target, cfg.split)  # before any worker starts
     for target, episodes in cfg.wanted.items():
-        recording = Recording(cfg.out / cfg.task / cfg.subtask, target, cfg.recipe)
-        if len(recording.episodes) >= episodes:
-            print(f"{recording.h5}: already there, {len(recording.episodes)} episodes")
-            continue
-        collect(recording, target, episodes, workers)
+        folder = cfg.out / cfg.task / cfg.subtask
+        with sole_writer(folder, target):
+            recording = Recording(folder, target, cfg.recipe)
+            if len(recording.episodes) >= episodes:
+                print(f"{recording.h5}: already there, {len(recording.episodes)} episodes")
+                continue
+            collect(recording, target, episodes, workers)
         report(cfg, recording)
 
 

@@ -35,20 +35,28 @@ class InputError(ValueError):
     """
 
 
+FULL = (
+    "the disk is full. What was finished is kept, nothing is half written. Free some space and "
+    "give the same command again"
+)
+ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), FULL)
+ADVICE |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "it may not be written to")
+
+
 @contextmanager
 def explained() -> Iterator[None]:
     """End a program with the error's sentence alone, without a traceback, if it is one of ours."""
     try:
         yield
     except (InputError, FileNotFoundError, FileExistsError) as error:
-        raise SystemExit(f"error: {error}") from None
+        text = str(error).strip()
+        if "DataLoader worker" in text:  # torch puts a traceback before our sentence
+            text = text.splitlines()[-1]
+        raise SystemExit(f"error: {text}") from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in ADVICE:
             raise
-        raise SystemExit(
-            f"error: the disk is full ({error}). What was finished is kept, nothing is half "
-            "written. Free some space and give the same command again"
-        ) from None
+        raise SystemExit(f"error: {ADVICE[error.errno]} ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -182,14 +190,13 @@ class ModelConfig:
         return (self.image_size // self.patch_size) ** 2
 
     def __post_init__(self):
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}"
-            )
-        if self.llm.heads % self.llm.kv_heads:
-            raise ValueError(
-                f"heads {self.llm.heads} must be a multiple of kv_heads {self.llm.kv_heads}"
-            )
+        for what, whole, unit, part in (
+            ("image_size", self.image_size, "patch_size", self.patch_size),
+            ("llm.heads", self.llm.heads, "llm.kv_heads", self.llm.kv_heads),
+            ("decoder.width", self.decoder.width, "decoder.heads", self.decoder.heads),
+        ):
+            if whole % part:
+                raise ValueError(f"{what} {whole} must be a multiple of {unit} {part}")
         if not self.cameras or self.cameras != tuple(c for c in CAMERAS if c in self.cameras):
             raise ValueError(
                 f"cameras {self.cameras} must be a non-empty part of {CAMERAS}, in this order"
@@ -200,11 +207,6 @@ class ModelConfig:
             raise ValueError(f"num_latents {self.num_latents}: only {ACTION_DIM} action states")
         if unknown := set(self.decoders) - set(LABELS):
             raise ValueError(f"unknown decoders {sorted(unknown)}; choose from {LABELS}")
-        if self.decoder.width % self.decoder.heads:
-            raise ValueError(
-                f"decoder.width {self.decoder.width} must be a multiple of its heads "
-                f"{self.decoder.heads}"
-            )
         grown = self.decoder.grid * 2 ** len(self.decoder.channels)
         if not grown == self.decoder.mask_size == IMAGE_SIZE:
             raise ValueError(
@@ -299,9 +301,8 @@ class TrainConfig:
 
 
 # Table 1's baseline as it was published: one camera, RGB, neither latents nor decoders.
-OPENVLA_MODEL = ModelConfig(
-    depth=False, cameras=("head",), llm=LLAMA2_7B, num_latents=0, decoders=()
-)  # fmt: skip
+_BARE = dict(depth=False, cameras=("head",), num_latents=0, decoders=())
+OPENVLA_MODEL = ModelConfig(llm=LLAMA2_7B, **_BARE)
 
 TINY_MODEL = ModelConfig(
     image_size=64,
@@ -322,9 +323,8 @@ TINY_MODEL = ModelConfig(
 )  # fmt: skip
 
 TINY_OPENVLA_MODEL = replace(
-    TINY_MODEL, depth=False, cameras=("head",), num_latents=0, decoders=(),
-    llm=replace(TINY_MODEL.llm, tied=False, qkv_bias=False),
-)  # fmt: skip
+    TINY_MODEL, llm=replace(TINY_MODEL.llm, tied=False, qkv_bias=False), **_BARE
+)
 
 _TINY_TRAINING = dict(
     pretrained=None, batch_size=32, micro_batch=32, lr=3e-4, warmup=50, cooldown=0.4,

@@ -54,7 +54,8 @@ RECORD = np.dtype(
 )
 
 
-# Blocks of frames that the order of samples mixes, and that a reader keeps: 1.4 GB if episodes have 200 steps.
+# Blocks of frames that the order of samples mixes, and that a reader keeps: 1.4 GB of them when
+# episodes have 200 steps.
 SHUFFLE_POOL, READ_AHEAD = 256, 320
 
 

@@ -7,6 +7,7 @@
 Everything that must survive a kill goes through here: checkpoints, packs, demonstrations, episodes.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -52,6 +53,28 @@ def replacing(path: Path) -> Iterator[Path]:
 def write(path: Path, content: bytes) -> None:
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+@contextmanager
+def sole_writer(folder: Path, name: str = "") -> Iterator[None]:
+    """Be the only process that writes to a folder, or to what is called `name` in it.
+
+    Raises InputError while another is at it; the lock ends with its process, however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f".{name}lock", "a+") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a forked loader does not inherit it
+        except (BlockingIOError, PermissionError):
+            lock.seek(0)
+            raise InputError(
+                f"{folder}: another run is writing to it, process {lock.read()}. Stop that one "
+                "(kill, it saves its state), or give another --out"
+            ) from None
+        os.truncate(lock.name, 0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
 
 
 # --- JSON that knows when it is damaged ---

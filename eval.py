@@ -30,7 +30,7 @@ from mani_skill import ASSET_DIR
 
 from checkpoint import read_manifest, resolve
 from config import ACTION_DIM, InputError, explained
-from durable import append, read_lines, sha256
+from durable import append, read_lines, sha256, sole_writer
 from env import SubtaskEnv, plan_files
 from household.expert import ScriptedExpert
 from policy import Policy
@@ -253,9 +253,9 @@ def main(cfg: EvalConfig):
     cfg = replace(cfg, row=cfg.row or DEFAULT_ROW)
     for name in cfg.names:  # before any worker starts
         plan_files(cfg.task, COLUMNS[name].subtask, COLUMNS[name].target_in(cfg.task), cfg.split)
-    cfg.out.mkdir(parents=True, exist_ok=True)
     path, identity = cfg.out / "episodes.jsonl", identity_of(cfg)
-    run(cfg, path, identity)
+    with sole_writer(cfg.out):
+        run(cfg, path, identity)
     episodes, row = read_lines(path), ROWS[cfg.row]
     paper = row.paper.get(cfg.task, {})
     columns = table(episodes, paper)

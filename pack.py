@@ -25,7 +25,16 @@ from tqdm import tqdm
 
 from config import ACTION_DIM
 from demonstrations import RECORD, DataError, Demonstrations, Episode
-from durable import DamagedError, append, read_lines, read_sealed, sha256, write, write_sealed
+from durable import (
+    DamagedError,
+    append,
+    read_lines,
+    read_sealed,
+    sha256,
+    sole_writer,
+    write,
+    write_sealed,
+)
 
 BLOCK = 1024  # records per file, 172 MB
 _PAD = -RECORD.itemsize % 8
@@ -132,7 +141,11 @@ def pack(data: str, out: str) -> None:
     Resumable: a finished block is not written again, other data than last time starts over.
     """
     source, folder = Demonstrations(data), Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    with sole_writer(folder):
+        write_pack(source, folder)
+
+
+def write_pack(source: Demonstrations, folder: Path) -> None:
     plan = {
         "sizes": {e.file: (source.folder / e.file).stat().st_size for e in source.episodes},
         "episodes": [asdict(e) for e in source.episodes],
@@ -168,10 +181,10 @@ def pack(data: str, out: str) -> None:
 
 
 def is_of(final: Path, plan: dict) -> bool:
-    """Is pack.json whole, and of the same data?"""
+    """Is there a pack of the same data, with every file at its size?"""
     try:
-        meta = read_sealed(final)
-    except DamagedError:
+        meta, _ = read_sealed(final), Pack(final.parent)
+    except (DamagedError, DataError):
         return False
     return all(meta.get(key) == value for key, value in plan.items())
 

@@ -253,7 +253,9 @@ def read_prismatic(folder: Path) -> dict[str, Tensor]:
     try:
         # A pickle, Prismatic's format: only tensors and containers are ever built from it.
         components = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["model"]
-    except (RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
+    except (
+        RuntimeError, OSError, EOFError, LookupError, TypeError, pickle.UnpicklingError
+    ) as error:  # fmt: skip
         raise PretrainedError(
             f"{path}: cut off or not a Prismatic checkpoint ({error}); download it again"
         ) from error

@@ -10,6 +10,7 @@ The same command goes on where the last one stopped. --data is a folder of MS-HA
 faster, a pack of them.
 """
 
+import hashlib
 import sys
 import time
 from contextlib import nullcontext
@@ -34,6 +35,7 @@ from data import (
 )
 from decoders import BatchNorm
 from distributed import STOPPED, Ranks, join, signals
+from durable import sole_writer
 from flow_head import draw_noise
 from logs import Log
 from model import AuxVLA, label_counts
@@ -94,7 +96,10 @@ def prepare(cfg: TrainConfig, ranks: Ranks) -> tuple[AuxVLA, dict, Path | None]:
     torch.manual_seed(cfg.seed)  # the same weights on every rank
     model = AuxVLA(cfg.model, flow_head=cfg.stage == 3)
     # One rank looks, and hashes the files; what it finds holds for all.
-    found = checkpoint.newest(Path(cfg.out)) if ranks.is_main else None
+    found = None
+    if ranks.is_main:
+        checkpoint.tidy(Path(cfg.out))
+        found = checkpoint.newest(Path(cfg.out))
     resumed = Path(name) if (name := ranks.from_main(str(found or ""))) else None
     if resumed and cfg.resume == "never":
         raise FileExistsError(
@@ -103,6 +108,8 @@ def prepare(cfg: TrainConfig, ranks: Ranks) -> tuple[AuxVLA, dict, Path | None]:
         )
     source = resumed or (checkpoint.resolve(cfg.init_from) if cfg.init_from else None)
     if source is None:
+        if cfg.stage == 2 and not cfg.row and ranks.is_main:
+            print("stage 2 without --init-from RUN/stage1: naive co-training (Table 2)")
         build_tokenizer(cfg.model.llm)  # better missed now than after all weights were read
         hashes = load_pretrained(model.vlm, source_of(cfg.pretrained)) if cfg.pretrained else {}
         return model, {"pretrained": hashes}, None
@@ -115,7 +122,7 @@ def prepare(cfg: TrainConfig, ranks: Ranks) -> tuple[AuxVLA, dict, Path | None]:
     if different:
         raise checkpoint.CheckpointError(
             f"{source} was made with another configuration ({'; '.join(different)}). "
-            "Give the same flags, or another --out."
+            + ("Give the same flags, or another --out" if resumed else "Give another --init-from")
         )
     checkpoint.load_weights(model, source, new=() if resumed else ("flow_head.",))
     if ranks.is_main:
@@ -164,7 +171,7 @@ def load_data(
 def main(cfg: TrainConfig) -> int:
     """Train the stage; the process's exit code: 0, STOPPED after a signal, 1 if it gave up."""
     ranks = join(cfg.device)
-    with checkpoint.sole_writer(Path(cfg.out)) if ranks.is_main else nullcontext():
+    with sole_writer(Path(cfg.out)) if ranks.is_main else nullcontext():
         code = train(cfg, ranks)
     ranks.leave()
     return code
@@ -293,6 +300,7 @@ def describe(cfg: TrainConfig, data, stats: ActionStats) -> dict:
             "frames": len(data),
             "episodes": len(data.episodes),
             "packed": data.blocks is None,
+            "sha256": hashlib.sha256(repr(data.episodes).encode()).hexdigest(),
         },
         "torch": torch.__version__,
     }

@@ -282,6 +282,9 @@ def test_a_cut_block_is_found_when_the_pack_is_opened(demos, tmp_path):
     with pytest.raises(DataError, match=r"frames-00000.bin"):
         open_data(tmp_path)
     assert BLOCK == 1024
+    block.unlink()
+    pack(str(demos), str(tmp_path))  # what the message says to do
+    assert len(open_data(tmp_path)) == len(open_data(demos))
 
 
 # --- Blocks: frames of MS-HAB's files that are inflated together ---

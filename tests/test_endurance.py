@@ -19,10 +19,8 @@ from files import write_demos
 from safetensors.torch import load_file
 
 import checkpoint
-from checkpoint import CheckpointError
 from config import InputError
 from data import pack
-from demonstrations import DataError
 from distributed import STOPPED, gather
 from durable import read_lines, read_sealed, write_sealed
 from pack import PACKED, Pack, sums
@@ -91,12 +89,34 @@ def test_a_single_process_that_is_told_to_stop_ends_with_75_and_goes_on(data, tm
     assert f"step {last} is saved" in said and checkpoint.newest(out).name == f"step-{last:08d}"
 
 
-def test_a_second_run_in_the_same_folder_is_refused_while_the_first_writes(tmp_path):
-    refused = pytest.raises(CheckpointError, match="another run is writing")
-    with checkpoint.sole_writer(tmp_path), refused, checkpoint.sole_writer(tmp_path):
-        pass
-    with checkpoint.sole_writer(tmp_path):
-        pass
+WRITE = """
+import sys
+from pathlib import Path
+from config import explained
+from durable import sole_writer
+with explained(), sole_writer(Path(sys.argv[1])):
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(tmp_path):
+    """Also when that one was killed and left a forked process behind, as loaders are."""
+    fork = WRITE.replace("sys.stdin", "import os, time; os.fork() or time.sleep(60); sys.stdin")
+    pipes = dict(cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen([sys.executable, "-c", fork, tmp_path], **pipes)
+    assert first.stdout.readline() == "writing\n"
+    again = [sys.executable, "-c", WRITE, tmp_path]
+    refused = subprocess.run(again, cwd=ROOT, input="", capture_output=True, text=True)
+    assert refused.returncode == 1 and f"process {first.pid}. Stop that one" in refused.stderr
+    first.kill()
+    first.wait()
+    assert subprocess.run(again, cwd=ROOT, input="").returncode == 0
+
+
+def test_a_folder_that_may_not_be_written_to_ends_in_a_sentence():
+    done = subprocess.run([sys.executable, "-c", WRITE, "/sys/run"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 1 and done.stderr.startswith(b"error: ")
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept_and_named(tmp_path):
@@ -126,12 +146,15 @@ def test_one_changed_byte_of_a_pack_is_reported_before_its_frame_is_used(data, t
     assert faults.flips(folder, lambda: faults.read_all(folder), 30, random.Random(0)) == 30
 
 
-def test_training_names_the_damaged_block(data, tmp_path):
+def test_training_ends_in_a_sentence_that_names_the_damaged_block(data, tmp_path):
     subprocess.run(["cp", "-r", data, tmp_path / "pack"], check=True)
     block = np.memmap(tmp_path / "pack/frames-00000.bin", PACKED, "r+")
     block["record"]["rgb"][:, 0, 5, 5, 0] ^= 1
-    with pytest.raises(DataError, match=r"frames-00000\.bin, record \d+: damaged"):
-        main(parse(flags(tmp_path / "pack", tmp_path / "out")))
+    command = [sys.executable, "train.py", *flags(tmp_path / "pack", tmp_path / "out")]
+    done = subprocess.run([*command, "--workers", "1"], cwd=ROOT, capture_output=True, text=True)
+    (sentence,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert re.match(r"error: .*frames-00000\.bin, record \d+: damaged", sentence)
 
 
 def test_sealed_json_reads_back_and_keeps_any_text(tmp_path):

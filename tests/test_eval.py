@@ -221,6 +221,8 @@ def test_the_report_gathers_the_finished_films_of_all_evaluations(tmp_path):
         film.parent.mkdir(parents=True)
         film.write_text(evaluation)
         film.with_name("close_drawer_1.part.mp4").write_text("half of one")
+    (tmp_path / "stage2-again").mkdir()  # a folder of the user's own
+    (tmp_path / "stage2-again/log.jsonl").write_text('{"step": 1, "action": 1.0}\n')
     text = write_report(tmp_path).read_text()
     copies = list((tmp_path / "videos").iterdir())
     assert {copy.read_text() for copy in copies} == {"eval", "eval-flow"}

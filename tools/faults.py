@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import checkpoint
 from config import InputError
-from durable import write_sealed
+from durable import sole_writer, write_sealed
 from pack import BLOCK, PACKED, Pack, block_name
 
 ROOT = Path(__file__).parent.parent
@@ -107,7 +107,8 @@ def faults(work: Path) -> dict:
             step = int(load_file(survivor / "model.safetensors")["weight"][0])
             if survivor.name != f"step-{step:08d}":
                 raise Lost(f"{survivor}: has the weights of step {step}")
-            with checkpoint.sole_writer(out):  # the next run
+            with sole_writer(out):  # the next run
+                checkpoint.tidy(out)
                 save(out, 3)
             if checkpoint.newest(out).name != "step-00000003" or list(out.glob(".step-*")):
                 raise Lost(f"{out}: the next save after {effect} at call {number} is not whole")

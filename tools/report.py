@@ -2,8 +2,8 @@
 
     python -m tools.report --run RUN     # RUN/report.md, curves.png, results.json, videos/
 
-Reads RUN/eval*/results.json (one folder per policy), RUN/stage*/log.jsonl and validation.json. What
-is not there is "not run". `Film` is what `eval.py --video` draws with.
+Reads RUN/eval*/results.json (one folder per policy), RUN/stage[123]/log.jsonl and validation.json.
+What is not there is "not run". `Film` is what `eval.py --video` draws with.
 """
 
 import json
@@ -127,7 +127,7 @@ class Film:
 def read_curves(run: Path) -> dict[str, list[tuple[str, str, tuple, tuple]]]:
     """Return {loss: [("stage1", "train", steps, values), ...]}, stages end to end."""
     curves, start = {}, 0
-    for log in sorted(run.glob("stage*/log.jsonl")):
+    for log in sorted(run.glob("stage[123]/log.jsonl")):
         lines = read_lines(log)
         for loss in LOSSES:
             for which, key in (("train", loss), ("val", f"val_{loss}")):
@@ -230,7 +230,7 @@ def write_report(run: Path) -> Path:
     evaluations, curves, videos = read_evaluations(run), read_curves(run), gather_videos(run)
     validation = {
         path.parent.name: json.loads(path.read_text())["metrics"]
-        for path in sorted(run.glob("stage*/validation.json"))
+        for path in sorted(run.glob("stage[123]/validation.json"))
     }
     if curves:
         plot_curves(curves, run / "curves.png")
