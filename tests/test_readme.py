@@ -58,8 +58,21 @@ def test_a_command_parses_with_its_values(command):
         assert re.search(rf"{flag}\b", shown), f"{flag} is not a flag of {program}"
 
 
+def test_the_lines_of_code_are_those_that_the_readme_states():
+    def lines(paths):
+        return sum(path.read_text().count("\n") for path in paths)
+
+    first, every = (
+        int(n.replace(",", ""))
+        for n in re.findall(r"about ([\d,]+) lines; .*? about ([\d,]+)\.", README)[0]
+    )
+    method = re.findall(r"^\| `(\w+\.py)` \|", README, re.M)[:7]
+    assert abs(lines(ROOT / name for name in method) - first) < 100
+    assert abs(lines(SOURCES) - every) < 100
+
+
 def test_no_placeholder_is_left():
-    assert not re.search(r"\b(DEMO|LEARN)_[A-Z]+\b", README)
+    assert not re.search(r"^[A-Z]+_[A-Z]+$", README, re.M)
 
 
 def test_make_has_the_targets_that_the_readme_names():

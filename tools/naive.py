@@ -98,7 +98,10 @@ class NaivePort(nn.Module):
         mask = torch.cat([mask, mask.new_ones(ids.shape)], dim=1)
         labels = torch.full(x.shape[:2], -100, device=x.device)
         labels[:, -ACTION_DIM:] = ids
-        out = self.llm(inputs_embeds=x, attention_mask=mask, output_hidden_states=True)
+        out = self.llm(
+            inputs_embeds=x, attention_mask=mask, output_hidden_states=True,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),  # as `generate` counts them
+        )  # fmt: skip
         logits = rearrange(out.logits[:, :-1].float(), "b s v -> b v s")  # at every position
         counts = label_counts(batch)
         losses = {"action": F.cross_entropy(logits, labels[:, 1:])}
