@@ -131,7 +131,7 @@ def effects(name: str) -> Callable[[], None]:
 
 def flips(folder: Path, check: Callable[[], None], count: int, rng: random.Random) -> int:
     """Change one byte at a time; `check` must raise an InputError that names the file."""
-    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    files = [path for path in sorted(folder.iterdir()) if path.name != ".lock"]
     sizes = [path.stat().st_size for path in files]
     for number in tqdm(range(count), desc=f"flip a byte of {folder.name}", disable=None):
         # Every file in turn first, then where a byte is likeliest: in the large ones.
