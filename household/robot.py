@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import sapien
 import trimesh
-from mani_skill.agents.robots.fetch.fetch import Fetch
+from mani_skill import PACKAGE_ASSET_DIR
 
 from household.furniture import painted
 
@@ -30,7 +30,7 @@ def write_light_fetch(folder: Path) -> None:
     """Write fetch.urdf, fetch.srdf and meshes into `folder`."""
     meshes = folder / "meshes"
     meshes.mkdir(parents=True)
-    urdf = Path(Fetch.urdf_path)
+    urdf = Path(PACKAGE_ASSET_DIR) / "robots/fetch/fetch.urdf"  # Fetch's own: env.py replaces it
     tree = ElementTree.parse(urdf)
     for link in tree.getroot().iter("link"):
         for mesh in link.findall("collision/geometry/mesh"):
