@@ -1,5 +1,6 @@
 """The README stays true: its commands parse, its files exist, its GAP rows are the code's."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -92,3 +93,19 @@ def test_the_table_of_make_learn_is_counted_from_the_episodes_in_results():
             figure = rate(column).split(", at the end")[0]
             assert figure in line or re.sub(r" = [\d.]+", "", figure) in line
         assert folder == "eval-flow" or set(columns) == set(PAPER_COLUMNS)
+
+
+def test_the_figures_of_what_a_run_survives_are_those_in_results():
+    figures = json.loads((ROOT / "results/endure.json").read_text())
+    section = README.split("## What a run survives")[1].split("\n## ")[0]
+    kills = [figures[f"kill -9, stage {stage}"] for stage in (1, 2, 3)]
+    counts = [sum(stage["kills"] for stage in kills), figures["faults"]["a checkpoint loads"]]
+    counts += [figures["flipped bytes, checkpoint"], figures["flipped bytes, pack"]]
+    counts += [figures["SIGTERM"]["signals"], figures["rank deaths"]["rank deaths"]]
+    assert all(f"{count:,} of {count:,}" in section for count in counts)
+    assert all(stage["equal"] == stage["runs completed"] > 0 for stage in kills)
+    worst = max(figures["order"]["largest relative difference of a loss"].values())
+    assert worst < 1e-5 and f"{worst:.1e}" in section
+    index, stall = figures["index"], figures["stall"]
+    assert f"{index['seconds']} s and {index['MB']} MB" in section
+    assert f"for {stall['stalled (s)']} s, takes {stall['took (s)']} s" in section
