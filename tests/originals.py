@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from config import ModelConfig
 from model import VLM
 from pretrained import DINO_HUB, QWEN_HUB, SIGLIP_HUB
+from tools.naive import causal_lm
 
 DINO, SIGLIP, QWEN = (Path(name).name for name in (DINO_HUB, SIGLIP_HUB, QWEN_HUB))
 
@@ -30,9 +31,8 @@ class Originals:
 
 def build_originals(cfg: ModelConfig, dino_image_size: int) -> Originals:
     """Random weights; none of a bias of zero, a scale of one or two equal layers hides an error."""
-    dino, siglip, llm = cfg.dino, cfg.siglip, cfg.llm
+    dino, siglip = cfg.dino, cfg.siglip
     common = dict(hidden_act="gelu", patch_size=cfg.patch_size, layer_norm_eps=1e-6)
-    family = "Qwen2" if llm.tied else "Llama"
     originals = Originals(
         transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(
             hidden_size=dino.width, num_hidden_layers=dino.depth, num_attention_heads=dino.heads,
@@ -47,13 +47,7 @@ def build_originals(cfg: ModelConfig, dino_image_size: int) -> Originals:
             ),
             text_config=dict(hidden_size=siglip.width, num_hidden_layers=1, vocab_size=9),
         )),
-        getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(
-            vocab_size=llm.vocab, hidden_size=llm.width, num_hidden_layers=llm.depth,
-            num_attention_heads=llm.heads, num_key_value_heads=llm.kv_heads,
-            intermediate_size=llm.mlp, rms_norm_eps=llm.norm_eps, tie_word_embeddings=llm.tied,
-            rope_parameters={"rope_type": "default", "rope_theta": llm.rope_theta},
-            eos_token_id=None, bos_token_id=None, pad_token_id=None,
-        )),
+        causal_lm(cfg),
     )  # fmt: skip
     with torch.no_grad():
         for model in vars(originals).values():

@@ -176,8 +176,8 @@ class ActBench:
         adopt(ours, naive)
         tokenizer = build_tokenizer(replace(cfg.llm, tokenizer="words", first_action_id=256))
         stats = ActionStats((-1.0,) * ACTION_DIM, (1.0,) * ACTION_DIM)
-        flow = Policy(ours.to(device), stats, tokenizer, {}, device)
-        tokens = Policy(without_flow(ours), stats, tokenizer, {}, device)
+        flow = Policy(ours.to(device), stats, tokenizer, {}, device, predict=False)
+        tokens = Policy(without_flow(ours), stats, tokenizer, {}, device, predict=False)
         naive.to(device)
         figures, differences = {}, 0
         for size in self.batches:
