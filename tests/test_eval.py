@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import start, workers_of
+from processes import REPOSITORY, start, workers_of
 
 import checkpoint
 from config import InputError, model_config
@@ -168,6 +169,15 @@ def test_a_checkpoint_drives_the_robot_and_is_filmed(trained, tmp_path):
     (episode,) = read_lines(tmp_path / "episodes.jsonl")
     assert episode["checkpoint"] == sha256(trained / "step-00000001/manifest.json")
     assert [path.name for path in (tmp_path / "videos").iterdir()] == ["close_drawer_0_fail.mp4"]
+
+
+def test_the_readmes_example_drives_a_step(trained):
+    code = re.search(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.S)[1]
+    names = {}
+    exec(code.replace("RUN/stage2", str(trained)), names)
+    assert names["action"].shape == (1, 13) and names["info"]["success"] is False
+    assert set(names["policy"].predictions) == {"pos", "grasp", "qpos", "obj", "seg"}
+    names["env"].close()
 
 
 def test_a_checkpoint_of_another_robot_is_refused_naming_the_slot(trained, tmp_path, capfd):
