@@ -8,7 +8,8 @@ envs/wrappers/record.py): T actions, T + 1 observations, depth in int16 millimet
     traj_i/labels/pos                     [T + 1, 2] float32      base x, y, world frame, metres
     traj_i/labels/seg/fetch_{head,hand}   [T + 1, 128, 128] bool  the target object, or the handle
 
-(the other labels are MS-HAB observations).
+(the other labels are MS-HAB observations). `--expert rl` lets MS-HAB's released policies act, in
+the real apartments that they were trained in.
 
 An episode is a seed: the file has the first N seeds at which the expert succeeds, whatever the
 number of workers. Finished attempts are kept at once, in <target>.parts; a run that was killed
@@ -31,6 +32,7 @@ from durable import sole_writer
 from env import SENSORS, SubtaskEnv, plan_files
 from household.expert import ScriptedExpert
 from recording import Recording, encode
+from rl_expert import RLPolicy
 from tasks import HORIZON, SUBTASKS, TASKS, targets, wilson
 from workers import Workers
 
@@ -42,7 +44,12 @@ class CollectConfig:
     target: str  # object or articulation, as MS-HAB names it; "all" of the task: one file each
     out: Path  # the files are OUT/<task>/<subtask>/<target>.h5 and .json
     episodes: int = 20  # successful ones to have in the end, divided evenly among the targets
-    expert: Literal["scripted"] = "scripted"  # who acts
+    # who acts: scripted knows the generated apartment, rl are MS-HAB's policies for the real ones
+    expert: Literal["scripted", "rl"] = "scripted"
+    # of --expert rl: `hf download arth-shukla/mshab_checkpoints --local-dir mshab_checkpoints`
+    policies: Path = Path("mshab_checkpoints")
+    # attempts per target after which too few successes end the run; default: 20 + 10 per episode
+    max_attempts: int | None = None
     split: Literal["train", "val"] = "train"
     workers: int = 1  # processes, a simulator each; one per core is best
     seed: int = 0  # of the first episode; the others count up from it
@@ -56,6 +63,8 @@ class CollectConfig:
             )
         if self.episodes < 1 or self.workers < 1 or self.seed < 0:
             raise ValueError("expected --episodes >= 1, --workers >= 1 and --seed >= 0")
+        if self.max_attempts is not None and self.max_attempts < 1:
+            raise ValueError(f"--max-attempts {self.max_attempts}: expected at least 1")
 
     @property
     def wanted(self) -> dict[str, int]:
@@ -64,10 +73,17 @@ class CollectConfig:
         each, rest = divmod(self.episodes, len(names))
         return {name: each + (i < rest) for i, name in enumerate(names)}
 
-    @property
-    def recipe(self) -> dict:
+    def policy(self, target: str) -> RLPolicy | None:
+        """MS-HAB's policy for a target; None when another expert acts."""
+        if self.expert != "rl":
+            return None
+        return RLPolicy.load(self.policies, self.task, self.subtask, target)
+
+    def recipe(self, target: str) -> dict:
         """What decides the episode of a seed, hence must not change while a file grows."""
-        return {key: getattr(self, key) for key in ("expert", "split", "seed", "real_meshes")}
+        policy = self.policy(target)
+        recipe = {key: getattr(self, key) for key in ("expert", "split", "seed", "real_meshes")}
+        return recipe if policy is None else recipe | {"policy": policy.sha}
 
 
 # --- In a worker ---
@@ -77,13 +93,15 @@ def attempts(cfg: CollectConfig, jobs: Iterator[tuple[str, int]]) -> Iterator[tu
     """Attempt each (target, seed); one simulator, kept while the target stays the same."""
     for target, same in groupby(jobs, lambda job: job[0]):
         env = SubtaskEnv(cfg.task, cfg.subtask, target, cfg.split, real_meshes=cfg.real_meshes)
-        expert = ScriptedExpert(env)
+        expert = cfg.policy(target) or ScriptedExpert(env)
         for _, seed in same:
             yield attempt(env, expert, seed)
         env.close()
 
 
-def attempt(env: SubtaskEnv, expert: ScriptedExpert, seed: int) -> tuple[bool, int, bytes]:
+def attempt(
+    env: SubtaskEnv, expert: ScriptedExpert | RLPolicy, seed: int
+) -> tuple[bool, int, bytes]:
     """Let the expert act until the episode succeeds, fails or is at its horizon.
 
     Returns success, steps, and the bytes of a part of the file (recording.encode).
@@ -157,9 +175,11 @@ def header(env: SubtaskEnv) -> dict:
 # --- In the main process ---
 
 
-def collect(recording: Recording, target: str, episodes: int, workers: Workers):
-    """Attempt seeds, lowest first, until `episodes` succeeded, and write the file."""
-    episodes = max(episodes, recording.successes)  # keep all that a run that wanted more left
+def collect(cfg: CollectConfig, recording: Recording, target: str, workers: Workers):
+    """Attempt seeds, lowest first, until as many succeeded as are wanted, and write the file."""
+    # keep all that a run that wanted more left
+    episodes = max(cfg.wanted[target], recording.successes)
+    limit = cfg.max_attempts or 20 + 10 * episodes
 
     def next_job(running: list[tuple[str, int]]) -> tuple[str, int] | None:
         seed = recording.next_seed([seed for _, seed in running], episodes)
@@ -171,10 +191,11 @@ def collect(recording: Recording, target: str, episodes: int, workers: Workers):
         recording.add(seed, success, steps, part)
         bar.update(success)
         bar.set_postfix(attempts=len(recording.done))
-        if len(recording.done) >= 20 + 10 * episodes and recording.successes < episodes:
+        if len(recording.done) >= limit and recording.successes < episodes:
             raise SystemExit(
-                f"{target}: given up, {recording.successes} of {len(recording.done)} attempts "
-                f"succeeded. They stay in {recording.parts}"
+                f"{target}: given up, {recording.successes} of {len(recording.done)} attempts of "
+                f"the {cfg.expert} expert succeeded, {episodes} were wanted. They stay in "
+                f"{recording.parts}; a larger --max-attempts goes on"
             )
     bar.close()
     recording.merge()
@@ -190,17 +211,18 @@ def report(cfg: CollectConfig, recording: Recording):
 
 
 def main(cfg: CollectConfig):
-    workers = Workers(cfg.workers, partial(attempts, cfg))
-    for target in cfg.wanted:
-        plan_files(cfg.task, cfg.subtask, target, cfg.split)  # before any worker starts
+    workers, recipes = Workers(cfg.workers, partial(attempts, cfg)), {}
+    for target in cfg.wanted:  # whatever is missing is missed before any worker starts
+        plan_files(cfg.task, cfg.subtask, target, cfg.split)
+        recipes[target] = cfg.recipe(target)
     for target, episodes in cfg.wanted.items():
         folder = cfg.out / cfg.task / cfg.subtask
         with sole_writer(folder, target):
-            recording = Recording(folder, target, cfg.recipe)
+            recording = Recording(folder, target, recipes[target])
             if len(recording.episodes) >= episodes:
                 print(f"{recording.h5}: already there, {len(recording.episodes)} episodes")
                 continue
-            collect(recording, target, episodes, workers)
+            collect(cfg, recording, target, workers)
         report(cfg, recording)
 
 

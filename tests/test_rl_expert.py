@@ -1,0 +1,283 @@
+"""MS-HAB's RL policies, from files of their layout and shapes, drive the household.
+
+The released files are not at hand: the networks are MS-HAB's own with random weights.
+"""
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from gymnasium import spaces
+from mshab.agents.ppo.agent import Agent as PPO
+from mshab.agents.sac.agent import Agent as SAC
+from mshab.envs.wrappers import FetchActionWrapper, FetchDepthObservationWrapper, FrameStack
+from mshab.utils.array import to_tensor
+from processes import start
+
+from collect import CollectConfig, attempt
+from config import InputError
+from demonstrations import Demonstrations
+from env import SubtaskEnv
+from household.expert import ScriptedExpert
+from recording import Recording
+from rl_expert import RLPolicy
+
+ADDRESS = ("set_table", "place", "024_bowl")  # every part of its state is in use
+STEPS = 40
+# The sizes of MS-HAB's train_sac.py; PPO's network has none to choose.
+SAC_ALGO = dict(
+    name="sac", cnn_features=[32, 64, 128, 256], cnn_filters=[3, 3, 3, 3],
+    cnn_strides=[2, 2, 2, 2], cnn_padding="valid", encoder_pixels_feature_dim=50,
+    encoder_state_feature_dim=50, actor_hidden_dims=[256, 256, 256],
+    critic_hidden_dims=[256, 256, 256], critic_layer_norm=True, critic_dropout=None,
+    actor_log_std_min=-20, actor_log_std_max=2,
+)  # fmt: skip
+ALGOS = {"ppo": {"name": "ppo", "gamma": 0.9}, "sac": SAC_ALGO}
+
+
+def write(root: Path, algo: dict, agent: torch.nn.Module) -> None:
+    """A policy as MS-HAB's trainers leave it, a path in its config tagged as OmegaConf does."""
+    folder = root.joinpath("rl", *ADDRESS)
+    folder.mkdir(parents=True)
+    text = yaml.safe_dump({"seed": 0, "env": {"frame_stack": 3}, "algo": algo})
+    text += "path: !!python/object/apply:pathlib.PosixPath\n- mshab_exps\n"
+    (folder / "config.yml").write_text(text)
+    optimizer = torch.optim.Adam(agent.parameters()).state_dict()
+    torch.save({"agent": agent.state_dict(), "optimizer": optimizer}, folder / "policy.pt")
+
+
+@pytest.fixture(scope="module")
+def env(assets) -> SubtaskEnv:
+    return SubtaskEnv(*ADDRESS)
+
+
+@pytest.fixture(scope="module")
+def wrapped(env):
+    """MS-HAB's wrappers in the order of its make_env, around the same simulator."""
+    return FetchActionWrapper(FrameStack(FetchDepthObservationWrapper(env.mshab), num_stack=3))
+
+
+@pytest.fixture(scope="module")
+def agents(env, wrapped) -> dict[str, torch.nn.Module]:
+    """MS-HAB's networks for what its wrappers return, made as its evaluate.py makes them."""
+    torch.manual_seed(0)
+    obs, _ = wrapped.reset(seed=0, options={})
+    space = env.mshab.single_observation_space
+    ppo = PPO(obs, (13,))
+    with torch.no_grad():
+        ppo.actor_mean[-1].weight.mul_(400)  # else no action leaves [-1, 1]
+    boxes = {
+        key: spaces.Box(0, 1, (box.shape[0] * box.shape[1], *box.shape[2:]))
+        for key, box in space["pixels"].items()
+    }
+    algo = dict(SAC_ALGO)
+    del algo["name"]
+    low, high = algo.pop("actor_log_std_min"), algo.pop("actor_log_std_max")
+    sizes = algo | dict(log_std_min=low, log_std_max=high, device="cpu")
+    sac = SAC(spaces.Dict(boxes), space["state"].shape, (13,), **sizes)
+    return {"ppo": ppo.eval(), "sac": sac.eval()}
+
+
+@pytest.fixture(scope="module")
+def roots(agents, tmp_path_factory) -> dict[str, Path]:
+    """By algorithm, the folder with its files."""
+    made = {name: tmp_path_factory.mktemp(name) for name in agents}
+    for name, agent in agents.items():
+        write(made[name], ALGOS[name], agent)
+    return made
+
+
+def act_of(agent: torch.nn.Module, obs: dict) -> torch.Tensor:
+    """The action as MS-HAB's evaluate.py asks for it."""
+    if isinstance(agent, PPO):
+        return agent.get_action(obs, deterministic=True)
+    return agent.actor(obs["pixels"], obs["state"], compute_pi=False, compute_log_pi=False)[0]
+
+
+def episode_of_mshab(env: SubtaskEnv, wrapped, agent, seed: int) -> list[tuple[dict, np.ndarray]]:
+    """What the network sees and answers, steered through MS-HAB's wrappers."""
+    env.reset(seed)
+    at = env.episode
+    options = dict(
+        reconfigure=True,
+        build_config_idxs=[at["build_config_idx"]],
+        task_plan_idxs=torch.tensor([at["task_plan_idx"]]),
+        spawn_selection_idxs=[at["spawn_selection_idx"]],
+    )
+    obs, steps = wrapped.reset(seed=seed, options=options)[0], []
+    while len(steps) < STEPS:
+        seen = to_tensor(obs, dtype="float")
+        with torch.no_grad():
+            action = act_of(agent, seen)
+        steps.append((seen, action.numpy().copy()))  # the wrapper writes into it
+        obs = wrapped.step(action)[0]
+    return steps
+
+
+@pytest.mark.parametrize("name", ALGOS)
+def test_an_episode_is_the_one_that_mshabs_wrappers_and_network_make(
+    env, wrapped, agents, roots, name
+):
+    theirs = episode_of_mshab(env, wrapped, agents[name], seed=3)
+    loaded, inputs = RLPolicy.load(roots[name], *ADDRESS), []
+    policy = RLPolicy(lambda seen: inputs.append(seen) or loaded.actor(seen), loaded.sha)
+    obs = env.reset(3)
+    for seen, action in theirs:
+        ours = policy.act(obs, env.instruction)
+        assert ours.shape == (1, 13) and ours.dtype == np.float32
+        assert torch.equal(inputs[-1]["state"], seen["state"])
+        for camera, pictures in seen["pixels"].items():
+            assert torch.equal(inputs[-1]["pixels"][camera], pictures[:, :, 0])
+        expected = action.clip(-1, 1)
+        expected[:, 8:10] = 0
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+        obs, _ = env.step(ours[0])
+    answers = np.concatenate([action for _, action in theirs])
+    assert (answers[:, 8:10] != 0).all()  # there was a head to hold still,
+    assert name == "sac" or np.abs(answers).max() > 1  # an action to clip,
+    assert (torch.cat([seen["state"] for seen, _ in theirs]) != 0).any(0).all()  # and no idle slot
+
+
+@pytest.mark.parametrize("name", ALGOS)
+def test_every_environment_of_a_batch_gets_its_own_action(env, roots, name):
+    def stacked(one, two):
+        if isinstance(one, dict):
+            return {key: stacked(one[key], two[key]) for key in one}
+        return torch.cat([one, two])
+
+    episodes = []
+    for seed in (1, 2):
+        episodes.append([env.reset(seed)])
+        episodes[-1] += [env.step(np.full(13, 0.5, np.float32))[0] for _ in range(4)]
+    together, alone = RLPolicy.load(roots[name], *ADDRESS), RLPolicy.load(roots[name], *ADDRESS)
+    both = np.stack([together.act(stacked(*pair), "") for pair in zip(*episodes)])  # [5, 2, 13]
+    for i, episode in enumerate(episodes):
+        alone.reset()
+        single = np.stack([alone.act(obs, "")[0] for obs in episode])
+        np.testing.assert_allclose(both[:, i], single, atol=1e-5)
+    assert np.abs(both[:, 0] - both[:, 1]).max() > 1e-3
+
+
+def test_a_success_is_written_with_all_five_labels(env, tmp_path):
+    expert = ScriptedExpert(env)
+
+    def actor(seen: dict) -> torch.Tensor:
+        if env.elapsed == 0:
+            expert.reset()
+        return torch.from_numpy(expert.act({}, ""))
+
+    success, steps, part = attempt(env, RLPolicy(actor, sha=""), seed=0)
+    assert success
+    recording = Recording(tmp_path.joinpath(*ADDRESS[:2]), ADDRESS[2], {"seed": 0})
+    recording.start()
+    recording.add(0, success, steps, part)
+    recording.merge()
+    frames = Demonstrations(tmp_path).read_episode(0)
+    assert len(frames) == steps and frames["has"].all()
+    assert np.ptp(frames["pos"], axis=0).max() > 0.1  # it drove
+    assert set(frames["grasp"]) == {0, 1} and frames["seg"].any(axis=(0, 2)).all()
+
+
+def collect(out: Path, policies: Path, *flags) -> tuple[int, str]:
+    task, subtask, target = ADDRESS
+    process = start(
+        "collect.py", "--expert", "rl", "--policies", policies, "--task", task,
+        "--subtask", subtask, "--target", target, "--out", out, *flags,
+    )  # fmt: skip
+    stdout, stderr = process.communicate(timeout=300)
+    return process.returncode, stdout + stderr
+
+
+def test_a_policy_that_never_succeeds_ends_with_that_sentence(roots, tmp_path):
+    code, message = collect(tmp_path, roots["sac"], "--episodes", 1, "--max-attempts", 1)
+    assert code == 1 and "Traceback" not in message
+    assert "given up, 0 of 1 attempts of the rl expert succeeded, 1 were wanted" in message
+    parts = tmp_path.joinpath(*ADDRESS).with_suffix(".parts")
+    assert [path.name for path in parts.iterdir()] == ["attempts.jsonl"]  # and no episode
+
+
+def test_a_missing_policy_is_named_with_the_command_that_gets_it(assets, tmp_path):
+    code, message = collect(tmp_path, tmp_path / "none")
+    assert code == 1 and "Traceback" not in message
+    assert f"error: no {tmp_path}/none/rl/set_table/place/024_bowl/config.yml" in message
+    assert 'hf download arth-shukla/mshab_checkpoints --include "rl/set_table/place/' in message
+
+
+def test_a_file_is_not_continued_by_another_policy(roots, tmp_path):
+    recipes = [
+        CollectConfig(*ADDRESS, tmp_path, expert="rl", policies=root).recipe(ADDRESS[2])
+        for root in roots.values()
+    ]
+    Recording(tmp_path, ADDRESS[2], recipes[0]).start()
+    Recording(tmp_path, ADDRESS[2], recipes[0])
+    with pytest.raises(InputError, match="choose another --out"):
+        Recording(tmp_path, ADDRESS[2], recipes[1])
+
+
+# --- Wrong files ---
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def tensors(change):
+    """A fault that changes the tensors in policy.pt."""
+
+    def fault(folder: Path) -> None:
+        state = torch.load(folder / "policy.pt", weights_only=True)
+        change(state["agent"])
+        torch.save(state, folder / "policy.pt")
+
+    return fault
+
+
+BIAS = "actor_mean.2.bias"
+FAULTS = {
+    "no weights": (lambda f: (f / "policy.pt").unlink(), "no .*policy.pt"),
+    "no config": (lambda f: (f / "config.yml").unlink(), "no .*config.yml"),
+    "code": (lambda f: (f / "policy.pt").write_bytes(pickle.dumps({"agent": Code()})), "run code"),
+    "cut off": (lambda f: os.truncate(f / "policy.pt", 1_000_000), "policy.pt: refused"),
+    "no agent": (lambda f: torch.save({}, f / "policy.pt"), "has no 'agent'"),
+    "a list": (lambda f: torch.save({"agent": []}, f / "policy.pt"), "'agent' is a list"),
+    "a key too few": (tensors(lambda a: a.pop(BIAS)), rf"{BIAS}: missing, expected \(13,\)"),
+    "a key too many": (tensors(lambda a: a.update(x=torch.ones(2))), r"x: \(2,\), expected no"),
+    "a shape": (
+        tensors(lambda a: a.update({BIAS: torch.ones(12)})),
+        rf"{BIAS}: \(12,\), expected \(13,\)",
+    ),
+    "not a number": (tensors(lambda a: a[BIAS].fill_(np.nan)), f"{BIAS}: .*not finite"),
+    "of another algorithm": (
+        lambda f: (f / "config.yml").write_text(yaml.safe_dump({"algo": SAC_ALGO})),
+        r"actor.encoder.cnns.fetch_hand_depth.layers.0.bias: missing, .* more",
+    ),
+    "an unknown algorithm": (
+        lambda f: (f / "config.yml").write_text("algo:\n  name: bc\n"),
+        "expected algo.name to be ppo or sac",
+    ),
+    "a size too few": (
+        lambda f: (f / "config.yml").write_text("algo:\n  name: sac\n"),
+        "algo lacks actor_hidden_dims, .*actor_log_std_max",
+    ),
+    "no YAML": (lambda f: (f / "config.yml").write_text("a: [1"), "not a YAML file"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_file_is_refused_with_the_command_that_mends_it(
+    roots, tmp_path, monkeypatch, fault
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(roots["ppo"], tmp_path / "policies")
+    plant, reason = FAULTS[fault]
+    plant(tmp_path.joinpath("policies/rl", *ADDRESS))
+    with pytest.raises(InputError, match=reason) as error:
+        RLPolicy.load(tmp_path / "policies", *ADDRESS)
+    assert str(error.value).count("hf download") == 1
+    assert not Path("ran").exists()
