@@ -4,10 +4,15 @@
     Projector    patches                        ->  visual tokens [N, P, D]
     LLM          embeddings [B, T, D]           ->  hidden [B, T, D], each layer's keys and values
 
+Projections of one input are one product (qkv, gate_up): on small models and single frames the
+launches cost more than the arithmetic.
+
 Features are the second-to-last block's output, without the final norm and without the prefix
 tokens: that is what Prismatic feeds its LLM, so the last block, the final norm and SigLIP's pooling
 head do not exist here.
 """
+
+from typing import NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -15,10 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from config import LLMConfig, ModelConfig, VisionConfig
-
-# One layer's keys and values, each [B, kv heads, T, head_dim], after RoPE.
-KeyValues = tuple[Tensor, Tensor]
-
 
 # --- Vision ---
 
@@ -66,10 +67,16 @@ class VisionTransformer(nn.Module):
         self.register_buffer("mean", torch.tensor(cfg.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(cfg.std)[:, None, None], persistent=False)
 
+    def embed_patches(self, images: Tensor) -> Tensor:
+        """The convolution as the matrix product that it is: on a CPU several times as fast."""
+        p = self.patch_embed.kernel_size[0]
+        pixels = rearrange(images, "n c (h p) (w q) -> n (h w) (c p q)", p=p, q=p)
+        weight = rearrange(self.patch_embed.weight, "d c p q -> d (c p q)")
+        return F.linear(pixels, weight, self.patch_embed.bias)  # [N, P, C]
+
     def forward(self, images: Tensor) -> Tensor:
         """images [N, 3, H, W] in [0, 1] -> patch features [N, P, C]."""
-        x = self.patch_embed((images - self.mean) / self.std)  # [N, C, H/p, W/p]
-        x = rearrange(x, "n c h w -> n (h w) c") + self.pos_embed  # [N, P, C]
+        x = self.embed_patches((images - self.mean) / self.std) + self.pos_embed  # [N, P, C]
         prefix = repeat(self.prefix, "t c -> n t c", n=len(x))
         x = torch.cat([prefix, x], dim=1)  # [N, prefix + P, C]
         for block in self.blocks:
@@ -108,18 +115,41 @@ class Projector(nn.Sequential):
 # --- Language ---
 
 
+class KeyValues(NamedTuple):
+    """One layer's keys and values, each [B, kv heads, T, head_dim], after RoPE."""
+
+    k: Tensor
+    v: Tensor
+
+    def extended(self, k: Tensor, v: Tensor) -> "KeyValues":
+        """These and, behind them, those of new tokens."""
+        return KeyValues(torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2))
+
+
+class Slots(NamedTuple):
+    """Keys and values whose tokens from `length` on are replaced in place, pass after pass."""
+
+    k: Tensor  # [B, kv heads, length + room, head_dim]
+    v: Tensor
+    length: int
+
+    def extended(self, k: Tensor, v: Tensor) -> KeyValues:
+        end = self.length + k.shape[2]
+        self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
+        return KeyValues(self.k[:, :, :end], self.v[:, :, :end])
+
+
 def rope(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine tables [B, 1, T, head_dim] of RoPE at integer positions [B, T]."""
+    """RoPE's tables [B, 1, T, head_dim] at integer positions [B, T], for `rotate`."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
-    # Qwen2 rotates halves, hence (two f).
-    angle = repeat(positions[:, :, None] * frequency, "b t f -> b 1 t (two f)", two=2)
-    return angle.cos(), angle.sin()
+    angle = rearrange(positions[:, :, None] * frequency, "b t f -> b 1 t f")
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply RoPE to [B, heads, T, head_dim]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * table[0] + torch.cat([-second, first], dim=-1) * table[1]
+    """Apply RoPE to [B, heads, T, head_dim]; Qwen2 pairs a head's first half with its second."""
+    return x * table[0] + x.roll(x.shape[-1] // 2, dims=-1) * table[1]
 
 
 class LLMLayer(nn.Module):
@@ -131,40 +161,39 @@ class LLMLayer(nn.Module):
 
     def __init__(self, cfg: LLMConfig, width: int, mlp: int):
         super().__init__()
-        self.head_dim = cfg.head_dim
-        self.grouped = cfg.heads != cfg.kv_heads
+        self.cfg = cfg
+        heads = cfg.heads + 2 * cfg.kv_heads
         self.input_norm = nn.RMSNorm(width, eps=cfg.norm_eps)
-        self.q = nn.Linear(width, cfg.heads * cfg.head_dim, bias=cfg.qkv_bias)
-        self.k = nn.Linear(width, cfg.kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
-        self.v = nn.Linear(width, cfg.kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
+        self.qkv = nn.Linear(width, heads * cfg.head_dim, bias=cfg.qkv_bias)
         self.o = nn.Linear(cfg.heads * cfg.head_dim, width, bias=False)
         self.mlp_norm = nn.RMSNorm(width, eps=cfg.norm_eps)
-        self.gate = nn.Linear(width, mlp, bias=False)
-        self.up = nn.Linear(width, mlp, bias=False)
+        self.gate_up = nn.Linear(width, 2 * mlp, bias=False)
         self.down = nn.Linear(mlp, width, bias=False)
 
     def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None, past: KeyValues | None
+        self,
+        x: Tensor,
+        table: tuple[Tensor, Tensor],
+        mask: Tensor,
+        past: KeyValues | Slots | None = None,
     ) -> tuple[Tensor, KeyValues]:
         """x [B, T, width]; mask [B, 1, T, past + T], True where a query may look.
 
         Returns x, and all keys and values.
         """
-        y = self.input_norm(x)
-        q, k, v = (
-            rearrange(f(y), "b t (h d) -> b h t d", d=self.head_dim)
-            for f in (self.q, self.k, self.v)
+        heads, kv_heads = self.cfg.heads, self.cfg.kv_heads
+        qkv = rearrange(
+            self.qkv(self.input_norm(x)), "b t (h d) -> b h t d", d=self.cfg.head_dim
+        )  # [B, heads + 2 kv heads, T, head_dim]
+        qk, v = qkv.split([heads + kv_heads, kv_heads], dim=1)
+        q, k = rotate(qk, table).to(v.dtype).split([heads, kv_heads], dim=1)
+        key_values = past.extended(k, v) if past is not None else KeyValues(k, v)
+        attended = F.scaled_dot_product_attention(
+            q, *key_values, attn_mask=mask, enable_gqa=heads != kv_heads
         )
-        q, k = rotate(q, table).to(v.dtype), rotate(k, table).to(v.dtype)
-        if past is not None:
-            k, v = (
-                torch.cat([past[0], k], dim=2),  # [B, kv heads, past + T, head_dim]
-                torch.cat([past[1], v], dim=2),
-            )
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped)
         x = x + self.o(rearrange(attended, "b h t d -> b t (h d)"))
-        y = self.mlp_norm(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y)), (k, v)
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)  # each [B, T, mlp]
+        return x + self.down(F.silu(gate) * up), key_values
 
 
 class LLM(nn.Module):
@@ -179,15 +208,20 @@ class LLM(nn.Module):
         if not cfg.tied:
             self.head = nn.Linear(cfg.width, cfg.vocab, bias=False)
 
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return rope(positions, self.cfg.head_dim, self.cfg.rope_theta)
+
     def forward(
-        self, x: Tensor, positions: Tensor, mask: Tensor, past: list[KeyValues] | None = None
+        self,
+        x: Tensor,
+        table: tuple[Tensor, Tensor],
+        mask: Tensor,
+        past: list[KeyValues] | list[Slots] | None = None,
     ) -> tuple[Tensor, list[KeyValues]]:
-        """x [B, T, D], positions [B, T], mask [B, T, past + T].
+        """x [B, T, D], table of rope(positions [B, T]), mask [B, 1, T, past + T].
 
         Returns the normed hidden states [B, T, D], and keys and values per layer.
         """
-        table = rope(positions, self.cfg.head_dim, self.cfg.rope_theta)
-        mask = rearrange(mask, "b t s -> b 1 t s")
         cache = []
         for i, layer in enumerate(self.layers):
             x, key_values = layer(x, table, mask, past[i] if past else None)

@@ -259,12 +259,12 @@ class TrainConfig:
     steps: int | None = None  # optimizer steps of this stage; default: `epochs` of the data
     epochs: tuple[int, int, int] = (3, 7, 10)  # of each stage (Sec. 6.3; GAP-14); 0: lacks it
     batch_size: int = 512  # frames per step over all GPUs (Sec. 6.1)
-    # frames per GPU and backward pass, the rest is accumulated: without activation checkpointing a
-    # frame of the paper's model keeps up to 6.1 GiB for the backward pass (counted, not run)
-    micro_batch: int = 8
+    micro_batch: int = 8  # frames per GPU and backward pass, the rest is accumulated (memory.py)
     # divide weights, gradients and Adam's moments among the GPUs (sharding.py): a model too large
     # for one of them; a single process ignores it
     shard: bool = False
+    recompute: bool = False  # keep a block's input only: a fraction of the memory, a third slower
+    compile: bool = False  # torch.compile every block; a minute or two at the start
     lr: float = 2e-5  # Adam, constant (Sec. 6.1)
     warmup: int = 0  # steps of linear warm-up; the paper has none
     # last share of the steps over which lr falls linearly to 0; the paper has none

@@ -2,6 +2,7 @@
 
     python data.py pack --data DATA --out PACK  # fixed-size records, memory-mapped; resumable
     python data.py verify PACK                  # every block against its checksum
+    python data.py download --out DATA          # MS-HAB's released demonstrations; resumable
 
 The batch, the only contract between data and model (L = prompt length, C = cameras, V = views):
 
@@ -48,6 +49,7 @@ from config import (
     explained,
 )  # fmt: skip
 from demonstrations import RECORD
+from download import download
 from pack import pack, verify
 from tasks import ARTICULATIONS, OBJECTS, SUBTASKS, instruction
 
@@ -264,18 +266,23 @@ def unpack_masks(bits: Tensor) -> Tensor:
     return rearrange(pixels, "b c (h w) bit -> b c h (w bit)", h=IMAGE_SIZE).float()
 
 
-def check_batch(batch: dict[str, Tensor], cfg: ModelConfig) -> None:
-    """Raise ValueError, naming key, got and expected, unless a batch is as the file's top says."""
-    b, c = len(batch["images"]), len(cfg.cameras)
+def batch_shapes(cfg: ModelConfig, b: int, noise: bool = False) -> dict[str, tuple[int, ...]]:
+    """The shape of every key of a batch of b frames; `noise` adds what stage 3 draws."""
     shapes = {
         "images": (b, cfg.num_views, 3, cfg.image_size, cfg.image_size),
         "prompt_ids": (b, cfg.llm.prompt_length), "prompt_mask": (b, cfg.llm.prompt_length),
         "actions": (b, RECORDED_ACTIONS, ACTION_DIM), "action_mask": (b, RECORDED_ACTIONS),
         "pos": (b, 2), "grasp": (b,), "qpos": (b, QPOS_DIM), "obj": (b, 7),
-        "seg": (b, c, IMAGE_SIZE, IMAGE_SIZE),
+        "seg": (b, len(cfg.cameras), IMAGE_SIZE, IMAGE_SIZE),
     } | {f"has_{name}": (b,) for name in LABELS}  # fmt: skip
     if cfg.history == "actions":
         shapes |= {"past_actions": (b, HISTORY, ACTION_DIM), "past_mask": (b, HISTORY)}
+    return shapes | ({"noise": shapes["actions"], "t": (b,)} if noise else {})
+
+
+def check_batch(batch: dict[str, Tensor], cfg: ModelConfig) -> None:
+    """Raise ValueError, naming key, got and expected, unless a batch is as the file's top says."""
+    shapes = batch_shapes(cfg, len(batch["images"]))
     for key, shape in shapes.items():
         if key not in batch or tuple(batch[key].shape) != shape:
             got = tuple(batch[key].shape) if key in batch else "nothing"
@@ -289,4 +296,4 @@ def check_batch(batch: dict[str, Tensor], cfg: ModelConfig) -> None:
 
 if __name__ == "__main__":
     with explained():
-        tyro.extras.subcommand_cli_from_dict({"pack": pack, "verify": verify})
+        tyro.extras.subcommand_cli_from_dict({"pack": pack, "verify": verify, "download": download})

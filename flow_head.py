@@ -16,7 +16,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbone import KeyValues, LLMLayer, rope
+from backbone import KeyValues, LLMLayer, Slots, rope
 from config import ACTION_DIM, ModelConfig
 
 
@@ -59,23 +59,37 @@ class FlowHead(nn.Module):
         self.norm = nn.RMSNorm(width, eps=cfg.llm.norm_eps)
         self.action_out = nn.Linear(width, ACTION_DIM)
 
+    def behind(self, prefix_mask: Tensor, horizon: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """RoPE's tables and the mask [B, 1, H, S + H] of actions that stand behind a prefix [B, S].
+
+        They see all of it and each other, in both directions.
+        """
+        steps = torch.arange(horizon, device=prefix_mask.device)
+        table = rope(
+            prefix_mask.sum(-1, keepdim=True) + steps, self.llm.head_dim, self.llm.rope_theta
+        )
+        visible = F.pad(prefix_mask, (0, horizon), value=True)  # [B, S + H]
+        return table, repeat(visible, "b s -> b 1 h s", h=horizon)
+
     def velocity(
         self, x_t: Tensor, t: Tensor, cache: list[KeyValues], prefix_mask: Tensor
     ) -> Tensor:
         """Velocity [B, H, 13] of noised actions x_t [B, H, 13] at t [B]; prefix_mask [B, S]."""
-        horizon = x_t.shape[1]
-        time = repeat(time_embedding(t, self.cfg.width), "b d -> b h d", h=horizon)
+        behind = self.behind(prefix_mask, x_t.shape[1])
+        return self.transformer(x_t, time_embedding(t, self.cfg.width), cache, *behind)
+
+    def transformer(
+        self,
+        x_t: Tensor,
+        time: Tensor,
+        cache: list[KeyValues] | list[Slots],
+        table: tuple[Tensor, Tensor],
+        mask: Tensor,
+    ) -> Tensor:
+        """The velocity, given what all Euler steps share; time [B or 1, W]."""
+        time = time[:, None].expand(len(x_t), x_t.shape[1], -1)  # [B, H, W]
         x = self.action_time_in(torch.cat([self.action_in(x_t), time], dim=-1))  # [B, H, W]
         x = self.action_time_out(F.silu(x))
-        # Actions stand behind the prefix; they see all of it and each other, in both directions.
-        steps = torch.arange(horizon, device=x_t.device)
-        table = rope(
-            prefix_mask.sum(-1, keepdim=True) + steps, self.llm.head_dim, self.llm.rope_theta
-        )
-        visible = torch.cat(
-            [prefix_mask, prefix_mask.new_ones(len(x_t), horizon)], dim=-1
-        )  # [B, S + H]
-        mask = repeat(visible, "b s -> b 1 h s", h=horizon)
         for layer, past in zip(self.layers, cache):
             x, _ = layer(x, table, mask, past)
         return self.action_out(self.norm(x)).float()
@@ -95,8 +109,11 @@ class FlowHead(nn.Module):
     @torch.no_grad()
     def sample(self, cache: list[KeyValues], prefix_mask: Tensor, noise: Tensor) -> Tensor:
         """From noise [B, H, 13] at t = 1 to actions at t = 0 in 10 equal Euler steps (Sec. 6.4)."""
-        x, num_steps = noise, self.cfg.denoise_steps
-        for step in range(num_steps):
-            t = torch.full((len(noise),), 1 - step / num_steps, device=noise.device)
-            x = x - self.velocity(x, t, cache, prefix_mask) / num_steps
+        x, num_steps, horizon = noise, self.cfg.denoise_steps, noise.shape[1]
+        grown = ([F.pad(each, (0, 0, 0, horizon)) for each in layer] for layer in cache)
+        slots = [Slots(*layer, prefix_mask.shape[1]) for layer in grown]
+        behind = self.behind(prefix_mask, horizon)
+        t = 1 - torch.arange(num_steps, device=noise.device) / num_steps
+        for time in time_embedding(t, self.cfg.width).split(1):  # [1, W]
+            x = x - self.transformer(x, time, slots, *behind) / num_steps
         return x

@@ -14,14 +14,16 @@ S = L + V*P + K + N prefix length, A = 13 action dimensions, H actions in a chun
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import tyro
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from backbone import LLM, FusedVision, KeyValues, Projector
+from backbone import LLM, FusedVision, KeyValues, Projector, Slots
 from config import ACTION_DIM, ModelConfig, model_config
 from decoders import DECODERS
 from flow_head import FlowHead
@@ -160,7 +162,8 @@ class VLM(nn.Module):
         # gives.
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-        hidden, cache = self.llm(x, positions, causal & mask[:, None, :])
+        visible = rearrange(causal & mask[:, None, :], "b t s -> b 1 t s")
+        hidden, cache = self.llm(x, self.llm.rope(positions), visible)
         return Prefix(hidden, cache, mask)
 
 
@@ -188,6 +191,15 @@ class AuxVLA(nn.Module):
     def trained(self) -> list[nn.Parameter]:
         """What train_stage left to train; some parts have empty parameters (SigLIP's prefix)."""
         return [p for p in self.parameters() if p.requires_grad and p.numel()]
+
+    def prepare_blocks(self, recompute: bool = False, compile: bool = False) -> None:
+        """Recompute or compile the VLM's blocks, nearly all of its work, in place."""
+        vision, llm = self.vlm.vision, self.vlm.llm
+        for block in (*vision.dino.blocks, *vision.siglip.blocks, *llm.layers):
+            if recompute:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            if compile:
+                block.compile()
 
     def forward(self, batch: dict[str, Tensor], stage: int) -> dict[str, Tensor]:
         """The unweighted losses of a stage, each a scalar under its name in Eq. 4."""
@@ -242,44 +254,50 @@ class AuxVLA(nn.Module):
         """Normalised actions [B, H, 13] in [-1, 1] and the decoders' predictions for the frame.
 
         With `noise` [B, H, 13] the flow head denoises a chunk of H actions; without it the LLM
-        decodes one step greedily, faster if `draft` [B, 13], normalised, is nearly that step.
+        decodes one step greedily, sooner if `draft` [B, 13], normalised, is nearly that step.
         """
-        prefix = self.vlm.encode(batch)
-        bins = states = None
         if noise is None or (predict and self.cfg.latents == "action_states"):
-            guess = None if draft is None else actions_to_bins(draft, self.cfg.bins)
-            bins, states = self.decode_bins(prefix, guess)  # [B, A], [B, A - 1, D]
+            if draft is None:
+                draft = batch["images"].new_zeros(len(batch["images"]), ACTION_DIM)
+            prefix, bins, states = self.decode(batch, draft)
+        else:
+            prefix, bins, states = self.vlm.encode(batch), None, None
         predictions = self.predict(self.latents(prefix.hidden, states)) if predict else {}
         if noise is not None:
             return self.flow_head.sample(prefix.cache, prefix.mask, noise).clamp(-1, 1), predictions
         return rearrange(bins_to_actions(bins, self.cfg.bins), "b a -> b 1 a"), predictions
 
-    def decode_bins(self, prefix: Prefix, draft: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Greedy decoding of 13 action tokens over the 256 action ids.
+    def decode(self, batch: dict[str, Tensor], guess: Tensor) -> tuple[Prefix, Tensor, Tensor]:
+        """Greedy decoding of 13 action tokens over the 256 action ids, by fixed-point iteration.
 
-        `draft` [B, A] guesses the bins: one pass then finds all of them up to the first that the
-        model would have chosen otherwise in any frame. The result is that of one token a pass.
-        Returns bin indices [B, A] and the hidden states behind the prefix [B, A - 1, D].
+        All tokens are read at once, from the guess [B, A] on; what the model then chooses at each
+        place is the next guess. A token is right when those before it are, so after i passes the
+        first i + 1 are what one token a pass gives; when nothing changes, all are. Mostly two or
+        three passes are enough, the first of them the prefix's own.
+
+        Returns the prefix, bin indices [B, A] and the hidden states behind the prefix [B, A-1, D].
         """
-        llm, first, count = self.vlm.llm, self.cfg.llm.first_action_id, self.cfg.bins
-        bins = llm.logits(prefix.hidden[:, -1:], first, count).argmax(-1)  # [B, 1]
-        cache, mask, states = prefix.cache, prefix.mask, []
-        draft = bins[:, :0] if draft is None else draft
-        while (found := bins.shape[1]) < ACTION_DIM:
-            guess = draft[:, found : ACTION_DIM - 1]  # [B, G]
-            tokens = first + torch.cat([bins[:, -1:], guess], dim=1)  # [B, 1 + G]
-            visible = torch.cat([mask, mask.new_ones(tokens.shape)], dim=1)  # [B, past + 1 + G]
-            positions = visible.cumsum(-1)[:, -tokens.shape[1] :] - 1  # [B, 1 + G]
-            causal = visible.new_ones(tokens.shape[1], visible.shape[1]).tril(mask.shape[1])
-            hidden, grown = llm(llm.embed(tokens), positions, causal & visible[:, None, :], cache)
-            chosen = llm.logits(hidden, first, count).argmax(-1)  # [B, 1 + G]
-            right = (chosen[:, :-1] == guess).all(0).long().cumprod(0).sum()
-            new = 1 + int(right) if guess.shape[1] else 1  # no wait for a GPU without a draft
-            bins = torch.cat([bins, chosen[:, :new]], dim=1)
-            states.append(hidden[:, :new])
-            mask = visible[:, : mask.shape[1] + new]
-            cache = [(k[:, :, : mask.shape[1]], v[:, :, : mask.shape[1]]) for k, v in grown]
-        return bins, torch.cat(states, dim=1)
+        llm, first = self.vlm.llm, self.cfg.llm.first_action_id
+        read = ACTION_DIM - 1  # nobody reads the last token
+        ids = first + actions_to_bins(guess, self.cfg.bins)[:, :read]  # [B, A - 1]
+        whole = self.vlm.encode(batch, ids)
+        past = whole.mask.shape[1] - read
+        hidden, states = whole.hidden.split([past, read], dim=1)  # [B, S, D], [B, A - 1, D]
+        slots = [Slots(*key_values, past) for key_values in whole.cache]
+        table = llm.rope(whole.mask.cumsum(-1)[:, past:] - 1)
+        causal = whole.mask.new_ones(read, past + read).tril(past)
+        visible = causal & rearrange(whole.mask, "b s -> b 1 1 s")  # [B, 1, A - 1, S + A - 1]
+        for _ in range(read + 1):
+            around = torch.cat([hidden[:, -1:], states], dim=1)  # [B, A, D]
+            bins = llm.logits(around, first, self.cfg.bins).argmax(-1)  # [B, A]
+            # A GPU is given all passes at once: it would wait for the answer longer than for one.
+            if not ids.is_cuda and torch.equal(first + bins[:, :read], ids):
+                break
+            ids = first + bins[:, :read]
+            states, _ = llm(llm.embed(ids), table, visible, slots)
+        cache = [KeyValues(k[:, :, :past], v[:, :, :past]) for k, v in whole.cache]
+        prefix = Prefix(hidden, cache, whole.mask[:, :past])
+        return prefix, bins, states
 
     @torch.no_grad()
     def teacher_forced(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -10,6 +10,7 @@ and executes two.
 
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 from checkpoint import load_weights, model_config_of, read_manifest, resolve
 from config import ACTION_DIM, HISTORY
 from data import ActionStats, cameras, preprocess_steps, tokenize
+from graph import Graphed, halve
 from model import AuxVLA
 
 
@@ -35,6 +37,7 @@ class Policy:
     predict: bool = True  # fill `predictions`; without, acting is faster
     # of the decoders, for the last frame seen
     predictions: dict[str, np.ndarray] = field(default_factory=dict)
+    graphs: dict[bool, Graphed] = field(default_factory=dict)  # by `predict`; of a GPU
 
     # what it needs of the simulator; segmentation is only drawn beside, never read
     obs_mode = "rgb+depth+segmentation"
@@ -52,6 +55,8 @@ class Policy:
         load_weights(model, folder)
         stats = {key: tuple(value) for key, value in manifest["action_stats"].items()}
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        if device.type == "cuda":
+            halve(model)
         policy = cls(model.to(device).eval(), ActionStats(**stats), tokenizer, manifest, device)
         policy.reset()
         return policy
@@ -75,18 +80,15 @@ class Policy:
         if self.model.cfg.history == "frames" or not self.queue:
             now = tuple(picture.to(self.device) for picture in cameras(obs))
         if not self.queue:
-            cfg, noise = self.model.cfg, None
+            cfg, inputs = self.model.cfg, self.batch(now, instruction)
             if self.model.flow_head:
                 shape = len(now[0]), cfg.flow.action_horizon, ACTION_DIM
-                noise = torch.randn(shape, generator=self.noise).to(self.device)
-            batch, on_gpu = self.batch(now, instruction), self.device.type == "cuda"
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
-                actions, predictions = self.model.act(
-                    batch, noise, self.draft, self.predict
-                )  # [B, H, 13]
-            # The next step's tokens are often the same. A GPU would wait for the CPU to compare
-            # them, and in bf16 a longer pass may round a close call the other way.
-            self.draft = None if on_gpu else actions[:, 0]
+                inputs["noise"] = torch.randn(shape, generator=self.noise).to(self.device)
+            else:
+                begin = inputs["images"].new_zeros(len(now[0]), ACTION_DIM)
+                inputs["draft"] = begin if self.draft is None else self.draft
+            actions, predictions = self.query(inputs)  # [B, H, 13]
+            self.draft = actions[:, 0].clone()  # the next step's tokens are often the same
             self.predictions = {name: value.cpu().numpy() for name, value in predictions.items()}
             actions = self.stats.denormalize(actions).clamp(-1, 1).cpu().numpy()
             self.queue.extend(rearrange(actions, "b h a -> h b a")[: cfg.flow.execute])
@@ -95,6 +97,21 @@ class Policy:
             self.seen.append(now)
         self.done.append(torch.from_numpy(action))
         return action
+
+    def query(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """model.act; on a GPU as one graph."""
+        if self.device.type != "cuda":
+            return self.run(inputs, self.predict)
+        if self.predict not in self.graphs:
+            self.graphs[self.predict] = Graphed(partial(self.run, predict=self.predict))
+        return self.graphs[self.predict](inputs)
+
+    def run(self, inputs: dict[str, Tensor], predict: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = dict(inputs)
+        given = {name: batch.pop(name, None) for name in ("noise", "draft")}
+        kind, on_gpu = self.device.type, self.device.type == "cuda"
+        with torch.autocast(kind, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
+            return self.model.act(batch, **given, predict=predict)
 
     def batch(self, now: tuple[Tensor, Tensor], instruction: str) -> dict[str, Tensor]:
         """What the model reads: `now` is rgb and depth as cameras() gives them."""

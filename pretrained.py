@@ -82,8 +82,13 @@ SIGLIP_HF_DEAD = (
 LLM_HF = {
     r"model\.embed_tokens\.weight": "embed.weight",
     r"model\.norm\.weight": "norm.weight",
-    r"model\.layers\.(\d+)\.self_attn\.([qkvo])_proj\.(\w+)": r"layers.\1.\2.\3",
-    r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight": r"layers.\1.\2.weight",
+    r"model\.layers\.(\d+)\.self_attn\.q_proj\.(\w+)": r"layers.\1.qkv.\2#0",
+    r"model\.layers\.(\d+)\.self_attn\.k_proj\.(\w+)": r"layers.\1.qkv.\2#1",
+    r"model\.layers\.(\d+)\.self_attn\.v_proj\.(\w+)": r"layers.\1.qkv.\2#2",
+    r"model\.layers\.(\d+)\.self_attn\.o_proj\.(\w+)": r"layers.\1.o.\2",
+    r"model\.layers\.(\d+)\.mlp\.gate_proj\.weight": r"layers.\1.gate_up.weight#0",
+    r"model\.layers\.(\d+)\.mlp\.up_proj\.weight": r"layers.\1.gate_up.weight#1",
+    r"model\.layers\.(\d+)\.mlp\.down_proj\.weight": r"layers.\1.down.weight",
     r"model\.layers\.(\d+)\.input_layernorm\.weight": r"layers.\1.input_norm.weight",
     r"model\.layers\.(\d+)\.post_attention_layernorm\.weight": r"layers.\1.mlp_norm.weight",
 }

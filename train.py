@@ -26,18 +26,13 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import checkpoint
 from config import PRESETS, InputError, TrainConfig, explained
-from data import (
-    ActionStats,
-    Batcher,
-    build_tokenizer,
-    check_batch,
-    tokenize,
-)
+from data import ActionStats, Batcher, build_tokenizer, check_batch, tokenize
 from decoders import BatchNorm
 from distributed import STOPPED, Ranks, join, signals
 from durable import sole_writer
 from flow_head import draw_noise
 from logs import Log
+from memory import describe_plan, memory_plan
 from model import AuxVLA, label_counts
 from pretrained import load_pretrained, source_of
 from rows import check_row, preset_of, row_of
@@ -51,6 +46,7 @@ MAY_CHANGE = {
     "val_frames",
 }  # fmt: skip
 MAY_CHANGE |= {"pretrained", "log_every", "save_every", "keep", "max_skipped", "tracker", "shard"}
+MAY_CHANGE |= {"recompute"}
 
 
 def learning_rate(step: int, num_steps: int, cfg: TrainConfig) -> float:
@@ -207,7 +203,7 @@ def distribute(model: AuxVLA, cfg: TrainConfig, ranks: Ranks) -> nn.Module:
     # DDP would reorder its buckets after a run's first step, and with them the sums of more than
     # two ranks. Looking for unused parameters, of which there are none, keeps it from that, so that
     # a resumed run adds like the uninterrupted one.
-    return DDP(model.to(ranks.device), find_unused_parameters=True)
+    return DDP(model.to(ranks.device), find_unused_parameters=True, gradient_as_bucket_view=True)
 
 
 def train(cfg: TrainConfig, ranks: Ranks) -> int:
@@ -216,8 +212,12 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
         raise InputError(
             f"--batch-size {cfg.batch_size} must be a multiple of the {world} processes"
         )
+    plan = describe_plan(memory_plan(cfg, world, device), cfg, device)
+    if ranks.is_main:
+        print(plan)
     model, origin, resumed = prepare(cfg, ranks)
     model.train_stage(cfg.stage)  # before DDP, which registers what requires a gradient
+    model.prepare_blocks(cfg.recompute, cfg.compile)
     ddp = distribute(model, cfg, ranks)
     params, moving = model.trained(), moving_buffers(model)
     optimizer = torch.optim.Adam(params, lr=cfg.lr, betas=cfg.betas, fused=True)  # Sec. 6.1

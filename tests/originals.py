@@ -168,10 +168,11 @@ def compare(vlm: VLM, originals: Originals, cfg: ModelConfig, tolerance: float) 
         states = tower(pixel_values=(images - mean) / std, output_hidden_states=True).hidden_states
         assert states[-2].abs().max() > 0.5
         theirs = states[-2][:, part.prefix_tokens :]
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     ids = torch.randint(0, cfg.llm.vocab, (2, 17))
     causal = torch.ones(2, 17, 17, dtype=torch.bool).tril()
-    hidden, _ = vlm.llm(vlm.llm.embed(ids), torch.arange(17).expand(2, 17), causal)
+    table = vlm.llm.rope(torch.arange(17).expand(2, 17))
+    hidden, _ = vlm.llm(vlm.llm.embed(ids), table, causal[:, None])
     theirs = originals.llm(ids).logits
     assert theirs.abs().max() > 0.5
     torch.testing.assert_close(vlm.llm.logits(hidden), theirs, rtol=0, atol=1e-5)

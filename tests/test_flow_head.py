@@ -6,6 +6,7 @@ import torch
 from test_model import CFG, make_batch, make_padded
 from torch.nn import functional as F
 
+from backbone import KeyValues
 from flow_head import draw_noise, time_embedding
 from model import AuxVLA
 
@@ -23,7 +24,7 @@ def test_ten_euler_steps_from_noise_land_on_the_chunk_it_was_trained_on():
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         prefix = model.vlm.encode(batch)
-    cache = [(k.repeat(16, 1, 1, 1), v.repeat(16, 1, 1, 1)) for k, v in prefix.cache]
+    cache = [KeyValues(*(part.repeat(16, 1, 1, 1) for part in layer)) for layer in prefix.cache]
     mask, actions = prefix.mask.repeat(16, 1), batch["actions"].repeat(16, 1, 1)
     for _ in range(250):
         noise, t = draw_noise(32, 8, generator)
@@ -81,13 +82,13 @@ def test_the_expert_reads_every_layer_of_the_prefix_and_no_padding():
         reference = model.flow_head.velocity(x, t, prefix.cache, prefix.mask)
         for layer in range(CFG.llm.depth):
             cache = list(prefix.cache)
-            cache[layer] = tuple(-part for part in cache[layer])
+            cache[layer] = KeyValues(*(-part for part in cache[layer]))
             assert (
                 model.flow_head.velocity(x, t, cache, prefix.mask) - reference
             ).abs().max() > 1e-6
         hidden = prefix.mask.clone()
         hidden[0, 3] = False
-        cache = [(k.clone(), v.clone()) for k, v in prefix.cache]
+        cache = [KeyValues(k.clone(), v.clone()) for k, v in prefix.cache]
         masked = model.flow_head.velocity(x, t, cache, hidden)
         for k, v in cache:
             k[:, :, 3], v[:, :, 3] = 5, 5
@@ -106,12 +107,9 @@ def turn(x, positions, cfg):
 def attend(layers, streams, positions, visible, cfg):
     """One softmax over both streams, each with its own projections: [B, T, heads * head_dim]."""
     inputs = [layer.input_norm(x) for layer, x in zip(layers, streams)]
-    q, k, v = (
-        torch.cat([getattr(layer, name)(x) for layer, x in zip(layers, inputs)], dim=1).unflatten(
-            -1, (-1, cfg.head_dim)
-        )
-        for name in "qkv"
-    )
+    qkv = torch.cat([layer.qkv(x) for layer, x in zip(layers, inputs)], dim=1)
+    sizes = [cfg.heads, cfg.kv_heads, cfg.kv_heads]
+    q, k, v = qkv.unflatten(-1, (-1, cfg.head_dim)).split(sizes, dim=2)
     groups = cfg.heads // cfg.kv_heads
     q, k = turn(q, positions, cfg), turn(k, positions, cfg).repeat_interleave(groups, 2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(cfg.head_dim)
@@ -136,7 +134,8 @@ def compare_with_joint_pass(model, batch, tolerance):
         for i, (layer, part) in enumerate(zip(layers, mixed.split(lengths, dim=1))):
             x = streams[i] + layer.o(part)
             y = layer.mlp_norm(x)
-            streams[i] = x + layer.down(F.silu(layer.gate(y)) * layer.up(y))
+            gate, up = layer.gate_up(y).chunk(2, dim=-1)
+            streams[i] = x + layer.down(F.silu(gate) * up)
     joint = head.action_out(head.norm(streams[1]))
     read = model.vlm.encode(batch)
     cached = head.velocity(x_t, t, read.cache, read.mask)

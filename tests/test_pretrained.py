@@ -141,8 +141,8 @@ def edit(path, change):
 
 SOURCES = {  # file, a key in it, ours
     "prismatic": (
-        "checkpoints/latest-checkpoint.pt", "llm.model.layers.2.mlp.up_proj.weight",
-        "llm.layers.2.up.weight", "[512, 192]",
+        "checkpoints/latest-checkpoint.pt", "llm.model.layers.2.mlp.down_proj.weight",
+        "llm.layers.2.down.weight", "[192, 512]",
     ),
     "openvla": (
         "model-00001-of-00002.safetensors", "vision_backbone.featurizer.pos_embed",
