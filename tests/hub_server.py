@@ -1,0 +1,90 @@
+"""A small server of the Hugging Face hub's protocol, for its real client (HF_ENDPOINT)."""
+
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+COMMIT = "c0ffee" + "0" * 34
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves `repositories`: bytes by name, by owner/name of the dataset.
+
+    `fetched` are the names whose content was sent, in order. The content of a name in `stalled`
+    stops half way until it is taken out; one in `refused` is listed, but not to be had.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, repositories: dict[str, dict[str, bytes]]):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.repositories, self.fetched = repositories, []
+        self.stalled, self.refused = set(), set()
+        self.halfway = threading.Event()  # set when a stalled name has stopped
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Answer(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def head(self, status: int, length: int, headers: dict[str, str] | None = None):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(length), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def answer(self, send: bool):
+        path = self.path.partition("?")[0]
+        if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(/tree/\w+)?", path):
+            self.listing(self.server.repositories.get(found[1]), bool(found[2]))
+        elif found := re.fullmatch(rf"/datasets/([^/]+/[^/]+)/resolve/{COMMIT}/(.+)", path):
+            self.file(self.server.repositories[found[1]][found[2]], found[2], send)
+        else:
+            self.head(404, 0)
+
+    def listing(self, files: dict[str, bytes] | None, tree: bool):
+        if files is None:
+            self.head(404, 0, {"X-Error-Code": "RepoNotFound"})
+            return
+        if tree:
+            content = [
+                {"type": "file", "path": name, "size": len(data), "oid": name}
+                for name, data in files.items()
+            ]
+        else:
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
+            content = {"id": "x/y", "sha": COMMIT, "siblings": siblings}
+        body = json.dumps(content).encode()
+        self.head(200, len(body), {"Content-Type": "application/json"})
+        self.wfile.write(body)
+
+    def file(self, data: bytes, name: str, send: bool):
+        if name in self.server.refused:
+            self.head(403, 0)
+            return
+        about = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        self.head(200, len(data), about)
+        if not send:
+            return
+        self.server.fetched.append(name)
+        self.wfile.write(data[: len(data) // 2])
+        self.wfile.flush()
+        while name in self.server.stalled:
+            self.server.halfway.set()
+            threading.Event().wait(0.02)
+        self.wfile.write(data[len(data) // 2 :])
+
+    def do_HEAD(self):
+        self.answer(send=False)
+
+    def do_GET(self):
+        self.answer(send=True)

@@ -1,0 +1,143 @@
+"""`data.py download` as a user starts it: the hub's real client, a server of its protocol."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from files import write_demos
+from hub_server import Hub
+from processes import start
+
+from demonstrations import Demonstrations
+from download import DATASETS
+
+CLOSE = ["close/fridge.h5", "close/fridge.json"]
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory) -> Path:
+    """Two of SetTable's targets, one of TidyHouse's; MS-HAB's files lack our labels."""
+    folder = tmp_path_factory.mktemp("released")
+    for seed, name in enumerate(
+        ("set_table/close/fridge", "set_table/pick/024_bowl", "tidy_house/pick/024_bowl")
+    ):
+        write_demos(folder / name, lengths=(9,), labels=False, seed=seed)
+    return folder
+
+
+@pytest.fixture
+def hub(released):
+    served = {
+        DATASETS[task]: {
+            str(path.relative_to(released / task)): path.read_bytes()
+            for path in sorted((released / task).rglob("*.*"))
+        }
+        | {"README.md": b"card"}
+        for task in ("set_table", "tidy_house")
+    }
+    server = Hub(served)
+    yield server
+    server.stalled.clear()
+    server.shutdown()
+    server.server_close()
+
+
+def download(out: Path, flags: str, endpoint: str, **environment: str):
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(out.parent / "hf-home")}
+    environment = {"HF_HUB_DOWNLOAD_TIMEOUT": "20", "HF_HUB_OFFLINE": "0"} | environment
+    return start("data.py", "download", "--out", out, *flags.split(), **environment)
+
+
+def output(process, code: int = 0) -> str:
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == code, stderr
+    assert "Traceback" not in stderr
+    return stdout + stderr
+
+
+def test_what_is_asked_for_arrives_in_the_layout_that_is_read(hub, released, tmp_path):
+    out = tmp_path / "data"
+    flags = "--tasks set_table tidy_house --targets 024_bowl"
+    shown = output(download(out, flags, hub.url))
+    names = ["set_table/pick/024_bowl", "tidy_house/pick/024_bowl"]
+    files = [f"{name}.{kind}" for name in names for kind in ("h5", "json")]
+    assert sorted(str(p.relative_to(out)) for p in out.glob("*/*/*.*")) == sorted(files)
+    assert len(hub.fetched) == 4 and all(name in shown for name in files)
+    total = sum((released / name).stat().st_size for name in files)
+    assert f"{total / 1e3:.1f} kB  in all" in shown
+    source, original = Demonstrations(out), Demonstrations(released)
+    assert len(source.episodes) == 2 and source.instructions == ["pick up the bowl"]
+    assert (source.read_episode(1)["rgb"] == original.read_episode(2)["rgb"]).all()
+
+
+def test_a_killed_download_goes_on_without_what_is_whole(hub, released, tmp_path):
+    out, flags = tmp_path / "data", "--tasks set_table --workers 1"
+    hub.stalled = {"pick/024_bowl.h5"}
+    process = download(out, flags, hub.url)
+    assert hub.halfway.wait(60), output(process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    whole = [str(path.relative_to(out / "set_table")) for path in out.glob("*/*/*.*")]
+    assert sorted(whole) == CLOSE and list(out.rglob("*.incomplete"))
+
+    hub.stalled.clear()
+    hub.fetched.clear()
+    shown = output(download(out, flags, hub.url))
+    assert hub.fetched == ["pick/024_bowl.h5", "pick/024_bowl.json"]
+    assert not list(out.rglob("*.incomplete")) and "set_table/close/fridge.h5  there" in shown
+    for path in (released / "set_table").rglob("*.*"):
+        assert (out / path.relative_to(released)).read_bytes() == path.read_bytes()
+
+
+def test_a_dry_run_shows_the_sizes_and_fetches_nothing(hub, released, tmp_path):
+    shown = output(download(tmp_path / "data", "--tasks set_table --dry-run", hub.url))
+    kb = (released / "set_table/close/fridge.h5").stat().st_size / 1e3
+    assert f"{kb:.1f} kB  set_table/close/fridge.h5" in shown and "free in" in shown
+    assert hub.fetched == []
+
+
+def test_too_little_disk_is_said_before_anything_is_fetched(hub, small_disk):
+    repository = hub.repositories[DATASETS["set_table"]]
+    repository["close/fridge.h5"] = bytes(3_000_000)
+    shown = output(download(small_disk, "--tasks set_table --subtasks close", hub.url), code=1)
+    assert "are to be fetched" in shown and "are free" in shown and "fewer --tasks" in shown
+    assert hub.fetched == []
+
+
+def test_a_disk_that_fills_up_meanwhile_is_no_traceback(hub, small_disk, tmp_path):
+    hub.repositories[DATASETS["set_table"]]["close/fridge.h5"] = bytes(1_500_000)
+    hub.stalled = {"close/fridge.h5"}
+    flags = "--tasks set_table --subtasks close --workers 1"
+    process = download(small_disk / "data", flags, hub.url, HF_HOME=str(tmp_path))
+    assert hub.halfway.wait(60), output(process)
+    (small_disk / "ballast").write_bytes(bytes(1_000_000))
+    hub.stalled.clear()
+    assert "the disk is full" in output(process, code=1)
+
+
+def test_a_target_that_the_hub_lacks_is_named(hub, tmp_path):
+    flags = "--tasks set_table --subtasks close --targets fridge 013_apple"
+    shown = output(download(tmp_path / "data", flags, hub.url), code=1)
+    assert "the hub has no ['013_apple']" in shown and hub.fetched == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "not to be had from the hub"),
+    ],
+)
+def test_no_way_to_the_hub_ends_in_a_sentence(environment, sentence, hub, tmp_path):
+    endpoint = environment.pop("HF_ENDPOINT", hub.url)
+    process = download(tmp_path / "data", "--tasks set_table", endpoint, **environment)
+    assert sentence in output(process, code=1)
+
+
+def test_a_file_that_is_not_to_be_had_is_named_and_what_is_whole_stays(hub, tmp_path):
+    hub.refused = {"pick/024_bowl.h5"}
+    shown = output(download(tmp_path / "data", "--tasks set_table --workers 1", hub.url), code=1)
+    assert "pick/024_bowl.h5" in shown and "the same command goes on" in shown
+    there = {path.name for path in (tmp_path / "data").glob("*/*/*.*")}
+    assert {"fridge.h5", "fridge.json"} <= there and "024_bowl.h5" not in there
