@@ -7,14 +7,15 @@
     demos.read_episode(3)                 # all frames of one trajectory, each chunk inflated once
 
 An h5 holds T + 1 observations and T actions per trajectory (MS-HAB: envs/wrappers/record.py); frame
-t of ours is observation t with actions t, t+1, ..., t+7. A label that a file lacks is marked in
-`has`; a frame that cannot be read is a DataError naming file, trajectory and frame.
+t of ours is observation t with actions t, t+1, ..., t+7. MS-HAB's released files, collect.py's and
+those of MS-HAB's recorder are read alike. A label that a file lacks, and that cannot be derived, is
+marked in `has`; a frame that cannot be read is a DataError naming file, trajectory and frame.
 """
 
 import io
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -30,7 +31,8 @@ from config import (
     RECORDED_ACTIONS,
     InputError,
 )  # fmt: skip
-from tasks import SUBTASKS, instruction
+from released import CAMERA_POSE, GRIPPER_POSE, base_position, millimetres, planned_target
+from tasks import ARTICULATIONS, OBJECTS, SUBTASKS, instruction
 
 # One frame as it is recorded: no normalisation, no resize. The unit of the pack and of a loader's
 # batch.
@@ -67,7 +69,7 @@ class DataError(InputError):
 class Episode:
     file: str  # relative to the folder
     trajectory: str  # "traj_3"
-    length: int  # actions = frames
+    length: int  # actions = frames, up to the first success where it was truncated there
     instruction: int  # row of `instructions`
 
 
@@ -86,10 +88,14 @@ def load_sidecar(path: Path) -> dict:
 
 
 class Demonstrations:
-    """All demonstrations below a folder; opens in the time it takes to read the .json files."""
+    """All demonstrations below a folder; opens in the time it takes to read the .json files.
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    MS-HAB's released episodes go on for 200 steps, at rest once they have succeeded: `truncate`
+    ends each at its first success, as collect.py does. An episode without one keeps its length.
+    """
+
+    def __init__(self, folder: str | Path, truncate: bool = False):
+        self.folder, self.truncate = Path(folder), truncate
         paths = sorted(self.folder.rglob("*.h5"))
         if not paths:
             raise FileNotFoundError(
@@ -97,13 +103,17 @@ class Demonstrations:
                 f"--out {self.folder} ..."
             )
         self.episodes: list[Episode] = []
+        self.recorded: list[int] = []  # steps of each episode in its file
         self.instructions: list[str] = []
         self.action_schema: list[dict] | None = None
         self.qpos_names: list[str] | None = None
         for path in paths:
             self._index(path)
         self.starts = np.cumsum([0] + [e.length for e in self.episodes])
-        rows = [np.arange(0, e.length, chunk_rows(e.length + 1)) for e in self.episodes]
+        rows = [
+            np.arange(0, episode.length, chunk_rows(steps + 1))
+            for episode, steps in zip(self.episodes, self.recorded)
+        ]
         # First frame of each block: frames of one episode that lie in the same chunks of its file.
         self.blocks = np.concatenate([start + r for start, r in zip(self.starts, rows)])
         self.inflated: dict[int, np.ndarray] = {}
@@ -118,20 +128,27 @@ class Demonstrations:
                 )
             setattr(self, name, ours or theirs)
         for entry in sidecar["episodes"]:
-            if "instruction" not in entry and path.parent.name not in SUBTASKS:
-                raise DataError(
-                    f"{path}: no instruction in its .json, and its folder is none of {SUBTASKS}; "
-                    "expected <task>/<subtask>/<target>.h5"
-                )
-            text = entry.get("instruction") or instruction(path.parent.name, path.stem)
+            text = instruction_of(path, entry)
             if text not in self.instructions:
                 self.instructions.append(text)
-            self.episodes.append(
-                Episode(
-                    str(path.relative_to(self.folder)), f"traj_{entry['episode_id']}",
-                    entry["elapsed_steps"], self.instructions.index(text),
-                )
+            episode = Episode(
+                str(path.relative_to(self.folder)), f"traj_{entry['episode_id']}",
+                entry["elapsed_steps"], self.instructions.index(text),
             )  # fmt: skip
+            self.recorded.append(episode.length)
+            if self.truncate:
+                episode = replace(episode, length=self._first_success(episode))
+            self.episodes.append(episode)
+
+    def _first_success(self, entry: Episode) -> int:
+        """Steps up to the first success, that one included; all if there is none."""
+        success = self._group(entry).get("success")
+        if success is None or success.shape != (entry.length,):
+            raise DataError(
+                f"{self.folder / entry.file}, {entry.trajectory}: success is {success}, expected "
+                f"one for each of {entry.length} steps. Read it untruncated, or record it again."
+            )
+        return int(np.argmax(success[:])) + 1 if np.any(success[:]) else entry.length
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -166,7 +183,9 @@ class Demonstrations:
     def actions(self, episode: int) -> np.ndarray:
         """All actions of an episode, [T, 13], robot units, checked."""
         entry = self.episodes[episode]
-        return checked_actions(self._group(entry), entry, self.folder)
+        where = f"{self.folder / entry.file}, {entry.trajectory}"
+        actions = checked_actions(self._group(entry), self.recorded[episode], where)
+        return actions[: entry.length]
 
     def actions_of(self, episodes: np.ndarray) -> np.ndarray:
         """All actions of these episodes, [n, 13]."""
@@ -184,14 +203,38 @@ class Demonstrations:
 
     def _read(self, episode: int, first: int, last: int) -> np.ndarray:
         entry = self.episodes[episode]
+        where = f"{self.folder / entry.file}, {entry.trajectory}"
         try:
-            return read_frames(self._group(entry), entry, self.folder, episode, first, last)
+            group = self._group(entry)
+            actions = checked_actions(group, self.recorded[episode], where)[: entry.length]
+            out = read_frames(group, actions, first, last, where)
         except (OSError, KeyError) as error:
             raise DataError(
-                f"{self.folder / entry.file}, {entry.trajectory}, frames {first}..{last - 1}: "
+                f"{where}, frames {first}..{last - 1}: "
                 f"{error}. A key is missing or the file is damaged; expected MS-HAB's layout "
                 "recorded with obs_mode=rgbd. Download or record it again."
             ) from error
+        out["instruction"], out["episode"] = entry.instruction, episode
+        return out
+
+
+def instruction_of(path: Path, entry: dict) -> str:
+    """The sentence of an episode: recorded, or from its subtask's folder and its target.
+
+    The target is the file's name, or, if that is none (`all.h5`), what its subtask_uid is planned
+    to be. Raises InputError when there is neither.
+    """
+    subtask, target = path.parent.name, path.stem
+    if "instruction" in entry:
+        return entry["instruction"]
+    if subtask not in SUBTASKS:
+        raise DataError(
+            f"{path}: no instruction in its .json, and its folder is none of {SUBTASKS}; "
+            "expected <task>/<subtask>/<target>.h5"
+        )
+    if target not in ARTICULATIONS and not any(target in names for names in OBJECTS.values()):
+        target = planned_target(entry.get("subtask_uid"), target, str(path))
+    return instruction(subtask, target)
 
 
 @cache
@@ -208,16 +251,15 @@ def open_h5(path: str, process: int) -> h5py.File:
     return h5py.File(path, "r")
 
 
-def checked_actions(group: h5py.Group, entry: Episode, folder: Path) -> np.ndarray:
-    """The actions of a trajectory [T, 13].
+def checked_actions(group: h5py.Group, steps: int, where: str) -> np.ndarray:
+    """The actions of a trajectory of so many steps, [T, 13].
 
-    Raises DataError on another shape, NaN, or values outside [-1, 1].
+    Raises DataError, beginning with `where`, on another shape, NaN, or values outside [-1, 1].
     """
-    where = f"{folder / entry.file}, {entry.trajectory}"
     actions = group["actions"][:]
-    if actions.shape != (entry.length, ACTION_DIM):
+    if actions.shape != (steps, ACTION_DIM):
         raise DataError(
-            f"{where}: actions {actions.shape}, expected ({entry.length}, {ACTION_DIM}): "
+            f"{where}: actions {actions.shape}, expected ({steps}, {ACTION_DIM}): "
             "pd_joint_delta_pos of Fetch (arm 7, gripper 1, head and torso 3, base 2). Record with "
             "control_mode=pd_joint_delta_pos."
         )
@@ -232,53 +274,62 @@ def checked_actions(group: h5py.Group, entry: Episode, folder: Path) -> np.ndarr
 
 
 def read_frames(
-    group: h5py.Group, entry: Episode, folder: Path, episode: int, first: int, last: int
+    group: h5py.Group, actions: np.ndarray, first: int, last: int, where: str
 ) -> np.ndarray:
-    """Frames first..last-1 of one trajectory as RECORD."""
-    rows, out = slice(first, last), np.zeros(last - first, RECORD)
-    obs, has = group["obs"], dict.fromkeys(LABELS, True)
+    """Frames first..last-1 of one trajectory as RECORD, without instruction and episode.
+
+    `actions` [T, 13] are all that count; errors begin with `where`.
+    """
+    out, obs = np.zeros(last - first, RECORD), group["obs"]
+    if (frames := len(obs["agent/qpos"])) <= len(actions):
+        raise DataError(
+            f"{where}: {frames} observations, expected one more than the {len(actions)} actions. "
+            "The file is not whole; download or record it again."
+        )
     for c, camera in enumerate(CAMERAS):
         sensor = obs[f"sensor_data/fetch_{camera}"]
         depth = sensor["depth"]
         if not np.issubdtype(depth.dtype, np.integer):
             raise DataError(
-                f"{folder / entry.file}, {entry.trajectory}: depth is {depth.dtype}, expected "
-                "integer millimetres. Float metres would turn into 'everything touches the camera' "
-                "(Eq. 1); multiply by 1000 and store as int16."
+                f"{where}: depth is {depth.dtype}, expected integer millimetres. Float metres "
+                "would turn into 'everything touches the camera' (Eq. 1); multiply by 1000 and "
+                "store as int16."
             )
-        out["rgb"][:, c] = sensor["rgb"][rows]
-        out["depth"][:, c] = depth[rows, ..., 0]
+        out["rgb"][:, c] = sensor["rgb"][first:last]
+        out["depth"][:, c] = millimetres(depth[first:last, ..., 0])
+    read_labels(group, slice(first, last), out, where)
 
-    actions = checked_actions(group, entry, folder)
     steps = np.arange(first, last)[:, None] + np.arange(RECORDED_ACTIONS)  # [frames, 8]
     out["action_mask"] = steps < len(actions)
     out["actions"] = actions[np.minimum(steps, len(actions) - 1)] * out["action_mask"][..., None]
-
-    out["grasp"] = obs["extra/is_grasped"][rows]
-    out["qpos"] = obs["agent/qpos"][rows]
-    out["obj"] = obs["extra/obj_pose_wrt_base"][rows]
-    has["pos"] = "labels/pos" in group
-    if has["pos"]:
-        out["pos"] = group["labels/pos"][rows]
-    has["seg"] = "labels/seg" in group
-    if has["seg"]:
-        for c, camera in enumerate(CAMERAS):
-            masks = group[f"labels/seg/fetch_{camera}"][rows].reshape(last - first, -1)
-            out["seg"][:, c] = np.packbits(masks.astype(bool), axis=-1)
-    out["has"] = [has[label] for label in LABELS]
-    # MS-HAB writes an all-zero pose, quaternion included, where the subtask has no object (GAP-8).
-    out["has"][:, LABELS.index("obj")] = np.abs(out["obj"][:, 3:]).sum(-1) > 0
-    out["instruction"], out["episode"], out["frame"] = (
-        entry.instruction,
-        episode,
-        np.arange(first, last),
-    )
-
+    out["frame"] = np.arange(first, last)
     for name in ("pos", "qpos", "obj"):
         bad = ~np.isfinite(out[name]).all(-1)
         if bad.any():
             raise DataError(
-                f"{folder / entry.file}, {entry.trajectory}, frame {first + int(bad.argmax())}: "
-                f"{name} is {out[name][bad.argmax()]}, expected finite numbers"
+                f"{where}, frame {first + int(bad.argmax())}: {name} is "
+                f"{out[name][bad.argmax()]}, expected finite numbers"
             )
     return out
+
+
+def read_labels(group: h5py.Group, rows: slice, out: np.ndarray, where: str) -> None:
+    """Write the auxiliary labels of a trajectory's rows, and which it has, into `out`."""
+    obs, has = group["obs"], dict.fromkeys(LABELS, True)
+    out["grasp"] = obs["extra/is_grasped"][rows]
+    out["qpos"] = obs["agent/qpos"][rows]
+    out["obj"] = obs["extra/obj_pose_wrt_base"][rows]
+    if "labels/pos" in group:
+        out["pos"] = group["labels/pos"][rows]
+    elif CAMERA_POSE in obs and GRIPPER_POSE in obs:
+        out["pos"] = base_position(obs, rows, where)
+    else:
+        has["pos"] = False
+    has["seg"] = "labels/seg" in group
+    if has["seg"]:
+        for c, camera in enumerate(CAMERAS):
+            masks = group[f"labels/seg/fetch_{camera}"][rows].reshape(len(out), -1)
+            out["seg"][:, c] = np.packbits(masks.astype(bool), axis=-1)
+    out["has"] = [has[label] for label in LABELS]
+    # MS-HAB writes an all-zero pose, quaternion included, where the subtask has no object (GAP-8).
+    out["has"][:, LABELS.index("obj")] = np.abs(out["obj"][:, 3:]).sum(-1) > 0

@@ -2,51 +2,60 @@
 
     python tests/mshab_recorder.py FOLDER STEPS DEMONSTRATIONS.h5
 
-writes FOLDER/mshab.h5 and .json, STEPS random steps long, with mshab's RecordEpisode on the
-environment collect.py uses; then replays each trajectory of the h5 from its seed, and prints the
-steps at which it succeeds, as json.
+writes FOLDER/mshab.h5 and .json with mshab's RecordEpisode on the environment collect.py uses:
+traj_0 is STEPS random steps long; traj_1 and so on are the trajectories of the h5, replayed from
+their seeds, and REST steps more. FOLDER/positions.json has the base's x, y at each of their frames.
+Prints as json, for each trajectory of the h5, the steps of it at which it succeeds.
 """
 
 import json
 import sys
 from pathlib import Path
 
-import gymnasium
 import h5py
 import numpy as np
+import old_gymnasium  # noqa: F401  before mshab's wrappers
+from mshab.envs.wrappers.record import RecordEpisode
+
+from env import SubtaskEnv
+
+REST = 4  # steps after the success, as in MS-HAB's released episodes
 
 
-def forward_attributes(self, name):
-    if name.startswith("_"):
-        raise AttributeError(name)
-    return getattr(self.env, name)
+def replay(env: SubtaskEnv, seed: int, actions: np.ndarray) -> tuple[list[int], list]:
+    """The steps of success and the base's positions."""
+    env.reset(seed)
+    env.mshab.last_reset_kwargs = {"seed": seed}  # the options are tensors, which are no json
+    rest = np.zeros((REST, actions.shape[1]), np.float32)
+    rest[:, 7] = actions[-1, 7]  # the gripper's action is a position
+    positions, success = [env.pos.tolist()], []
+    for action in [*actions, *rest]:
+        success.append(env.step(action)[1]["success"])
+        positions.append(env.pos.tolist())
+    return np.flatnonzero(success[: len(actions)]).tolist(), positions
 
 
-# mshab's wrappers were written for gymnasium 0.29, which had this name and forwarded attributes.
-gymnasium.vector.VectorEnvWrapper = gymnasium.vector.VectorWrapper
-gymnasium.Wrapper.__getattr__ = forward_attributes
+def main(folder: Path, steps: int, demonstrations: Path):
+    env = SubtaskEnv("set_table", "close", "kitchen_counter", obs_mode="rgbd")
+    recorder = RecordEpisode(
+        env.mshab, folder, trajectory_name="mshab", save_video=False, record_env_state=False
+    )
+    recorder.reset(seed=0, options={})
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        recorder.step(rng.uniform(-0.2, 0.2, 13).astype(np.float32))
+    env.mshab, successes, positions = recorder, {}, {}
+    episodes = json.loads(demonstrations.with_suffix(".json").read_text())["episodes"]
+    with h5py.File(demonstrations) as file:
+        for episode in episodes:
+            actions = file[f"traj_{episode['episode_id']}/actions"][:]
+            number = episode["episode_id"]
+            successes[number], positions[number] = replay(env, episode["seed"], actions)
+    recorder.flush_trajectory()  # a reset has flushed those before
+    recorder._h5_file.close()
+    (folder / "positions.json").write_text(json.dumps(positions))
+    print(json.dumps(successes))
 
-from mshab.envs.wrappers.record import RecordEpisode  # noqa: E402
 
-from env import SubtaskEnv  # noqa: E402
-
-folder, steps, demonstrations = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-env = SubtaskEnv("set_table", "close", "kitchen_counter", obs_mode="rgbd")
-recorder = RecordEpisode(
-    env.mshab, folder, trajectory_name="mshab", save_video=False, record_env_state=False
-)
-recorder.reset(seed=0, options={})
-rng = np.random.default_rng(0)
-for _ in range(steps):
-    recorder.step(rng.uniform(-0.2, 0.2, 13).astype(np.float32))
-recorder.flush_trajectory()
-recorder._h5_file.close()
-
-successes = {}
-episodes = json.loads(demonstrations.with_suffix(".json").read_text())["episodes"]
-with h5py.File(demonstrations) as file:
-    for episode in episodes:
-        env.reset(episode["seed"])
-        infos = [env.step(action)[1] for action in file[f"traj_{episode['episode_id']}/actions"]]
-        successes[episode["episode_id"]] = [i for i, info in enumerate(infos) if info["success"]]
-print(json.dumps(successes))
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -305,7 +305,7 @@ def test_an_epoch_of_blocks_has_every_frame_once_and_inflates_every_block_once(
     tmp_path, monkeypatch
 ):
     for i in range(4):
-        write_demos(tmp_path / f"set_table/close/{i}", lengths=(12,) * 20, seed=i)
+        write_demos(tmp_path / f"{i}/close/fridge", lengths=(12,) * 20, seed=i)
     frames = Frames(Demonstrations(tmp_path), 0.1, train=True)
     read, original = [], Demonstrations._read_block
     monkeypatch.setattr("demonstrations.READ_AHEAD", 60)
