@@ -1,0 +1,249 @@
+"""Faults in the apartment, the demonstrations and the weights, on copies of whole ones."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from files import write_demos
+from originals import save_prismatic
+from planted import ROOT, fault
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+from config import TINY_MODEL
+from data import build_tokenizer
+from durable import sha256, write_sealed
+from tools.check_assets import assets
+from tools.check_files import checkpoint_weights, demonstrations, pretrained_weights
+from tools.checks import Finding
+
+REPLICA = "data/scene_datasets/replica_cad_dataset"
+
+
+def write_prismatic(folder: Path, change: Callable[[dict], None] = lambda components: None):
+    manifest = json.loads((ROOT / "tests/prismatic_manifest.json").read_text())
+    parts = ("projector", "llm_backbone", "vision_backbone")
+    components = {
+        part: {key: torch.empty(shape, device="meta") for key, shape in manifest[part].items()}
+        for part in parts
+    }
+    change(components)
+    save_prismatic(components, folder)
+
+
+def cut(path: Path, share: float = 0.5) -> None:
+    os.truncate(path, int(path.stat().st_size * share))
+
+
+def flip(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+# --- Assets ---
+
+
+@fault("024_bowl/collision.ply: not there", "household.assets .* --seed 0")
+def an_object_that_is_missing(plant):
+    root = plant.assets()
+    shutil.rmtree(root / "data/assets/mani_skill2_ycb/models/024_bowl")
+    return assets(root)
+
+
+@fault("024_bowl", "MS_ASSET_DIR=.* -y ycb")
+def an_object_that_is_missing_in_a_download(plant):
+    root = plant.assets()
+    (root / "household.json").unlink()
+    shutil.rmtree(root / "data/assets/mani_skill2_ycb/models/024_bowl")
+    return assets(root)
+
+
+@fault("glb: empty", "household.assets")
+def a_stage_that_is_empty(plant):
+    root = plant.assets()
+    for stage in (root / REPLICA / "stages").glob("*.glb"):
+        cut(stage, 0)
+    return assets(root)
+
+
+@fault("glb: not there", "hf download haosulab/ReplicaCAD ")
+def a_stage_that_is_missing_in_a_download(plant):
+    root = plant.assets()
+    (root / "household.json").unlink()
+    shutil.rmtree(root / REPLICA / "stages")
+    return assets(root)
+
+
+@fault("no .*rearrange/task_plans", "mv .*-dataset .*/rearrange$")
+def a_folder_under_a_wrong_name(plant):
+    folder = plant.assets() / REPLICA / "rearrange"
+    folder.rename(folder.with_name("rearrange-dataset"))
+    return assets(plant.tmp / "assets")
+
+
+@fault("no .*mani_skill2_ycb/models", r"mv .*/inner/\* ")
+def an_archive_unpacked_one_level_too_deep(plant):
+    folder = plant.assets() / "data/assets/mani_skill2_ycb"
+    folder.rename(plant.tmp / "inner")
+    shutil.move(plant.tmp / "inner", folder / "inner")
+    return assets(plant.tmp / "assets")
+
+
+@fault("no folder data", "export MS_ASSET_DIR=.*/assets$")
+def MS_ASSET_DIR_one_level_too_deep(plant):
+    return assets(plant.assets() / "data")
+
+
+@fault("not set", "export MS_ASSET_DIR=")
+def MS_ASSET_DIR_that_is_not_set(plant):
+    plant.patch.delenv("MS_ASSET_DIR")
+    return assets()
+
+
+@fault("spawn_data.pt: cut off", "household.assets")
+def start_poses_that_are_cut_off(plant):
+    root = plant.assets()
+    cut(root / REPLICA / "rearrange/spawn_data/set_table/close/val/spawn_data.pt")
+    return assets(root)
+
+
+@fault("fridge.json: cut off", "household.assets")
+def a_plan_that_is_cut_off(plant):
+    root = plant.assets()
+    cut(root / REPLICA / "rearrange/task_plans/set_table/close/val/fridge.json")
+    return assets(root)
+
+
+# --- Demonstrations ---
+
+
+@fault("fridge.h5.*truncated", "data.py download .* --targets fridge")
+def an_h5_that_is_cut_off(plant):
+    folder = plant.copy("demos")
+    cut(folder / "set_table/close/fridge.h5")
+    return demonstrations(folder)
+
+
+@fault("no fridge.json beside it", "rm -f .*fridge.json && python data.py download")
+def an_h5_without_its_json(plant):
+    folder = plant.copy("demos")
+    (folder / "set_table/close/fridge.json").unlink()
+    return demonstrations(folder)
+
+
+@fault("fridge.json: not whole", "data.py download")
+def a_json_that_is_cut_off(plant):
+    folder = plant.copy("demos")
+    cut(folder / "set_table/close/fridge.json")
+    return demonstrations(folder)
+
+
+@fault("no seg in 1 of 2 files: set_table/close/fridge.h5", "collect.py")
+def labels_that_are_missing(plant):
+    write_demos(plant.copy("demos") / "set_table/close/fridge", labels=False)
+    return demonstrations(plant.tmp / "demos")
+
+
+@fault("no .h5 below it", "--data .*/rearrange-dataset$")
+def demonstrations_under_another_name(plant):
+    plant.copy("demos").rename(plant.tmp / "rearrange-dataset")
+    (plant.tmp / "rearrange/task_plans").mkdir(parents=True)
+    return demonstrations(plant.tmp / "rearrange")
+
+
+@fault("frames-00000.bin: .*sha256 differs", "rm -r .* && python data.py pack")
+def a_changed_byte_in_a_pack(plant):
+    flip(plant.copy("pack") / "frames-00000.bin")
+    return demonstrations(plant.tmp / "pack")
+
+
+@fault("no pack.json", "python data.py pack")
+def a_pack_that_was_not_finished(plant):
+    (plant.copy("pack") / "pack.json").unlink()
+    return demonstrations(plant.tmp / "pack")
+
+
+# --- Weights ---
+
+
+def resealed(folder: Path) -> list[Finding]:
+    """Findings on a step whose files were changed, and its manifest with them."""
+    step = checkpoint.steps_in(folder)[-1]
+    manifest = checkpoint.read_manifest(step, verify=False)
+    manifest["files"] = {name: sha256(step / name) for name in manifest["files"]}
+    write_sealed(step / "manifest.json", manifest)
+    return checkpoint_weights(folder)
+
+
+@fault("1 tensors: .*qpos", "copy .* again")
+def weights_of_another_model(plant):
+    file = checkpoint.steps_in(plant.copy("stage1"))[-1] / "model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if "qpos" in key)
+    save_file(tensors | {key: tensors[key][:1].clone()}, file)
+    return resealed(plant.tmp / "stage1")
+
+
+@fault("model.safetensors: missing or damaged", "copy .* again")
+def a_cut_checkpoint(plant):
+    cut(checkpoint.steps_in(plant.copy("stage1"))[-1] / "model.safetensors")
+    return checkpoint_weights(plant.tmp / "stage1")
+
+
+@fault("incomplete|Incomplete", "copy .* again")
+def a_cut_checkpoint_with_a_manifest_to_it(plant):
+    cut(checkpoint.steps_in(plant.copy("stage1"))[-1] / "model.safetensors")
+    return resealed(plant.tmp / "stage1")
+
+
+@fault("optimizer.safetensors: missing or damaged", "--checkpoint .*step-00000000$")
+def a_changed_byte_in_a_checkpoint(plant):
+    step = checkpoint.steps_in(plant.copy("stage1"))[-1]
+    shutil.copytree(step, step.with_name("step-00000000"))
+    flip(step / "optimizer.safetensors")
+    return checkpoint_weights(plant.tmp / "stage1")
+
+
+@fault("no checkpoint", "python train.py --stage 1")
+def a_checkpoint_that_is_not_there(plant):
+    return checkpoint_weights(plant.tmp / "stage1")
+
+
+@fault("601 tokens; expected 1 to 256", "copy .* again")
+def a_tokenizer_of_another_checkpoint(plant):
+    step = checkpoint.steps_in(plant.copy("stage1"))[-1]
+    tokenizer = json.loads((step / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = {f"word{i}": i for i in range(600)} | {"<unk>": 599}
+    (step / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return resealed(plant.tmp / "stage1")
+
+
+@fault(r"llm.layers.3.*\[4, 4\]", "hf download Stanford-ILIAD")
+def pre_trained_weights_of_another_model(plant):
+    def change(components):
+        key = "llm.model.layers.3.mlp.down_proj.weight"
+        components["llm_backbone"][key] = torch.empty(4, 4, device="meta")
+
+    write_prismatic(plant.tmp / "prism", change)
+    return pretrained_weights(str(plant.tmp / "prism"), "paper")
+
+
+@fault("model.safetensors: cut off", "hf download Qwen/Qwen2.5-0.5B --force")
+def a_cut_safetensors(plant):
+    file = plant.tmp / "weights/Qwen2.5-0.5B/model.safetensors"
+    file.parent.mkdir(parents=True)
+    save_file({"model.norm.weight": torch.ones(896)}, file)
+    cut(file)
+    return pretrained_weights(str(plant.tmp / "weights"), "paper")
+
+
+@fault("tokens; expected 151665", "hf download .* tokenizer.json")
+def a_wrong_tokenizer(plant):
+    build_tokenizer(TINY_MODEL.llm).save(str(plant.tmp / "tokenizer.json"))
+    return pretrained_weights(str(plant.whole / "prism"), "paper", str(plant.tmp))

@@ -1,0 +1,243 @@
+"""Demonstrations and weights, looked at without reading all of them.
+
+    require(demonstrations("DATA"), checkpoint_weights("RUN/stage1"))
+
+Of demonstrations and packs as much is read as SECONDS allow, of weights the headers only; a finding
+says how much that was.
+"""
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor
+
+import checkpoint
+import pretrained
+from config import LABELS, PRESETS, InputError, LLMConfig, TrainConfig, model_config
+from data import build_tokenizer
+from demonstrations import DataError, Demonstrations, load_sidecar
+from model import VLM, AuxVLA
+from pack import Pack
+from tools.checks import Finding, brief, size
+
+SECONDS = 4.0  # for samples of demonstrations or a pack
+HASHED = 2e9  # bytes of a checkpoint, up to which it is compared with its sha256
+
+WITH_OBJECT = ("pick", "place")  # the others move a part of the furniture (GAP-8)
+
+# --- Demonstrations ---
+
+
+def demonstrations(folder: str | Path, seconds: float = SECONDS) -> list[Finding]:
+    """--data: a pack, or MS-HAB's files."""
+    folder = Path(folder)
+    if (folder / "pack.json").is_file() or list(folder.glob("frames-*.bin")):
+        return pack_findings(folder, seconds)
+    files = sorted(folder.rglob("*.h5"))
+    if not files:
+        names = [path.name for path in folder.parent.glob("*/") if path.name != folder.name]
+        near = [
+            folder.with_name(name) for name in get_close_matches(folder.name, names, cutoff=0.5)
+        ]
+        near = [path for path in near if next(path.rglob("*.h5"), None)]
+        mend = f"--data {near[0]}" if near else f"python data.py download --out {folder}"
+        got = f"{folder}: {'no .h5 below it' if folder.is_dir() else 'not there'}"
+        return [Finding("missing", "--data", got, "<task>/<subtask>/<target>.h5 and .json", mend)]
+    found = []
+    for path in files:
+        try:
+            load_sidecar(path)
+        except DataError as error:
+            found.append(damaged(path.with_suffix(".json"), error))
+    if found:
+        return found
+    try:
+        demos = Demonstrations(folder)
+    except DataError as error:
+        return [damaged(files[0], error)]
+    return read_samples(demos, time.monotonic() + seconds)
+
+
+def read_samples(demos: Demonstrations, deadline: float) -> list[Finding]:
+    """The end of each file's first and last episode, until the deadline; which labels they have."""
+    last_of = {episode.file: row for row, episode in enumerate(demos.episodes)}
+    first_of = {episode.file: row for row, episode in reversed([*enumerate(demos.episodes)])}
+    found, lacking, read = [], {}, 0
+    for file in random.sample(sorted(last_of), len(last_of)):
+        if time.monotonic() > deadline:
+            break
+        read += 1
+        try:
+            ends = [demos.starts[row[file] + 1] - 1 for row in (first_of, last_of)]
+            has = demos.read(ends)["has"].max(0)  # [labels]
+        except DataError as error:
+            found.append(damaged(demos.folder / file, error))
+            continue
+        for label, there in zip(LABELS, has):
+            if not there and (label != "obj" or Path(file).parent.name in WITH_OBJECT):
+                lacking.setdefault(label, []).append(file)
+    total = sum((demos.folder / file).stat().st_size for file in last_of)
+    got = f"{len(last_of)} files, {size(total)}, {len(demos):,} frames; read in {read} files"
+    return [Finding("ok" if not found else "warn", "--data", got), *found] + [
+        Finding(
+            "warn", "labels", f"no {label} in {len(files)} of {read} files: {files[0]}",
+            f"labels for the {label} decoder, which learns nothing from these files",
+            record_again(demos.folder, files[0]),
+        )
+        for label, files in lacking.items()
+    ]  # fmt: skip
+
+
+def record_again(folder: Path, file: str) -> str:
+    task, subtask, target = ("TASK", "SUBTASK", *Path(file).with_suffix("").parts)[-3:]
+    return (
+        f"python collect.py --expert scripted --task {task} --subtask {subtask} --target {target} "
+        f"--out {folder}-labelled (--expert rl in the real apartments)"
+    )
+
+
+def damaged(path: Path, error: Exception) -> Finding:
+    task, subtask = ("", "", *path.absolute().parts)[-3:-1]
+    mend = (
+        f"rm -f {path} && python data.py download --out {path.parent.parent.parent} "
+        f"--tasks {task} --subtasks {subtask} --targets {path.stem} (or collect.py again)"
+    )
+    return Finding("missing", "--data", brief(error), "a whole .h5 and its .json", mend)
+
+
+def pack_findings(folder: Path, seconds: float) -> list[Finding]:
+    """Sizes of all files; as many as there is time for, in random order, against their sha256."""
+    deadline, compared = time.monotonic() + seconds, 0
+    try:
+        pack = Pack(folder)
+        for name in random.sample(sorted(pack.hashes), len(pack.hashes)):
+            if compared and time.monotonic() > deadline:
+                break
+            pack.verify(name)
+            compared += 1
+    except (InputError, FileNotFoundError) as error:
+        mend = f"rm -r {folder} && python data.py pack --data DATA --out {folder}"
+        return [Finding("missing", "--data", brief(error), "a whole pack", mend)]
+    got = f"{len(pack):,} frames; sha256 of {compared} of {len(pack.hashes)} files compared"
+    rest = "" if compared == len(pack.hashes) else f" (all: python data.py verify {folder})"
+    return [Finding("ok", "--data", got + rest)]
+
+
+# --- Weights ---
+
+
+def shapes_in(path: Path) -> dict[str, list[int]]:
+    """Every tensor's shape, from the file's header alone; SafetensorError when it is cut off."""
+    with safe_open(path, "pt") as file:
+        return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+
+
+def tokenizer_findings(
+    tokenizer: Tokenizer, cfg: LLMConfig, source: str, mend: str
+) -> list[Finding]:
+    """The size of its vocabulary tells a tokenizer: the action ids follow it, or end it."""
+    low, high = cfg.first_action_id, cfg.vocab
+    if cfg.tokenizer == "words":
+        low, high = 1, cfg.first_action_id
+    got = f"{source}: {tokenizer.get_vocab_size()} tokens"
+    if low <= tokenizer.get_vocab_size() <= high:
+        return [Finding("ok", "tokenizer", got)]
+    return [Finding("missing", "tokenizer", got, f"{low} to {high} for this model", mend)]
+
+
+def checkpoint_weights(path: str | Path) -> list[Finding]:
+    """--checkpoint: manifest, hashes, and the header's keys and shapes against the model."""
+    path = Path(path)
+    steps = checkpoint.steps_in(path)
+    folder = path if (path / "manifest.json").is_file() or not steps else steps[-1]
+    older = [step for step in steps or checkpoint.steps_in(path.parent) if step.name < folder.name]
+    mend = f"--checkpoint {older[-1]}" if older else f"copy {folder} again, or train it again"
+
+    def lacking(got: str, expected: str) -> list[Finding]:
+        return [Finding("missing", "--checkpoint", got, expected, mend)]
+
+    if not folder.is_dir():
+        mend = f"python train.py --stage 1 --data DATA --out {path}"
+        return lacking(f"{path}: no checkpoint", "RUN/stageN or a step in it")
+    total = sum(file.stat().st_size for file in folder.iterdir())
+    try:
+        manifest = checkpoint.read_manifest(folder, verify=total < HASHED)
+        theirs = shapes_in(folder / "model.safetensors")
+        tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text())
+    except (InputError, OSError, SafetensorError) as error:
+        return lacking(f"{folder}: {brief(error)}", "a whole checkpoint")
+    cfg = checkpoint.model_config_of(manifest)
+    with torch.device("meta"):
+        ours = AuxVLA(cfg, flow_head=manifest["stage"] == 3).state_dict()
+    wrong = checkpoint.differences({key: list(v.shape) for key, v in ours.items()}, theirs)
+    if wrong:
+        return lacking(f"{folder}: {len(wrong)} tensors: {'; '.join(wrong[:3])}", "its own model's")
+    hashed = "every sha256 compared" if total < HASHED else "sha256 not compared, it is large"
+    got = f"{folder}: stage {manifest['stage']}, {len(theirs)} tensors, {size(total)}, {hashed}"
+    found = tokenizer_findings(tokenizer, cfg.llm, str(folder / "tokenizer.json"), mend)
+    return [Finding("ok", "--checkpoint", got), *found]
+
+
+@contextmanager
+def headers_only() -> Iterator[None]:
+    """Within, load_pretrained reads names and shapes, hashes nothing and downloads nothing.
+
+    Its map of names and its messages are thus the ones of the run itself.
+    """
+
+    def safetensors(folder: Path) -> dict[str, Tensor]:
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            return read_safetensors(folder)  # says so
+        try:
+            shapes = {key: shape for path in files for key, shape in shapes_in(path).items()}
+        except SafetensorError:
+            return read_safetensors(folder)  # names the file
+        return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+    def prismatic(folder: Path) -> dict[str, Tensor]:
+        return {key: tensor.to("meta") for key, tensor in read_prismatic(folder).items()}
+
+    read_safetensors, read_prismatic = pretrained.read_safetensors, pretrained.read_prismatic
+    with patch.multiple(
+        pretrained, read_safetensors=safetensors, read_prismatic=prismatic,
+        sha256=lambda path: "", snapshot_download=partial(snapshot_download, local_files_only=True),
+    ):  # fmt: skip
+        yield
+
+
+def pretrained_weights(name: str, preset: str, tokenizer: str | None = None) -> list[Finding]:
+    """--pretrained: every key and shape against the preset's model, and its tokenizer."""
+    cfg = model_config(preset)
+    try:
+        with headers_only(), torch.device("meta"):
+            pretrained.load_pretrained(VLM(cfg), pretrained.source_of(name))
+        found = [Finding("ok", "--pretrained", f"{name}: all keys and shapes of --preset {preset}")]
+    except InputError as error:
+        hubs = (pretrained.DINO_HUB, pretrained.SIGLIP_HUB, pretrained.QWEN_HUB)
+        part = next((hub for hub in hubs if Path(hub).name in str(error)), None)
+        whole = PRESETS[preset].get("pretrained") or TrainConfig.pretrained
+        mend = f"hf download {part or whole}"
+        if name not in ("hub", whole):  # those are in the hub's cache
+            folder = Path(name) / Path(part).name if part else name
+            mend += f" --force-download --local-dir {folder}"
+        expected = f"the weights of --preset {preset}"
+        found = [Finding("missing", "--pretrained", brief(error), expected, mend)]
+    llm = replace(cfg.llm, tokenizer=tokenizer or cfg.llm.tokenizer)
+    mend = f"hf download {cfg.llm.tokenizer} tokenizer.json --local-dir FOLDER"
+    try:
+        built = build_tokenizer(llm)
+    except InputError as error:
+        return [*found, Finding("missing", "tokenizer", brief(error), "tokenizer.json", mend)]
+    return found + tokenizer_findings(built, cfg.llm, llm.tokenizer, mend)

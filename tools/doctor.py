@@ -1,0 +1,172 @@
+"""What this machine lacks, and the command that mends it, in 15 seconds.
+
+    python -m tools.doctor
+    python -m tools.doctor --for train --data DATA --pretrained PRISM --out RUN/stage1
+    python -m tools.doctor --for eval --checkpoint RUN/stage2 --out RUN/eval
+    torchrun --nproc_per_node=8 -m tools.doctor --for train   # and do the ranks reach each other?
+
+One line per check: ok, warn or missing; what was got, what was expected; below it the command that
+mends it. Ends with 0 only if nothing is missing.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from huggingface_hub import constants
+
+from config import PRESETS, TrainConfig, explained, model_config
+from model import AuxVLA
+from tools import checks
+from tools.check_assets import assets
+from tools.check_files import checkpoint_weights, demonstrations, pretrained_weights
+from tools.checks import ROOT, Finding
+
+MESA = (24, 3)  # what SAPIEN asks of lavapipe, Mesa's renderer for the CPU (tools/setup.sh)
+PATIENCE = 12.0  # seconds for a program that is started
+SETUP = f"rm -f {ROOT}/.venv/setup-done && make -C {ROOT} setup"
+RESULTS = 1e9  # bytes of videos, or of some demonstrations
+
+
+@dataclass(frozen=True)
+class Doctor:
+    # the part that is needed
+    part: Annotated[Literal["all", "train", "eval", "collect"], tyro.conf.arg(name="for")] = "all"
+    # of train.py, eval.py and collect.py; what is not given is not looked at
+    data: str | None = None
+    checkpoint: str | None = None
+    pretrained: str | None = None
+    tokenizer: str | None = None  # --model.llm.tokenizer
+    preset: Literal[tuple(PRESETS)] = "paper"
+    out: str = "."
+    device: Literal["cpu", "cuda"] | None = None
+    workers: int | None = None  # default: the preset's
+    batch_size: int | None = None  # likewise
+
+    def of_preset(self, name: str) -> object:
+        given, default = getattr(self, name), getattr(TrainConfig, name)
+        return PRESETS[self.preset].get(name, default) if given is None else given
+
+
+# --- Programs that are started, since they may crash or hang ---
+
+
+def start(*command: str) -> tuple[int | None, str]:
+    """A Python program's exit code, None if it took too long, and its output."""
+    try:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+        )
+    except subprocess.TimeoutExpired:
+        return None, ""
+    return done.returncode, (done.stdout + done.stderr).strip()
+
+
+def renderer() -> list[Finding]:
+    """One frame, drawn by whatever Vulkan finds."""
+    code, output = start("tools/render_frame.py")
+    if code is None:
+        got, mend = f"no frame after {PATIENCE:.0f} s", "time python tools/render_frame.py"
+        return [Finding("warn", "renderer", got, "one; this machine may be busy", mend)]
+    if code == 0:
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        return drawn_findings(output.splitlines()[-1], name)
+    _, devices = start("tools/vulkan_devices.py")
+    return renderer_findings(output, devices, os.environ)
+
+
+def drawn_findings(drawn: str, gpu: str | None) -> list[Finding]:
+    """What to say of a frame: a GPU that torch uses should have drawn it."""
+    if gpu is None or "llvmpipe" not in drawn:
+        return [Finding("ok", "renderer", drawn)]
+    mend = "docker run --gpus all -e NVIDIA_DRIVER_CAPABILITIES=all (or the driver's Vulkan part)"
+    return [Finding("warn", "renderer", drawn, f"by {gpu}, which is many times faster", mend)]
+
+
+def renderer_findings(output: str, devices: str, environment: dict[str, str]) -> list[Finding]:
+    """Why no frame was drawn: render_frame.py's output, vulkan_devices.py's, the environment."""
+    reason = (output.splitlines() or ["it crashed"])[-1]
+    got, expected, mend = f"{reason}; {devices}", "a frame", SETUP
+    if names := [name for name in ("VK_DRIVER_FILES", "VK_ICD_FILENAMES") if name in environment]:
+        got += f"; {names[0]}={environment[names[0]]}"
+        mend = f"unset {' '.join(names)}"
+    version = re.search(r"Mesa (\d+)\.(\d+)", devices)
+    if version and tuple(map(int, version.groups())) < MESA:
+        expected = "Mesa 24.3 or later"
+    return [Finding("missing", "renderer", got, expected, mend)]
+
+
+def simulator() -> list[Finding]:
+    """Do ManiSkill and MS-HAB import here, as eval.py and collect.py do it?"""
+    code, output = start("-c", "import env")
+    if code is None:
+        got, mend = f"no import after {PATIENCE:.0f} s", "time python -c 'import env'"
+        return [Finding("warn", "simulator", got, "less; this machine may be busy", mend)]
+    if code == 0:
+        return [Finding("ok", "simulator", "mani_skill and mshab import")]
+    reason, libraries = output.splitlines()[-1], ".so" in output
+    mend = f"{sys.executable} -m pip install --force-reinstall -r {ROOT}/requirements.txt"
+    expected = "mani_skill and mshab of requirements.txt"
+    return [Finding("missing", "simulator", reason, expected, SETUP if libraries else mend)]
+
+
+# --- All of them ---
+
+
+def free_disk(cfg: Doctor) -> list[Finding]:
+    if cfg.part in ("eval", "collect"):
+        return checks.disk(cfg.out, RESULTS)
+    with torch.device("meta"):
+        model = AuxVLA(model_config(cfg.preset), flow_head=True)
+    return checks.disk(cfg.out, checks.checkpoint_bytes(model))
+
+
+def chosen(cfg: Doctor) -> Iterator[Callable[[], list[Finding]]]:
+    """The checks of the part, what takes longest last."""
+    yield checks.python
+    yield checks.packages
+    yield partial(checks.gpu, cfg.device)
+    yield partial(free_disk, cfg)
+    if cfg.part in ("all", "train"):
+        yield partial(checks.shared_memory, cfg.of_preset("batch_size"), cfg.of_preset("workers"))
+        if cfg.data:
+            yield partial(demonstrations, cfg.data)
+        if cfg.pretrained:
+            yield partial(pretrained_weights, cfg.pretrained, cfg.preset, cfg.tokenizer)
+    if cfg.checkpoint and cfg.part != "collect":
+        yield partial(checkpoint_weights, cfg.checkpoint)
+    if cfg.part != "train":
+        yield assets
+        yield simulator
+        yield renderer
+
+
+def main(cfg: Doctor) -> int:
+    """Print the findings; 0 unless something is missing. Other ranks only look for each other."""
+    began = time.perf_counter()
+    found = checks.ranks(cfg.device)
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        return int(any(each.state == "missing" for each in found))
+    print(*found, sep="\n", flush=True)
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        for future in [pool.submit(check) for check in chosen(cfg)]:
+            found += future.result()
+            print(*future.result(), sep="\n", flush=True)
+    missing = sum(each.state == "missing" for each in found)
+    print(f"{missing or 'nothing'} missing, {time.perf_counter() - began:.1f} s")
+    return int(missing > 0)
+
+
+if __name__ == "__main__":
+    constants.HF_HUB_OFFLINE = True  # it looks, it does not download
+    with explained():
+        sys.exit(main(tyro.cli(Doctor, description=__doc__)))
