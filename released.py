@@ -51,11 +51,10 @@ def base_position(obs: h5py.Group, rows: slice, where: str) -> np.ndarray:
 def millimetres(depth: np.ndarray) -> np.ndarray:
     """Depth in millimetres of any integer type as int16; what does not fit is as far as int16 goes.
 
-    Negative numbers are such too: an int16 wraps around beyond 32.767 m.
+    So are the negative numbers of an int16, which has wrapped around beyond 32.767 m.
     """
-    far = np.iinfo(np.int16).max
-    depth = depth.astype(np.int32, copy=False)
-    return np.where(depth < 0, far, np.minimum(depth, far)).astype(np.int16)
+    depth = depth.view(np.uint16) if depth.dtype == np.int16 else depth
+    return np.minimum(depth, np.uint16(np.iinfo(np.int16).max)).astype(np.int16)
 
 
 def planned_target(uid: str | None, plan: str, where: str) -> str:
