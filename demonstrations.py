@@ -22,6 +22,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from chunks import read_rows
 from config import (
     ACTION_DIM,
     CAMERAS,
@@ -295,8 +296,8 @@ def read_frames(
                 "would turn into 'everything touches the camera' (Eq. 1); multiply by 1000 and "
                 "store as int16."
             )
-        out["rgb"][:, c] = sensor["rgb"][first:last]
-        out["depth"][:, c] = millimetres(depth[first:last, ..., 0])
+        out["rgb"][:, c] = read_rows(sensor["rgb"], first, last)
+        out["depth"][:, c] = millimetres(read_rows(depth, first, last)[..., 0])
     read_labels(group, slice(first, last), out, where)
 
     steps = np.arange(first, last)[:, None] + np.arange(RECORDED_ACTIONS)  # [frames, 8]

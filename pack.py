@@ -85,16 +85,18 @@ class Pack:
         return int(self.starts[-1])
 
     def block(self, number: int) -> np.ndarray:
-        """A block's records, [BLOCK or the rest] of PACKED, mapped into memory at first use."""
+        """A block's bytes [BLOCK or the rest, size of PACKED], mapped into memory at first use."""
         if number not in self.mapped:
-            self.mapped[number] = np.memmap(self.folder / block_name(number), PACKED, "r")
+            mapped = np.memmap(self.folder / block_name(number), np.uint8, "r")
+            self.mapped[number] = rearrange(mapped, "(n size) -> n size", size=PACKED.itemsize)
         return self.mapped[number]
 
     def read(self, frames: list[int] | np.ndarray) -> np.ndarray:
         """Frames by number, [n] of RECORD. Raises DataError, naming the file, if one is damaged."""
-        out = np.empty(len(frames), PACKED)
+        content = np.empty((len(frames), PACKED.itemsize), np.uint8)
         for row, frame in enumerate(frames):
-            out[row] = self.block(frame // BLOCK)[frame % BLOCK]
+            content[row] = self.block(frame // BLOCK)[frame % BLOCK]
+        out = rearrange(content.view(PACKED), "n 1 -> n")
         bad = np.flatnonzero(sums(out) != out["sum"])
         if len(bad):
             number, record = divmod(int(frames[bad[0]]), BLOCK)

@@ -11,7 +11,7 @@ from files import write_demos
 
 from config import model_config
 from model import AuxVLA
-from tools.bench import random_batch
+from tools.bench_train import random_batch
 from tools.naive import NaivePort, adopt
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +22,7 @@ def pair():
     torch.manual_seed(0)
     cfg = model_config("tiny")
     naive, ours = NaivePort(cfg), AuxVLA(cfg)
-    adopt(ours, naive)
+    adopt(naive, ours)
     ours.train_stage(2)
     return ours, naive.train()
 

@@ -5,12 +5,14 @@ final norm and head of the public models is there and runs, and the logits are t
 position over the whole vocabulary.
 """
 
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 import transformers
 from einops import rearrange, repeat
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,9 +20,7 @@ from backbone import Projector
 from config import ACTION_DIM, ModelConfig
 from decoders import DECODERS
 from model import AuxVLA, actions_to_bins, bins_to_actions, label_counts, masked_mean
-from pretrained import DINO_HUB, QWEN_HUB, SIGLIP_HUB, load_pretrained, source_of
-
-HUB_FOLDERS = [Path(name).name for name in (DINO_HUB, SIGLIP_HUB, QWEN_HUB)]
+from pretrained import DINO_HF, LLM_HF, LLM_HF_UNTIED, SIGLIP_HF
 
 
 def vision_models(cfg: ModelConfig) -> tuple[nn.Module, nn.Module]:
@@ -136,13 +136,45 @@ class OnlyIds:
         return kept
 
 
-def adopt(ours: AuxVLA, naive: NaivePort) -> None:
-    """Give our model the port's weights, so that both must decode the same actions."""
-    with TemporaryDirectory() as folder:
-        for model, name in zip((naive.dino, naive.siglip, naive.llm), HUB_FOLDERS):
-            model.save_pretrained(Path(folder) / name)
-        load_pretrained(ours.vlm, source_of(folder))
-    ours.vlm.projector.load_state_dict(naive.projector.state_dict())
-    ours.decoders.load_state_dict(naive.decoders.state_dict())
+def adopt(naive: NaivePort, ours: AuxVLA) -> None:
+    """Give the port our weights, by the map of pretrained.py read backwards.
+
+    Its last vision blocks and pooling heads, which nothing reads, stay as they are.
+    """
+    vlm, llm_names = ours.vlm, LLM_HF if ours.cfg.llm.tied else LLM_HF_UNTIED
+    naive.dino = filled(naive.dino, vlm.vision.dino, DINO_HF)
+    naive.siglip = filled(naive.siglip, vlm.vision.siglip, SIGLIP_HF)
+    naive.llm = filled(naive.llm, vlm.llm, llm_names)
+    naive.projector.load_state_dict(vlm.projector.state_dict())
+    naive.decoders.load_state_dict(ours.decoders.state_dict())
     with torch.no_grad():
-        ours.vlm.latent_queries.copy_(naive.latent_queries)
+        naive.latent_queries.copy_(vlm.latent_queries)
+
+
+def filled(theirs: nn.Module, ours: nn.Module, names: dict[str, str]) -> nn.Module:
+    """Theirs with our weights, through its file, whose names (unlike the module's) are settled."""
+    with TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        path = Path(folder) / "model.safetensors"
+        tensors = load_file(path)
+        fill(tensors, ours.state_dict(), names)
+        save_file(tensors, path, {"format": "pt"})
+        return type(theirs).from_pretrained(folder)
+
+
+def fill(theirs: dict[str, Tensor], ours: dict[str, Tensor], names: dict[str, str]) -> None:
+    """Copy ours into theirs; names: name there -> name here, with "#i" its i-th part."""
+    parts: dict[str, dict[int, Tensor]] = {}
+    for key, tensor in theirs.items():
+        to = next(
+            (m.expand(to) for name, to in names.items() if (m := re.fullmatch(name, key))), ""
+        )
+        name, _, index = to.partition("#")
+        if name in ours:  # not the last block
+            parts.setdefault(name, {})[int(index or 0)] = tensor
+    for name, fused in parts.items():
+        whole = ours[name].flatten()
+        sizes = [min(fused[i].numel(), whole.numel()) for i in sorted(fused)]
+        for i, part in zip(sorted(fused), whole.split(sizes)):
+            # DINOv2 has one position more, for the cls token; ours is added to the token itself.
+            fused[i].zero_().flatten()[-len(part) :].copy_(part)
