@@ -250,6 +250,9 @@ class TrainConfig:
     row: str | None = None  # a row of Tables 1-4 (rows.py), which fixes all that makes it this row
     tasks: tuple[Literal[TASKS], ...] = ()  # train on these of the data; default: on all
     subtasks: tuple[Literal[SUBTASKS], ...] = ()  # likewise
+    # end each demonstration at its first success: MS-HAB's released ones stand still after it until
+    # step 200; a pack is truncated or not when it is packed
+    truncate_at_success: bool = False
     # public weights of the VLM: folder or hub name of a Prismatic checkpoint or of openvla-7b, a
     # folder of the folders of DINOv2, SigLIP and Qwen2.5, or "hub"; unused with --init-from
     pretrained: str | None = "Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b"

@@ -72,6 +72,7 @@ class Pack:
         self.episodes = [Episode(**episode) for episode in meta["episodes"]]
         self.instructions, self.hashes = meta["instructions"], meta["files"]
         self.action_schema, self.qpos_names = meta["action_schema"], meta["qpos_names"]
+        self.truncate = meta.get("truncated_at_success", False)
         self.starts = np.cumsum([0] + [episode.length for episode in self.episodes])
         self.mapped: dict[int, np.ndarray] = {}
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder)}
@@ -137,12 +138,17 @@ def packed(records: np.ndarray) -> np.ndarray:
     return out
 
 
-def pack(data: str, out: str) -> None:
+def pack(data: str, out: str, truncate_at_success: bool = False) -> None:
     """Write every frame below --data into --out once, so that training reads at memory speed.
 
     Resumable: a finished block is not written again, other data than last time starts over.
+
+    Args:
+        data: folder of demonstrations
+        out: folder of the pack
+        truncate_at_success: end each demonstration at its first success
     """
-    source, folder = Demonstrations(data), Path(out)
+    source, folder = Demonstrations(data, truncate_at_success), Path(out)
     with sole_writer(folder):
         write_pack(source, folder)
 
@@ -152,6 +158,7 @@ def write_pack(source: Demonstrations, folder: Path) -> None:
         "sizes": {e.file: (source.folder / e.file).stat().st_size for e in source.episodes},
         "episodes": [asdict(e) for e in source.episodes],
         "record": PACKED.itemsize,
+        "truncated_at_success": source.truncate,
     }
     progress, final = folder / "progress.jsonl", folder / "pack.json"
     if final.is_file() and is_of(final, plan):

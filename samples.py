@@ -164,9 +164,17 @@ def loader(frames: Frames, order, workers: int) -> DataLoader:
     )  # fmt: skip
 
 
-def open_data(folder: str | Path) -> Demonstrations | Pack:
-    """A pack if the folder is one, else the demonstrations below it.
+def open_data(folder: str | Path, truncate: bool = False) -> Demonstrations | Pack:
+    """A pack if the folder is one, else the demonstrations below it, up to their success or whole.
 
-    Raises FileNotFoundError when it is neither.
+    Raises FileNotFoundError when it is neither, InputError when it is a pack of whole ones.
     """
-    return Pack(folder) if (Path(folder) / "pack.json").is_file() else Demonstrations(folder)
+    if not (Path(folder) / "pack.json").is_file():
+        return Demonstrations(folder, truncate)
+    pack = Pack(folder)
+    if truncate and not pack.truncate:
+        raise InputError(
+            f"{folder}: a pack of whole demonstrations, asked for are truncated ones: python "
+            "data.py pack --truncate-at-success --data DATA --out PACK"
+        )
+    return pack

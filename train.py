@@ -139,7 +139,7 @@ def load_data(
 
     Later stages keep the first one's units and tokenizer: its weights were trained with them.
     """
-    data = open_data(cfg.data)
+    data = open_data(cfg.data, cfg.truncate_at_success)
     frames, held_out = (
         Frames(data, cfg.val_episodes, train, cfg.model.history, cfg.tasks, cfg.subtasks)
         for train in (True, False)
@@ -300,6 +300,7 @@ def describe(cfg: TrainConfig, data, stats: ActionStats) -> dict:
             "frames": len(data),
             "episodes": len(data.episodes),
             "packed": data.blocks is None,
+            "truncated_at_success": data.truncate,
             "sha256": hashlib.sha256(repr(data.episodes).encode()).hexdigest(),
         },
         "torch": torch.__version__,

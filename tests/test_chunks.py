@@ -35,15 +35,6 @@ def test_any_rows_are_those_that_h5py_reads(stored, pictures, tmp_path):
             assert np.array_equal(read_rows(dataset, first, last), pictures[first:last])
 
 
-def test_a_chunk_that_the_writer_left_uncompressed_is_read(pictures, tmp_path):
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        options = dict(chunks=(31, 128, 128, 3), compression="gzip")
-        dataset = file.create_dataset("rgb", pictures.shape, np.uint8, **options)
-        dataset.id.write_direct_chunk((0, 0, 0, 0), pictures[:31].tobytes(), filter_mask=1)
-        assert np.array_equal(dataset[:31], pictures[:31])
-        assert np.array_equal(read_rows(dataset, 3, 9), pictures[3:9])
-
-
 @pytest.mark.parametrize("damage", [lambda raw: raw[:50], lambda raw: b"?" + raw[1:]])
 def test_a_damaged_chunk_is_named(damage, pictures, tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:

@@ -13,10 +13,11 @@ from files import write_demos
 from processes import start
 
 from config import LABELS, InputError
-from data import normalize_depth
+from data import normalize_depth, pack
 from demonstrations import DataError, Demonstrations
 from env import REARRANGE
 from released import CAMERA_POSE, GRIPPER_POSE, base_position
+from samples import open_data
 
 DRAWER = "set_table/close/kitchen_counter"
 POS, SEG = LABELS.index("pos"), LABELS.index("seg")
@@ -186,3 +187,18 @@ def test_an_episode_whose_target_nothing_names_is_refused_with_what_would(assets
     del sidecar["episodes"][0]["subtask_uid"]  # as MS-HAB's recorder leaves it
     path.with_suffix(".json").write_text(json.dumps(sidecar))
     assert Demonstrations(tmp_path).instructions == ["pick up the apple"]
+
+
+def test_a_pack_says_whether_its_episodes_end_at_their_success(tmp_path):
+    with h5py.File(write_demos(tmp_path / "data" / DRAWER), "r+") as file:
+        file["traj_0/success"][5:] = True
+    for name, truncated in (("whole", False), ("cut", True)):
+        pack(str(tmp_path / "data"), str(tmp_path / name), truncate_at_success=truncated)
+        meta = json.loads((tmp_path / name / "pack.json").read_text())
+        assert meta["truncated_at_success"] is truncated
+    cut = open_data(tmp_path / "cut", truncate=True)
+    assert [episode.length for episode in cut.episodes] == [6, 9, 15] and cut.truncate
+    files = open_data(tmp_path / "data", truncate=True)
+    assert (cut.read(np.arange(30)) == files.read(np.arange(30))).all()
+    with pytest.raises(InputError, match=r"a pack of whole demonstrations"):
+        open_data(tmp_path / "whole", truncate=True)
