@@ -23,8 +23,11 @@ ASSETS = {  # what mani_skill calls them: a folder that each must have, below MS
 }
 
 
-def assets(name: str | None = None) -> list[Finding]:
-    """Each of the three asset folders, and the files that one episode of each subtask leads to."""
+def assets(name: str | None = None, tasks: tuple[str, ...] = TASKS) -> list[Finding]:
+    """Each of the three asset folders, and the files that one episode of each subtask leads to.
+
+    `name` stands for MS_ASSET_DIR.
+    """
     name = name or os.environ.get("MS_ASSET_DIR")
     expected = "an apartment, generated or ReplicaCAD"
     if not name:
@@ -41,7 +44,7 @@ def assets(name: str | None = None) -> list[Finding]:
         got = f"{root}: no folder data in it"
         return [Finding("missing", "MS_ASSET_DIR", got, expected, mend)]
     broken = {asset: [] for asset in ASSETS}
-    for asset, path in sampled(root):
+    for asset, path in sampled(root, tasks):
         if (fault := fault_of(path)) and all(fault not in each for each in broken[asset]):
             broken[asset].append(fault)
     found = []
@@ -114,11 +117,11 @@ def content(path: Path) -> dict:
     return {} if fault_of(path) else json.loads(path.read_text())
 
 
-def sampled(root: Path) -> Iterator[tuple[str, Path]]:
+def sampled(root: Path, tasks: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
     """(asset, file): all plans and starts, and what the first validation plan of each leads to."""
     rearrange, models = root / REPLICA / "rearrange", root / ASSETS["ycb"]
     yield "ycb", models.parent / "info_pick_v0.json"
-    for task in TASKS:
+    for task in tasks:
         for model in OBJECTS[task]:
             yield "ycb", models / model / "collision.ply"
             yield "ycb", models / model / "textured.obj"

@@ -152,7 +152,7 @@ def size(number: float) -> str:
 
 
 def disk(out: str | Path, need: float) -> list[Finding]:
-    """May `out` be written to, and are `need` bytes free? What it holds already counts."""
+    """May `out` be written to, and are `need` bytes free? Checkpoints in it count as free."""
     out = Path(out).absolute()
     place = next(path for path in (out, *out.parents) if path.exists())
     try:
@@ -161,7 +161,7 @@ def disk(out: str | Path, need: float) -> list[Finding]:
     except OSError as error:
         expected, mend = "a folder that may be written to", f"chmod u+w {place}, or another --out"
         return [Finding("missing", "--out", f"{place}: {error.strerror}", expected, mend)]
-    held = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    held = sum(path.stat().st_size for path in out.glob("step-*/*"))
     got = f"{place}: {size(shutil.disk_usage(place).free)} free"
     if shutil.disk_usage(place).free + held >= need:
         return [Finding("ok", "--out", got)]
@@ -171,7 +171,9 @@ def disk(out: str | Path, need: float) -> list[Finding]:
 
 def checkpoint_bytes(model: nn.Module, keep: int = TrainConfig.keep) -> float:
     """Weights and Adam's two moments in fp32: the kept, the best and the one that is written."""
-    return 12 * (keep + 2) * sum(parameter.numel() for parameter in model.parameters())
+    all_of_it = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    return (4 * all_of_it + 8 * trained) * (keep + 2)
 
 
 def shared_memory(batch_size: int, workers: int, folder: str = "/dev/shm") -> list[Finding]:
