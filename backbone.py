@@ -176,10 +176,11 @@ class LLMLayer(nn.Module):
         table: tuple[Tensor, Tensor],
         mask: Tensor,
         past: KeyValues | Slots | None = None,
+        tail: int | None = None,
     ) -> tuple[Tensor, KeyValues]:
         """x [B, T, width]; mask [B, 1, T, past + T], True where a query may look.
 
-        Returns x, and all keys and values.
+        Returns x, of the last `tail` tokens only if given, and all keys and values.
         """
         heads, kv_heads = self.cfg.heads, self.cfg.kv_heads
         qkv = rearrange(
@@ -188,6 +189,8 @@ class LLMLayer(nn.Module):
         qk, v = qkv.split([heads + kv_heads, kv_heads], dim=1)
         q, k = rotate(qk, table).to(v.dtype).split([heads, kv_heads], dim=1)
         key_values = past.extended(k, v) if past is not None else KeyValues(k, v)
+        if tail is not None:
+            x, q, mask = x[:, -tail:], q[:, :, -tail:], mask[:, :, -tail:]
         attended = F.scaled_dot_product_attention(
             q, *key_values, attn_mask=mask, enable_gqa=heads != kv_heads
         )
@@ -217,14 +220,18 @@ class LLM(nn.Module):
         table: tuple[Tensor, Tensor],
         mask: Tensor,
         past: list[KeyValues] | list[Slots] | None = None,
+        tail: int | None = None,
     ) -> tuple[Tensor, list[KeyValues]]:
         """x [B, T, D], table of rope(positions [B, T]), mask [B, 1, T, past + T].
 
-        Returns the normed hidden states [B, T, D], and keys and values per layer.
+        Returns the normed hidden states [B, T, D], of the last `tail` tokens only if given, and
+        keys and values per layer.
         """
-        cache = []
+        cache, last = [], len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            x, key_values = layer(x, table, mask, past[i] if past else None)
+            x, key_values = layer(
+                x, table, mask, past[i] if past else None, tail if i == last else None
+            )
             cache.append(key_values)
         return self.norm(x), cache
 

@@ -25,6 +25,7 @@ from typing import Literal
 
 import numpy as np
 import tyro
+from mshab.utils.label_dataset import get_episode_label_and_events
 from tqdm import tqdm
 
 from config import explained
@@ -35,6 +36,10 @@ from recording import Recording, encode
 from rl_expert import RLPolicy
 from tasks import HORIZON, SUBTASKS, TASKS, targets, wilson
 from workers import Workers
+
+# MS-HAB's labels of the episodes that it released (utils/gen/gen_data.py); the others succeed after
+# a dropped object, or with one that fell to its goal.
+RELEASED = ("straightforward_success", "placed_in_goal_success", "open_success", "closed_success")
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,8 @@ def attempt(
 ) -> tuple[bool, int, bytes]:
     """Let the expert act until the episode succeeds, fails or is at its horizon.
 
-    Returns success, steps, and the bytes of a part of the file (recording.encode).
+    Returns whether to keep it, steps, and the bytes of a part of the file (recording.encode). Of an
+    RL policy's successes, those are kept that MS-HAB's release keeps.
     """
     obs, info = env.reset(seed), {"success": False, "fail": False}
     expert.reset()
@@ -127,8 +133,10 @@ def attempt(
         "rewards": taken["reward"].astype(np.float32),
         "labels": [each["labels"] for each in frames],
     }
-    about = episode(env, seed, len(steps), info)
-    return info["success"], len(steps), encode(trajectory, header(env), about)
+    label, events, _ = get_episode_label_and_events(env.mshab.task_cfgs, taken["success"], taken)
+    about = episode(env, seed, len(steps), info) | {"label": label, "events": events}
+    kept = label in RELEASED if isinstance(expert, RLPolicy) else info["success"]
+    return kept, len(steps), encode(trajectory, header(env), about)
 
 
 def frame(env: SubtaskEnv, obs: dict) -> dict:

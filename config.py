@@ -115,7 +115,7 @@ class LLMConfig:
         "<|im_start|>assistant\n"
     )
     prompt_end: tuple[int, ...] = ()  # ids behind the prompt that its text does not give
-    prompt_length: int = 64  # tokens a prompt is padded to, so that every shape is static
+    prompt_length: int = 64  # tokens at most; prompts are padded to the data's longest
 
 
 # OpenVLA's LLM and prompt, which ends in Llama's id of a lone space. Its config.json leaves the

@@ -198,26 +198,26 @@ def build_tokenizer(cfg: LLMConfig) -> Tokenizer:
 def tokenize(
     instructions: list[str], tokenizer: Tokenizer, cfg: LLMConfig
 ) -> tuple[Tensor, Tensor]:
-    """Prompts of a static length: ids and mask [n, L].
+    """Prompts of one length, the longest's: ids and mask [n, L].
 
     Padding stands between the first token and the rest, where the images go, so that every prompt
     ends at the latents.
     """
-    ids = torch.zeros(len(instructions), cfg.prompt_length, dtype=torch.long)
-    mask = torch.zeros(len(instructions), cfg.prompt_length, dtype=torch.bool)
-    for row, text in enumerate(instructions):
-        prompt = cfg.prompt.format(text.lower())
-        # Llama's tokenizer begins with its <s>; Qwen's adds nothing.
-        tokens = tokenizer.encode(prompt.lower() if cfg.tokenizer == "words" else prompt).ids
-        tokens += cfg.prompt_end
-        if len(tokens) > cfg.prompt_length:
-            raise ValueError(
-                f"{text!r} needs {len(tokens)} tokens; raise llm.prompt_length above "
-                f"{cfg.prompt_length}"
-            )
-        ids[row, 0], mask[row, 0] = tokens[0], True
-        ids[row, cfg.prompt_length - len(tokens) + 1 :] = torch.tensor(tokens[1:])
-        mask[row, cfg.prompt_length - len(tokens) + 1 :] = True
+    # Llama's tokenizer begins with its <s>; Qwen's adds nothing.
+    prompts = [cfg.prompt.format(text.lower()) for text in instructions]
+    prompts = [prompt.lower() if cfg.tokenizer == "words" else prompt for prompt in prompts]
+    tokens = [[*tokenizer.encode(prompt).ids, *cfg.prompt_end] for prompt in prompts]
+    longest, text = max((len(prompt), text) for prompt, text in zip(tokens, instructions))
+    if longest > cfg.prompt_length:
+        raise ValueError(
+            f"{text!r} needs {longest} tokens; raise llm.prompt_length above {cfg.prompt_length}"
+        )
+    ids = torch.zeros(len(tokens), longest, dtype=torch.long)
+    mask = torch.zeros(len(tokens), longest, dtype=torch.bool)
+    for row, (first, *rest) in enumerate(tokens):
+        begin = longest - len(rest)
+        ids[row, 0], mask[row, 0] = first, True
+        ids[row, begin:], mask[row, begin:] = torch.tensor(rest), True
     return ids, mask
 
 
@@ -266,11 +266,17 @@ def unpack_masks(bits: Tensor) -> Tensor:
     return rearrange(pixels, "b c (h w) bit -> b c h (w bit)", h=IMAGE_SIZE).float()
 
 
-def batch_shapes(cfg: ModelConfig, b: int, noise: bool = False) -> dict[str, tuple[int, ...]]:
-    """The shape of every key of a batch of b frames; `noise` adds what stage 3 draws."""
+def batch_shapes(
+    cfg: ModelConfig, b: int, noise: bool = False, prompt: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every key of a batch of b frames; `noise` adds what stage 3 draws.
+
+    `prompt` is the length of the prompts, by default the longest that may be.
+    """
+    prompt = prompt or cfg.llm.prompt_length
     shapes = {
         "images": (b, cfg.num_views, 3, cfg.image_size, cfg.image_size),
-        "prompt_ids": (b, cfg.llm.prompt_length), "prompt_mask": (b, cfg.llm.prompt_length),
+        "prompt_ids": (b, prompt), "prompt_mask": (b, prompt),
         "actions": (b, RECORDED_ACTIONS, ACTION_DIM), "action_mask": (b, RECORDED_ACTIONS),
         "pos": (b, 2), "grasp": (b,), "qpos": (b, QPOS_DIM), "obj": (b, 7),
         "seg": (b, len(cfg.cameras), IMAGE_SIZE, IMAGE_SIZE),
@@ -282,7 +288,8 @@ def batch_shapes(cfg: ModelConfig, b: int, noise: bool = False) -> dict[str, tup
 
 def check_batch(batch: dict[str, Tensor], cfg: ModelConfig) -> None:
     """Raise ValueError, naming key, got and expected, unless a batch is as the file's top says."""
-    shapes = batch_shapes(cfg, len(batch["images"]))
+    length = batch["prompt_ids"].shape[-1]
+    shapes = batch_shapes(cfg, len(batch["images"]), prompt=min(length, cfg.llm.prompt_length))
     for key, shape in shapes.items():
         if key not in batch or tuple(batch[key].shape) != shape:
             got = tuple(batch[key].shape) if key in batch else "nothing"

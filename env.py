@@ -129,8 +129,8 @@ class SubtaskEnv:
     def step(self, action: np.ndarray) -> tuple[dict, dict]:
         """Apply one action [13] in [-1, 1], 1/20 s.
 
-        `info` has success, fail (force limit, or MS-HAB's horizon used up), elapsed (steps so far)
-        and reward.
+        `info` has success, fail (force limit, or MS-HAB's horizon used up), elapsed (steps so far),
+        reward, and what else MS-HAB checks: is_grasped, robot_force and so on.
         """
         action = np.asarray(action, np.float32)
         if action.shape != (ACTION_DIM,):
@@ -139,12 +139,8 @@ class SubtaskEnv:
             raise ValueError(f"action {action} is not finite, expected values in [-1, 1]")
         obs, reward, _, _, info = self.mshab.step(action)
         self.elapsed += 1
-        return obs, dict(
-            success=bool(info["success"][0]),
-            fail=bool(info["fail"][0]),
-            elapsed=self.elapsed,
-            reward=float(reward[0]),
-        )
+        checks = {key: value[0].item() for key, value in info.items()}
+        return obs, checks | dict(elapsed=self.elapsed, reward=float(reward[0]))
 
     @property
     def instruction(self) -> str:

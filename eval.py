@@ -2,6 +2,7 @@
 
     python eval.py --checkpoint RUN/stage2 --task set_table --episodes 30 --video 3 --out RUN/eval
     python eval.py --policy random --out RUN/eval-random   # or expert: bounds by the same code
+    python eval.py --policy rl --policies mshab_checkpoints --out RUN/eval-rl   # MS-HAB's own
 
 A finished episode is one line of OUT/episodes.jsonl, on disk before the next one counts. A killed
 run goes on with the missing episodes, and the table is always computed from that file.
@@ -34,6 +35,7 @@ from durable import append, read_lines, sha256, sole_writer
 from env import SubtaskEnv, plan_files
 from household.expert import ScriptedExpert
 from policy import Policy
+from rl_expert import RLPolicy
 from rows import ROWS
 from tasks import COLUMNS, HORIZON, PAPER_COLUMNS, TASKS, targets, wilson
 from tools.report import DEFAULT_ROW, Film, success_table
@@ -48,7 +50,10 @@ Job = tuple[str, int, bool]  # column, seed, filmed
 class EvalConfig:
     out: Path  # folder of the results; a run that was cut short goes on there
     checkpoint: Path | None = None  # RUN/stageN (its newest) or RUN/stageN/step-NNNNNNNN
-    policy: Literal["learned", "expert", "random"] = "learned"  # only learned takes a checkpoint
+    # only learned takes a checkpoint; rl are MS-HAB's, each column by that of its target or "all"
+    policy: Literal["learned", "expert", "random", "rl"] = "learned"
+    # of rl: `hf download arth-shukla/mshab_checkpoints --local-dir mshab_checkpoints`
+    policies: Path = Path("mshab_checkpoints")
     task: Literal[TASKS] = "set_table"
     columns: tuple[Literal[tuple(COLUMNS)], ...] = ()  # default: the paper's that the task has
     episodes: int = 30  # per column (Sec. 6.1)
@@ -67,7 +72,7 @@ class EvalConfig:
         if (self.policy == "learned") != (self.checkpoint is not None):
             raise InputError(
                 f"--policy {self.policy} with --checkpoint {self.checkpoint}: the learned policy "
-                "needs one (--checkpoint RUN/stage2), expert and random take none"
+                "needs one (--checkpoint RUN/stage2), the others take none"
             )
         if min(self.episodes, self.horizon, self.workers) < 1 or min(self.seed, self.video) < 0:
             raise InputError("--episodes, --horizon, --workers start at 1, --seed and --video at 0")
@@ -80,6 +85,13 @@ class EvalConfig:
         """The columns to run."""
         has = [name for name in PAPER_COLUMNS if targets(self.task, COLUMNS[name].subtask)]
         return self.columns or tuple(has)
+
+    def rl_policy(self, column: str) -> RLPolicy | None:
+        """MS-HAB's policy for a column; None when another one acts."""
+        if self.policy != "rl":
+            return None
+        what = COLUMNS[column]
+        return RLPolicy.load(self.policies, self.task, what.subtask, what.target_in(self.task))
 
 
 class RandomPolicy:
@@ -153,14 +165,18 @@ def run_jobs(cfg: EvalConfig, jobs: Iterable[Job]) -> Iterator[dict]:
     learned = Policy.from_checkpoint(cfg.checkpoint, cfg.device) if cfg.checkpoint else None
     for (column, seen), same in groupby(jobs, lambda job: (job[0], job[2] or learned is not None)):
         what = COLUMNS[column]
-        obs_mode = Policy.obs_mode if seen else "state_dict"  # the fast one, no images
+        rl = cfg.rl_policy(column)
+        fast = "state_dict" if rl is None else rl.obs_mode  # no images, or depth alone
+        obs_mode = Policy.obs_mode if seen else fast
         target = what.target_in(cfg.task)
         env = SubtaskEnv(cfg.task, what.subtask, target, cfg.split, obs_mode, cfg.real_meshes)
         if learned is not None:
             check_schema(env, learned.manifest)
         for _, seed, filmed in same:
-            policy = learned or (
-                ScriptedExpert(env) if cfg.policy == "expert" else RandomPolicy(seed)
+            policy = (
+                learned
+                or rl
+                or (ScriptedExpert(env) if cfg.policy == "expert" else RandomPolicy(seed))
             )
             film = Film(env, learned, cfg.out / "videos", f"{column}_{seed}") if filmed else None
             if learned is not None:
@@ -195,9 +211,11 @@ def table(episodes: list[dict], paper: dict[str, float]) -> dict[str, dict]:
 
 def identity_of(cfg: EvalConfig) -> dict:
     """What decides the episode of a seed: it is on every line of a file, and must not change."""
+    rl = cfg.policy == "rl"
     same = ("task", "split", "policy", "horizon", "stop_at_success", "real_meshes")
     return {key: getattr(cfg, key) for key in same} | {
         "checkpoint": sha256(cfg.checkpoint / "manifest.json") if cfg.checkpoint else None,
+        "policies": {name: cfg.rl_policy(name).sha for name in cfg.names} if rl else None,
         "assets": sha256(HOUSEHOLD) if HOUSEHOLD.exists() else None,
     }
 

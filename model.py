@@ -86,7 +86,7 @@ def masked_mean(values: Tensor, mask: Tensor, count: Tensor) -> Tensor:
 class Prefix:
     """What the LLM has read before it acts."""
 
-    hidden: Tensor  # [B, S, D], normed
+    hidden: Tensor  # [B, N or 1, D], normed, of the tokens at the end: nothing else is read
     cache: list[KeyValues]  # per layer
     mask: Tensor  # [B, S], False at padding
 
@@ -155,7 +155,9 @@ class VLM(nn.Module):
     def encode(self, batch: dict[str, Tensor], action_ids: Tensor | None = None) -> Prefix:
         """Run the LLM over the prefix and, in training, over the action ids [B, A-1] behind it."""
         x, mask = self.embed_prefix(batch)
+        tail = max(1, self.cfg.num_queries)
         if action_ids is not None:
+            tail += action_ids.shape[1]
             x = torch.cat([x, self.llm.embed(action_ids).to(x.dtype)], dim=1)  # [B, S + A - 1, D]
             mask = torch.cat([mask, mask.new_ones(action_ids.shape)], dim=1)
         # Padding is skipped by position and mask, so a padded prompt gives what the unpadded one
@@ -163,7 +165,7 @@ class VLM(nn.Module):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         visible = rearrange(causal & mask[:, None, :], "b t s -> b 1 t s")
-        hidden, cache = self.llm(x, self.llm.rope(positions), visible)
+        hidden, cache = self.llm(x, self.llm.rope(positions), visible, tail=tail)
         return Prefix(hidden, cache, mask)
 
 
@@ -214,7 +216,7 @@ class AuxVLA(nn.Module):
 
         bins = actions_to_bins(batch["actions"][:, 0], self.cfg.bins)  # [B, A]: one step (GAP-3)
         ids = self.cfg.llm.first_action_id + bins
-        hidden = self.vlm.encode(batch, ids[:, :-1]).hidden  # [B, S + A - 1, D]
+        hidden = self.vlm.encode(batch, ids[:, :-1]).hidden  # [B, N + A - 1, D]
         # The last latent predicts the first action token. The head runs on these 13 positions only:
         # at all of them, and batch 64, the logits alone would take 42 GB.
         logits = self.vlm.llm.logits(hidden[:, -ACTION_DIM:])  # [B, A, vocabulary]
@@ -234,7 +236,7 @@ class AuxVLA(nn.Module):
         return losses
 
     def latents(self, prefix_hidden: Tensor, action_hidden: Tensor | None = None) -> Tensor:
-        """The latents [B, N, D]: the states of the queries, which end the prefix [B, S, D].
+        """The latents [B, N, D]: the states of the queries, which end the prefix [B, .., D].
 
         Or, in the other reading of GAP-2, the first N states that predict an action token: the
         prefix's last and those behind it, action_hidden [B, A - 1, D].
@@ -282,7 +284,7 @@ class AuxVLA(nn.Module):
         ids = first + actions_to_bins(guess, self.cfg.bins)[:, :read]  # [B, A - 1]
         whole = self.vlm.encode(batch, ids)
         past = whole.mask.shape[1] - read
-        hidden, states = whole.hidden.split([past, read], dim=1)  # [B, S, D], [B, A - 1, D]
+        hidden, states = whole.hidden[:, :-read], whole.hidden[:, -read:]  # [B, N], [B, A - 1, D]
         slots = [Slots(*key_values, past) for key_values in whole.cache]
         table = llm.rope(whole.mask.cumsum(-1)[:, past:] - 1)
         causal = whole.mask.new_ones(read, past + read).tril(past)

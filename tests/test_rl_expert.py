@@ -3,11 +3,14 @@
 The released files are not at hand: the networks are MS-HAB's own with random weights.
 """
 
+import io
+import json
 import os
 import pickle
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -22,7 +25,10 @@ from processes import start
 from collect import CollectConfig, attempt
 from config import InputError
 from demonstrations import Demonstrations
+from durable import read_lines
 from env import SubtaskEnv
+from eval import EvalConfig
+from eval import main as evaluate
 from household.expert import ScriptedExpert
 from recording import Recording
 from rl_expert import RLPolicy
@@ -163,24 +169,41 @@ def test_every_environment_of_a_batch_gets_its_own_action(env, roots, name):
     assert np.abs(both[:, 0] - both[:, 1]).max() > 1e-3
 
 
-def test_a_success_is_written_with_all_five_labels(env, tmp_path):
+def scripted(env: SubtaskEnv, drop_at: float = 0.0) -> RLPolicy:
+    """The scripted expert behind the RL interface; `drop_at` metres from the goal it lets go."""
     expert = ScriptedExpert(env)
 
     def actor(seen: dict) -> torch.Tensor:
         if env.elapsed == 0:
             expert.reset()
-        return torch.from_numpy(expert.act({}, ""))
+        action, state = torch.from_numpy(expert.act({}, "")), seen["state"][0]
+        if (state[31:34] - state[38:41]).norm() < drop_at:  # object, goal
+            action[:, 7] = 1
+        return action
 
-    success, steps, part = attempt(env, RLPolicy(actor, sha=""), seed=0)
-    assert success
+    return RLPolicy(actor, sha="")
+
+
+def test_a_success_is_written_with_all_five_labels(env, tmp_path):
+    kept, steps, part = attempt(env, scripted(env), seed=0)
+    assert kept
     recording = Recording(tmp_path.joinpath(*ADDRESS[:2]), ADDRESS[2], {"seed": 0})
     recording.start()
-    recording.add(0, success, steps, part)
+    recording.add(0, kept, steps, part)
     recording.merge()
+    assert recording.episodes[0]["label"] == "placed_in_goal_success"
     frames = Demonstrations(tmp_path).read_episode(0)
     assert len(frames) == steps and frames["has"].all()
     assert np.ptp(frames["pos"], axis=0).max() > 0.1  # it drove
     assert set(frames["grasp"]) == {0, 1} and frames["seg"].any(axis=(0, 2)).all()
+
+
+def test_a_success_that_mshab_did_not_release_is_not_kept(env):
+    kept, _, part = attempt(env, scripted(env, drop_at=0.2), seed=0)
+    with h5py.File(io.BytesIO(part)) as file:
+        about = json.loads(file.attrs["episode"])
+    assert about["success_once"] and about["label"] == "dropped_to_goal_success"
+    assert not kept
 
 
 def collect(out: Path, policies: Path, *flags) -> tuple[int, str]:
@@ -217,6 +240,23 @@ def test_a_file_is_not_continued_by_another_policy(roots, tmp_path):
     Recording(tmp_path, ADDRESS[2], recipes[0])
     with pytest.raises(InputError, match="choose another --out"):
         Recording(tmp_path, ADDRESS[2], recipes[1])
+
+
+def test_eval_runs_it_filmed_or_not(roots, tmp_path):
+    policies = tmp_path / "policies"  # set_table's column place_obj is of the apple
+    shutil.copytree(
+        roots["ppo"].joinpath("rl", *ADDRESS), policies / "rl/set_table/place/013_apple"
+    )
+    cfg = EvalConfig(
+        tmp_path / "out", policy="rl", policies=policies, columns=("place_obj",), episodes=2,
+        horizon=30, video=1,
+    )  # fmt: skip
+    evaluate(cfg)
+    lines = read_lines(tmp_path / "out/episodes.jsonl")
+    assert [line["length"] for line in lines] == [30, 30]
+    assert not any(line["success_once"] for line in lines)
+    assert lines[0]["policies"] == {"place_obj": RLPolicy.load(roots["ppo"], *ADDRESS).sha}
+    assert len(list(tmp_path.glob("out/videos/*.mp4"))) == 1
 
 
 # --- Wrong files ---
