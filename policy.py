@@ -39,8 +39,7 @@ class Policy:
     predictions: dict[str, np.ndarray] = field(default_factory=dict)
     graphs: dict[bool, Graphed] = field(default_factory=dict)  # by `predict`; of a GPU
 
-    # what it needs of the simulator; segmentation is only drawn beside, never read
-    obs_mode = "rgb+depth+segmentation"
+    obs_mode = "rgb+depth"  # what it needs of the simulator
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str | None = None) -> "Policy":

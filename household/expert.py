@@ -58,6 +58,8 @@ FRONT = Posture(0.90, 0.8, 0.0, (-0.371, -0.656, 1.154, 0.941, -1.199, 0.991, 0.
 class ScriptedExpert:
     """Act after `env.reset(seed)` and `reset()`; when the motion is over, keep still at rest."""
 
+    obs_mode = "state_dict"  # it reads the simulator itself
+
     def __init__(self, env: SubtaskEnv):
         self.env = env
 

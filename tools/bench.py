@@ -20,6 +20,7 @@ import tyro
 
 from config import explained
 from tools.bench_act import ActBench
+from tools.bench_episode import EpisodeBench
 from tools.bench_loader import LoaderBench
 from tools.bench_train import TrainBench, device_of
 
@@ -40,6 +41,7 @@ Verb = (
     Annotated[LoaderBench, tyro.conf.subcommand("loader")]
     | Annotated[TrainBench, tyro.conf.subcommand("train")]
     | Annotated[ActBench, tyro.conf.subcommand("act")]
+    | Annotated[EpisodeBench, tyro.conf.subcommand("episode")]
 )
 
 

@@ -62,6 +62,8 @@ class Film:
     head depth, head RGB, hand depth, hand RGB. Orange is predicted, green is true.
     """
 
+    obs_mode = "rgb+depth+segmentation"  # what it draws
+
     def __init__(self, env, policy, folder: Path, name: str):
         folder.mkdir(parents=True, exist_ok=True)
         self.env, self.policy, self.folder, self.name = env, policy, folder, name
