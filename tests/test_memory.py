@@ -1,0 +1,96 @@
+"""The memory plan counts what is there; recomputing and compiling blocks changes no step."""
+
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_model import CFG, make_batch
+
+from config import PRESETS, InputError, TrainConfig
+from memory import describe_plan, kept_for_backward, memory_plan
+from model import AuxVLA
+
+CPU = torch.device("cpu")
+TINY = replace(TrainConfig(data="", out="", stage=2), **PRESETS["tiny"] | {"model": CFG})
+
+
+def gradients(batch, **prepared):
+    torch.manual_seed(0)
+    model = AuxVLA(CFG)
+    params = model.train_stage(2)
+    model.prepare_blocks(**prepared)
+    kept = kept_for_backward(model, lambda: model(batch, 2))
+    model.zero_grad()
+    sum(model(batch, 2).values()).backward()
+    return [p.grad for p in params], kept
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_plan_is_what_a_real_model_holds(stage):
+    cfg = replace(TINY, stage=stage, init_from="x", micro_batch=4)
+    plan = memory_plan(cfg, 1, CPU)
+    torch.manual_seed(0)
+    model = AuxVLA(CFG, flow_head=stage == 3)
+    params = model.train_stage(stage)
+    batch = make_batch(4)
+    batch["prompt_ids"] = torch.zeros(4, CFG.llm.prompt_length, dtype=torch.long)
+    batch["prompt_mask"] = torch.ones(4, CFG.llm.prompt_length, dtype=torch.bool)
+    model.eval()
+    kept = kept_for_backward(model, lambda: model(batch, stage))
+    counted = plan["the same for every batch"] + 4 * plan["a frame's activations"]
+    assert plan["weights"] == sum(p.nbytes for p in model.parameters())
+    assert plan["gradients"] == sum(p.nbytes for p in params)
+    optimizer = torch.optim.Adam(params)
+    sum(model(batch, stage).values()).backward()
+    optimizer.step()
+    moments = sum(
+        state[k].nbytes for state in optimizer.state.values() for k in state if k != "step"
+    )
+    assert plan["Adam's moments"] == moments
+    assert kept == pytest.approx(counted, rel=0.02)
+
+
+def test_the_plan_takes_no_random_number_and_no_memory_of_the_paper_models_size():
+    before = torch.get_rng_state()
+    plan = memory_plan(TrainConfig(data="", out="", stage=2), 1, CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert plan["weights"] == pytest.approx(4.6 * 2**30, rel=0.01)
+
+
+def test_sharding_divides_what_belongs_to_the_weights():
+    alone, divided = (memory_plan(replace(TINY, shard=True), world, CPU) for world in (1, 4))
+    for name in ("weights", "gradients", "Adam's moments"):
+        assert divided[name] == alone[name] / 4
+    assert divided["a frame's activations"] == alone["a frame's activations"]
+
+
+def test_a_gpu_that_is_too_small_is_refused_with_the_flag_that_fits(monkeypatch):
+    """The plan and the sentence; the GPU is only a size here."""
+    gpu, sizes = torch.device("cuda"), {"weights": 4e9, "gradients": 4e9, "activations": 1e9}
+    cfg = replace(TINY, micro_batch=8, batch_size=64)
+    for total, flag in ((20e9, None), (16e9, "--micro-batch 6"), (8e9, "--shard True")):
+        properties = SimpleNamespace(total_memory=total)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", {gpu: properties}.get)
+        if flag is None:
+            assert re.search(r"in all 14\.9 of 18\.6$", describe_plan(sizes, cfg, gpu))
+            continue
+        with pytest.raises(InputError, match=flag):
+            describe_plan(sizes, cfg, gpu)
+
+
+def test_recomputed_blocks_keep_less_and_give_the_same_gradients():
+    batch = make_batch(2)
+    plain, kept = gradients(batch)
+    again, less = gradients(batch, recompute=True)
+    assert less < 0.75 * kept
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+
+
+def test_compiled_blocks_give_the_same_gradients():
+    batch = make_batch(2)
+    plain, _ = gradients(batch)
+    compiled, _ = gradients(batch, compile=True)
+    for a, b in zip(plain, compiled):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)
