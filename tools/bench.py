@@ -2,7 +2,9 @@
 
     python -m tools.bench loader --data DATA --json FILE   # DATA: files in MS-HAB's layout
     python -m tools.bench train --preset tiny --json FILE
-    python -m tools.bench act --preset tiny --json FILE
+    python -m tools.bench act --preset tiny --json FILE    # or --checkpoint RUN/stage2 --data DATA
+    python -m tools.bench episode --checkpoint RUN/stage2 --json FILE
+    python -m tools.bench scale --data DATA --json FILE --plot FILE.png
 
 The contestants take turns, a round each, on one CPU thread or one GPU; a figure is the median of
 its rounds with the smallest and largest. The limit is measured in the same run: memory, inflate, or
@@ -22,6 +24,7 @@ from config import explained
 from tools.bench_act import ActBench
 from tools.bench_episode import EpisodeBench
 from tools.bench_loader import LoaderBench
+from tools.bench_scale import ScaleBench
 from tools.bench_train import TrainBench, device_of
 
 # --- What is printed ---
@@ -42,6 +45,7 @@ Verb = (
     | Annotated[TrainBench, tyro.conf.subcommand("train")]
     | Annotated[ActBench, tyro.conf.subcommand("act")]
     | Annotated[EpisodeBench, tyro.conf.subcommand("episode")]
+    | Annotated[ScaleBench, tyro.conf.subcommand("scale")]
 )
 
 

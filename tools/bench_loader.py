@@ -57,10 +57,12 @@ class SingleFrames(Dataset):
         return {path: group[f"obs/{path}"][t] for path in paths} | {"action": group["actions"][t]}
 
 
-def epoch(source: Demonstrations | Pack, batch: int = 64) -> Callable[[], float]:
-    """Frames per second over an epoch of ours, from cold caches of our own."""
+def epoch(
+    source: Demonstrations | Pack, batch: int = 64, steps: int | None = None
+) -> Callable[[], float]:
+    """Frames per second over an epoch of ours, or so many steps, from cold caches of our own."""
     frames = Frames(source, 0.02, train=True)
-    steps = len(frames) // batch
+    steps = min(steps or len(frames), len(frames) // batch)
 
     def run() -> float:
         order = StepOrder(len(frames), batch, 0, 0, steps, 0, 1, frames.blocks)
