@@ -38,6 +38,8 @@ from pretrained import load_pretrained, source_of
 from rows import check_row, preset_of, row_of
 from samples import Frames, StepOrder, loader, open_data
 from sharding import shard, whole
+from tools.check_files import demonstrations
+from tools.checks import disk, packages, require, shared_memory
 from validation import validate
 
 # What a resumed run may change. None alters a step, but `steps` and `epochs` move the cool-down.
@@ -166,7 +168,10 @@ def load_data(
 
 def main(cfg: TrainConfig) -> int:
     """Train the stage; the process's exit code: 0, STOPPED after a signal, 1 if it gave up."""
+    require(packages(deep=False), shared_memory(cfg.batch_size, cfg.workers))
     ranks = join(cfg.device)
+    if ranks.is_main:
+        require(disk(cfg.out, 0), demonstrations(cfg.data, seconds=0))
     with sole_writer(Path(cfg.out)) if ranks.is_main else nullcontext():
         code = train(cfg, ranks)
     ranks.leave()
