@@ -1,5 +1,6 @@
 """A small server of the Hugging Face hub's protocol, for its real client (HF_ENDPOINT)."""
 
+import base64
 import hashlib
 import json
 import re
@@ -7,10 +8,12 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 COMMIT = "c0ffee" + "0" * 34
+TOKEN = "hf_writes"  # may write to repositories of USER
+USER = "user"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `repositories`: bytes by name, by owner/name of the dataset.
+    """Serves `repositories`: bytes by name, by owner/name of the dataset or model.
 
     `fetched` are the names whose content was sent, in order. The content of a name in `stalled`
     stops half way until it is taken out; one in `refused` is listed, but not to be had.
@@ -22,6 +25,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.repositories, self.fetched = repositories, []
         self.stalled, self.refused = set(), set()
+        self.uploaded: dict[str, bytes] = {}  # large files by sha256, until a commit names them
+        self.requests: list[dict] = []  # of repositories to be made
         self.halfway = threading.Event()  # set when a stalled name has stopped
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -44,9 +49,11 @@ class Answer(BaseHTTPRequestHandler):
 
     def answer(self, send: bool):
         path = self.path.partition("?")[0]
-        if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(/tree/\w+)?", path):
-            self.listing(self.server.repositories.get(found[1]), bool(found[2]))
-        elif found := re.fullmatch(rf"/datasets/([^/]+/[^/]+)/resolve/{COMMIT}/(.+)", path):
+        if found := re.fullmatch(
+            r"/api/(?:dataset|model)s/([^/]+/[^/]+)(/tree/\w+|/revision/\w+)?", path
+        ):
+            self.listing(self.server.repositories.get(found[1]), "/tree/" in (found[2] or ""))
+        elif found := re.fullmatch(rf"(?:/datasets)?/([^/]+/[^/]+)/resolve/{COMMIT}/(.+)", path):
             self.file(self.server.repositories[found[1]][found[2]], found[2], send)
         else:
             self.head(404, 0)
@@ -63,8 +70,11 @@ class Answer(BaseHTTPRequestHandler):
         else:
             siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
             content = {"id": "x/y", "sha": COMMIT, "siblings": siblings}
+        self.json(content)
+
+    def json(self, content: dict | list, status: int = 200):
         body = json.dumps(content).encode()
-        self.head(200, len(body), {"Content-Type": "application/json"})
+        self.head(status, len(body), {"Content-Type": "application/json"})
         self.wfile.write(body)
 
     def file(self, data: bytes, name: str, send: bool):
@@ -88,3 +98,73 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.answer(send=True)
+
+    # --- Uploads ---
+
+    def body(self) -> bytes:
+        if "Content-Length" in self.headers:
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        out = b""
+        while size := int(self.rfile.readline(), 16):  # chunked
+            out += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return out
+
+    def do_PUT(self):
+        sha = self.path.removeprefix("/upload/")
+        content = self.body()
+        same = hashlib.sha256(content).hexdigest() == sha
+        if same:
+            self.server.uploaded[sha] = content
+        self.head(200 if same else 400, 0)
+
+    def do_POST(self):
+        path, body = self.path.partition("?")[0], self.body()
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
+            self.head(401, 0)
+        elif path == "/api/validate-yaml":
+            self.json({"errors": [], "warnings": []})
+        elif path == "/api/repos/create":
+            self.create(json.loads(body))
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = ["lfs" if name.endswith(".safetensors") else "regular" for name in names]
+            files = [
+                {"path": name, "uploadMode": mode, "shouldIgnore": False}
+                for name, mode in zip(names, modes)
+            ]
+            self.json({"files": files})
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            objects = [
+                each | {"actions": {"upload": {"href": f"{self.server.url}/upload/{each['oid']}"}}}
+                for each in json.loads(body)["objects"]
+            ]
+            self.json({"transfer": "basic", "objects": objects})
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            self.commit(found[1], body)
+        else:
+            self.head(404, 0)
+
+    def create(self, wanted: dict):
+        self.server.requests.append(wanted)
+        name = f"{wanted['organization']}/{wanted['name']}"
+        if wanted["organization"] != USER:
+            self.head(403, 0)
+        else:
+            there = name in self.server.repositories
+            self.server.repositories.setdefault(name, {".gitattributes": b""})
+            self.json({"url": f"{self.server.url}/{name}"}, 409 if there else 200)
+
+    def commit(self, name: str, body: bytes):
+        files = self.server.repositories[name]
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.server.uploaded.pop(value["oid"])
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        about = {"commitUrl": f"{self.server.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT}
+        self.json(about | {"pullRequestUrl": None})
