@@ -3,6 +3,8 @@
     python eval.py --checkpoint RUN/stage2 --task set_table --episodes 30 --video 3 --out RUN/eval
     python eval.py --policy random --out RUN/eval-random   # or expert: bounds by the same code
     python eval.py --policy rl --policies mshab_checkpoints --out RUN/eval-rl   # MS-HAB's own
+    torchrun --nproc_per_node=8 eval.py --checkpoint RUN/stage2 --out RUN/eval  # a GPU each
+    python eval.py --compare RUN/eval-a RUN/eval-b   # two checkpoints on equal seeds
 
 A finished episode is one line of OUT/episodes.jsonl, on disk before the next one counts. A killed
 run goes on with the missing episodes, and the table is always computed from that file.
@@ -10,7 +12,9 @@ OUT/results.json has the columns and what it takes to repeat them. tools/report.
 evaluations of a run side by side.
 """
 
+import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -31,13 +35,16 @@ from mani_skill import ASSET_DIR
 
 from checkpoint import read_manifest, resolve
 from config import ACTION_DIM, InputError, explained
+from distributed import Ranks, join
 from durable import append, read_lines, sha256, sole_writer
 from env import SubtaskEnv, plan_files
 from household.expert import ScriptedExpert
+from outcomes import address, check_same_run, merge, part, scenes, table
 from policy import Policy
 from rl_expert import RLPolicy
 from rows import ROWS
-from tasks import COLUMNS, HORIZON, PAPER_COLUMNS, TASKS, targets, wilson
+from tasks import COLUMNS, EACH, HORIZON, OBJECTS, PAPER_COLUMNS, TASKS, targets
+from tools.compare import compare
 from tools.report import DEFAULT_ROW, Film, success_table
 from workers import Workers
 
@@ -48,14 +55,17 @@ Job = tuple[str, int, bool]  # column, seed, filmed
 
 @dataclass(frozen=True)
 class EvalConfig:
-    out: Path  # folder of the results; a run that was cut short goes on there
+    out: Path | None = None  # folder of the results; a run that was cut short goes on there
+    # instead of a run: two such folders, the paired difference B - A on the seeds of both
+    compare: tuple[Path, Path] | None = None
     checkpoint: Path | None = None  # RUN/stageN (its newest) or RUN/stageN/step-NNNNNNNN
     # only learned takes a checkpoint; rl are MS-HAB's, each column by that of its target or "all"
     policy: Literal["learned", "expert", "random", "rl"] = "learned"
     # of rl: `hf download arth-shukla/mshab_checkpoints --local-dir mshab_checkpoints`
     policies: Path = Path("mshab_checkpoints")
     task: Literal[TASKS] = "set_table"
-    columns: tuple[Literal[tuple(COLUMNS)], ...] = ()  # default: the paper's that the task has
+    # default: the paper's that the task has; pick_each, place_each: one for each of its objects
+    columns: tuple[Literal[(*COLUMNS, *EACH)], ...] = ()
     episodes: int = 30  # per column (Sec. 6.1)
     split: Literal["train", "val"] = "val"  # GAP-18: the paper names none
     seed: int = 0  # of the first episode; the others count up from it
@@ -69,6 +79,13 @@ class EvalConfig:
     device: str | None = None  # of the learned policy; default: cuda if there is one
 
     def __post_init__(self):
+        if (self.out is None) == (self.compare is None):
+            raise InputError(
+                f"got --out {self.out}, --compare {self.compare}: expected one of the two, --out "
+                "RUN/eval (to run episodes) or --compare RUN/eval-a RUN/eval-b (of runs there are)"
+            )
+        if self.compare:
+            return
         if (self.policy == "learned") != (self.checkpoint is not None):
             raise InputError(
                 f"--policy {self.policy} with --checkpoint {self.checkpoint}: the learned policy "
@@ -76,15 +93,28 @@ class EvalConfig:
             )
         if min(self.episodes, self.horizon, self.workers) < 1 or min(self.seed, self.video) < 0:
             raise InputError("--episodes, --horizon, --workers start at 1, --seed and --video at 0")
-        for name in self.columns:
-            if not targets(self.task, COLUMNS[name].subtask):
-                raise InputError(f"{self.task} has no {name}; only set_table opens and closes")
+        for name in self.names:
+            has = targets(self.task, COLUMNS[name].subtask)
+            if not has or COLUMNS[name].target_in(self.task) not in ("all", *has):
+                raise InputError(
+                    f"--columns {name}: {self.task} has none; it picks and places "
+                    f"{', '.join(OBJECTS[self.task])}, and only set_table opens and closes"
+                )
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The columns to run."""
+        """The columns to run, each once."""
         has = [name for name in PAPER_COLUMNS if targets(self.task, COLUMNS[name].subtask)]
-        return self.columns or tuple(has)
+        names = []
+        for name in self.columns or has:
+            each = OBJECTS[self.task]
+            names += [f"{EACH[name]}:{target}" for target in each] if name in EACH else [name]
+        return tuple(dict.fromkeys(names))
+
+    def plan_files(self, column: str) -> tuple[Path, Path]:
+        """MS-HAB's task plan and start poses of a column. Raises FileNotFoundError."""
+        what = COLUMNS[column]
+        return plan_files(self.task, what.subtask, what.target_in(self.task), self.split)
 
     def rl_policy(self, column: str) -> RLPolicy | None:
         """MS-HAB's policy for a column; None when another one acts."""
@@ -129,11 +159,12 @@ def run_episode(env: SubtaskEnv, policy, seed: int, cfg: EvalConfig, film: Film 
     started = time.perf_counter()
     obs = env.reset(seed)
     policy.reset()
-    success_once, length, thought = False, 0, 0.0
+    success_once, length, thought, actions = False, 0, 0.0, hashlib.sha256()
     while length < cfg.horizon and not (success_once and cfg.stop_at_success):
         asked = time.perf_counter()
         action = policy.act(obs, env.instruction)
         thought += time.perf_counter() - asked
+        actions.update(action.tobytes())
         if film is not None:
             film.add(obs, length)  # before the step: predictions are about this observation
         obs, info = env.step(action[0])
@@ -147,6 +178,7 @@ def run_episode(env: SubtaskEnv, policy, seed: int, cfg: EvalConfig, film: Film 
         "success_once": success_once,
         "success_at_end": None if cfg.stop_at_success else info["success"],
         "length": length,
+        "actions": actions.hexdigest()[:16],  # two runs that acted alike have the same
         "seconds": round(time.perf_counter() - started, 2),
         "policy_seconds": round(thought, 2),
     }
@@ -184,33 +216,13 @@ def run_jobs(cfg: EvalConfig, jobs: Iterable[Job]) -> Iterator[dict]:
         expert = ScriptedExpert(env) if cfg.policy == "expert" else None
         for _, seed, _ in same:
             policy = learned or rl or expert or RandomPolicy(seed)
-            film = Film(env, learned, cfg.out / "videos", f"{column}_{seed}") if filmed else None
+            name = f"{column}_{seed}".replace(":", "_")  # scp and Windows read a colon as a host
+            film = Film(env, learned, cfg.out / "videos", name) if filmed else None
             yield {"column": column, **run_episode(env, policy, seed, cfg, film)}
         env.close()
 
 
 # --- Files and numbers ---
-
-
-def table(episodes: list[dict], paper: dict[str, float]) -> dict[str, dict]:
-    """Return {column: n, success_once, success_at_end, low, high, paper}; None where not run."""
-    columns = {}
-    for name in COLUMNS:
-        of_column = [episode for episode in episodes if episode["column"] == name]
-        if not of_column:
-            continue
-        n, once = len(of_column), sum(episode["success_once"] for episode in of_column)
-        ends = [episode["success_at_end"] for episode in of_column]
-        low, high = wilson(once, n)
-        columns[name] = {
-            "n": n,
-            "success_once": once / n,
-            "success_at_end": None if None in ends else sum(ends) / n,
-            "low": low,
-            "high": high,
-            "paper": paper.get(name),
-        }
-    return columns
 
 
 def identity_of(cfg: EvalConfig) -> dict:
@@ -222,17 +234,6 @@ def identity_of(cfg: EvalConfig) -> dict:
         "policies": {name: cfg.rl_policy(name).sha for name in cfg.names} if rl else None,
         "assets": sha256(HOUSEHOLD) if HOUSEHOLD.exists() else None,
     }
-
-
-def check_same_run(path: Path, episodes: list[dict], identity: dict):
-    """Raise InputError when the file holds episodes of another evaluation."""
-    for episode in episodes:
-        for key, now in identity.items():
-            if episode.get(key) != now:
-                raise InputError(
-                    f"{path} has episodes with {key} = {episode.get(key)!r}, this run has {now!r}: "
-                    f"one table cannot mix them. Give another --out, or remove {path.parent}"
-                )
 
 
 def origin(cfg: EvalConfig) -> dict:
@@ -251,14 +252,25 @@ def origin(cfg: EvalConfig) -> dict:
     }
 
 
-def run(cfg: EvalConfig, path: Path, identity: dict):
-    """Run the episodes that the file lacks; each is a line of it at once."""
-    episodes = read_lines(path, mend=True)
-    check_same_run(path, episodes, identity)
-    done = {(episode["column"], episode["seed"]) for episode in episodes}
+def own_gpu():
+    """Let this rank's simulators and policy see one GPU, their own.
+
+    By the variable and not by a device's number: SAPIEN's renderer follows it (its issue 101).
+    """
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ["LOCAL_RANK"]) % len(gpus)]
+
+
+def run(cfg: EvalConfig, ranks: Ranks, path: Path, identity: dict):
+    """Run this rank's share of the episodes that the file lacks; each is a line on disk at once."""
+    done = {address(episode) for episode in read_lines(path)}
     seeds = range(cfg.seed, cfg.seed + cfg.episodes)
     jobs = [(name, seed, seed < cfg.seed + cfg.video) for name in cfg.names for seed in seeds]
-    jobs = [job for job in jobs if job[:2] not in done]
+    jobs = [job for job in jobs if job[:2] not in done][ranks.rank :: ranks.world]
+    if ranks.world > 1:
+        path = part(path, ranks.rank)
+        own_gpu()
     waiting, workers = iter(jobs), Workers(cfg.workers, partial(run_jobs, cfg))
     for i, (_, episode) in enumerate(workers.run(lambda running: next(waiting, None)), start=1):
         append(path, identity | episode)
@@ -267,25 +279,62 @@ def run(cfg: EvalConfig, path: Path, identity: dict):
         print(f"{where:32} {outcome:8} {episode['seconds']:6.1f} s", flush=True)
 
 
-def main(cfg: EvalConfig):
+def conclude(cfg: EvalConfig, episodes: list[dict], identity: dict):
+    """Write OUT/results.json and print the table."""
+    row = ROWS[cfg.row]
+    paper = row.paper.get(cfg.task, {})
+    columns = table(episodes, paper)
+    reached = {
+        name: scenes(
+            cfg.plan_files(name)[0], [e for e in episodes if e["column"] == name], cfg.seed
+        )
+        for name in columns
+    }
+    seeds = sorted({episode["seed"] for episode in episodes})
+    manifest = identity | origin(cfg) | {"seeds": seeds}
+    results = {"columns": columns, "scenes": reached, "manifest": manifest}
+    (cfg.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print("\n".join(["", *success_table({cfg.policy: columns}, {row.label: paper})]))
+    for name, s in reached.items():
+        if s["reached"] < s["of"]:
+            print(
+                f"{name}: {s['reached']} of the split's {s['of']} scenes; "
+                f"--episodes {s['seeds_for_all']} reaches all of them"
+            )
+    print("An interval that contains the paper's figure neither confirms nor refutes it.")
+
+
+def prepare(cfg: EvalConfig) -> tuple[EvalConfig, dict]:
+    """The checkpoint and the row that are meant, and the run's identity.
+
+    Raises InputError or FileNotFoundError when a file is missing, before any worker starts.
+    """
     if cfg.checkpoint is not None:
         folder = resolve(cfg.checkpoint)  # one, even if training goes on
         trained_as = read_manifest(folder)["config"].get("row")
         cfg = replace(cfg, checkpoint=folder, row=cfg.row or trained_as)
-    cfg = replace(cfg, row=cfg.row or DEFAULT_ROW)
-    for name in cfg.names:  # before any worker starts
-        plan_files(cfg.task, COLUMNS[name].subtask, COLUMNS[name].target_in(cfg.task), cfg.split)
-    path, identity = cfg.out / "episodes.jsonl", identity_of(cfg)
-    with sole_writer(cfg.out):
-        run(cfg, path, identity)
-    episodes, row = read_lines(path), ROWS[cfg.row]
-    paper = row.paper.get(cfg.task, {})
-    columns = table(episodes, paper)
-    seeds = sorted({episode["seed"] for episode in episodes})
-    results = {"columns": columns, "manifest": identity | origin(cfg) | {"seeds": seeds}}
-    (cfg.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print("\n".join(["", *success_table({cfg.policy: columns}, {row.label: paper})]))
-    print("An interval that contains the paper's figure neither confirms nor refutes it.")
+    for name in cfg.names:
+        cfg.plan_files(name)
+    return replace(cfg, row=cfg.row or DEFAULT_ROW), identity_of(cfg)
+
+
+def main(cfg: EvalConfig):
+    if cfg.compare:
+        return compare(*cfg.compare)
+    path, rank, identity = cfg.out / "episodes.jsonl", int(os.environ.get("RANK", 0)), None
+    if rank == 0:
+        cfg, identity = prepare(cfg)
+    with sole_writer(cfg.out, f"{rank}." if rank else ""):
+        if rank == 0:
+            check_same_run(path, merge(path), identity)
+        ranks = join("cpu")  # the others begin when the main rank holds the folder and has merged
+        decided = json.dumps({"checkpoint": str(cfg.checkpoint or ""), "identity": identity})
+        decided = json.loads(ranks.from_main(decided))
+        cfg = replace(cfg, checkpoint=Path(decided["checkpoint"]) if cfg.checkpoint else None)
+        run(cfg, ranks, path, decided["identity"])
+        ranks.leave()  # all have finished
+        if ranks.is_main:
+            conclude(cfg, merge(path), identity)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,10 @@ COLUMNS = {
     "place_obj": Column("place", "obj"),
 }
 PAPER_COLUMNS = tuple(COLUMNS)[:6]
+# And one for each object, pick:013_apple; pick_each asks for all of them that the task has.
+_OBJECTS = dict.fromkeys(name for names in OBJECTS.values() for name in names)
+COLUMNS |= {f"{sub}:{name}": Column(sub, name) for sub in ("pick", "place") for name in _OBJECTS}
+EACH = {"pick_each": "pick", "place_each": "place"}
 
 
 def targets(task: str, subtask: str) -> tuple[str, ...]:

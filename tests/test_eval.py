@@ -17,9 +17,11 @@ from config import InputError, model_config
 from data import build_tokenizer
 from durable import append, read_lines, read_sealed, sha256, write_sealed
 from env import SubtaskEnv
-from eval import EvalConfig, check_same_run, check_schema, main, table, wilson
+from eval import EvalConfig, check_schema, main
 from model import AuxVLA
+from outcomes import check_same_run, table
 from rows import ROWS
+from tasks import wilson
 from tools.report import success_table, write_report
 
 EXPERT = "--policy expert --stop-at-success --columns close_drawer pick_all --episodes 3"
@@ -27,8 +29,16 @@ EXPERT = "--policy expert --stop-at-success --columns close_drawer pick_all --ep
 
 def outcomes(out: Path) -> list[tuple]:
     """What may not depend on the run: everything but the order and the time."""
-    episodes = [episode | {"seconds": 0} for episode in read_lines(out / "episodes.jsonl")]
-    return sorted(tuple(episode.values()) for episode in episodes)
+    episodes = [
+        episode | {"seconds": 0, "policy_seconds": 0}
+        for episode in read_lines(out / "episodes.jsonl")
+    ]
+    return sorted(tuple(episode.items()) for episode in episodes)
+
+
+def ranks_of(torchrun: subprocess.Popen) -> list[int]:
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    return [int(c) for c in children if "eval.py" in Path(f"/proc/{c}/cmdline").read_text()]
 
 
 def wait_for_episodes(out: Path, count: int, process: subprocess.Popen):
@@ -128,6 +138,8 @@ def test_only_the_learned_policy_takes_a_checkpoint(tmp_path):
         EvalConfig(out=tmp_path)
     with pytest.raises(ValueError, match="only set_table"):
         EvalConfig(out=tmp_path, policy="random", task="tidy_house", columns=("open_fridge",))
+    with pytest.raises(ValueError, match="expected one of the two"):
+        EvalConfig(policy="random")
 
 
 def test_a_kill_neither_loses_nor_repeats_an_episode(one_worker, tmp_path):
@@ -150,6 +162,33 @@ def test_a_kill_neither_loses_nor_repeats_an_episode(one_worker, tmp_path):
     assert process.wait() == 0, process.communicate()
     assert outcomes(tmp_path) == outcomes(one_worker)
     assert orphans and not any(Path(f"/proc/{worker}").exists() for worker in orphans)
+
+
+def test_so_does_torchrun_whose_ranks_share_the_episodes_out(one_worker, tmp_path):
+    """Killed as a whole, then gone on with: one file, every episode once, the same actions."""
+    program = "-m torch.distributed.run --standalone --nproc_per_node=2 eval.py"
+    two_ranks = (*program.split(), *EXPERT.split(), "--out", tmp_path)
+    process = start(*two_ranks)
+    parts = [tmp_path / f"episodes.{rank}.jsonl" for rank in (0, 1)]
+    while not all(part.exists() for part in parts):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGSTOP)  # it would end its ranks when one dies
+    refused = start("eval.py", *EXPERT.split(), "--out", tmp_path)
+    assert "another run is writing" in refused.communicate()[1]
+    for pid in ranks_of(process):
+        os.kill(pid, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = sum(len(read_lines(part)) for part in parts)
+    assert kept >= 2 and not (tmp_path / "episodes.jsonl").exists()
+
+    process = start(*two_ranks)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert len(re.findall(", seed ", printed)) == 6 - kept
+    assert outcomes(tmp_path) == outcomes(one_worker)
+    assert printed.count("| close_drawer") == 1 and not any(part.exists() for part in parts)
 
 
 def test_the_random_policy_runs_through_the_same_code(assets, tmp_path):

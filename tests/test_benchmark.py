@@ -1,0 +1,190 @@
+"""The whole benchmark: every task, object and scene; the same episodes however they are run; and
+the comparison of two policies on equal seeds."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+
+import numpy as np
+import pytest
+from processes import REPOSITORY, start
+from test_eval import outcomes, trained  # noqa: F401  a fixture
+
+from config import InputError
+from durable import append, read_lines
+from eval import EvalConfig, main, own_gpu
+from outcomes import merge, part, scenes
+from tasks import OBJECTS, TASKS, targets
+from tools.compare import Pairs, comparison, needed_apart
+
+LEARN = REPOSITORY / "results/learn"
+
+# --- Tasks, objects, scenes ---
+
+
+@pytest.mark.parametrize(("task", "split"), [("tidy_house", "val"), ("prepare_groceries", "train")])
+def test_the_expert_picks_and_places_in_the_other_tasks(task, split, assets, tmp_path):
+    columns = ("pick_all", "place:024_bowl")
+    chosen = dict(task=task, split=split, columns=columns, episodes=1, stop_at_success=True)
+    main(EvalConfig(out=tmp_path, policy="expert", **chosen))
+    episodes = read_lines(tmp_path / "episodes.jsonl")
+    assert [(each["column"], each["success_once"]) for each in episodes] == [
+        (column, True) for column in columns
+    ]
+    assert episodes[1]["target"] == "024_bowl" and episodes[0]["target"] in OBJECTS[task]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_object_of_a_task_is_a_column(task, assets, tmp_path):
+    cfg = EvalConfig(out=tmp_path, policy="random", task=task, columns=("pick_each", "place_each"))
+    subtasks = ("pick", "place")
+    assert cfg.names == tuple(f"{sub}:{name}" for sub in subtasks for name in targets(task, sub))
+    assert [cfg.plan_files(name)[0].stem for name in cfg.names] == [*OBJECTS[task]] * 2
+    foreign = "pick:013_apple" if task != "set_table" else "place:003_cracker_box"
+    with pytest.raises(InputError, match=f"--columns {foreign}: {task} has none; it picks"):
+        EvalConfig(out=tmp_path, policy="random", task=task, columns=(foreign,))
+
+
+def test_so_many_seeds_reach_every_scene_and_one_less_does_not(assets, tmp_path, capsys):
+    chosen = dict(out=tmp_path, policy="random", task="tidy_house", columns=("pick_all",))
+    plan_file = EvalConfig(**chosen).plan_files("pick_all")[0]
+    needed = scenes(plan_file, [], 0)["seeds_for_all"]
+    for episodes, reached in ((needed - 1, 2), (needed, 3)):
+        main(EvalConfig(**chosen, episodes=episodes, horizon=1))
+        told = (
+            f"2 of the split's 3 scenes; --episodes {needed} reaches all" in capsys.readouterr().out
+        )
+        assert told == (reached == 2)
+        found = json.loads((tmp_path / "results.json").read_text())["scenes"]["pick_all"]
+        assert found == {"reached": reached, "of": 3, "seeds_for_all": needed}
+
+
+def test_thirty_seeds_reach_every_scene_of_every_task_here(assets, tmp_path):
+    for task, split in product(TASKS, ("train", "val")):
+        cfg = EvalConfig(out=tmp_path, policy="random", task=task, split=split)
+        for name in cfg.names:
+            found = scenes(cfg.plan_files(name)[0], [], 0)
+            assert found["of"] == 3 and 3 <= found["seeds_for_all"] <= 30, (task, name)
+
+
+# --- One process, torchrun (test_eval.py: the expert, also killed, also several workers) ---
+
+
+def test_a_learned_policy_takes_the_same_actions_in_one_process_and_in_ranks(trained, tmp_path):  # noqa: F811
+    flags = "--columns pick:024_bowl --episodes 2 --horizon 5 --device cpu --checkpoint"
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2"
+    for name, program in (("one", ""), ("ranks", torchrun)):
+        command = (*program.split(), "eval.py", *flags.split(), trained, "--out", tmp_path / name)
+        run = start(*command)
+        _, errors = run.communicate()
+        assert run.returncode == 0, errors
+    one, ranks = (outcomes(tmp_path / name) for name in ("one", "ranks"))
+    assert one == ranks and len({dict(episode)["actions"] for episode in one}) == 2
+
+
+def test_the_ranks_files_become_one_also_when_that_is_interrupted(tmp_path, capsys):
+    path = tmp_path / "episodes.jsonl"
+    lines = [{"column": "pick_all", "seed": seed} for seed in range(5)]
+    for line in lines[:2]:
+        append(path, line)
+    append(part(path, 0), lines[1])  # killed after this one was moved, before the file was removed
+    append(part(path, 0), lines[2])
+    for line in lines[3:]:
+        append(part(path, 11), line)
+    part(path, 11).write_text(part(path, 11).read_text() + '{"column": "pi')
+    assert merge(path) == lines == read_lines(path) == merge(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["episodes.jsonl"]
+    assert "episodes.11.jsonl: dropped a torn last line" in capsys.readouterr().err
+
+
+def test_a_rank_sees_its_own_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    own_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
+
+
+# --- A against B ---
+
+
+@pytest.mark.parametrize(
+    ("pairs", "low", "high"),
+    [  # Newcombe 1998, Table III
+        (Pairs(both=36, only_a=2, only_b=12, neither=0), 0.0569, 0.3404),
+        (Pairs(both=36, only_a=12, only_b=2, neither=0), -0.3404, -0.0569),
+    ],
+)
+def test_the_interval_equals_the_published(pairs, low, high):
+    assert pairs.interval() == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize("n", [1, 4, 30])
+def test_a_policy_does_not_differ_from_itself(n):
+    for pairs in (Pairs(n, 0, 0, 0), Pairs(0, 0, 0, n)):
+        low, high = pairs.interval()
+        assert low < 0 < high and pairs.needed() is None
+    assert needed_apart(0.6, 0.6) is None
+
+
+def test_so_many_episodes_separate_the_rates_four_times_in_five():
+    """By drawing them; thirty, the paper's number, would find 0.60 and 0.73 apart 1 time in 5."""
+    rng, shares = np.random.default_rng(0), (0.50, 0.10, 0.23, 0.17)  # 0.60 and 0.73, paired
+    needed = Pairs(50, 10, 23, 17).needed()
+
+    def power(n: int) -> float:
+        drawn = (Pairs(*map(int, counts)) for counts in rng.multinomial(n, shares, size=4000))
+        return np.mean([low > 0 or high < 0 for low, high in (each.interval() for each in drawn)])
+
+    assert power(needed) == pytest.approx(0.8, abs=0.04)
+    assert power(30) < 0.3
+    assert needed_apart(0.60, 0.73) == 206
+    a, b = (rng.binomial(206, rate, size=20_000) / 206 for rate in (0.60, 0.73))
+    pooled = (a + b) / 2
+    apart = abs(a - b) / np.sqrt(2 * pooled * (1 - pooled) / 206) > 1.96
+    assert apart.mean() == pytest.approx(0.8, abs=0.02)
+
+
+def test_two_evaluations_are_compared_column_by_column_without_a_simulator():
+    command = [sys.executable, "-X", "importtime", "-m", "tools.compare"]
+    command += [LEARN / "eval-random", LEARN / "eval"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    rows = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines()]
+    table = {row[1]: row[2:-1] for row in rows if len(row) > 1}
+    assert table["open_drawer"][:6] == ["20", "0.00", "0.35", "+0.35 [+0.12, +0.57]", "0", "7"]
+    assert table["overall"][:3] == ["120", "0.00", "0.60"]
+    assert not any(f" {name}\n" in done.stderr for name in ("sapien", "mani_skill", "torch"))
+
+
+def test_eval_prints_the_same_and_counts_what_both_have(capsys):
+    both = LEARN / "eval", LEARN / "eval-flow"
+    main(EvalConfig(compare=both))
+    printed = capsys.readouterr().out
+    assert printed == "\n".join(comparison(*both)) + "\n"
+    assert "20 episodes that both have, 100 of A and 0 of B left out" in printed
+    assert "overall" not in printed and "-0.15 [-0.36, +0.04] | 3       | 0 " in printed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split": "train"}, "the run's split is 'val' in .*, 'train' in"),
+        ({"horizon": 100}, "the run's horizon is 200 in .*, 100 in"),
+        ({"assets": "0" * 64}, "the run's assets is"),
+        ({"task": "tidy_house"}, "the run's task is 'set_table' in .*, 'tidy_house' in"),
+        ({"spawn": -1}, "seed 0 of close_drawer: spawn is 20 in .*, -1 in"),
+        ({"seed": 1000}, "no column and seed in common: expected equal --columns and --seed"),
+    ],
+)
+def test_evaluations_of_other_episodes_are_not_compared(change, message, tmp_path):
+    lines = read_lines(LEARN / "eval-flow/episodes.jsonl")
+    (line,) = [line for line in lines if line["seed"] == 0]
+    append(tmp_path / "episodes.jsonl", line | change)
+    with pytest.raises(InputError, match=message):
+        comparison(LEARN / "eval", tmp_path)
+
+
+def test_a_folder_without_episodes_is_named_with_the_command_that_makes_them(tmp_path):
+    with pytest.raises(InputError, match=f"no episodes in {tmp_path}.*python eval.py --checkpoint"):
+        comparison(LEARN / "eval", tmp_path)
