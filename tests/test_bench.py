@@ -50,14 +50,16 @@ def test_the_port_decodes_our_actions(pair):
 VERBS = {
     "loader": ["--rounds", "1", "--batch", "8"],
     "train": ["--rounds", "1", "--batch", "2", "--device", "cpu"],
-    "act": ["--queries", "5", "--batches", "1", "2", "--device", "cpu"],
+    "act": ["--queries", "5", "--batches", "1", "2", "--exact", "6", "--device", "cpu"],
+    "scale": ["--rounds", "1", "--steps", "2", "--batches", "1", "2", "--device", "cpu"],
 }
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_measures_ours_and_the_reference(verb, tmp_path):
     write_demos(tmp_path / "data/set_table/close/fridge", lengths=(40,) * 8)
-    data = ["--data", tmp_path / "data"] if verb == "loader" else []
+    data = [] if verb == "train" else ["--data", tmp_path / "data"]
+    data += ["--plot", tmp_path / "plot.png"] if verb == "scale" else []
     command = [sys.executable, "-m", "tools.bench", verb, *VERBS[verb], *data]
     command += ["--json", tmp_path / "figures.json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -72,3 +74,10 @@ def test_a_verb_measures_ours_and_the_reference(verb, tmp_path):
         assert ours < theirs and 0 < result["FLOP utilisation"] < 1
     if verb == "act":
         assert result["queries with other actions"] == 0
+        assert result["exactness"] == {"frames": 6, "tokens": 78, "different": 0}
+        assert sum(result["passes of the LLM per query, batch 1"].values()) == 5
+    if verb == "scale":
+        assert (tmp_path / "plot.png").stat().st_size > 5000
+        assert [len(line) for lines in result["curves"].values() for line in lines.values()] == [
+            2, 2, 4, 2, 2
+        ]  # fmt: skip
