@@ -13,6 +13,7 @@ faster, a pack of them.
 import hashlib
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
@@ -205,6 +206,8 @@ def distribute(model: AuxVLA, cfg: TrainConfig, ranks: Ranks) -> nn.Module:
     if cfg.shard:
         shard(model, ranks.device)
         return model
+    # The mask decoder's last kernel has an axis of length 1, whose stride means nothing.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # DDP would reorder its buckets after a run's first step, and with them the sums of more than
     # two ranks. Looking for unused parameters, of which there are none, keeps it from that, so that
     # a resumed run adds like the uninterrupted one.

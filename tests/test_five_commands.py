@@ -20,7 +20,8 @@ SECTION = (ROOT / "README.md").read_text().split("## The real benchmark")[1].spl
 SMALLER = {
     "train.py": "--preset tiny --steps 3 --batch-size 8 --micro-batch 8 --workers 0 --device cpu "
     "--val-frames 8",
-    "eval.py": "--episodes 3 --horizon 3 --columns close_drawer open_fridge --device cpu --workers 2",
+    "eval.py": "--episodes 3 --horizon 3 --columns close_drawer open_fridge --device cpu "
+    "--workers 2",
 }
 
 
