@@ -12,10 +12,10 @@ from train import main, parse
 SCHEMA = [dict(name=f"joint_{i}", low=-0.1, high=0.1 * i, unit="rad") for i in range(13)]
 
 
-def train_tiny(folder: Path) -> Path:
+def train_tiny(folder: Path, row: str = "auxvla-all") -> Path:
     """FOLDER/stage1, the stage's folder; its robot has SCHEMA."""
     write_demos(folder / "data/set_table/close/kitchen_counter", lengths=(9, 9))
-    flags = "--preset tiny --row auxvla-all --stage 1 --steps 1 --batch-size 8 --micro-batch 8"
+    flags = f"--preset tiny --row {row} --stage 1 --steps 1 --batch-size 8 --micro-batch 8"
     paths = ("--data", folder / "data", "--out", folder / "stage1", "--val-frames", 8)
     main(parse([*flags.split(), "--device", "cpu", *map(str, paths)]))
     manifest = newest(folder / "stage1") / "manifest.json"
