@@ -40,10 +40,10 @@ from durable import append, read_lines, sha256, sole_writer
 from env import SubtaskEnv, plan_files
 from household.expert import ScriptedExpert
 from outcomes import address, check_same_run, merge, part, scenes, table
-from policy import Policy
+from policy import Policy, check_schema
 from rl_expert import RLPolicy
 from rows import ROWS
-from tasks import COLUMNS, EACH, HORIZON, OBJECTS, PAPER_COLUMNS, TASKS, targets
+from tasks import COLUMNS, EACH, HORIZON, OBJECTS, PAPER_COLUMNS, TASKS, sentences, targets
 from tools.compare import compare
 from tools.report import DEFAULT_ROW, Film, success_table
 from workers import Workers
@@ -66,6 +66,7 @@ class EvalConfig:
     task: Literal[TASKS] = "set_table"
     # default: the paper's that the task has; pick_each, place_each: one for each of its objects
     columns: tuple[Literal[(*COLUMNS, *EACH)], ...] = ()
+    unseen_instructions: bool = False  # run columns whose sentences the checkpoint never saw
     episodes: int = 30  # per column (Sec. 6.1)
     split: Literal["train", "val"] = "val"  # GAP-18: the paper names none
     seed: int = 0  # of the first episode; the others count up from it
@@ -184,23 +185,6 @@ def run_episode(env: SubtaskEnv, policy, seed: int, cfg: EvalConfig, film: Film 
     }
 
 
-def check_schema(env: SubtaskEnv, manifest: dict):
-    """Raise InputError, naming the slot, when a checkpoint is for another robot (GAP-1)."""
-    for key, here in (("action_schema", env.action_schema), ("qpos_names", env.qpos_names)):
-        trained = manifest[key]
-        if trained is None:  # MS-HAB's released files name neither
-            print(f"warning: the training data had no {key}: not compared", file=sys.stderr)
-            continue
-        if len(trained) != len(here):
-            raise InputError(f"{key}: {len(trained)} slots in the checkpoint, {len(here)} here")
-        for slot, (theirs, ours) in enumerate(zip(trained, here, strict=True)):
-            if theirs != ours:
-                raise InputError(
-                    f"{key}, slot {slot}: the checkpoint was trained on {theirs}, this environment "
-                    f"has {ours}. Train on what collect.py records in this environment"
-                )
-
-
 def run_jobs(cfg: EvalConfig, jobs: Iterable[Job]) -> Iterator[dict]:
     """Yield each job's episode; one simulator at a time, kept while it renders the same."""
     learned = Policy.from_checkpoint(cfg.checkpoint, cfg.device) if cfg.checkpoint else None
@@ -304,6 +288,25 @@ def conclude(cfg: EvalConfig, episodes: list[dict], identity: dict):
     print("An interval that contains the paper's figure neither confirms nor refutes it.")
 
 
+def heard(cfg: EvalConfig, manifest: dict) -> tuple[str, ...]:
+    """The columns whose every sentence the checkpoint was trained on, unless told otherwise.
+
+    Of the columns that are run by default the others are left out, saying so. Raises InputError
+    when they were asked for.
+    """
+    seen, names = set(manifest["instructions"]), cfg.names
+    new = [name for name in names if sentences(cfg.task, name) - seen]
+    if not new or cfg.unseen_instructions:
+        return names
+    unheard = sorted(set().union(*(sentences(cfg.task, name) for name in new)) - seen)
+    what = f"{cfg.checkpoint} never saw {', '.join(map(repr, unheard))}; it was trained on "
+    what += ", ".join(map(repr, sorted(seen)))
+    if cfg.columns or len(new) == len(names):
+        raise InputError(f"{what}. Leave out --columns {' '.join(new)}, or --unseen-instructions")
+    print(f"{what}. Not run: {' '.join(new)} (--unseen-instructions runs them)", file=sys.stderr)
+    return tuple(name for name in names if name not in new)
+
+
 def prepare(cfg: EvalConfig) -> tuple[EvalConfig, dict]:
     """The checkpoint and the row that are meant, and the run's identity.
 
@@ -311,8 +314,9 @@ def prepare(cfg: EvalConfig) -> tuple[EvalConfig, dict]:
     """
     if cfg.checkpoint is not None:
         folder = resolve(cfg.checkpoint)  # one, even if training goes on
-        trained_as = read_manifest(folder)["config"].get("row")
-        cfg = replace(cfg, checkpoint=folder, row=cfg.row or trained_as)
+        manifest = read_manifest(folder)
+        row = cfg.row or manifest["config"].get("row")
+        cfg = replace(cfg, checkpoint=folder, row=row, columns=heard(cfg, manifest))
     for name in cfg.names:
         cfg.plan_files(name)
     return replace(cfg, row=cfg.row or DEFAULT_ROW), identity_of(cfg)
@@ -328,9 +332,10 @@ def main(cfg: EvalConfig):
         if rank == 0:
             check_same_run(path, merge(path), identity)
         ranks = join("cpu")  # the others begin when the main rank holds the folder and has merged
-        decided = json.dumps({"checkpoint": str(cfg.checkpoint or ""), "identity": identity})
-        decided = json.loads(ranks.from_main(decided))
-        cfg = replace(cfg, checkpoint=Path(decided["checkpoint"]) if cfg.checkpoint else None)
+        decided = {"checkpoint": str(cfg.checkpoint or ""), "columns": cfg.columns}
+        decided = json.loads(ranks.from_main(json.dumps(decided | {"identity": identity})))
+        folder = Path(decided["checkpoint"]) if cfg.checkpoint else None
+        cfg = replace(cfg, checkpoint=folder, columns=tuple(decided["columns"]))
         run(cfg, ranks, path, decided["identity"])
         ranks.leave()  # all have finished
         if ranks.is_main:

@@ -8,6 +8,7 @@ A stage-1 or stage-2 checkpoint decodes one action at a time; a stage-3 checkpoi
 and executes two.
 """
 
+import sys
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoint import load_weights, model_config_of, read_manifest, resolve
-from config import ACTION_DIM, HISTORY
+from config import ACTION_DIM, HISTORY, InputError
 from data import ActionStats, cameras, preprocess_steps, tokenize
 from graph import Graphed, halve
 from model import AuxVLA
@@ -132,3 +133,20 @@ class Policy:
             "prompt_ids": ids.to(self.device).expand(b, -1),
             "prompt_mask": mask.to(self.device).expand(b, -1),
         }
+
+
+def check_schema(env, manifest: dict) -> None:
+    """Raise InputError, naming the slot, when a checkpoint is for another robot (GAP-1)."""
+    for key, here in (("action_schema", env.action_schema), ("qpos_names", env.qpos_names)):
+        trained = manifest[key]
+        if trained is None:  # MS-HAB's released files name neither
+            print(f"warning: the training data had no {key}: not compared", file=sys.stderr)
+            continue
+        if len(trained) != len(here):
+            raise InputError(f"{key}: {len(trained)} slots in the checkpoint, {len(here)} here")
+        for slot, (theirs, ours) in enumerate(zip(trained, here, strict=True)):
+            if theirs != ours:
+                raise InputError(
+                    f"{key}, slot {slot}: the checkpoint was trained on {theirs}, this environment "
+                    f"has {ours}. Train on what collect.py records in this environment"
+                )

@@ -82,6 +82,14 @@ def instruction(subtask: str, target: str) -> str:
     return templates[subtask].format(readable(target))
 
 
+def sentences(task: str, column: str) -> set[str]:
+    """Every instruction that a column's episodes may give."""
+    what = COLUMNS[column]
+    target = what.target_in(task)
+    names = targets(task, what.subtask) if target == "all" else (target,)
+    return {instruction(what.subtask, name) for name in names}
+
+
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     """Return the Wilson score interval of successes / n; z is the two-sided 95 % quantile."""
     rate, shrink = successes / n, 1 + z * z / n

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from config import InputError, model_config
 from data import build_tokenizer
 from durable import append, read_lines, read_sealed, sha256, write_sealed
 from env import SubtaskEnv
-from eval import EvalConfig, check_schema, main
+from eval import EvalConfig, main, prepare
 from model import AuxVLA
 from outcomes import check_same_run, table
+from policy import check_schema
 from rows import ROWS
 from tasks import wilson
 from tools.report import success_table, write_report
@@ -69,6 +71,7 @@ def trained(assets, tmp_path_factory) -> Path:
         "action_stats": {"low": [-1.0] * 13, "high": [1.0] * 13},
         "action_schema": env.action_schema,
         "qpos_names": env.qpos_names,
+        "instructions": ["close the kitchen drawer"],
     }
     env.close()
     tokenizer = build_tokenizer(cfg.llm).to_str()
@@ -217,6 +220,19 @@ def test_the_readmes_example_drives_a_step(trained):
     assert names["action"].shape == (1, 13) and names["info"]["success"] is False
     assert set(names["policy"].predictions) == {"pos", "grasp", "qpos", "obj", "seg"}
     names["env"].close()
+
+
+def test_columns_whose_sentences_the_checkpoint_never_heard_run_only_when_told_to(
+    trained, tmp_path, capsys
+):
+    seen = EvalConfig(out=tmp_path, checkpoint=trained)
+    assert prepare(seen)[0].names == ("close_drawer",)
+    assert "never saw 'close the fridge', 'open the fridge'" in capsys.readouterr().err
+    asked = replace(seen, columns=("close_drawer", "open_fridge"))
+    with pytest.raises(InputError, match=r"never saw 'open the fridge'.*--unseen-instructions"):
+        prepare(asked)
+    told = replace(asked, unseen_instructions=True)
+    assert prepare(told)[0].names == ("close_drawer", "open_fridge")
 
 
 def test_a_checkpoint_of_another_robot_is_refused_naming_the_slot(trained, tmp_path, capfd):
