@@ -114,6 +114,8 @@ def test_a_rank_sees_its_own_gpu(monkeypatch):
     [  # Newcombe 1998, Table III
         (Pairs(both=36, only_a=2, only_b=12, neither=0), 0.0569, 0.3404),
         (Pairs(both=36, only_a=12, only_b=2, neither=0), -0.3404, -0.0569),
+        # By hand, phi = (14 x 22 - 41/2) / sqrt(14 x 27 x 19 x 22): the outcomes go together.
+        (Pairs(both=14, only_a=0, only_b=5, neither=22), 0.0115, 0.2265),
     ],
 )
 def test_the_interval_equals_the_published(pairs, low, high):

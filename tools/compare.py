@@ -169,7 +169,7 @@ def comparison(a: Path, b: Path) -> list[str]:
         "The interval is Newcombe's for paired proportions (1998, method 10); one that contains 0",
         "does not separate A from B. n needed: episodes of each that would separate these two",
         "rates, alpha 0.05, power 0.8; on equal seeds if as many pairs differ as here (Connor",
-        "1987), or on seeds of their own (Fleiss).",
+        "1987), or on seeds of their own (Fleiss); normal approximations, rough below 20.",
     ]
 
 
