@@ -73,7 +73,7 @@ def test_thirty_seeds_reach_every_scene_of_every_task_here(assets, tmp_path):
 
 
 def test_a_learned_policy_takes_the_same_actions_in_one_process_and_in_ranks(trained, tmp_path):  # noqa: F811
-    flags = "--columns pick:024_bowl --episodes 2 --horizon 5 --device cpu --checkpoint"
+    flags = "--columns close_drawer --episodes 2 --horizon 5 --device cpu --checkpoint"
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2"
     for name, program in (("one", ""), ("ranks", torchrun)):
         command = (*program.split(), "eval.py", *flags.split(), trained, "--out", tmp_path / name)
