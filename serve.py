@@ -19,7 +19,6 @@ Each connection has its own episode; several at once take turns at the model.
 """
 
 import io
-import logging
 import sys
 import time
 from contextlib import suppress
@@ -178,8 +177,6 @@ def main(cfg: ServeConfig):
     from websockets.sync.server import serve
 
     server = Server(cfg)
-    # A port scanner's handshake is not worth a traceback.
-    logging.getLogger("websockets.server").addFilter(lambda line: "handshake" not in line.msg)
     try:
         listener = serve(server.drive, cfg.host, cfg.port, compression=None, max_size=LARGEST)
     except OSError as error:

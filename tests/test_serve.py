@@ -126,6 +126,7 @@ def test_a_client_learns_what_it_talks_to(address):
 
 def test_several_clients_at_once_have_their_own_episodes(address, stage):
     seeds = ([1, 2], [7, 8])
+    assert (expected(stage, [1, 7])[1] != expected(stage, [7])[0]).any()
 
     async def both(one):
         from vla_eval.connection import Connection
