@@ -136,7 +136,7 @@ class ActBench:
         figures, spent, different = {}, Counter(), 0
         for size in self.batches:
             runs, turns = all_.runs(), {}
-            for i, seen in enumerate(self.frames(size, max(5, self.queries // size) + 1)):
+            for i, seen in enumerate(self.frames(size, max(min(5, self.queries), self.queries // size) + 1)):
                 said = {}
                 for name, run in runs.items():
                     passes.clear()
