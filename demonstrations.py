@@ -21,6 +21,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from einops import rearrange
 
 from chunks import read_rows
 from config import (
@@ -160,7 +161,7 @@ class Demonstrations:
         One frame inflates its whole block, 26 frames or so, and the last READ_AHEAD blocks are
         kept: in the order of samples.py, each is inflated once.
         """
-        out = np.empty(len(frames), RECORD)
+        out = np.empty((len(frames), RECORD.itemsize), np.uint8)  # bytes: fields are copied slower
         for row, frame in enumerate(frames):
             block = int(np.searchsorted(self.blocks, frame, side="right")) - 1
             if block not in self.inflated:
@@ -168,14 +169,16 @@ class Demonstrations:
                     del self.inflated[next(iter(self.inflated))]  # the oldest
                 self.inflated[block] = self._read_block(block)
             out[row] = self.inflated[block][frame - self.blocks[block]]
-        return out
+        return rearrange(out.view(RECORD), "n 1 -> n")
 
     def _read_block(self, block: int) -> np.ndarray:
+        """The frames of a block as bytes, [n, size of RECORD]."""
         first = int(self.blocks[block])
         episode = int(np.searchsorted(self.starts, first, side="right")) - 1
         end = self.blocks[block + 1] if block + 1 < len(self.blocks) else len(self)
         end = min(int(end), int(self.starts[episode + 1]))
-        return self._read(episode, first - self.starts[episode], end - self.starts[episode])
+        records = self._read(episode, first - self.starts[episode], end - self.starts[episode])
+        return rearrange(records.view(np.uint8), "(n size) -> n size", size=RECORD.itemsize)
 
     def read_episode(self, episode: int) -> np.ndarray:
         """All frames of an episode, [T] of RECORD."""

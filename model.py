@@ -55,6 +55,11 @@ def bins_to_actions(index: Tensor, bins: int) -> Tensor:
     return (index.float() + 0.5) / bins * 2 - 1
 
 
+def agreed(guess: Tensor, chosen: Tensor) -> int:
+    """How many leading tokens of [B, T] are guessed right in every frame."""
+    return int((guess == chosen).all(0).long().cumprod(0).sum())
+
+
 # --- Means over labelled frames ---
 
 
@@ -272,34 +277,44 @@ class AuxVLA(nn.Module):
     def decode(self, batch: dict[str, Tensor], guess: Tensor) -> tuple[Prefix, Tensor, Tensor]:
         """Greedy decoding of 13 action tokens over the 256 action ids, by fixed-point iteration.
 
-        All tokens are read at once, from the guess [B, A] on; what the model then chooses at each
-        place is the next guess. A token is right when those before it are, so after i passes the
-        first i + 1 are what one token a pass gives; when nothing changes, all are. Mostly two or
-        three passes are enough, the first of them the prefix's own.
+        The prefix's own pass reads the guess [B, A] of all tokens too; what the model then chooses
+        at each place is the next guess. A token is right when those before it are, so every pass
+        finds at least one, as one token a pass would, and mostly several.
 
         Returns the prefix, bin indices [B, A] and the hidden states behind the prefix [B, A-1, D].
         """
-        llm, first = self.vlm.llm, self.cfg.llm.first_action_id
+        llm, first, count = self.vlm.llm, self.cfg.llm.first_action_id, self.cfg.bins
         read = ACTION_DIM - 1  # nobody reads the last token
-        ids = first + actions_to_bins(guess, self.cfg.bins)[:, :read]  # [B, A - 1]
-        whole = self.vlm.encode(batch, ids)
-        past = whole.mask.shape[1] - read
-        hidden, states = whole.hidden[:, :-read], whole.hidden[:, -read:]  # [B, N], [B, A - 1, D]
-        slots = [Slots(*key_values, past) for key_values in whole.cache]
-        table = llm.rope(whole.mask.cumsum(-1)[:, past:] - 1)
+        guess = actions_to_bins(guess, count)[:, :read]  # [B, A - 1]
+        whole = self.vlm.encode(batch, first + guess)
+        past, states = whole.mask.shape[1] - read, whole.hidden[:, -read:]  # [B, A - 1, D]
+        bins = llm.logits(whole.hidden[:, -ACTION_DIM:], first, count).argmax(-1)  # [B, A]
+        cos, sin = llm.rope(whole.mask.cumsum(-1)[:, past:] - 1)
         causal = whole.mask.new_ones(read, past + read).tril(past)
         visible = causal & rearrange(whole.mask, "b s -> b 1 1 s")  # [B, 1, A - 1, S + A - 1]
-        for _ in range(read + 1):
-            around = torch.cat([hidden[:, -1:], states], dim=1)  # [B, A, D]
-            bins = llm.logits(around, first, self.cfg.bins).argmax(-1)  # [B, A]
-            # A GPU is given all passes at once: it would wait for the answer longer than for one.
-            if not ids.is_cuda and torch.equal(first + bins[:, :read], ids):
-                break
-            ids = first + bins[:, :read]
-            states, _ = llm(llm.embed(ids), table, visible, slots)
+
+        def read_again(begin: int, end: int) -> None:
+            """Read the tokens begin..end - 1 as they are chosen now, and choose those behind."""
+            now = slice(begin, end)
+            slots = [Slots(*key_values, past + begin) for key_values in whole.cache]
+            table, mask = (cos[:, :, now], sin[:, :, now]), visible[:, :, now, : past + end]
+            states[:, now], _ = llm(llm.embed(first + bins[:, now]), table, mask, slots)
+            bins[:, begin + 1 : end + 1] = llm.logits(states[:, now], first, count).argmax(-1)
+
+        if bins.is_cuda:  # all passes at once: asking whether it is done takes longer than one
+            for _ in range(read):
+                read_again(0, read)
+        else:
+            right = agreed(guess, bins[:, :read])
+            found = right + 1  # by the last pass; the next one looks twice as far
+            while right < read:
+                end = min(read, right + 2 * found)
+                guess = bins[:, right + 1 : end].clone()
+                read_again(right, end)
+                found = 1 + agreed(guess, bins[:, right + 1 : end])
+                right += found
         cache = [KeyValues(k[:, :, :past], v[:, :, :past]) for k, v in whole.cache]
-        prefix = Prefix(hidden, cache, whole.mask[:, :past])
-        return prefix, bins, states
+        return Prefix(whole.hidden[:, :-read], cache, whole.mask[:, :past]), bins, states
 
     @torch.no_grad()
     def teacher_forced(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
