@@ -62,8 +62,9 @@ class EpisodeBench:
     def run(self) -> dict:
         with TemporaryDirectory() as out:
             cfg = EvalConfig(
-                Path(out), self.checkpoint, columns=(self.column,), horizon=self.horizon
-            )
+                out=Path(out), checkpoint=self.checkpoint, columns=(self.column,),
+                horizon=self.horizon,
+            )  # fmt: skip
             alone, split = self.in_one_process(cfg)
             several = list(self.in_workers(cfg))
         figures = {name: spread(values) for name, values in alone.items()}
