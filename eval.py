@@ -44,6 +44,8 @@ from policy import Policy, check_schema
 from rl_expert import RLPolicy
 from rows import ROWS
 from tasks import COLUMNS, EACH, HORIZON, OBJECTS, PAPER_COLUMNS, TASKS, sentences, targets
+from tools.check_assets import assets
+from tools.checks import disk, packages, require
 from tools.compare import compare
 from tools.report import DEFAULT_ROW, Film, success_table
 from workers import Workers
@@ -325,6 +327,7 @@ def prepare(cfg: EvalConfig) -> tuple[EvalConfig, dict]:
 def main(cfg: EvalConfig):
     if cfg.compare:
         return compare(*cfg.compare)
+    require(packages(deep=False), assets(tasks=(cfg.task,)), disk(cfg.out, 0))
     path, rank, identity = cfg.out / "episodes.jsonl", int(os.environ.get("RANK", 0)), None
     if rank == 0:
         cfg, identity = prepare(cfg)
