@@ -39,7 +39,6 @@ from pretrained import load_pretrained, source_of
 from rows import check_row, preset_of, row_of
 from samples import Frames, StepOrder, loader, open_data
 from sharding import shard, whole
-from tools.check_files import demonstrations
 from tools.checks import disk, packages, require, shared_memory
 from validation import validate
 
@@ -172,7 +171,7 @@ def main(cfg: TrainConfig) -> int:
     require(packages(deep=False), shared_memory(cfg.batch_size, cfg.workers))
     ranks = join(cfg.device)
     if ranks.is_main:
-        require(disk(cfg.out, 0), demonstrations(cfg.data, seconds=0))
+        require(disk(cfg.out, 0))
     with sole_writer(Path(cfg.out)) if ranks.is_main else nullcontext():
         code = train(cfg, ranks)
     ranks.leave()

@@ -169,9 +169,9 @@ def test_no_pickle_is_loaded_but_by_torch_with_weights_only():
         assert not re.search(r"pickle\.loads?\(|allow_pickle=True|weights_only=False", text), path
         for call in re.findall(r"torch\.load\((?:[^()]|\([^()]*\))*\)", text):
             assert "weights_only=True" in call, path
-    # Prismatic's file, and MS-HAB's own start poses.
+    # Prismatic's file, MS-HAB's own start poses, its released policies.
     loads = [path.name for path in ROOT.glob("*.py") if "torch.load(" in path.read_text()]
-    assert sorted(loads) == ["env.py", "pretrained.py"]
+    assert sorted(loads) == ["env.py", "pretrained.py", "rl_expert.py"]
 
 
 # --- Numbers that go bad ---
