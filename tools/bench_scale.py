@@ -48,7 +48,7 @@ class ScaleBench:
     times: int = 10
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     rounds: int = 5
-    steps: int = 60  # batches of 64 that a loader is timed over
+    steps: int = 60  # batches of 64 that a pack is timed over
     device: Literal["cpu", "cuda"] | None = None  # default: what is there
 
     def run(self) -> dict:
@@ -74,7 +74,7 @@ class ScaleBench:
         for times in (1, self.times):
             with TemporaryDirectory() as folder:
                 linked = many_times(self.data, times, Path(folder) / "data")
-                files[times] = epoch(Demonstrations(linked), steps=self.steps)()
+                files[times] = epoch(Demonstrations(linked))()  # whole: it first fills its window
                 pack(str(linked), f"{folder}/pack")
                 run = epoch(Pack(f"{folder}/pack"), steps=self.steps)
                 packs[times] = statistics.median(run() for _ in range(self.rounds))
