@@ -109,3 +109,27 @@ def test_the_figures_of_what_a_run_survives_are_those_in_results():
     index, stall = figures["index"], figures["stall"]
     assert f"{index['seconds']} s and {index['MB']} MB" in section
     assert f"for {stall['stalled (s)']} s, takes {stall['took (s)']} s" in section
+
+
+def test_the_figures_of_speed_are_those_in_results():
+    section = README.split("## Speed")[1].split("\n## ")[0]
+    figures = {
+        path.stem: json.loads(path.read_text()) for path in (ROOT / "results/bench").glob("*.json")
+    }
+
+    def spread(name, contestant, digits):
+        figure = figures[name]["figures"][contestant]
+        low, high = (f"{figure[key]:.{digits}f}" for key in ("min", "max"))
+        return f"{figure['median']:.{digits}f} [{low}, {high}]"
+
+    for contestant in ("ours, files", "ours, pack", "one frame, one read (MS-HAB)"):
+        assert spread("loader", contestant, 0) in section
+    for name, digits in (("train", 1), ("train-paper", 4)):
+        for contestant in ("ours", "naive port"):
+            assert spread(name, contestant, digits) in section
+    for contestant in ("transformers generate", "ours, tokens", "ours, flow chunk"):
+        figure = figures["act"]["figures"][f"{contestant}, batch 1"]
+        assert f"{figure['p50']:.1f} ({figure['p99']:.1f})" in section
+    assert spread("episode", "ours, 2 processes, per episode", 2) in section
+    exact = figures["exact"]["exactness"]
+    assert f"{exact['different']} of {exact['tokens']:,} differ" in section
