@@ -250,8 +250,7 @@ class TrainConfig:
     row: str | None = None  # a row of Tables 1-4 (rows.py), which fixes all that makes it this row
     tasks: tuple[Literal[TASKS], ...] = ()  # train on these of the data; default: on all
     subtasks: tuple[Literal[SUBTASKS], ...] = ()  # likewise
-    # end each demonstration at its first success: MS-HAB's released ones stand still after it until
-    # step 200; a pack is truncated or not when it is packed
+    # end demonstrations at their first success (MS-HAB's stand still after it); a pack has its own
     truncate_at_success: bool = False
     # public weights of the VLM: folder or hub name of a Prismatic checkpoint or of openvla-7b, a
     # folder of the folders of DINOv2, SigLIP and Qwen2.5, or "hub"; unused with --init-from
@@ -263,11 +262,9 @@ class TrainConfig:
     epochs: tuple[int, int, int] = (3, 7, 10)  # of each stage (Sec. 6.3; GAP-14); 0: lacks it
     batch_size: int = 512  # frames per step over all GPUs (Sec. 6.1)
     micro_batch: int = 8  # frames per GPU and backward pass, the rest is accumulated (memory.py)
-    # divide weights, gradients and Adam's moments among the GPUs (sharding.py): a model too large
-    # for one of them; a single process ignores it
-    shard: bool = False
-    recompute: bool = False  # keep a block's input only: a fraction of the memory, a third slower
-    compile: bool = False  # torch.compile every block; a minute or two at the start
+    shard: bool = False  # divide weights, gradients and Adam's moments among GPUs (sharding.py)
+    recompute: bool = False  # keep a block's input only: less memory, a third more arithmetic
+    compile: bool = False  # torch.compile every block
     lr: float = 2e-5  # Adam, constant (Sec. 6.1)
     warmup: int = 0  # steps of linear warm-up; the paper has none
     # last share of the steps over which lr falls linearly to 0; the paper has none

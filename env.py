@@ -121,8 +121,7 @@ class SubtaskEnv:
 
     def choose(self, seed: int) -> tuple[int, int]:
         """The indices of the plan in its file and of its start pose: a pure function of `seed`."""
-        rng = np.random.default_rng(seed)
-        plan = int(rng.integers(len(self._plans)))
+        plan, rng = tasks.draw_plan(seed, len(self._plans))
         uid = self._plans[plan].subtasks[0].uid
         return plan, int(rng.integers(self._starts[uid]))
 

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -47,7 +46,7 @@ from tasks import COLUMNS, EACH, HORIZON, OBJECTS, PAPER_COLUMNS, TASKS, sentenc
 from tools.check_assets import assets
 from tools.checks import disk, packages, require
 from tools.compare import compare
-from tools.report import DEFAULT_ROW, Film, success_table
+from tools.report import DEFAULT_ROW, Film, code_commit, success_table
 from workers import Workers
 
 LIBRARIES = ("torch", "mani_skill", "praxis-mshab", "sapien", "numpy")
@@ -224,14 +223,12 @@ def identity_of(cfg: EvalConfig) -> dict:
 
 def origin(cfg: EvalConfig) -> dict:
     """Where and with what the results came about."""
-    git = ["git", "-C", Path(__file__).parent, "rev-parse", "-q", "--verify", "HEAD"]
-    commit = subprocess.run(git, capture_output=True)
     return {
         "checkpoint_path": str(cfg.checkpoint) if cfg.checkpoint else None,
         "household": json.loads(HOUSEHOLD.read_text()) if HOUSEHOLD.exists() else None,
         "row": cfg.row,
         "command": " ".join(sys.argv),
-        "git": commit.stdout.decode().strip() or None,
+        "git": code_commit(),
         "platform": platform.platform(),
         "renderer": sapien.render.get_device_summary().partition("\n")[0],
         "versions": {"python": platform.python_version()} | {x: version(x) for x in LIBRARIES},

@@ -1,6 +1,7 @@
 """What a training step will hold in memory, counted before the first one without running it.
 
     plan = memory_plan(cfg, world, device)   # {"weights": bytes, ...} per process
+    python memory.py --preset paper          # the model's parameters, part by part
 
 The forward pass runs once on tensors that have shapes and no content (torch's FakeTensorMode), and
 what autograd keeps of it is added up. Not counted: what lives within one kernel or block only, and
@@ -10,10 +11,11 @@ the allocator's own share; a tenth of the device is left for them.
 from collections.abc import Callable
 
 import torch
+import tyro
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from config import InputError, TrainConfig
+from config import InputError, TrainConfig, model_config
 from data import batch_shapes
 from model import AuxVLA
 
@@ -66,10 +68,12 @@ def memory_plan(cfg: TrainConfig, world: int, device: torch.device) -> dict[str,
     }
 
 
-def describe_plan(plan: dict[str, float], cfg: TrainConfig, device: torch.device) -> str:
+def describe_plan(
+    plan: dict[str, float], cfg: TrainConfig, world: int, device: torch.device
+) -> str:
     """The plan in a line. Raises InputError, with the flag that mends it, if a GPU is too small."""
     *fixed, frame = plan.values()
-    frames = min(cfg.micro_batch, cfg.batch_size)
+    frames = min(cfg.micro_batch, cfg.batch_size // world)
     needed = sum(fixed) + frames * frame
     parts = [f"{name} {size / 2**30:.2g}" for name, size in list(plan.items())[:-1]]
     parts.append(f"activations of {frames} frames {frames * frame / 2**30:.2g}")
@@ -82,5 +86,29 @@ def describe_plan(plan: dict[str, float], cfg: TrainConfig, device: torch.device
     fit = int((limit - sum(fixed)) // frame)
     remedy = f"--micro-batch {fit}" if fit >= 1 else "--shard True on more GPUs"
     if not cfg.recompute:
-        remedy += ", or --recompute True, which keeps little and is a third slower"
+        remedy += ", or --recompute True, which keeps little, for a third more arithmetic"
     raise InputError(f"{line}, but the GPU has {limit / SPARE / 2**30:.3g}: give {remedy}")
+
+
+def print_parameters(preset: str = "paper") -> None:
+    """Print the parameters of each part, counted on the meta device."""
+    with torch.device("meta"):
+        model = AuxVLA(model_config(preset), flow_head=True)
+    vlm = model.vlm
+    parts = {
+        "vision.dino": vlm.vision.dino,
+        "vision.siglip": vlm.vision.siglip,
+        "projector": vlm.projector,
+        "llm": vlm.llm,
+    }
+    parts |= {f"decoders.{name}": decoder for name, decoder in model.decoders.items()} | {
+        "flow_head": model.flow_head
+    }
+    for name, part in parts.items():
+        print(f"{name:18} {sum(p.numel() for p in part.parameters()):>15,}")
+    print(f"{'latent_queries':18} {vlm.latent_queries.numel():>15,}")
+    print(f"{'all':18} {sum(p.numel() for p in model.parameters()):>15,}")
+
+
+if __name__ == "__main__":
+    tyro.cli(print_parameters)

@@ -4,7 +4,6 @@
                                              # through DDP in training
     actions, predictions = model.act(batch)  # normalised actions [B, H, 13] and what the decoders
                                              # read in the latents
-    python model.py --preset paper           # parameters, part by part
 
 The batch is a plain dict of tensors; data.py documents it and this file knows nothing else of data.
 
@@ -17,14 +16,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import tyro
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from backbone import LLM, FusedVision, KeyValues, Projector, Slots
-from config import ACTION_DIM, ModelConfig, model_config
+from config import ACTION_DIM, ModelConfig
 from decoders import DECODERS
 from flow_head import FlowHead
 
@@ -344,27 +342,3 @@ def init_llm(part: nn.Module, std: float) -> None:
             nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def print_parameters(preset: str = "paper") -> None:
-    """Print the parameters of each part, counted on the meta device."""
-    with torch.device("meta"):
-        model = AuxVLA(model_config(preset), flow_head=True)
-    vlm = model.vlm
-    parts = {
-        "vision.dino": vlm.vision.dino,
-        "vision.siglip": vlm.vision.siglip,
-        "projector": vlm.projector,
-        "llm": vlm.llm,
-    }
-    parts |= {f"decoders.{name}": decoder for name, decoder in model.decoders.items()} | {
-        "flow_head": model.flow_head
-    }
-    for name, part in parts.items():
-        print(f"{name:18} {sum(p.numel() for p in part.parameters()):>15,}")
-    print(f"{'latent_queries':18} {vlm.latent_queries.numel():>15,}")
-    print(f"{'all':18} {sum(p.numel() for p in model.parameters()):>15,}")
-
-
-if __name__ == "__main__":
-    tyro.cli(print_parameters)

@@ -7,11 +7,9 @@ by another writer. `merge` moves them into OUT/episodes.jsonl, also after a kill
 import json
 from pathlib import Path
 
-import numpy as np
-
 from config import InputError
 from durable import append, read_lines
-from tasks import COLUMNS, wilson
+from tasks import COLUMNS, draw_plan, wilson
 
 
 def address(episode: dict) -> tuple[str, int]:
@@ -82,8 +80,8 @@ def scenes(plan_file: Path, episodes: list[dict], first_seed: int) -> dict[str, 
     missing, seed = {plan["build_config_name"] for plan in plans}, first_seed
     of = len(missing)
     while missing:
-        plan = plans[np.random.default_rng(seed).integers(len(plans))]  # as SubtaskEnv.choose
-        missing.discard(plan["build_config_name"])
+        plan, _ = draw_plan(seed, len(plans))
+        missing.discard(plans[plan]["build_config_name"])
         seed += 1
     reached = {episode["scene"] for episode in episodes}
     return {"reached": len(reached), "of": of, "seeds_for_all": seed - first_seed}

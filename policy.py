@@ -10,6 +10,7 @@ and executes two.
 
 import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,13 +19,61 @@ import numpy as np
 import torch
 from einops import rearrange
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoint import load_weights, model_config_of, read_manifest, resolve
 from config import ACTION_DIM, HISTORY, InputError
 from data import ActionStats, cameras, preprocess_steps, tokenize
-from graph import Graphed, halve
 from model import AuxVLA
+
+# --- On a GPU ---
+
+# A decoding pass of one frame is some three hundred small kernels, whose launches take several
+# times as long as their work: so a query is launched once, as one CUDA graph.
+
+
+def halve(model: AuxVLA) -> None:
+    """Linear weights in bf16, in place: what autocast would make of them in every query."""
+    for part in (model.vlm, model.flow_head):
+        for module in part.modules() if part is not None else ():
+            if isinstance(module, nn.Linear):
+                module.to(torch.bfloat16)
+
+
+class Graphed:
+    """A function of tensors, {name: tensor} -> tensors, captured once for each set of shapes.
+
+    What it returns is overwritten by the next call.
+    """
+
+    def __init__(self, run: Callable[[dict[str, Tensor]], object]):
+        self.run, self.captured = run, {}
+
+    def __call__(self, inputs: dict[str, Tensor]) -> object:
+        key = tuple((name, *value.shape) for name, value in inputs.items())
+        if key not in self.captured:
+            self.captured[key] = self.capture({name: x.clone() for name, x in inputs.items()})
+        graph, held, outputs = self.captured[key]
+        for name, value in inputs.items():
+            held[name].copy_(value)
+        graph.replay()
+        return outputs
+
+    def capture(self, held: dict[str, Tensor]) -> tuple[torch.cuda.CUDAGraph, dict, object]:
+        # Libraries make their workspaces in the first calls, which must not be part of the graph.
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                self.run(held)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = self.run(held)
+        return graph, held, outputs
+
+
+# --- The policy ---
 
 
 @dataclass

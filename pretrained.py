@@ -31,83 +31,24 @@ from torch.nn import functional as F
 from config import InputError
 from durable import sha256
 from model import VLM
+from weight_names import (
+    DINO_HF,
+    DINO_HF_DEAD,
+    LLM_HF,
+    LLM_HF_DEAD,
+    LLM_HF_UNTIED,
+    OPENVLA,
+    PRISMATIC,
+    SIGLIP_HF,
+    SIGLIP_HF_DEAD,
+    TIMM,
+    TIMM_DEAD,
+)  # fmt: skip
 
 DINO_HUB = "facebook/dinov2-with-registers-large"
 SIGLIP_HUB = "google/siglip-so400m-patch14-224"
 QWEN_HUB = "Qwen/Qwen2.5-0.5B"
 NEW = {"latent_queries"}  # in no public checkpoint (GAP-2)
-
-# Name in the file (a regular expression) -> name here. "#0" marks the first part of a tensor that
-# is fused here.
-TIMM = {
-    r"cls_token": "prefix#0",
-    r"reg_token": "prefix#1",
-    r"pos_embed": "pos_embed",
-    r"patch_embed\.proj\.(\w+)": r"patch_embed.\1",
-    r"blocks\.(\d+)\.(norm[12])\.(\w+)": r"blocks.\1.\2.\3",
-    r"blocks\.(\d+)\.attn\.(qkv|proj)\.(\w+)": r"blocks.\1.\2.\3",
-    r"blocks\.(\d+)\.mlp\.(fc[12])\.(\w+)": r"blocks.\1.\2.\3",
-    r"blocks\.(\d+)\.ls([12])\.(gamma|scale_factor)": r"blocks.\1.scale\2",
-}
-TIMM_DEAD = (r"norm\.\w+", r"attn_pool\..*")
-DINO_HF = {
-    r"embeddings\.cls_token": "prefix#0",
-    r"embeddings\.register_tokens": "prefix#1",
-    r"embeddings\.position_embeddings": "pos_embed",
-    r"embeddings\.patch_embeddings\.projection\.(\w+)": r"patch_embed.\1",
-    r"encoder\.layer\.(\d+)\.(norm[12])\.(\w+)": r"blocks.\1.\2.\3",
-    r"encoder\.layer\.(\d+)\.attention\.attention\.query\.(\w+)": r"blocks.\1.qkv.\2#0",
-    r"encoder\.layer\.(\d+)\.attention\.attention\.key\.(\w+)": r"blocks.\1.qkv.\2#1",
-    r"encoder\.layer\.(\d+)\.attention\.attention\.value\.(\w+)": r"blocks.\1.qkv.\2#2",
-    r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(\w+)": r"blocks.\1.proj.\2",
-    r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1": r"blocks.\1.scale\2",
-    r"encoder\.layer\.(\d+)\.mlp\.(fc[12])\.(\w+)": r"blocks.\1.\2.\3",
-}
-DINO_HF_DEAD = (r"embeddings\.mask_token", r"layernorm\.\w+")
-SIGLIP_HF = {
-    r"vision_model\.embeddings\.patch_embedding\.(\w+)": r"patch_embed.\1",
-    r"vision_model\.embeddings\.position_embedding\.weight": "pos_embed",
-    r"vision_model\.encoder\.layers\.(\d+)\.layer_norm([12])\.(\w+)": r"blocks.\1.norm\2.\3",
-    r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.q_proj\.(\w+)": r"blocks.\1.qkv.\2#0",
-    r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.k_proj\.(\w+)": r"blocks.\1.qkv.\2#1",
-    r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.v_proj\.(\w+)": r"blocks.\1.qkv.\2#2",
-    r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.out_proj\.(\w+)": r"blocks.\1.proj.\2",
-    r"vision_model\.encoder\.layers\.(\d+)\.mlp\.(fc[12])\.(\w+)": r"blocks.\1.\2.\3",
-}
-SIGLIP_HF_DEAD = (
-    r"text_model\..*",
-    r"logit_(scale|bias)",
-    r"vision_model\.(post_layernorm|head)\..*",
-)
-LLM_HF = {
-    r"model\.embed_tokens\.weight": "embed.weight",
-    r"model\.norm\.weight": "norm.weight",
-    r"model\.layers\.(\d+)\.self_attn\.q_proj\.(\w+)": r"layers.\1.qkv.\2#0",
-    r"model\.layers\.(\d+)\.self_attn\.k_proj\.(\w+)": r"layers.\1.qkv.\2#1",
-    r"model\.layers\.(\d+)\.self_attn\.v_proj\.(\w+)": r"layers.\1.qkv.\2#2",
-    r"model\.layers\.(\d+)\.self_attn\.o_proj\.(\w+)": r"layers.\1.o.\2",
-    r"model\.layers\.(\d+)\.mlp\.gate_proj\.weight": r"layers.\1.gate_up.weight#0",
-    r"model\.layers\.(\d+)\.mlp\.up_proj\.weight": r"layers.\1.gate_up.weight#1",
-    r"model\.layers\.(\d+)\.mlp\.down_proj\.weight": r"layers.\1.down.weight",
-    r"model\.layers\.(\d+)\.input_layernorm\.weight": r"layers.\1.input_norm.weight",
-    r"model\.layers\.(\d+)\.post_attention_layernorm\.weight": r"layers.\1.mlp_norm.weight",
-}
-LLM_HF_DEAD = (r"lm_head\.weight",)  # tied: equal to the embedding, stored twice
-LLM_HF_UNTIED = LLM_HF | {r"lm_head\.weight": "head.weight"}  # Llama 2
-# A whole VLM's names -> part/name: the LLM's names are then the hub model's, the towers' timm's.
-PRISMATIC = {
-    r"projector/projector\.(.*)": r"projector/\1",
-    r"llm_backbone/llm\.(.*)": r"llm/\1",
-    r"vision_backbone/(dino|siglip)_featurizer\.(.*)": r"\1/\2",
-}
-OPENVLA = {
-    r"projector\.fc1\.(\w+)": r"projector/0.\1",
-    r"projector\.fc2\.(\w+)": r"projector/2.\1",
-    r"projector\.fc3\.(\w+)": r"projector/4.\1",
-    r"language_model\.(.*)": r"llm/\1",
-    r"vision_backbone\.featurizer\.(.*)": r"dino/\1",
-    r"vision_backbone\.fused_featurizer\.(.*)": r"siglip/\1",
-}
 
 
 class PretrainedError(InputError):
@@ -191,12 +132,12 @@ class Source:
     qwen: str = QWEN_HUB
 
 
-def folder_of(name: str, patterns: list[str]) -> Path:
+def folder_of(name: str, patterns: list[str], cached: bool = False) -> Path:
     """A local folder as it is; anything else is a hub name, downloaded or found in the cache."""
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=cached))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
         raise PretrainedError(
             f"{name}: neither a folder nor to be had from the hub ({error}). Where there is a "
@@ -206,8 +147,11 @@ def folder_of(name: str, patterns: list[str]) -> Path:
         ) from error
 
 
-def read_safetensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's .safetensors files. Raises PretrainedError when there are none."""
+def read_safetensors(folder: Path, headers: bool = False) -> dict[str, Tensor]:
+    """All tensors of a folder's .safetensors files; of `headers`, without their content.
+
+    Raises PretrainedError when there are none.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise PretrainedError(
@@ -218,7 +162,11 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     for path in files:
         try:
             with safe_open(path, "pt") as file:
-                out |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no dict
+                for key in file.keys():  # noqa: SIM118  no dict
+                    shape = file.get_slice(key).get_shape()
+                    out[key] = (
+                        torch.empty(shape, device="meta") if headers else file.get_tensor(key)
+                    )
         except SafetensorError as error:
             raise PretrainedError(
                 f"{path}: cut off or not a safetensors file ({error}); download it again"
@@ -235,17 +183,17 @@ def split(tensors: dict[str, Tensor], names: dict[str, str], source: str) -> dic
     return parts
 
 
-def read_vlm(folder: Path) -> dict[str, dict[str, Tensor]]:
+def read_vlm(folder: Path, headers: bool) -> dict[str, dict[str, Tensor]]:
     """The parts of whichever of the two formats the folder holds."""
     if list(folder.glob("*.safetensors")) and not (folder / "checkpoints").is_dir():
-        return split(read_safetensors(folder), OPENVLA, str(folder))
-    parts = split(read_prismatic(folder), PRISMATIC, str(folder))
+        return split(read_safetensors(folder, headers), OPENVLA, str(folder))
+    parts = split(read_prismatic(folder, headers), PRISMATIC, str(folder))
     # A Prismatic VLM that was trained on frozen encoders is stored without them.
     kept = parts if parts["dino"] or parts["siglip"] else ("projector", "llm")
     return {part: parts[part] for part in kept}
 
 
-def read_prismatic(folder: Path) -> dict[str, Tensor]:
+def read_prismatic(folder: Path, headers: bool = False) -> dict[str, Tensor]:
     """A Prismatic checkpoint's tensors as component/name; vision_backbone may be absent."""
     path = folder / "checkpoints/latest-checkpoint.pt"
     if not path.is_file():
@@ -269,34 +217,35 @@ def read_prismatic(folder: Path) -> dict[str, Tensor]:
             f"{path}: lacks the components {sorted(missing)}; it has {sorted(components)[:8]}"
         )
     return {
-        f"{component}/{key}": tensor
+        f"{component}/{key}": tensor.to("meta") if headers else tensor
         for component, tensors in components.items()
         for key, tensor in tensors.items()
     }
 
 
 def parts_of(
-    vlm: VLM, source: Source, hashes: dict[str, str]
+    vlm: VLM, source: Source, hashes: dict[str, str], headers: bool
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Each part of the VLM: (prefix, tensors under our names).
 
-    `hashes` gets the sha256 of every file read.
+    `hashes` gets the sha256 of every file read; of `headers`, which are not hashed, none.
     """
 
     def folder(name: str, *patterns: str) -> Path:
-        found = folder_of(name, list(patterns))
-        for path in sorted(path for pattern in patterns for path in found.glob(pattern)):
+        found = folder_of(name, list(patterns), cached=headers)
+        read = sorted(path for pattern in patterns for path in found.glob(pattern))
+        for path in () if headers else read:
             hashes[f"{name}/{path.relative_to(found)}"] = sha256(path)
         return found
 
     whole = {}
     if source.vlm:
         files = ("config.json", "checkpoints/latest-checkpoint.pt", "*.safetensors")
-        whole = read_vlm(folder(source.vlm, *files))
+        whole = read_vlm(folder(source.vlm, *files), headers)
         yield "projector.", whole["projector"]
         llm = whole["llm"]
     else:
-        llm = read_safetensors(folder(source.qwen, "*.safetensors"))
+        llm = read_safetensors(folder(source.qwen, "*.safetensors"), headers)
     names, dead = (LLM_HF, LLM_HF_DEAD) if vlm.cfg.llm.tied else (LLM_HF_UNTIED, ())
     yield "llm.", translate(llm, names, dead, "llm")
     for name, hub, names, dead in (
@@ -306,23 +255,25 @@ def parts_of(
         if name in whole:
             tensors = translate(whole[name], TIMM, TIMM_DEAD, name)
         else:
-            tensors = translate(read_safetensors(folder(hub, "*.safetensors")), names, dead, hub)
+            tensors = read_safetensors(folder(hub, "*.safetensors"), headers)
+            tensors = translate(tensors, names, dead, hub)
         tensors = vision_tower(tensors, name not in whole, vlm.cfg.patches)
         built = len(getattr(vlm.vision, name).blocks)
         yield f"vision.{name}.", drop_last_block(tensors, built)
 
 
-def load_pretrained(vlm: VLM, source: Source) -> dict[str, str]:
+def load_pretrained(vlm: VLM, source: Source, headers: bool = False) -> dict[str, str]:
     """Fill the VLM; returns the sha256 of every file used, {"<--pretrained>/<file>": sha256}.
 
-    Raises PretrainedError that names the keys and shapes which do not fit.
+    `headers`, for a VLM on the meta device: names and shapes alone are read and compared, nothing
+    is downloaded. Raises PretrainedError that names the keys and shapes which do not fit.
     """
     hashes: dict[str, str] = {}
     ours = dict(vlm.state_dict())
     new = {key for key in ours if key.startswith("projector.") and not source.vlm} | NEW
     unfilled = {key for key, value in ours.items() if value.numel()} - new  # SigLIP has no prefix
     wrong = []
-    for prefix, tensors in parts_of(vlm, source, hashes):
+    for prefix, tensors in parts_of(vlm, source, hashes, headers):
         for key, tensor in tensors.items():
             name = prefix + key
             unfilled.discard(name)

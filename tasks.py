@@ -7,6 +7,8 @@ was trained on.
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 TASKS = ("set_table", "tidy_house", "prepare_groceries")
 SUBTASKS = ("pick", "place", "open", "close")
 HORIZON = 200  # control steps per episode, 20 Hz (MS-HAB: max_episode_steps of all four subtasks)
@@ -88,6 +90,12 @@ def sentences(task: str, column: str) -> set[str]:
     target = what.target_in(task)
     names = targets(task, what.subtask) if target == "all" else (target,)
     return {instruction(what.subtask, name) for name in names}
+
+
+def draw_plan(seed: int, plans: int) -> tuple[int, np.random.Generator]:
+    """Which of so many plans an episode's seed names, and the generator that draws its start."""
+    rng = np.random.default_rng(seed)
+    return int(rng.integers(plans)), rng
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:

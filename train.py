@@ -45,10 +45,9 @@ from validation import validate
 # What a resumed run may change. None alters a step, but `steps` and `epochs` move the cool-down.
 MAY_CHANGE = {
     "data", "out", "init_from", "resume", "steps", "epochs", "device", "workers", "val_every",
-    "val_frames",
+    "val_frames", "pretrained", "log_every", "save_every", "keep", "max_skipped", "tracker",
+    "shard", "recompute",
 }  # fmt: skip
-MAY_CHANGE |= {"pretrained", "log_every", "save_every", "keep", "max_skipped", "tracker", "shard"}
-MAY_CHANGE |= {"recompute"}
 
 
 def learning_rate(step: int, num_steps: int, cfg: TrainConfig) -> float:
@@ -219,7 +218,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
         raise InputError(
             f"--batch-size {cfg.batch_size} must be a multiple of the {world} processes"
         )
-    plan = describe_plan(memory_plan(cfg, world, device), cfg, device)
+    plan = describe_plan(memory_plan(cfg, world, device), cfg, world, device)
     if ranks.is_main:
         print(plan)
     model, origin, resumed = prepare(cfg, ranks)

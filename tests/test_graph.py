@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_model import CFG, make_batch, make_padded
 
-from graph import Graphed, halve
 from model import AuxVLA
+from policy import Graphed, halve
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 

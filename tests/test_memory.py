@@ -74,10 +74,10 @@ def test_a_gpu_that_is_too_small_is_refused_with_the_flag_that_fits(monkeypatch)
         properties = SimpleNamespace(total_memory=total)
         monkeypatch.setattr(torch.cuda, "get_device_properties", {gpu: properties}.get)
         if flag is None:
-            assert re.search(r"in all 14\.9 of 18\.6$", describe_plan(sizes, cfg, gpu))
+            assert re.search(r"in all 14\.9 of 18\.6$", describe_plan(sizes, cfg, 1, gpu))
             continue
         with pytest.raises(InputError, match=flag):
-            describe_plan(sizes, cfg, gpu)
+            describe_plan(sizes, cfg, 1, gpu)
 
 
 def test_recomputed_blocks_keep_less_and_give_the_same_gradients():
@@ -94,3 +94,10 @@ def test_compiled_blocks_give_the_same_gradients():
     compiled, _ = gradients(batch, compile=True)
     for a, b in zip(plain, compiled):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)
+
+
+def test_the_plan_counts_the_frames_that_a_rank_has_in_flight():
+    sizes, cfg = {"weights": 0.0, "activations": 2.0**30}, replace(TINY, batch_size=32)
+    for world, micro_batch, frames in ((1, 8, 8), (2, 32, 16), (8, 32, 4)):
+        line = describe_plan(sizes, replace(cfg, micro_batch=micro_batch), world, CPU)
+        assert line.endswith(f"activations of {frames} frames {frames}; in all {frames}")

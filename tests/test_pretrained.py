@@ -118,7 +118,7 @@ def test_the_openvla_preset_is_filled_exactly_by_openvla_7bs_keys_and_shapes(mon
         vlm = VLM(model_config("openvla"))
         tensors = {key: torch.empty(shape) for key, shape in manifest.items()}
     # A safetensors file, unlike a Prismatic one, cannot hold meta tensors: 15 GB on the disk.
-    monkeypatch.setattr("pretrained.read_safetensors", lambda folder: tensors)
+    monkeypatch.setattr("pretrained.read_safetensors", lambda folder, headers: tensors)
     (tmp_path / "model.safetensors").touch()
     assert len(tensors) == 982
     load_pretrained(vlm, source_of(str(tmp_path)))

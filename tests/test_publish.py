@@ -1,4 +1,4 @@
-"""`publish.py` with the hub's real client, against a server of its protocol."""
+"""`tools.publish` with the hub's real client, against a server of its protocol."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from checkpoint import newest, read_manifest
 from config import InputError
 from durable import read_sealed, sha256
 from policy import Policy
-from publish import pull, push
+from tools.publish import pull, push
 
 REPO = "user/auxvla-drawer"
 PUBLIC = {"README.md", "manifest.json", "model.safetensors", "tokenizer.json"}
@@ -65,7 +65,7 @@ def test_what_was_pulled_acts_as_what_was_pushed(hub, stage, tmp_path):
     given = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf-home"), "HF_TOKEN": TOKEN}
     given |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     for command in (("push", "--checkpoint", stage), ("pull", "--out", out)):
-        process = start("publish.py", *command, "--repo", REPO, **given)
+        process = start("-m", "tools.publish", *command, "--repo", REPO, **given)
         shown, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     assert shown == f"{out}: stage 1, step 1, whole\n"

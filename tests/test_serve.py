@@ -1,4 +1,4 @@
-"""`serve.py` as a user starts it, driven by vla-eval's own client from PyPI."""
+"""`tools.serve` as a user starts it, driven by vla-eval's own client from PyPI."""
 
 import asyncio
 import os
@@ -18,7 +18,7 @@ from tiny_run import SCHEMA, observation, train_tiny
 
 from config import InputError
 from policy import Policy
-from serve import ServeConfig, main
+from tools.serve import ServeConfig, main
 
 TEXT = "close the kitchen drawer"
 CLIENT = ["vla-eval==0.8.0", "websockets==17.4", "msgpack==1.2.4", "anyio==4.16.0"]
@@ -47,7 +47,7 @@ def stage(tmp_path_factory) -> Path:
 @contextmanager
 def serving(client: Path, stage: Path, *flags: str) -> Iterator[tuple[subprocess.Popen, str]]:
     """A server's process and address; Ctrl-C must end it without a traceback."""
-    command = ("serve.py", "--checkpoint", stage, "--port", "0", "--device", "cpu", *flags)
+    command = ("-m", "tools.serve", "--checkpoint", stage, "--port", "0", "--device", "cpu", *flags)
     process = start(*command, PYTHONPATH=os.pathsep.join([str(REPOSITORY), str(client)]))
     try:
         line = process.stdout.readline()

@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from config import ACTION_DIM, CAMERAS, IMAGE_SIZE, PRESETS
@@ -35,16 +34,16 @@ def as_seen(records: np.ndarray) -> dict:
     }
 
 
-def random_frames(size: int, count: int) -> Iterator[dict]:
+def random_frames(size: int, count: int) -> Iterator[np.ndarray]:
     rng = np.random.default_rng(0)
     for _ in range(count):
         records = np.zeros(size, RECORD)
         records["rgb"] = rng.integers(0, 256, (size, len(CAMERAS), IMAGE_SIZE, IMAGE_SIZE, 3))
         records["depth"] = rng.integers(1, 4000, (size, len(CAMERAS), IMAGE_SIZE, IMAGE_SIZE))
-        yield as_seen(records)
+        yield records
 
 
-def recorded_frames(data: Path, size: int, count: int) -> Iterator[dict]:
+def recorded_frames(data: Path, size: int, count: int) -> Iterator[np.ndarray]:
     """`size` environments that move in step through recorded episodes, the last ones first."""
     source = open_data(data)
     starts, lengths = source.starts[:-1][::-1], np.diff(source.starts)[::-1]
@@ -53,7 +52,7 @@ def recorded_frames(data: Path, size: int, count: int) -> Iterator[dict]:
         rows = (first + np.arange(size)) % len(lengths)
         steps = min(count, int(lengths[rows].min()))
         for t in range(steps):
-            yield as_seen(source.read(starts[rows] + t))
+            yield source.read(starts[rows] + t)
         first, count = first + size, count - steps
 
 
@@ -125,7 +124,7 @@ class ActBench:
     exact: int = 0  # also compare the tokens of so many frames
     device: Literal["cpu", "cuda"] | None = None  # default: what is there
 
-    def frames(self, size: int, count: int) -> Iterator[dict]:
+    def frames(self, size: int, count: int) -> Iterator[np.ndarray]:
         return recorded_frames(self.data, size, count) if self.data else random_frames(size, count)
 
     def run(self) -> dict:
@@ -136,8 +135,9 @@ class ActBench:
         figures, spent, different = {}, Counter(), 0
         for size in self.batches:
             runs, turns = all_.runs(), {}
-            for i, seen in enumerate(self.frames(size, max(min(5, self.queries), self.queries // size) + 1)):
-                said = {}
+            count = max(min(5, self.queries), self.queries // size)
+            for i, records in enumerate(self.frames(size, count + 1)):
+                seen, said = as_seen(records), {}
                 for name, run in runs.items():
                     passes.clear()
                     took = seconds(lambda: said.update({name: run(seen)}), device)  # noqa: B023
@@ -156,23 +156,10 @@ class ActBench:
 
     def compare(self, all_: Contestants, together: int = 64) -> dict[str, int]:
         """Tokens that differ from `generate`'s, ours one frame at a time with its draft."""
-        ours, frames, other = all_.runs()["ours, tokens"], 0, 0
-        frames_left = self.frames(1, self.exact)
-        while batch := [seen for _, seen in zip(range(together), frames_left)]:
-            mine = torch.cat([ours(seen) for seen in batch])  # [n, 13]
-            theirs = all_.reference(merged(batch))
+        ours, left, frames, other = all_.runs()["ours, tokens"], self.frames(1, self.exact), 0, 0
+        while batch := [records for _, records in zip(range(together), left)]:
+            mine = torch.cat([ours(as_seen(records)) for records in batch])  # [n, 13]
+            theirs = all_.reference(as_seen(np.concatenate(batch)))
             other += int(((mine - theirs).abs() > 1e-5).sum())
             frames += len(batch)
         return {"frames": frames, "tokens": frames * ACTION_DIM, "different": other}
-
-
-def merged(seen: list[dict]) -> dict:
-    """Observations of one environment each as one of many."""
-    rgb, depth = (torch.cat(each) for each in zip(*map(cameras, seen)))
-    depth = rearrange(depth, "b c h w -> b c h w 1")
-    return {
-        "sensor_data": {
-            f"fetch_{camera}": {"rgb": rgb[:, c], "depth": depth[:, c]}
-            for c, camera in enumerate(CAMERAS)
-        }
-    }

@@ -17,7 +17,7 @@ from config import PRESETS, ModelConfig
 from demonstrations import Demonstrations
 from model import AuxVLA
 from pack import Pack, pack
-from tools.bench_act import Contestants, random_frames
+from tools.bench_act import Contestants, as_seen, random_frames
 from tools.bench_loader import epoch, seconds
 from tools.bench_train import Step, device_of, model_of, random_batch
 
@@ -97,7 +97,7 @@ class ScaleBench:
         out: dict[str, dict[int, float]] = {"ours": {}, "transformers": {}}
         chosen = {"ours": "ours, tokens, first step", "transformers": "transformers generate"}
         for size in self.batches:
-            frames = list(random_frames(size, self.rounds + 1))
+            frames = [as_seen(records) for records in random_frames(size, self.rounds + 1)]
             for line, name in chosen.items():
                 took = [seconds(lambda: runs[name](seen), device) for seen in frames]  # noqa: B023
                 out[line][size] = 1000 * statistics.median(took[1:])

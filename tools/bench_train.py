@@ -42,8 +42,9 @@ def random_batch(cfg, size: int, device: torch.device) -> dict[str, Tensor]:
         "actions": rand(size, RECORDED_ACTIONS, ACTION_DIM) * 2 - 1,
         "action_mask": torch.ones(size, RECORDED_ACTIONS),
         "pos": rand(size, 2), "grasp": (rand(size) > 0.5).float(), "qpos": rand(size, 12),
-        "obj": rand(size, 7), "seg": (rand(size, len(cfg.cameras), IMAGE_SIZE, IMAGE_SIZE) > 0.5).float(),
+        "obj": rand(size, 7),
     }  # fmt: skip
+    batch["seg"] = (rand(size, len(cfg.cameras), IMAGE_SIZE, IMAGE_SIZE) > 0.5).float()
     batch |= {f"has_{name}": torch.ones(size, dtype=torch.bool) for name in cfg.decoders}
     batch["noise"], batch["t"] = draw_noise(size, RECORDED_ACTIONS, generator)
     return {key: value.to(device) for key, value in batch.items()}

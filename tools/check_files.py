@@ -8,19 +8,13 @@ says how much that was.
 
 import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from torch import Tensor
 
 import checkpoint
 import pretrained
@@ -189,40 +183,13 @@ def checkpoint_weights(path: str | Path) -> list[Finding]:
     return [Finding("ok", "--checkpoint", got), *found]
 
 
-@contextmanager
-def headers_only() -> Iterator[None]:
-    """Within, load_pretrained reads names and shapes, hashes nothing and downloads nothing.
-
-    Its map of names and its messages are thus the ones of the run itself.
-    """
-
-    def safetensors(folder: Path) -> dict[str, Tensor]:
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            return read_safetensors(folder)  # says so
-        try:
-            shapes = {key: shape for path in files for key, shape in shapes_in(path).items()}
-        except SafetensorError:
-            return read_safetensors(folder)  # names the file
-        return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-
-    def prismatic(folder: Path) -> dict[str, Tensor]:
-        return {key: tensor.to("meta") for key, tensor in read_prismatic(folder).items()}
-
-    read_safetensors, read_prismatic = pretrained.read_safetensors, pretrained.read_prismatic
-    with patch.multiple(
-        pretrained, read_safetensors=safetensors, read_prismatic=prismatic,
-        sha256=lambda path: "", snapshot_download=partial(snapshot_download, local_files_only=True),
-    ):  # fmt: skip
-        yield
-
-
 def pretrained_weights(name: str, preset: str, tokenizer: str | None = None) -> list[Finding]:
     """--pretrained: every key and shape against the preset's model, and its tokenizer."""
     cfg = model_config(preset)
     try:
-        with headers_only(), torch.device("meta"):
-            pretrained.load_pretrained(VLM(cfg), pretrained.source_of(name))
+        with torch.device("meta"):
+            vlm = VLM(cfg)
+        pretrained.load_pretrained(vlm, pretrained.source_of(name), headers=True)
         found = [Finding("ok", "--pretrained", f"{name}: all keys and shapes of --preset {preset}")]
     except InputError as error:
         hubs = (pretrained.DINO_HUB, pretrained.SIGLIP_HUB, pretrained.QWEN_HUB)

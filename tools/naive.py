@@ -20,7 +20,7 @@ from backbone import Projector
 from config import ACTION_DIM, ModelConfig
 from decoders import DECODERS
 from model import AuxVLA, actions_to_bins, bins_to_actions, label_counts, masked_mean
-from pretrained import DINO_HF, LLM_HF, LLM_HF_UNTIED, SIGLIP_HF
+from weight_names import DINO_HF, LLM_HF, LLM_HF_UNTIED, SIGLIP_HF
 
 
 def vision_models(cfg: ModelConfig) -> tuple[nn.Module, nn.Module]:

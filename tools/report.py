@@ -9,6 +9,7 @@ What is not there is "not run". `Film` is what `eval.py --video` draws with.
 import json
 import math
 import shutil
+import subprocess
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -179,6 +180,12 @@ def rate(column: dict | None) -> str:
     at_end = NOT_RUN if end is None else f"{end:.2f}"
     interval = f"[{column['low']:.2f}, {column['high']:.2f}]"
     return f"{round(once * n)}/{n} = {once:.2f} {interval}, at the end {at_end}"
+
+
+def code_commit() -> str | None:
+    """The commit of this code, None outside of git."""
+    git = ["git", "-C", Path(__file__).parent, "rev-parse", "-q", "--verify", "HEAD"]
+    return subprocess.run(git, capture_output=True).stdout.decode().strip() or None
 
 
 def success_table(policies: dict[str, dict], papers: dict[str, dict[str, float]]) -> list[str]:

@@ -1,6 +1,6 @@
 """A checkpoint behind vla-eval's websocket protocol: its clients drive with the policy.
 
-    python serve.py --checkpoint RUN/stage2 --port 8000
+    python -m tools.serve --checkpoint RUN/stage2 --port 8000
 
 Of the clients at hand, vla-eval's: it says when an episode starts and takes numpy 2, openpi-client
 does neither. Where the robot is, `pip install vla-eval` and, in an async function:
@@ -123,7 +123,7 @@ class Server:
         if not isinstance(text, str) or (self.known and text not in self.known):
             raise InputError(
                 f"observation, task_description: got {text!r}, expected one of "
-                f"{list(self.known)}; serve.py --any-instruction takes every text"
+                f"{list(self.known)}; tools.serve --any-instruction takes every text"
             )
         try:
             tokenize([text], self.policy.tokenizer, self.policy.model.cfg.llm)

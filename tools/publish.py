@@ -1,7 +1,7 @@
 """A checkpoint to and from the Hugging Face hub, with a model card that carries its results.
 
-    python publish.py push --checkpoint RUN/stage2 --repo USER/NAME --results RUN/eval
-    python publish.py pull --repo USER/NAME --out RUN/pulled  # then eval.py --checkpoint RUN/pulled
+    python -m tools.publish push --checkpoint RUN/stage2 --repo USER/NAME --results RUN/eval
+    python -m tools.publish pull --repo USER/NAME --out RUN/pulled  # for eval.py --checkpoint
 
 What is pushed drives the robot and starts a later stage (--init-from). Adam's moments, twice the
 weights, go along only if asked for. One commit holds everything: nobody pulls half of it.
@@ -10,7 +10,6 @@ weights, go along only if asked for. One commit holds everything: nobody pulls h
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +36,7 @@ from checkpoint import hidden, read_manifest, resolve
 from config import ADVICE, InputError, explained
 from durable import sha256, sync, write_sealed
 from rows import ROWS
-from tools.report import success_table
+from tools.report import code_commit, success_table
 
 OPTIMIZER = "optimizer.safetensors"
 
@@ -58,7 +57,7 @@ AuxVLA, a vision-language-action model for mobile manipulation in ManiSkill-HAB:
 ## Use
 
 ```
-python publish.py pull --repo {repo} --out RUN/pulled
+python -m tools.publish pull --repo {repo} --out RUN/pulled
 python eval.py --checkpoint RUN/pulled --out RUN/eval-pulled
 ```
 
@@ -139,8 +138,8 @@ def pull(repo: str, out: Path) -> None:
     except InputError as error:
         shutil.rmtree(partial)  # the same command would take it for fetched
         raise InputError(
-            f"{repo}: is no whole checkpoint of publish.py push ({error}). Nothing of it was kept; "
-            "give the same command again, or ask for it to be pushed again"
+            f"{repo}: is no whole checkpoint of tools.publish push ({error}). Nothing of it was "
+            "kept; give the same command again, or ask for it to be pushed again"
         ) from error
     shutil.rmtree(partial / ".cache")
     os.replace(partial, out)
@@ -182,14 +181,8 @@ def card(repo: str, manifest: dict, evaluation: dict | None) -> str:
         weights=", ".join(f"`{name}`" for name in manifest["pretrained"]) or "random weights",
         results=results, instructions="; ".join(manifest["instructions"]),
         schema="\n".join(schema) if len(schema) > 2 else "MS-HAB's `pd_joint_delta_pos`.",
-        commit=commit(),
+        commit=code_commit() or "unknown",
     )  # fmt: skip
-
-
-def commit() -> str:
-    """The commit of this code."""
-    git = ["git", "-C", Path(__file__).parent, "rev-parse", "-q", "--verify", "HEAD"]
-    return subprocess.run(git, capture_output=True).stdout.decode().strip() or "unknown"
 
 
 @contextmanager
