@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from config import explained
 from durable import sole_writer
-from env import SENSORS, SubtaskEnv, plan_files
+from env import SENSORS, SubtaskEnv, apartment, plan_files
 from household.expert import ScriptedExpert
 from recording import Recording, encode
 from rl_expert import RLPolicy
@@ -55,7 +55,7 @@ class CollectConfig:
     policies: Path = Path("mshab_checkpoints")
     # attempts per target after which too few successes end the run; default: 20 + 10 per episode
     max_attempts: int | None = None
-    split: Literal["train", "val"] = "train"
+    split: Literal["train", "val"] = "train"  # of MS-HAB's scenes and episodes
     workers: int = 1  # processes, a simulator each; one per core is best
     seed: int = 0  # of the first episode; the others count up from it
     real_meshes: bool = False  # render Fetch's own meshes, not the light copies in the asset folder
@@ -88,6 +88,7 @@ class CollectConfig:
         """What decides the episode of a seed, hence must not change while a file grows."""
         policy = self.policy(target)
         recipe = {key: getattr(self, key) for key in ("expert", "split", "seed", "real_meshes")}
+        recipe["assets"] = apartment()
         return recipe if policy is None else recipe | {"policy": policy.sha}
 
 

@@ -167,7 +167,7 @@ class ModelConfig:
     num_latents: int = 8  # Table 5: latents [B, 8, 896]; 0: the bare VLM, without decoders
     # GAP-2: learned queries behind the prompt, or the states that predict the action tokens
     latents: Literal["queries", "action_states"] = "queries"
-    decoders: tuple[Literal["pos", "grasp", "qpos", "obj", "seg"], ...] = LABELS
+    decoders: tuple[Literal["pos", "grasp", "qpos", "obj", "seg"], ...] = LABELS  # Table 5
     decoder: DecoderConfig = DecoderConfig()
     flow: FlowConfig = FlowConfig()
     # GAP-16 (Sec. 4.1): frozen or not is not said; trained, as MiniVLA does

@@ -105,9 +105,20 @@ def gather(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Sto
         wait_for(missing, rank, world, deadline)
 
 
+def device_of(name: str | None) -> torch.device:
+    """--device; by default what is there. Raises InputError for a GPU that is not."""
+    usable = torch.cuda.is_available()
+    if name == "cuda" and not usable:
+        raise InputError(
+            "--device cuda: torch finds no GPU here. `python -m tools.doctor --device cuda` says "
+            "why; --device cpu does without"
+        )
+    return torch.device(name or ("cuda" if usable else "cpu"))
+
+
 def join(device: str | None, timeout: float = JOIN_TIMEOUT) -> Ranks:
     """This process's place among the ranks that torchrun started (GPUs: NCCL, CPUs: gloo)."""
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = device_of(device).type
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda":
         # Before anything else allocates, or every rank opens a context on GPU 0.

@@ -62,7 +62,7 @@ def sole_writer(folder: Path, name: str = "") -> Iterator[None]:
     Raises InputError while another is at it; the lock ends with its process, however that ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f".{name}lock", "a+") as lock:
+    with open(folder / (f".{name}.lock" if name else ".lock"), "a+") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a forked loader does not inherit it
         except (BlockingIOError, PermissionError):

@@ -24,10 +24,12 @@ from mshab.envs.planner import plan_data_from_file
 
 import tasks
 from config import ACTION_DIM
+from durable import sha256
 
 REARRANGE = ASSET_DIR / "scene_datasets/replica_cad_dataset/rearrange"
 REAL_FETCH_URDF = Fetch.urdf_path
 LIGHT_FETCH_URDF = ASSET_DIR / "robots/fetch_light/fetch.urdf"  # written by household/robot.py
+HOUSEHOLD = ASSET_DIR.parent / "household.json"  # what was generated; the real apartments have none
 SENSORS = ("fetch_head", "fetch_hand")  # config.CAMERAS, as MS-HAB names them
 BASE_JOINTS = 3  # MS-HAB's qpos leaves out the virtual joints of the base (sequential_task.py)
 # The video camera, in the robot's frame at reset, metres: behind its left shoulder, looking ahead.
@@ -216,6 +218,11 @@ class SubtaskEnv:
 
     def close(self) -> None:
         self.mshab.close()
+
+
+def apartment() -> str | None:
+    """Which generated apartment it is, by sha256; None: the real ones, always the same."""
+    return sha256(HOUSEHOLD) if HOUSEHOLD.exists() else None
 
 
 def plan_files(task: str, subtask: str, target: str, split: str) -> tuple[Path, Path]:

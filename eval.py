@@ -30,13 +30,12 @@ import numpy as np
 import sapien
 import torch
 import tyro
-from mani_skill import ASSET_DIR
 
 from checkpoint import read_manifest, resolve
 from config import ACTION_DIM, InputError, explained
 from distributed import Ranks, join
 from durable import append, read_lines, sha256, sole_writer
-from env import SubtaskEnv, plan_files
+from env import HOUSEHOLD, SubtaskEnv, apartment, plan_files
 from household.expert import ScriptedExpert
 from outcomes import address, check_same_run, merge, part, scenes, table
 from policy import Policy, check_schema
@@ -50,7 +49,6 @@ from tools.report import DEFAULT_ROW, Film, code_commit, success_table
 from workers import Workers
 
 LIBRARIES = ("torch", "mani_skill", "praxis-mshab", "sapien", "numpy")
-HOUSEHOLD = ASSET_DIR.parent / "household.json"  # what was generated; the real apartments have none
 Job = tuple[str, int, bool]  # column, seed, filmed
 
 
@@ -64,7 +62,7 @@ class EvalConfig:
     policy: Literal["learned", "expert", "random", "rl"] = "learned"
     # of rl: `hf download arth-shukla/mshab_checkpoints --local-dir mshab_checkpoints`
     policies: Path = Path("mshab_checkpoints")
-    task: Literal[TASKS] = "set_table"
+    task: Literal[TASKS] = "set_table"  # of MS-HAB
     # default: the paper's that the task has; pick_each, place_each: one for each of its objects
     columns: tuple[Literal[(*COLUMNS, *EACH)], ...] = ()
     unseen_instructions: bool = False  # run columns whose sentences the checkpoint never saw
@@ -78,7 +76,9 @@ class EvalConfig:
     # the paper's row beside ours (python config.py); default: the checkpoint's, else auxvla-all
     row: Literal[tuple(ROWS)] | None = None
     real_meshes: bool = False  # render Fetch's own meshes, not the light copies in the asset folder
-    device: str | None = None  # of the learned policy; default: cuda if there is one
+    device: Literal["cpu", "cuda"] | None = (
+        None  # of the learned policy; default: cuda if there is one
+    )
 
     def __post_init__(self):
         if (self.out is None) == (self.compare is None):
@@ -217,7 +217,7 @@ def identity_of(cfg: EvalConfig) -> dict:
     return {key: getattr(cfg, key) for key in same} | {
         "checkpoint": sha256(cfg.checkpoint / "manifest.json") if cfg.checkpoint else None,
         "policies": {name: cfg.rl_policy(name).sha for name in cfg.names} if rl else None,
-        "assets": sha256(HOUSEHOLD) if HOUSEHOLD.exists() else None,
+        "assets": apartment(),
     }
 
 
@@ -328,7 +328,7 @@ def main(cfg: EvalConfig):
     path, rank, identity = cfg.out / "episodes.jsonl", int(os.environ.get("RANK", 0)), None
     if rank == 0:
         cfg, identity = prepare(cfg)
-    with sole_writer(cfg.out, f"{rank}." if rank else ""):
+    with sole_writer(cfg.out, str(rank or "")):
         if rank == 0:
             check_same_run(path, merge(path), identity)
         ranks = join("cpu")  # the others begin when the main rank holds the folder and has merged

@@ -59,7 +59,7 @@ class Pack:
         if not (self.folder / "pack.json").is_file():
             raise FileNotFoundError(
                 f"{self.folder}: not a whole pack, it has no pack.json; make one: "
-                f"python data.py pack --data DATA --out {self.folder}"
+                "python data.py pack --data DATA --out PACK"
             )
         try:
             meta = read_sealed(self.folder / "pack.json")

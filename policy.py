@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from checkpoint import load_weights, model_config_of, read_manifest, resolve
 from config import ACTION_DIM, HISTORY, InputError
 from data import ActionStats, cameras, preprocess_steps, tokenize
+from distributed import device_of
 from model import AuxVLA
 
 # --- On a GPU ---
@@ -95,11 +96,12 @@ class Policy:
     def from_checkpoint(cls, path: str | Path, device: str | None = None) -> "Policy":
         """From a checkpoint's folder or its stage's.
 
-        Raises FileNotFoundError or CheckpointError, naming the file.
+        Raises FileNotFoundError or CheckpointError, naming the file, InputError for a GPU that is
+        not there.
         """
         folder = resolve(path)
         manifest = read_manifest(folder)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = device_of(device)
         model = AuxVLA(model_config_of(manifest), flow_head=manifest["stage"] == 3)
         load_weights(model, folder)
         stats = {key: tuple(value) for key, value in manifest["action_stats"].items()}

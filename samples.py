@@ -44,7 +44,7 @@ class Frames(Dataset):
             keep[rows[:first_val] if train else rows[first_val:]] = wanted
         if not any(is_of(file, tasks, subtasks) for file in np.unique(files)):
             raise InputError(
-                f"{source.folder}: no demonstrations of {' '.join(tasks)}: {' '.join(subtasks)} "
+                f"{source.folder}: no demonstrations of {'/'.join((*tasks, *subtasks))} "
                 f"in <task>/<subtask>/<target>.h5; it has {', '.join(sorted(set(files)))}"
             )
         self.episode_ids = np.flatnonzero(keep)

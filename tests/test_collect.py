@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -167,6 +168,19 @@ def test_asking_again_does_nothing(reference):
     before = reference.read_bytes()
     assert "already there" in finish(collect(reference.parents[2]))
     assert reference.read_bytes() == before
+
+
+def test_episodes_of_another_apartment_are_not_added_to_a_file(assets, reference, tmp_path):
+    shutil.copytree(reference.parents[2], tmp_path / "data")
+    other = shutil.copytree(assets, tmp_path / "other")
+    about = json.loads((other / "household.json").read_text())
+    (other / "household.json").write_text(json.dumps(about | {"seed": about["seed"] + 1}))
+    flags = "--task set_table --subtask close --target kitchen_counter --episodes 9"
+    process = start(
+        "collect.py", *flags.split(), "--out", tmp_path / "data", MS_ASSET_DIR=str(other)
+    )
+    assert "has episodes of {" in finish(process, code=1)
+    assert_same(h5_of(tmp_path / "data"), reference)
 
 
 def test_a_worker_that_dies_ends_the_run_and_its_seed_is_named(assets, tmp_path):

@@ -292,3 +292,14 @@ def test_the_report_gathers_the_finished_films_of_all_evaluations(tmp_path):
     copies = list((tmp_path / "videos").iterdir())
     assert {copy.read_text() for copy in copies} == {"eval", "eval-flow"}
     assert all(f"](videos/{copy.name})" in text for copy in copies)
+
+
+def test_the_report_says_when_its_evaluations_are_not_of_the_same_episodes(tmp_path):
+    same = {"policy": "random", "task": "set_table", "split": "val", "assets": "a"}
+    for name, horizon in (("eval", 200), ("eval-short", 40)):
+        (tmp_path / name).mkdir()
+        results = {"columns": {}, "manifest": same | {"horizon": horizon}}
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    assert "these evaluations differ in horizon." in write_report(tmp_path).read_text()
+    (tmp_path / "eval-short/results.json").unlink()
+    assert "differ in" not in write_report(tmp_path).read_text()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 from checkpoint import CheckpointError
-from config import explained
+from config import InputError, explained
 from data import Batcher, build_tokenizer, pack, tokenize
 from model import AuxVLA
 from samples import Frames, open_data
@@ -281,3 +281,10 @@ def test_a_checkpoint_drives_the_robot_with_nothing_but_itself(data, stage1):
 def test_too_few_frames_for_a_batch_are_refused(data, tmp_path):
     with pytest.raises(ValueError, match="less than one batch of 512"):
         run(data, tmp_path, batch_size=512)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
+def test_a_gpu_that_is_not_there_is_said_in_a_sentence(data, tmp_path):
+    flags = ["--preset", "tiny", "--device", "cuda", "--steps", "1", "--data", str(data / "pack")]
+    with pytest.raises(InputError, match="--device cuda: torch finds no GPU here"):
+        main(parse([*flags, "--out", str(tmp_path)]))

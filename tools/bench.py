@@ -21,11 +21,12 @@ import torch
 import tyro
 
 from config import explained
+from distributed import device_of
 from tools.bench_act import ActBench
 from tools.bench_episode import EpisodeBench
 from tools.bench_loader import LoaderBench
 from tools.bench_scale import ScaleBench
-from tools.bench_train import TrainBench, device_of
+from tools.bench_train import TrainBench
 
 # --- What is printed ---
 
@@ -53,6 +54,8 @@ def main(cfg: Verb) -> None:
     device = device_of(getattr(cfg, "device", "cpu"))
     if device.type == "cpu":
         torch.set_num_threads(1)  # one core's figures: steady, and comparable between machines
+    if cfg.json:
+        cfg.json.parent.mkdir(parents=True, exist_ok=True)  # better missed now than afterwards
     result = cfg.run()
     show(result)
     if cfg.json:

@@ -15,11 +15,12 @@ import torch
 
 from config import PRESETS, ModelConfig
 from demonstrations import Demonstrations
+from distributed import device_of
 from model import AuxVLA
 from pack import Pack, pack
 from tools.bench_act import Contestants, as_seen, random_frames
 from tools.bench_loader import epoch, seconds
-from tools.bench_train import Step, device_of, model_of, random_batch
+from tools.bench_train import Step, model_of, random_batch
 
 VIEWS: dict[int, dict] = {  # inputs by number of views (Tables 1, 2)
     1: dict(cameras=("head",), depth=False),

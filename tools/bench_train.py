@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import ACTION_DIM, IMAGE_SIZE, PRESETS, RECORDED_ACTIONS, model_config
+from distributed import device_of
 from flow_head import draw_noise
 from memory import kept_for_backward
 from model import AuxVLA
@@ -25,10 +26,6 @@ def model_of(preset: str, layers: int | None):
         return cfg
     parts = {name: replace(getattr(cfg, name), depth=layers) for name in ("dino", "siglip", "llm")}
     return replace(cfg, **parts)
-
-
-def device_of(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def random_batch(cfg, size: int, device: torch.device) -> dict[str, Tensor]:

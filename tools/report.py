@@ -234,6 +234,15 @@ def section(title: str, lines: list[str]) -> list[str]:
     return ["", f"## {title}", "", *(lines or [NOT_RUN])]
 
 
+def unlike(manifests: list[dict]) -> list[str]:
+    """The sentence that belongs under a table of evaluations that are not of the same episodes."""
+    names = ("task", "split", "horizon", "assets")
+    differ = [name for name in names if len({each.get(name) for each in manifests}) > 1]
+    if not differ:
+        return []
+    return ["", f"**Not the same episodes**: these evaluations differ in {', '.join(differ)}."]
+
+
 def write_report(run: Path) -> Path:
     """Write RUN/report.md, curves.png, results.json and videos/; return the report's path."""
     evaluations, curves, videos = read_evaluations(run), read_curves(run), gather_videos(run)
@@ -256,6 +265,7 @@ def write_report(run: Path) -> Path:
         "Success at any step of an episode, with the Wilson 95 % interval: two intervals that",
         "overlap do not separate two policies. The paper's figures are of the real apartments.",
         *section("Success", success_table(columns, papers)),
+        *unlike([*manifests.values()]),
         *section("Held-out episodes", metrics_table(validation)),
         *section("Losses", ["![losses](curves.png)"] if curves else []),
         *section("Videos", [f"- [{name}]({name})" for name in videos]),

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class ServeConfig:
     checkpoint: Path  # RUN/stageN (its newest) or RUN/stageN/step-NNNNNNNN
     host: str = "127.0.0.1"  # 0.0.0.0 lets other machines in, whoever they are
     port: int = 8000  # 0: any that is free
-    device: str | None = None  # default: cuda if there is one
+    device: Literal["cpu", "cuda"] | None = None  # default: cuda if there is one
     any_instruction: bool = False  # also those that the checkpoint was not trained on
 
 
