@@ -1,0 +1,311 @@
+"""The paper's claims, each with its size and test stated before any run, and the tables they need.
+
+    python -m tools.claims    # every claim: what the paper found, what it takes to see it here
+
+A claim is a difference of two rows' success rates. It is tested on a table that tools/reproduce.py
+filled, and the verdict is written whichever way it falls:
+
+    agrees        the 95 % interval of our difference lies wholly on the paper's side of 0
+    disagrees     it lies wholly on the other side
+    cannot tell   it contains 0
+    not run       one of the rows, or every column of the claim, is missing
+
+Episodes of one training are not independent trainings. So an interval is the wider of two: that
+over episodes, as if all came from one policy (Wilson; for differences Newcombe), and that over the
+seeds' rates (Student's t).
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, variance
+
+from scipy.stats import t as student
+
+from durable import read_lines, write
+from rows import ROWS
+from tasks import COLUMNS, PAPER_COLUMNS, wilson
+
+ALPHA, POWER_Z, Z = 0.05, 0.841621, 1.959964  # two-sided; power 0.8
+SEED_SD = 0.1  # assumed spread of a row's success rate from one training to the next
+PLANNED_EPISODES = 60  # of each column and seed
+RECIPE = (
+    "a model of 4 M parameters with random weights instead of 1.3B pre-trained ones",
+    "a generated apartment and a scripted expert instead of ReplicaCAD and MS-HAB's policies",
+    "64-pixel images in four patches of 32",
+    "learning rate 3e-4 with warm-up and cool-down, batch 32, not a constant 2e-5 and 512",
+    "a fixed number of steps for each epoch of the paper",
+    "a few columns of the table, by default the two that so small a model learns",
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    name: str
+    statement: str
+    a: str  # rows; the effect is b's rate less a's
+    b: str
+    columns: tuple[str, ...] = PAPER_COLUMNS
+
+    @property
+    def table(self) -> int:
+        return max(ROWS[self.a].table, ROWS[self.b].table)
+
+    def paper(self, keys: Sequence[str]) -> float | None:
+        """The paper's difference over these task/column pairs."""
+        pairs = [(paper_rate(self.a, key), paper_rate(self.b, key)) for key in keys]
+        return mean(b - a for a, b in pairs) if pairs else None
+
+    def seeds_needed(self, keys: Sequence[str]) -> int | None:
+        """Trainings of each row that detect the paper's difference with power 0.8.
+
+        From SEED_SD and the paper's own rates; None where the paper saw no difference.
+        """
+        effect = self.paper(keys)
+        if not effect or abs(effect) < 1e-9:
+            return None
+        rates = [paper_rate(row, key) for row in (self.a, self.b) for key in keys]
+        chance = mean(rate * (1 - rate) for rate in rates) / (PLANNED_EPISODES * len(keys))
+        spread = 2 * (SEED_SD**2 + chance)
+        return max(2, math.ceil((Z + POWER_Z) ** 2 * spread / effect**2) + 1)  # + 1: t, not normal
+
+
+PICKING, PLACING = ("pick_all",), ("place_all",)
+OPENING = ("open_fridge", "open_drawer")
+
+CLAIMS = (
+    Claim("second-view-helps", "A hand camera beside the head's raises success (Sec. 6.2)",
+          "openvla", "openvla-multiview"),
+    Claim("views-and-depth-help", "Second view and depth raise the 7B baseline, 0.04 to 0.32 "
+          "(Sec. 6.2)", "openvla", "openvla-depth"),
+    Claim("depth-helps", "Depth raises success, 0.52 to 0.60 (Sec. 6.2)",
+          "base-multiview", "base-depth"),
+    Claim("smaller-llm-is-better", "The small VLM does better on the same inputs, 0.32 to 0.60 "
+          "(Sec. 6.2)", "openvla-depth", "base-depth"),
+    Claim("history-hurts", "Four past steps lower success, 0.60 to 0.49 (Sec. 6.2)",
+          "base-depth", "base-history"),
+    Claim("naive-hurts", "Co-training from the start lowers success, 0.60 to 0.51 (Sec. 6.3)",
+          "auxvla", "auxvla-naive"),
+    Claim("progressive-helps", "Progressive co-training raises success, 0.60 to 0.73 (Sec. 6.3)",
+          "auxvla", "auxvla-all"),
+    Claim("progressive-beats-naive", "The same decoders in stages beat those from the start, 0.51 "
+          "to 0.73 (Sec. 6.3)", "auxvla-naive", "auxvla-all"),
+    Claim("grasp-helps", "The grasp decoder raises success, 0.60 to 0.66 (Sec. 6.3)",
+          "auxvla", "auxvla-grasp"),
+    Claim("grasp-helps-picking", "and picking most, 0.16 to 0.30 (Sec. 6.3)",
+          "auxvla", "auxvla-grasp", PICKING),
+    Claim("qpos-helps", "The qpos decoder raises success most, 0.60 to 0.71 (Sec. 6.3)",
+          "auxvla", "auxvla-qpos"),
+    Claim("pos-helps", "The position decoder raises success, 0.60 to 0.65 (Sec. 6.3)",
+          "auxvla", "auxvla-pos"),
+    Claim("pos-hurts-pick-and-place", "but lowers picking and placing (Sec. 6.3)",
+          "auxvla", "auxvla-pos", PICKING + PLACING),
+    Claim("seg-obj-helps", "Masks and object pose raise success, 0.27 to 0.47 (Sec. 6.3)",
+          "auxvla-pick-place", "auxvla-seg-obj"),
+    Claim("seg-obj-helps-placing", "and placing by half or more (Sec. 6.3)",
+          "auxvla-pick-place", "auxvla-seg-obj", PLACING),
+    Claim("action-head-lowers-the-average", "The action head lowers the average, 0.73 to 0.69 "
+          "(Sec. 6.4)", "auxvla-tokens", "auxvla-action-head"),
+    Claim("action-head-helps-picking", "but doubles picking, 0.13 to 0.27 (Sec. 6.4)",
+          "auxvla-tokens", "auxvla-action-head", PICKING),
+    Claim("action-head-helps-placing", "and raises placing, 0.70 to 0.80 (Sec. 6.4)",
+          "auxvla-tokens", "auxvla-action-head", PLACING),
+    Claim("action-head-hurts-opening", "It lowers opening of fridge and drawer (Sec. 6.4)",
+          "auxvla-tokens", "auxvla-action-head", OPENING),
+)  # fmt: skip
+
+
+def paper_rate(row: str, key: str) -> float:
+    """The paper's rate of a row in `task/column`."""
+    task, column = key.split("/")
+    return ROWS[row].paper[task][column]
+
+
+# --- Intervals ---
+
+
+def over_seeds(samples: Sequence[Sequence[float]]) -> tuple[float, float] | None:
+    """Mean and half-width of the last sample's mean, less the first's where there are two.
+
+    Student's t; the two have a common variance. None with a single training in one of them.
+    """
+    freedom = sum(len(sample) - 1 for sample in samples)
+    if any(len(sample) < 2 for sample in samples):
+        return None
+    pooled = sum(variance(sample) * (len(sample) - 1) for sample in samples) / freedom
+    error = math.sqrt(pooled * sum(1 / len(sample) for sample in samples))
+    centre = mean(samples[-1]) - (mean(samples[0]) if len(samples) == 2 else 0)
+    return centre, float(student.ppf(1 - ALPHA / 2, freedom)) * error
+
+
+def widened(low: float, high: float, seeds: tuple[float, float] | None, floor: float):
+    """An interval over episodes, widened to that over seeds, within [floor, 1]."""
+    if seeds is not None:
+        low, high = min(low, seeds[0] - seeds[1]), max(high, seeds[0] + seeds[1])
+    return max(floor, low), min(1.0, high)
+
+
+def rate_of(by_seed: dict[str, tuple[int, int]]) -> dict:
+    """A cell from {training seed: (successes, episodes)}."""
+    successes, n = (sum(each[i] for each in by_seed.values()) for i in (0, 1))
+    rates = {seed: s / m for seed, (s, m) in by_seed.items()}
+    low, high = widened(*wilson(successes, n), over_seeds([[*rates.values()]]), floor=0.0)
+    return {"n": n, "rate": successes / n, "low": low, "high": high, "by_seed": rates}
+
+
+def difference(a: dict, b: dict) -> tuple[float, float, float]:
+    """b's rate less a's, with its interval, of two cells of `rate_of`.
+
+    Newcombe's for independent proportions (Statistics in Medicine 17, 1998, p. 873, method 10): the
+    rows were run on equal episodes, but by trainings that differ, which pairing would ignore.
+    """
+    bounds = [
+        (cell["rate"], *wilson(round(cell["rate"] * cell["n"]), cell["n"])) for cell in (a, b)
+    ]
+    (rate_a, low_a, high_a), (rate_b, low_b, high_b) = bounds
+    low = rate_b - rate_a - math.hypot(rate_b - low_b, high_a - rate_a)
+    high = rate_b - rate_a + math.hypot(high_b - rate_b, rate_a - low_a)
+    seeds = over_seeds([[*a["by_seed"].values()], [*b["by_seed"].values()]])
+    return rate_b - rate_a, *widened(low, high, seeds, floor=-1.0)
+
+
+# --- A table ---
+
+
+def read_cells(folder: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """{task/column: {training seed: (successes, episodes)}} of one row's folder."""
+    cells: dict[str, dict] = {}
+    for path in sorted(folder.glob("seed-*/*/episodes.jsonl")):
+        seed, task = path.parts[-3].removeprefix("seed-"), path.parts[-2]
+        episodes = read_lines(path)
+        for column in COLUMNS:
+            outcomes = [line["success_once"] for line in episodes if line["column"] == column]
+            if outcomes:
+                cells.setdefault(f"{task}/{column}", {})[seed] = (sum(outcomes), len(outcomes))
+    return cells
+
+
+def average_of(cells: dict[str, dict[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
+    """Successes and episodes of the seeds that have every column equally often."""
+    seeds = {seed for by_seed in cells.values() for seed in by_seed}
+    summed = {}
+    for seed in sorted(seeds):
+        of_seed = [by_seed[seed] for by_seed in cells.values() if seed in by_seed]
+        if len(of_seed) == len(cells) and len({n for _, n in of_seed}) == 1:
+            summed[seed] = (sum(s for s, _ in of_seed), sum(n for _, n in of_seed))
+    return summed
+
+
+def metrics_of(folder: Path) -> dict[str, dict]:
+    """The held-out metrics after a row's last stage, averaged over seeds, with their interval."""
+    last: dict[str, dict] = {}
+    for path in sorted(folder.glob("seed-*/stage*/validation.json")):
+        last[path.parts[-3]] = json.loads(path.read_text())["metrics"]  # of the last stage
+    metrics = {}
+    for name in dict.fromkeys(name for each in last.values() for name in each):
+        runs = [each[name] for each in last.values() if name in each]
+        ours, half = over_seeds([[run["ours"] for run in runs]]) or (runs[0]["ours"], None)
+        about = {key: runs[0][key] for key in ("trivial", "unit", "higher_is_better")}
+        ends = {} if half is None else {"low": ours - half, "high": ours + half}
+        metrics[name] = {"ours": ours, **ends, **about}
+    return metrics
+
+
+def row_of_table(folder: Path, label: str, paper: dict[str, float]) -> dict:
+    """One row: its cells, their average, and what its latents know."""
+    counts = read_cells(folder)
+    cells = {key: rate_of(by_seed) | {"paper": paper.get(key)} for key, by_seed in counts.items()}
+    if summed := average_of(counts):
+        theirs = [paper[key] for key in counts if key in paper]
+        cells["average"] = rate_of(summed) | {"paper": mean(theirs) if theirs else None}
+    seeds = sorted({int(seed) for by_seed in counts.values() for seed in by_seed})
+    return {"label": label, "seeds": seeds, "cells": cells, "metrics": metrics_of(folder)}
+
+
+def judge(claim: Claim, folders: dict[str, Path]) -> dict:
+    """A claim's verdict, from the episodes of its two rows in the columns that both have."""
+    counts = [read_cells(folders[row]) for row in (claim.a, claim.b)]
+    keys = [key for key in counts[0] if key in counts[1] and key.split("/")[1] in claim.columns]
+    whole = [f"{task}/{c}" for task, rates in ROWS[claim.a].paper.items() for c in rates]
+    whole = [key for key in whole if key.split("/")[1] in claim.columns]
+    about = {"name": claim.name, "table": claim.table, "statement": claim.statement}
+    about |= {"rows": [claim.a, claim.b], "columns": keys, "paper_all_columns": claim.paper(whole)}
+    summed = [average_of({key: of_row[key] for key in keys}) for of_row in counts]
+    if not keys or not all(summed):
+        return about | {"verdict": "not run"}
+    ours, low, high = difference(*map(rate_of, summed))
+    paper = claim.paper(keys)
+    sign = math.copysign(1, claim.paper(whole))
+    about |= {"paper": paper, "ours": ours, "low": low, "high": high}
+    about |= {"seeds": min(map(len, summed)), "seeds_needed": claim.seeds_needed(keys)}
+    if low <= 0 <= high:
+        return about | {"verdict": "cannot tell"}
+    return about | {"verdict": "agrees" if sign * ours > 0 else "disagrees"}
+
+
+def write_table(results: Path, number: int, names: Sequence[str], cell: Callable) -> dict:
+    """Write results/table-N.json from the episodes there, and return it."""
+    rows = {}
+    for name in names:
+        paper = {f"{task}/{c}": r for task, of in ROWS[name].paper.items() for c, r in of.items()}
+        rows[name] = row_of_table(results / cell(name), ROWS[name].label, paper)
+    for bound in ("random", "expert"):
+        rows[bound] = row_of_table(results / bound, bound, {})
+    folders = {name: results / cell(name) for name in ROWS}
+    columns = dict.fromkeys(key for row in rows.values() for key in row["cells"])
+    table = {
+        "table": number,
+        "title": f"Table {number} in miniature",
+        "command": f"python -m tools.reproduce --table {number}",
+        "task_columns": [key.split("/") for key in columns if key != "average"],
+        "rows": rows,
+        "claims": [judge(claim, folders) for claim in CLAIMS if claim.table == number],
+        "differs": list(RECIPE),
+    }
+    write(results / f"table-{number}.json", (json.dumps(table, indent=1) + "\n").encode())
+    return table
+
+
+# --- In words ---
+
+
+def cell_text(cell: dict | None) -> str:
+    """`0.73 [0.56, 0.86] (0.87)`, the paper's figure in parentheses."""
+    if cell is None:
+        return "not run"
+    paper = "" if cell["paper"] is None else f" ({cell['paper']:.2f})"
+    return f"{cell['rate']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]{paper}"
+
+
+def claim_text(claim: dict) -> str:
+    if claim["verdict"] == "not run":
+        return f"- {claim['name']}: not run. {claim['statement']}"
+    ours = f"{claim['ours']:+.2f} [{claim['low']:+.2f}, {claim['high']:+.2f}]"
+    needed = f"{claim['seeds']} seeds, {claim['seeds_needed'] or 'no number'} would detect that"
+    return (
+        f"- {claim['name']}: **{claim['verdict']}**. {claim['statement']}. Here {ours}, the paper "
+        f"in these columns {claim['paper']:+.2f}; {needed}"
+    )
+
+
+def lines_of(table: dict) -> list[str]:
+    """The table in Markdown, then the claims."""
+    keys = ["/".join(pair) for pair in table["task_columns"]] + ["average"]
+    lines = [f"| {table['title']} | seeds | {' | '.join(keys)} |", "|---" * (len(keys) + 2) + "|"]
+    for row in table["rows"].values():
+        texts = (cell_text(row["cells"].get(key)) for key in keys)
+        lines.append(f"| {row['label']} | {len(row['seeds'])} | {' | '.join(texts)} |")
+    return [*lines, "", *map(claim_text, table["claims"])]
+
+
+if __name__ == "__main__":
+    for claim in CLAIMS:
+        tasks = ROWS[claim.a].paper
+        keys = [f"{task}/{column}" for task in tasks for column in tasks[task]]
+        keys = [key for key in keys if key.split("/")[1] in claim.columns]
+        print(
+            f"{claim.name}: {claim.statement}. {claim.a} to {claim.b}, {claim.paper(keys):+.2f} in "
+            f"the paper; {claim.seeds_needed(keys)} trainings of each would detect it"
+        )
