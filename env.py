@@ -4,11 +4,14 @@
     obs = env.reset(seed=7)                  # MS-HAB's own dict, torch, batch of 1
     obs, info = env.step(action)             # action [13] in [-1, 1]
 
+SubtaskEnvs are many of them in one process, on a GPU, which eval.py --envs moves in step.
+
 The apartment is whatever lies in MS_ASSET_DIR: the one `household/assets.py` generates, or the real
 ReplicaCAD. MS_ASSET_DIR is read when mani_skill is imported, so it must be set before this file is.
 """
 
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import gymnasium
@@ -19,8 +22,8 @@ import sapien
 import torch
 from mani_skill import ASSET_DIR
 from mani_skill.agents.robots.fetch.fetch import Fetch
-from mani_skill.utils import sapien_utils
-from mshab.envs.planner import plan_data_from_file
+from mani_skill.utils import common, sapien_utils
+from mshab.envs.planner import Subtask, plan_data_from_file
 
 import tasks
 from config import ACTION_DIM
@@ -37,12 +40,14 @@ VIDEO_EYE, VIDEO_LOOK_AT = (-0.9, 1.3, 2.1), (0.8, -0.1, 0.8)
 VIDEO_CAMERA = dict(mount=None, width=384, height=384, fov=1.1, shader_pack="minimal")
 
 
-class SubtaskEnv:
-    """One subtask of one task, every scene of a split.
+class SubtaskEnvs:
+    """N environments of one subtask of one task that move in step; every scene of a split.
 
     `target` is an object, an articulation or "all", as MS-HAB names its task plans. With
-    `obs_mode="state_dict"` there are no images. `mshab` is the unwrapped MS-HAB environment,
-    `episode` says what was reset to.
+    `obs_mode="state_dict"` there are no images. ManiSkill simulates several on a GPU alone, by
+    `simulation="physx_cuda"`, and only where all have the same `cupboard` (`cupboard_of`): it
+    cannot view a fridge and a drawer as one. `mshab` is the unwrapped MS-HAB environment,
+    `episodes` says what each was started with. Observations are on the simulation's device.
 
     Raises FileNotFoundError when MS_ASSET_DIR is not set or lacks the files.
     """
@@ -55,11 +60,16 @@ class SubtaskEnv:
         split: str = "train",
         obs_mode: str = "rgb+depth+segmentation",
         real_meshes: bool = False,
+        simulation: str = "physx_cpu",
+        num_envs: int = 1,
+        cupboard: str | None = None,  # None: any
     ):
         plan_file, spawn_file = plan_files(task, subtask, target, split)
         self._address = dict(task=task, subtask=subtask, target=target, split=split)
         plan_data = plan_data_from_file(plan_file)
-        self._plans = plan_data.plans
+        self._plans, self.num_envs = plan_data.plans, num_envs
+        kinds = enumerate(cupboard_of(plan.subtasks[0]) for plan in self._plans)
+        self._given = [i for i, kind in kinds if cupboard in (None, kind)]  # those MS-HAB has
         spawns = torch.load(spawn_file, map_location="cpu", weights_only=True)
         self._starts = {uid: len(spawn["robot_qpos"]) for uid, spawn in spawns.items()}
         light = LIGHT_FETCH_URDF.is_file() and not real_meshes
@@ -68,16 +78,16 @@ class SubtaskEnv:
         # and without gymnasium's: the horizon is the caller's.
         self.mshab = gymnasium.make(
             f"{subtask.capitalize()}SubtaskTrain-v0",
-            num_envs=1,
+            num_envs=num_envs,
             obs_mode=obs_mode,
-            sim_backend="physx_cpu",
+            sim_backend=simulation,
             render_backend="gpu" if torch.cuda.is_available() else "cpu",
             robot_uids="fetch",
             control_mode="pd_joint_delta_pos",
             reward_mode="normalized_dense",
             render_mode="rgb_array",
             max_episode_steps=tasks.HORIZON,
-            task_plans=self._plans,
+            task_plans=[self._plans[i] for i in self._given],
             scene_builder_cls=plan_data.dataset,
             spawn_data_fp=spawn_file,
             require_build_configs_repeated_equally_across_envs=False,
@@ -85,41 +95,44 @@ class SubtaskEnv:
             reconfiguration_freq=0,
             human_render_camera_configs=VIDEO_CAMERA,
         ).unwrapped
-        self.episode, self.elapsed = {}, 0
+        self.episodes, self.elapsed = [], 0
 
-    def reset(self, seed: int) -> dict:
-        """Start the episode of `seed`, which names a plan and a start pose (`choose`)."""
-        plan_idx, spawn_idx = self.choose(seed)
-        plan = self._plans[plan_idx]
-        scene, names = plan.build_config_name, self.mshab.scene_builder.build_configs
-        of_scene = [i for i, other in enumerate(self._plans) if other.build_config_name == scene]
+    def start(self, seeds: Sequence[int]) -> dict:
+        """Start an episode in each environment; its seed names a plan and a start (`choose`)."""
+        chosen = [self.choose(seed) for seed in seeds]
+        scenes = [self._plans[plan].build_config_name for plan, _ in chosen]
+        names, places = self.mshab.scene_builder.build_configs, []
+        for (plan, _), scene in zip(chosen, scenes, strict=True):  # counted within the scene
+            of_scene = [i for i in self._given if self._plans[i].build_config_name == scene]
+            places.append(of_scene.index(plan))
         options = dict(
             # Rebuilt every time. On its own, one environment would only ever build the first scene
             # of its plans; and a scene kept from the episode before shows through in a few pixels
             # of the first picture.
             reconfigure=True,
-            build_config_idxs=[names.index(scene)],
-            task_plan_idxs=torch.tensor([of_scene.index(plan_idx)]),
-            spawn_selection_idxs=[spawn_idx],
+            build_config_idxs=[names.index(scene) for scene in scenes],
+            task_plan_idxs=torch.tensor(places),
+            spawn_selection_idxs=[spawn for _, spawn in chosen],
         )
-        obs, _ = self.mshab.reset(seed=seed, options=options)
+        obs, _ = self.mshab.reset(seed=list(seeds), options=options)
         self.elapsed = 0
-        self.episode = self._address | dict(
-            seed=seed,
-            plan=plan_idx,
-            spawn=spawn_idx,
-            subtask_uid=plan.subtasks[0].uid,
-            scene=scene,
-            build_config_idx=self.mshab.build_config_idxs[0],
-            task_plan_idx=int(self.mshab.task_plan_idxs[0]),
-            init_config_idx=self.mshab.init_config_idxs[0],
-            spawn_selection_idx=spawn_idx,
-        )
-        base = self.mshab.agent.base_link.pose.sp
-        eye, look_at = (base * sapien.Pose(p) for p in (VIDEO_EYE, VIDEO_LOOK_AT))
-        camera = self.mshab.scene.human_render_cameras["render_camera"].camera
-        camera.set_local_pose(sapien_utils.look_at(eye.p, look_at.p).sp)
-        return obs
+        self.episodes = [
+            self._address
+            | dict(
+                seed=seed,
+                plan=plan,
+                spawn=spawn,
+                subtask_uid=self._plans[plan].subtasks[0].uid,
+                scene=scenes[i],
+                build_config_idx=self.mshab.build_config_idxs[i],
+                task_plan_idx=int(self.mshab.task_plan_idxs[i]),
+                init_config_idx=self.mshab.init_config_idxs[i],
+                spawn_selection_idx=spawn,
+            )
+            for i, (seed, (plan, spawn)) in enumerate(zip(seeds, chosen, strict=True))
+        ]
+        # Also the pictures, which a GPU renders for a simulation on the CPU.
+        return common.to_tensor(obs, device=self.mshab.device)
 
     def choose(self, seed: int) -> tuple[int, int]:
         """The indices of the plan in its file and of its start pose: a pure function of `seed`."""
@@ -127,56 +140,36 @@ class SubtaskEnv:
         uid = self._plans[plan].subtasks[0].uid
         return plan, int(rng.integers(self._starts[uid]))
 
-    def step(self, action: np.ndarray) -> tuple[dict, dict]:
-        """Apply one action [13] in [-1, 1], 1/20 s.
+    def move(self, actions: np.ndarray) -> tuple[dict, dict]:
+        """Apply to each environment its action, [N, 13] in [-1, 1], 1/20 s.
 
-        `info` has success, fail (force limit, or MS-HAB's horizon used up), elapsed (steps so far),
-        reward, and what else MS-HAB checks: is_grasped, robot_force and so on.
+        `info` has, [N] each, success, fail (force limit, or MS-HAB's horizon used up), reward, and
+        what else MS-HAB checks: is_grasped, robot_force and so on.
         """
-        action = np.asarray(action, np.float32)
-        if action.shape != (ACTION_DIM,):
-            raise ValueError(f"action of shape {action.shape}, expected ({ACTION_DIM},)")
-        if not np.isfinite(action).all():
-            raise ValueError(f"action {action} is not finite, expected values in [-1, 1]")
-        obs, reward, _, _, info = self.mshab.step(action)
+        actions = np.asarray(actions, np.float32)
+        if actions.shape != (self.num_envs, ACTION_DIM):
+            raise ValueError(
+                f"actions of shape {actions.shape}, expected ({self.num_envs}, {ACTION_DIM})"
+            )
+        if not np.isfinite(actions).all():
+            raise ValueError(f"actions {actions} are not finite, expected values in [-1, 1]")
+        obs, reward, _, _, info = self.mshab.step(actions)
         self.elapsed += 1
-        checks = {key: value[0].item() for key, value in info.items()}
-        return obs, checks | dict(elapsed=self.elapsed, reward=float(reward[0]))
+        obs = common.to_tensor(obs, device=self.mshab.device)
+        return obs, info | dict(reward=reward)
 
     @property
-    def instruction(self) -> str:
-        """The sentence for this episode's own object or articulation ("all" names neither)."""
-        return tasks.instruction(self.episode["subtask"], self.target)
+    def instructions(self) -> list[str]:
+        """The sentence for each episode's own object or articulation ("all" names neither)."""
+        return [tasks.instruction(self._address["subtask"], target) for target in self.targets]
 
     @property
-    def target(self) -> str:
-        """This episode's object (`013_apple`) or articulation (`fridge`), as MS-HAB names it."""
-        subtask = self._plans[self.episode["plan"]].subtasks[0]
-        if self.episode["subtask"] in ("open", "close"):
-            return subtask.articulation_type
-        return subtask.obj_id.rpartition("-")[0]  # 013_apple-0
-
-    @property
-    def pos(self) -> np.ndarray:
-        """Base x, y in the world frame [2], metres.
-
-        Not `agent.robot.pose`: the root before the base's virtual joints never moves.
-        """
-        return self.mshab.agent.base_link.pose.p[0, :2].numpy().astype(np.float32)
-
-    def target_masks(self, obs: dict) -> np.ndarray:
-        """Pixels of the target object (pick, place) or of the link with the handle (open, close).
-
-        Returns bool [2, 128, 128], head camera then hand camera.
-        """
-        subtask = self.mshab.task_plan[0]
-        if self.episode["subtask"] in ("open", "close"):
-            links = self.mshab.subtask_articulations[0].links
-            target = links[subtask.articulation_handle_link_idx]
-        else:
-            target = self.mshab.subtask_objs[0]
-        ids = [obs["sensor_data"][camera]["segmentation"][0, ..., 0].numpy() for camera in SENSORS]
-        return np.stack(ids) == int(target.per_scene_id[0])
+    def targets(self) -> list[str]:
+        """Each episode's object (`013_apple`) or articulation (`fridge`), as MS-HAB names it."""
+        subtasks = [self._plans[episode["plan"]].subtasks[0] for episode in self.episodes]
+        if self._address["subtask"] in ("open", "close"):
+            return [subtask.articulation_type for subtask in subtasks]
+        return [subtask.obj_id.rpartition("-")[0] for subtask in subtasks]  # 013_apple-0
 
     @property
     def action_schema(self) -> list[dict]:
@@ -210,14 +203,83 @@ class SubtaskEnv:
         """The 12 joints of obs["agent"]["qpos"], in its order (head and arm joints alternate)."""
         return [joint.name for joint in self.mshab.agent.robot.active_joints][BASE_JOINTS:]
 
+    def close(self) -> None:
+        self.mshab.close()
+
+
+class SubtaskEnv(SubtaskEnvs):
+    """One environment, and what can be seen of it. `episode` says what it was reset to."""
+
+    def start(self, seeds: Sequence[int]) -> dict:
+        obs = super().start(seeds)
+        base = self.mshab.agent.base_link.pose.sp
+        eye, look_at = (base * sapien.Pose(p) for p in (VIDEO_EYE, VIDEO_LOOK_AT))
+        camera = self.mshab.scene.human_render_cameras["render_camera"].camera
+        camera.set_local_pose(sapien_utils.look_at(eye.p, look_at.p).sp)
+        return obs
+
+    def reset(self, seed: int) -> dict:
+        """Start the episode of `seed`, which names a plan and a start pose (`choose`)."""
+        return self.start([seed])
+
+    def step(self, action: np.ndarray) -> tuple[dict, dict]:
+        """Apply one action [13] in [-1, 1]; `info` as of `move`, and elapsed (steps so far)."""
+        obs, info = self.move(np.asarray(action)[None])
+        checks = {key: value[0].item() for key, value in info.items()}
+        return obs, checks | dict(elapsed=self.elapsed)
+
+    @property
+    def episode(self) -> dict:
+        return self.episodes[0]
+
+    @property
+    def instruction(self) -> str:
+        return self.instructions[0]
+
+    @property
+    def target(self) -> str:
+        return self.targets[0]
+
+    @property
+    def pos(self) -> np.ndarray:
+        """Base x, y in the world frame [2], metres.
+
+        Not `agent.robot.pose`: the root before the base's virtual joints never moves.
+        """
+        return self.mshab.agent.base_link.pose.p[0, :2].cpu().numpy().astype(np.float32)
+
+    def target_masks(self, obs: dict) -> np.ndarray:
+        """Pixels of the target object (pick, place) or of the link with the handle (open, close).
+
+        Returns bool [2, 128, 128], head camera then hand camera.
+        """
+        subtask = self.mshab.task_plan[0]
+        if self.episode["subtask"] in ("open", "close"):
+            links = self.mshab.subtask_articulations[0].links
+            target = links[subtask.articulation_handle_link_idx]
+        else:
+            target = self.mshab.subtask_objs[0]
+        ids = [obs["sensor_data"][camera]["segmentation"][0, ..., 0].cpu() for camera in SENSORS]
+        return np.stack(ids) == int(target.per_scene_id[0])
+
     def third_person(self) -> np.ndarray:
         """A picture from outside, uint8 [H, W, 3]; the goal markers would hide the object."""
         scene = self.mshab.scene
         scene.update_render(update_sensors=False, update_human_render_cameras=True)
-        return scene.get_human_render_camera_images()["render_camera"][0].numpy()
+        return scene.get_human_render_camera_images()["render_camera"][0].cpu().numpy()
 
-    def close(self) -> None:
-        self.mshab.close()
+
+def cupboard_of(subtask: Subtask) -> str:
+    """The articulation that a subtask opens, closes or picks from (`fridge`); "": none."""
+    holder = getattr(subtask, "articulation_config", None) or subtask
+    return getattr(holder, "articulation_type", "")
+
+
+def cupboards(plan_file: Path, seeds: Iterable[int]) -> list[str]:
+    """The `cupboard_of` each seed's episode."""
+    plans = plan_data_from_file(plan_file).plans
+    drawn = (plans[tasks.draw_plan(seed, len(plans))[0]] for seed in seeds)
+    return [cupboard_of(plan.subtasks[0]) for plan in drawn]
 
 
 def apartment() -> str | None:

@@ -4,6 +4,7 @@
     python eval.py --policy random --out RUN/eval-random   # or expert: bounds by the same code
     python eval.py --policy rl --policies mshab_checkpoints --out RUN/eval-rl   # MS-HAB's own
     torchrun --nproc_per_node=8 eval.py --checkpoint RUN/stage2 --out RUN/eval  # a GPU each
+    python eval.py --checkpoint RUN/stage2 --envs 16 --out RUN/eval-gpu  # simulated on a GPU
     python eval.py --compare RUN/eval-a RUN/eval-b   # two checkpoints on equal seeds
 
 A finished episode is one line of OUT/episodes.jsonl, on disk before the next one counts. A killed
@@ -12,34 +13,33 @@ OUT/results.json has the columns and what it takes to repeat them. tools/report.
 evaluations of a run side by side.
 """
 
-import hashlib
 import json
 import os
 import platform
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import sapien
 import torch
 import tyro
 
 from checkpoint import read_manifest, resolve
-from config import ACTION_DIM, InputError, explained
-from distributed import Ranks, join
+from config import InputError, explained
+from distributed import Ranks, device_of, join
 from durable import append, read_lines, sha256, sole_writer
-from env import HOUSEHOLD, SubtaskEnv, apartment, plan_files
+from env import HOUSEHOLD, SubtaskEnv, SubtaskEnvs, apartment, cupboards, plan_files
 from household.expert import ScriptedExpert
 from outcomes import address, check_same_run, merge, part, scenes, table
 from policy import Policy, check_schema
 from rl_expert import RLPolicy
+from rollout import Job, RandomPolicy, batches, run_episodes
 from rows import ROWS
 from tasks import COLUMNS, EACH, HORIZON, OBJECTS, PAPER_COLUMNS, TASKS, sentences, targets
 from tools.check_assets import assets
@@ -48,8 +48,8 @@ from tools.compare import compare
 from tools.report import DEFAULT_ROW, Film, code_commit, success_table
 from workers import Workers
 
+ALIKE = ("column", "filmed", "cupboard")  # jobs for which a simulator is kept
 LIBRARIES = ("torch", "mani_skill", "praxis-mshab", "sapien", "numpy")
-Job = tuple[str, int, bool]  # column, seed, filmed
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class EvalConfig:
     horizon: int = HORIZON  # control steps per episode (MS-HAB: max_episode_steps)
     stop_at_success: bool = False  # faster, but success at the end is then unknown
     workers: int = 1  # processes, one core and simulator each; results do not depend on it
+    envs: int = 1  # several: simulated at once on a GPU, and filmed ones alone; not the expert
     video: int = 0  # film the first so many episodes of each column
     # the paper's row beside ours (python config.py); default: the checkpoint's, else auxvla-all
     row: Literal[tuple(ROWS)] | None = None
@@ -93,8 +94,12 @@ class EvalConfig:
                 f"--policy {self.policy} with --checkpoint {self.checkpoint}: the learned policy "
                 "needs one (--checkpoint RUN/stage2), the others take none"
             )
-        if min(self.episodes, self.horizon, self.workers) < 1 or min(self.seed, self.video) < 0:
-            raise InputError("--episodes, --horizon, --workers start at 1, --seed and --video at 0")
+        counts = self.episodes, self.horizon, self.workers, self.envs
+        if min(counts) < 1 or min(self.seed, self.video) < 0:
+            raise InputError(
+                "--episodes, --horizon, --workers, --envs start at 1, --seed and --video at 0"
+            )
+        self.check_envs()
         for name in self.names:
             has = targets(self.task, COLUMNS[name].subtask)
             if not has or COLUMNS[name].target_in(self.task) not in ("all", *has):
@@ -102,6 +107,24 @@ class EvalConfig:
                     f"--columns {name}: {self.task} has none; it picks and places "
                     f"{', '.join(OBJECTS[self.task])}, and only set_table opens and closes"
                 )
+
+    def check_envs(self) -> None:
+        """Raise InputError when several environments cannot be simulated at once."""
+        if self.envs == 1:
+            return
+        what, instead = f"--envs {self.envs}", "leave it out, --workers 2 runs two processes"
+        if self.policy == "expert":
+            raise InputError(f"{what}: the expert drives one environment, on the CPU; {instead}")
+        if device_of(self.device).type == "cpu":
+            raise InputError(
+                f"{what}: ManiSkill simulates several environments in one process on a GPU alone, "
+                f"expected --device cuda and a GPU that torch finds; {instead}"
+            )
+
+    @property
+    def simulation(self) -> str:
+        """Whose physics: the CPU's and the GPU's differ."""
+        return "physx_cpu" if self.envs == 1 else "physx_cuda"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -118,93 +141,48 @@ class EvalConfig:
         what = COLUMNS[column]
         return plan_files(self.task, what.subtask, what.target_in(self.task), self.split)
 
-    def rl_policy(self, column: str) -> RLPolicy | None:
+    def rl_policy(self, column: str, device="cpu") -> RLPolicy | None:
         """MS-HAB's policy for a column; None when another one acts."""
         if self.policy != "rl":
             return None
-        what = COLUMNS[column]
-        return RLPolicy.load(self.policies, self.task, what.subtask, what.target_in(self.task))
-
-
-class RandomPolicy:
-    """Uniform actions: what success costs when nothing is known."""
-
-    obs_mode = "state_dict"  # no pictures: ten times as fast
-
-    def __init__(self, seed: int):
-        self.seed = seed
-        self.reset()
-
-    def reset(self):
-        self.generator = np.random.default_rng(self.seed)
-
-    def act(self, obs: dict, instruction: str) -> np.ndarray:
-        """Return one action [1, 13] in [-1, 1]."""
-        return self.generator.uniform(-1, 1, (1, ACTION_DIM)).astype(np.float32)
+        subtask, target = COLUMNS[column].subtask, COLUMNS[column].target_in(self.task)
+        return RLPolicy.load(self.policies, self.task, subtask, target, device)
 
 
 POLICIES = {
     "learned": Policy, "expert": ScriptedExpert, "random": RandomPolicy, "rl": RLPolicy
 }  # fmt: skip
 
-# --- One episode ---
+# --- In a worker ---
 
 
-def run_episode(env: SubtaskEnv, policy, seed: int, cfg: EvalConfig, film: Film | None) -> dict:
-    """Run the episode `seed` addresses and return its record.
-
-    GAP-18 (Sec. 6.1): the paper does not say whether success counts once or at the end. We keep
-    both: after a success the episode goes on to the horizon (MS-HAB: continuous_task), unless told
-    not to.
-    """
-    torch.manual_seed(seed)  # what a policy samples must not depend on the episodes before
-    started = time.perf_counter()
-    obs = env.reset(seed)
-    policy.reset()
-    success_once, length, thought, actions = False, 0, 0.0, hashlib.sha256()
-    while length < cfg.horizon and not (success_once and cfg.stop_at_success):
-        asked = time.perf_counter()
-        action = policy.act(obs, env.instruction)
-        thought += time.perf_counter() - asked
-        actions.update(action.tobytes())
-        if film is not None:
-            film.add(obs, length)  # before the step: predictions are about this observation
-        obs, info = env.step(action[0])
-        success_once |= info["success"]
-        length += 1
-    if film is not None:
-        film.save(success_once)
-    return {
-        **env.episode,
-        "target": env.target,
-        "success_once": success_once,
-        "success_at_end": None if cfg.stop_at_success else info["success"],
-        "length": length,
-        "actions": actions.hexdigest()[:16],  # two runs that acted alike have the same
-        "seconds": round(time.perf_counter() - started, 2),
-        "policy_seconds": round(thought, 2),
-    }
+def simulator(cfg: EvalConfig, column: str, filmed: bool, cupboard: str | None) -> SubtaskEnvs:
+    """Only what is read is rendered: segmentation, which a film shows, takes a third of a step."""
+    what, alone = COLUMNS[column], filmed or cfg.envs == 1
+    return (SubtaskEnv if alone else SubtaskEnvs)(
+        cfg.task, what.subtask, what.target_in(cfg.task), cfg.split,
+        obs_mode=Film.obs_mode if filmed else POLICIES[cfg.policy].obs_mode,
+        real_meshes=cfg.real_meshes, simulation=cfg.simulation,
+        num_envs=1 if alone else cfg.envs, cupboard=cupboard,
+    )  # fmt: skip
 
 
-def run_jobs(cfg: EvalConfig, jobs: Iterable[Job]) -> Iterator[dict]:
-    """Yield each job's episode; one simulator at a time, kept while it renders the same."""
+def run_jobs(cfg: EvalConfig, jobs: Iterable[Job]) -> Iterator[list[dict]]:
+    """Yield each job's episodes; one simulator at a time, kept while it renders the same."""
     learned = Policy.from_checkpoint(cfg.checkpoint, cfg.device) if cfg.checkpoint else None
-    for (column, filmed), same in groupby(jobs, lambda job: (job[0], job[2])):
-        what, rl = COLUMNS[column], cfg.rl_policy(column)
-        # Only what is read is rendered: segmentation, which a film shows, takes a third of a step.
-        obs_mode = Film.obs_mode if filmed else POLICIES[cfg.policy].obs_mode
-        target = what.target_in(cfg.task)
-        env = SubtaskEnv(cfg.task, what.subtask, target, cfg.split, obs_mode, cfg.real_meshes)
+    for (column, filmed, cupboard), same in groupby(jobs, attrgetter(*ALIKE)):
+        envs = simulator(cfg, column, filmed, cupboard)
         if learned is not None:
-            check_schema(env, learned.manifest)
+            check_schema(envs, learned.manifest)
             learned.predict = filmed  # what the decoders read is only drawn
-        expert = ScriptedExpert(env) if cfg.policy == "expert" else None
-        for _, seed, _ in same:
-            policy = learned or rl or expert or RandomPolicy(seed)
-            name = f"{column}_{seed}".replace(":", "_")  # scp and Windows read a colon as a host
-            film = Film(env, learned, cfg.out / "videos", name) if filmed else None
-            yield {"column": column, **run_episode(env, policy, seed, cfg, film)}
-        env.close()
+        rl = cfg.rl_policy(column, envs.mshab.device)
+        policy = learned or rl or POLICIES[cfg.policy](envs)
+        for job in same:
+            name = f"{column}_{job.seeds[0]}".replace(":", "_")  # scp reads a colon as a host
+            film = Film(envs, learned, cfg.out / "videos", name) if filmed else None
+            records = run_episodes(envs, policy, job.seeds, cfg, film)
+            yield [{"column": column, **record} for record in records]
+        envs.close()
 
 
 # --- Files and numbers ---
@@ -213,7 +191,7 @@ def run_jobs(cfg: EvalConfig, jobs: Iterable[Job]) -> Iterator[dict]:
 def identity_of(cfg: EvalConfig) -> dict:
     """What decides the episode of a seed: it is on every line of a file, and must not change."""
     rl = cfg.policy == "rl"
-    same = ("task", "split", "policy", "horizon", "stop_at_success", "real_meshes")
+    same = ("task", "split", "policy", "horizon", "stop_at_success", "real_meshes", "simulation")
     return {key: getattr(cfg, key) for key in same} | {
         "checkpoint": sha256(cfg.checkpoint / "manifest.json") if cfg.checkpoint else None,
         "policies": {name: cfg.rl_policy(name).sha for name in cfg.names} if rl else None,
@@ -248,17 +226,25 @@ def own_gpu():
 def run(cfg: EvalConfig, ranks: Ranks, path: Path, identity: dict):
     """Run this rank's share of the episodes that the file lacks; each is a line on disk at once."""
     done = {address(episode) for episode in read_lines(path)}
-    seeds = range(cfg.seed, cfg.seed + cfg.episodes)
-    jobs = [(name, seed, seed < cfg.seed + cfg.video) for name in cfg.names for seed in seeds]
-    jobs = [job for job in jobs if job[:2] not in done][ranks.rank :: ranks.world]
+    seeds, missing = range(cfg.seed, cfg.seed + cfg.episodes), []
+    for name in cfg.names:
+        plan_file = cfg.plan_files(name)[0]
+        alike = cupboards(plan_file, seeds) if cfg.envs > 1 else [None] * cfg.episodes
+        episodes = [(name, seed, seed < cfg.seed + cfg.video, of) for seed, of in zip(seeds, alike)]
+        missing += [episode for episode in episodes if episode[:2] not in done]
+    missing = missing[ranks.rank :: ranks.world]
     if ranks.world > 1:
         path = part(path, ranks.rank)
         own_gpu()
-    waiting, workers = iter(jobs), Workers(cfg.workers, partial(run_jobs, cfg))
-    for i, (_, episode) in enumerate(workers.run(lambda running: next(waiting, None)), start=1):
+    waiting, workers = (
+        iter(batches(missing, cfg.envs)),
+        Workers(cfg.workers, partial(run_jobs, cfg)),
+    )
+    finished = (each for _, job in workers.run(lambda running: next(waiting, None)) for each in job)
+    for i, episode in enumerate(finished, start=1):
         append(path, identity | episode)
         outcome = "success" if episode["success_once"] else "fail"
-        where = f"{i}/{len(jobs)}  {episode['column']}, seed {episode['seed']}"
+        where = f"{i}/{len(missing)}  {episode['column']}, seed {episode['seed']}"
         print(f"{where:32} {outcome:8} {episode['seconds']:6.1f} s", flush=True)
 
 

@@ -1,15 +1,60 @@
-"""The files of an evaluation: a line for each episode, and what is counted from the lines.
+"""The files of an evaluation: a line for each episode, and what is counted in it and from them.
 
 Under torchrun each rank writes a file of its own, OUT/episodes.RANK.jsonl, so that no line is torn
 by another writer. `merge` moves them into OUT/episodes.jsonl, also after a kill.
 """
 
+import hashlib
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from config import InputError
 from durable import append, read_lines
 from tasks import COLUMNS, draw_plan, wilson
+
+# What is true of the lines from before their program wrote the key.
+IMPLIED = {"simulation": "physx_cpu"}
+
+
+@dataclass
+class Outcome:
+    """What is counted of an episode while it runs; settled, it no longer changes.
+
+    GAP-18 (Sec. 6.1): the paper does not say whether success counts once or at the end. We keep
+    both: after a success the episode goes on to the horizon (MS-HAB: continuous_task), unless told
+    not to.
+    """
+
+    horizon: int
+    stop_at_success: bool
+    success_once: bool = False
+    success: bool = False  # after the last step
+    length: int = 0
+    actions: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+
+    @property
+    def settled(self) -> bool:
+        return self.length == self.horizon or (self.success_once and self.stop_at_success)
+
+    def add(self, action: np.ndarray, success: bool) -> None:
+        """Count a step, unless the others of its batch alone go on."""
+        if self.settled:
+            return
+        self.actions.update(action.tobytes())
+        self.success_once, self.success = self.success_once or success, success
+        self.length += 1
+
+    def record(self) -> dict:
+        """Its part of the line."""
+        return {
+            "success_once": self.success_once,
+            "success_at_end": None if self.stop_at_success else self.success,
+            "length": self.length,
+            "actions": self.actions.hexdigest()[:16],  # two runs that acted alike have the same
+        }
 
 
 def address(episode: dict) -> tuple[str, int]:
@@ -41,10 +86,11 @@ def merge(path: Path) -> list[dict]:
 def check_same_run(path: Path, episodes: list[dict], identity: dict):
     """Raise InputError when the file holds episodes of another evaluation."""
     for episode in episodes:
+        before = IMPLIED | episode
         for name, now in identity.items():
-            if episode.get(name) != now:
+            if before.get(name) != now:
                 raise InputError(
-                    f"{path} has episodes with {name} = {episode.get(name)!r}, this run has "
+                    f"{path} has episodes with {name} = {before.get(name)!r}, this run has "
                     f"{now!r}: one table cannot mix them. Give another --out, or remove "
                     f"{path.parent}"
                 )

@@ -4,13 +4,15 @@
     policy.reset()                                        # at the start of an episode
     action = policy.act(obs, "close the kitchen drawer")  # MS-HAB's obs, B environments -> [B, 13]
 
+B environments that move in step have one instruction, or each its own: a list of B.
+
 A stage-1 or stage-2 checkpoint decodes one action at a time; a stage-3 checkpoint denoises eight
 and executes two.
 """
 
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -121,8 +123,10 @@ class Policy:
         self.draft: Tensor | None = None  # normalised actions [B, 13]
 
     @torch.no_grad()
-    def act(self, obs: dict, instruction: str) -> np.ndarray:
+    def act(self, obs: dict, instruction: str | Sequence[str]) -> np.ndarray:
         """The next action [B, 13] in robot units, for B environments that move in step.
+
+        `instruction` is that of all of them, or a list with each one's own.
 
         Unless it has a history, looks at `obs` only when its queue of actions is empty;
         `predictions` then holds what the decoders read in it: pos [B, 2], grasp [B] probability,
@@ -133,8 +137,9 @@ class Policy:
         if not self.queue:
             cfg, inputs = self.model.cfg, self.batch(now, instruction)
             if self.model.flow_head:
-                shape = len(now[0]), cfg.flow.action_horizon, ACTION_DIM
-                inputs["noise"] = torch.randn(shape, generator=self.noise).to(self.device)
+                noise = torch.randn(1, cfg.flow.action_horizon, ACTION_DIM, generator=self.noise)
+                # The same for each: what it would draw in an episode of its own.
+                inputs["noise"] = noise.expand(len(now[0]), -1, -1).to(self.device)
             else:
                 begin = inputs["images"].new_zeros(len(now[0]), ACTION_DIM)
                 inputs["draft"] = begin if self.draft is None else self.draft
@@ -164,9 +169,14 @@ class Policy:
         with torch.autocast(kind, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
             return self.model.act(batch, **given, predict=predict)
 
-    def batch(self, now: tuple[Tensor, Tensor], instruction: str) -> dict[str, Tensor]:
+    def batch(
+        self, now: tuple[Tensor, Tensor], instruction: str | Sequence[str]
+    ) -> dict[str, Tensor]:
         """What the model reads: `now` is rgb and depth as cameras() gives them."""
         cfg, b = self.model.cfg, len(now[0])
+        texts = [instruction] * b if isinstance(instruction, str) else [*instruction]
+        if len(texts) != b:
+            raise ValueError(f"{len(texts)} instructions for {b} environments: expected 1 or {b}")
         steps, past = [now], {}
         if cfg.history == "frames":  # at the start the first frame stands in (GAP-5)
             steps = [*self.seen, now]
@@ -178,11 +188,11 @@ class Policy:
                 "past_actions": self.stats.normalize(torch.stack(actions, dim=1)).to(self.device),
                 "past_mask": (torch.arange(HISTORY) >= missing).expand(b, -1).to(self.device),
             }
-        ids, mask = tokenize([instruction], self.tokenizer, cfg.llm)
+        ids, mask = tokenize(texts, self.tokenizer, cfg.llm)  # [B, L]
         return past | {
             "images": preprocess_steps(steps, cfg),
-            "prompt_ids": ids.to(self.device).expand(b, -1),
-            "prompt_mask": mask.to(self.device).expand(b, -1),
+            "prompt_ids": ids.to(self.device),
+            "prompt_mask": mask.to(self.device),
         }
 
 

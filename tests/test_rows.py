@@ -17,6 +17,7 @@ from demonstrations import Demonstrations
 from eval import EvalConfig, run_jobs
 from model import AuxVLA, actions_to_bins
 from policy import Policy
+from rollout import Job
 from rows import ROWS
 from samples import Frames
 from train import main, parse
@@ -61,7 +62,7 @@ def test_a_row_trains_its_stages_and_drives_an_episode(name, household_data, tmp
     assert cfg.depth == row.depth and cfg.history == row.history
     column = "pick_obj" if row.table == 3 else "close_drawer"
     evaluation = EvalConfig(tmp_path / "eval", checkpoint=folder, horizon=10, device="cpu")
-    (episode,) = run_jobs(evaluation, [(column, 0, False)])
+    ((episode,),) = run_jobs(evaluation, [Job(column, [0])])
     assert episode["column"] == column and 1 <= episode["length"] <= 10
 
 

@@ -10,8 +10,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from env import SubtaskEnv
-from eval import EvalConfig, run_episode, run_jobs
+from eval import EvalConfig, run_jobs
 from policy import Policy
+from rollout import Job, run_episodes
 from tasks import COLUMNS
 from tools.bench_loader import spread
 from tools.report import Film
@@ -81,9 +82,9 @@ class EpisodeBench:
         simulated, thought = [], []
         for seed in range(-1, self.episodes):  # the first one warms up
             watched = Watched(policy, forget=False)
-            plain = run_episode(full, Watched(policy, forget=True), abs(seed), cfg, None)
-            mine = run_episode(ours, watched, abs(seed), cfg, None)
-            alone = run_episode(blind, Played(watched.actions), abs(seed), cfg, None)
+            (plain,) = run_episodes(full, Watched(policy, forget=True), [abs(seed)], cfg)
+            (mine,) = run_episodes(ours, watched, [abs(seed)], cfg)
+            (alone,) = run_episodes(blind, Played(watched.actions), [abs(seed)], cfg)
             if seed >= 0:
                 for name, record in zip(seconds, (plain, mine)):
                     seconds[name].append(record["seconds"])
@@ -97,7 +98,7 @@ class EpisodeBench:
     def in_workers(self, cfg: EvalConfig) -> Iterator[float]:
         """Seconds between results, in steady state: the first of each worker is not counted."""
         count = (self.episodes + 1) * self.workers
-        jobs = iter([(self.column, seed, False) for seed in range(count)])
+        jobs = iter([Job(self.column, [seed]) for seed in range(count)])
         workers, since = Workers(self.workers, partial(run_jobs, cfg)), 0.0
         for done, _ in enumerate(workers.run(lambda running: next(jobs, None)), start=1):
             if done > self.workers:

@@ -16,10 +16,11 @@ from tyro.conf import Positional
 
 from config import InputError, explained
 from durable import read_lines
+from outcomes import IMPLIED
 from tasks import COLUMNS, wilson
 
 Z, Z_POWER = 1.959964, 0.841621  # standard normal quantiles: alpha 0.05 two-sided, power 0.8
-SAME_RUN = ("task", "split", "horizon", "assets", "real_meshes")
+SAME_RUN = ("task", "split", "horizon", "assets", "real_meshes", "simulation")
 SAME_EPISODE = ("subtask_uid", "scene", "spawn")
 Episodes = dict[tuple[str, int], dict]  # by column and seed
 
@@ -101,7 +102,7 @@ def needed_apart(a: float, b: float) -> int | None:
 def read(folder: Path) -> Episodes:
     """The finished episodes of an evaluation. Raises InputError when there are none."""
     path = folder / "episodes.jsonl"
-    episodes = {(line["column"], line["seed"]): line for line in read_lines(path)}
+    episodes = {(line["column"], line["seed"]): IMPLIED | line for line in read_lines(path)}
     if not episodes:
         raise InputError(
             f"no episodes in {path}: expected the --out of an evaluation. This makes one: "
@@ -122,7 +123,7 @@ def pair(a: Episodes, b: Episodes, names: tuple[Path, Path]) -> list[tuple[str, 
             raise InputError(
                 f"{what} is {in_a.get(name)!r} in {names[0]}, {in_b.get(name)!r} in {names[1]}: "
                 "their episodes are not the same. Evaluate both with equal --task, --split, "
-                "--horizon, --real-meshes and MS_ASSET_DIR"
+                "--horizon, --real-meshes and MS_ASSET_DIR, both with --envs or both without"
             )
     if not shared:
         raise InputError(

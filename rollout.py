@@ -1,0 +1,92 @@
+"""Episodes of one policy, several at a time: which ones can be simulated at once, and their steps.
+
+    for job in batches(episodes, envs=16):
+        records = run_episodes(SubtaskEnvs(...), policy, job.seeds, cfg)
+
+One environment on the CPU is a batch of one, by the same code.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from mani_skill.utils.common import to_cpu_tensor
+
+from config import ACTION_DIM
+from env import SubtaskEnvs
+from outcomes import Outcome
+from tools.report import Film
+
+
+class Job(NamedTuple):
+    """Episodes of a column that are simulated at once."""
+
+    column: str
+    seeds: list[int]
+    filmed: bool = False
+    cupboard: str | None = None  # that of all its episodes (env.cupboard_of); None: any
+
+
+def batches(episodes: Iterable[tuple[str, int, bool, str | None]], envs: int) -> list[Job]:
+    """Episodes (column, seed, filmed, cupboard) as jobs of at most `envs`; a film has its own."""
+    alike: dict[tuple, list[int]] = {}
+    for column, seed, filmed, cupboard in episodes:
+        alike.setdefault((column, filmed, cupboard), []).append(seed)
+    return [
+        Job(column, seeds[i : i + size], filmed, cupboard)
+        for (column, filmed, cupboard), seeds in alike.items()
+        for size in [1 if filmed else envs]
+        for i in range(0, len(seeds), size)
+    ]
+
+
+class RandomPolicy:
+    """Uniform actions from each episode's seed: what success costs when nothing is known."""
+
+    obs_mode = "state_dict"  # no pictures: ten times as fast
+
+    def __init__(self, envs: SubtaskEnvs):
+        self.envs = envs
+
+    def reset(self) -> None:
+        self.generators = [np.random.default_rng(each["seed"]) for each in self.envs.episodes]
+
+    def act(self, obs: dict, instructions: Sequence[str]) -> np.ndarray:
+        """Actions [N, 13] in [-1, 1]."""
+        actions = [generator.uniform(-1, 1, ACTION_DIM) for generator in self.generators]
+        return np.stack(actions).astype(np.float32)
+
+
+def run_episodes(
+    envs: SubtaskEnvs, policy, seeds: list[int], cfg, film: Film | None = None
+) -> list[dict]:
+    """Run the episodes that the seeds address, at most one for each environment; their records.
+
+    Environments to spare repeat the last seed, and their episodes are dropped: so the policy's
+    batch keeps its size, and a GPU its graph. A batch takes as long as its longest episode; each
+    record has its share of the time.
+    """
+    torch.manual_seed(seeds[0])  # what a policy samples must not depend on the episodes before
+    started, thought = time.perf_counter(), 0.0
+    obs = envs.start(seeds + seeds[-1:] * (envs.num_envs - len(seeds)))
+    policy.reset()
+    outcomes = [Outcome(cfg.horizon, cfg.stop_at_success) for _ in seeds]
+    while not all(outcome.settled for outcome in outcomes):
+        asked = time.perf_counter()
+        actions = policy.act(obs, envs.instructions)  # [N, 13]
+        thought += time.perf_counter() - asked
+        if film is not None:  # before the step: predictions are about this observation
+            film.add(to_cpu_tensor(obs), envs.elapsed)
+        obs, info = envs.move(actions)
+        for outcome, action, success in zip(outcomes, actions, info["success"].tolist()):
+            outcome.add(action, success)
+    if film is not None:
+        film.save(outcomes[0].success_once)
+    shares = {"seconds": time.perf_counter() - started, "policy_seconds": thought}
+    shares = {name: round(value / len(seeds), 2) for name, value in shares.items()}
+    return [
+        episode | {"target": target} | outcome.record() | shares
+        for episode, target, outcome in zip(envs.episodes, envs.targets, outcomes)
+    ]
