@@ -1,0 +1,304 @@
+"""Several environments at once: each has the episode, the actions and the record it has alone.
+
+Several in one simulator need a GPU (the last test). Here one environment is compared with MS-HAB's
+own reset and step, and several stand side by side, each a simulator of its own.
+"""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import observation
+
+from config import InputError, model_config
+from data import ActionStats, build_tokenizer
+from durable import append, read_lines
+from env import SubtaskEnv, SubtaskEnvs, cupboards, plan_files
+from eval import EvalConfig, main
+from household.expert import ScriptedExpert
+from model import AuxVLA
+from outcomes import Outcome
+from policy import Policy
+from rollout import Job, RandomPolicy, batches, run_episodes
+from tasks import OBJECTS, TASKS, targets
+from tools.compare import comparison
+
+GPU = torch.cuda.is_available()
+DRAWER = ("set_table", "close", "kitchen_counter", "val")
+ANY = ("set_table", "pick", "all", "val")  # the apple from the fridge or the bowl from the drawer
+
+
+def settings(horizon: int, stop_at_success: bool = False) -> EvalConfig:
+    return EvalConfig(
+        Path("out"), policy="random", horizon=horizon, stop_at_success=stop_at_success
+    )
+
+
+def tiny_policy(flow_head: bool = False) -> Policy:
+    """Untrained; what it sees and hears decides what it does."""
+    cfg, stats = model_config("tiny"), ActionStats((-1.0,) * 13, (1.0,) * 13)
+    torch.manual_seed(0)
+    model = AuxVLA(cfg, flow_head=flow_head).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight += torch.randn(weight.shape) * 0.3
+    policy = Policy(model, stats, build_tokenizer(cfg.llm), {}, torch.device("cpu"), predict=False)
+    policy.reset()
+    return policy
+
+
+def stacked(trees: list) -> dict | torch.Tensor:
+    if isinstance(trees[0], dict):
+        return {key: stacked([tree[key] for tree in trees]) for key in trees[0]}
+    return torch.cat(trees)
+
+
+class SideBySide:
+    """Simulators on the CPU behind the interface of SubtaskEnvs."""
+
+    def __init__(self, *envs: SubtaskEnv):
+        self.envs, self.num_envs = envs, len(envs)
+
+    def start(self, seeds: list[int]) -> dict:
+        return stacked([env.reset(seed) for env, seed in zip(self.envs, seeds, strict=True)])
+
+    def move(self, actions: np.ndarray) -> tuple[dict, dict]:
+        pairs = [env.move(action[None]) for env, action in zip(self.envs, actions, strict=True)]
+        obs, info = zip(*pairs)
+        return stacked(list(obs)), {"success": torch.cat([each["success"] for each in info])}
+
+    episodes = property(lambda self: [env.episode for env in self.envs])
+    targets = property(lambda self: [env.target for env in self.envs])
+    instructions = property(lambda self: [env.instruction for env in self.envs])
+
+
+class Experts:
+    """A scripted expert for each of the simulators."""
+
+    def __init__(self, *envs: SubtaskEnv):
+        self.experts = [ScriptedExpert(env) for env in envs]
+
+    def reset(self) -> None:
+        for expert in self.experts:
+            expert.reset()
+
+    def act(self, obs: dict, instructions: list[str]) -> np.ndarray:
+        return np.concatenate([expert.act({}, "") for expert in self.experts])
+
+
+def untimed(records: list[dict]) -> list[dict]:
+    return [record | {"seconds": 0, "policy_seconds": 0} for record in records]
+
+
+def equal(one, other) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    return torch.equal(one, other)
+
+
+@pytest.fixture(scope="module")
+def three(assets):
+    envs = [SubtaskEnv(*ANY, obs_mode="rgb+depth") for _ in range(3)]
+    yield envs
+    for env in envs:
+        env.close()
+
+
+# --- One environment ---
+
+
+@pytest.mark.parametrize("kind", ["random", "learned"])
+def test_a_batch_of_one_is_mshabs_own_episode_bit_for_bit(kind, three):
+    """Same observations, actions, successes: MS-HAB is given a number, not lists, as its seed."""
+    envs = three[0]
+    policy = RandomPolicy(envs) if kind == "random" else tiny_policy()
+    (record,) = run_episodes(envs, policy, [7], settings(horizon=4))
+    started = envs.start([7])
+    options = {
+        key: [record[f"{key[:-1]}"]] for key in ("build_config_idxs", "spawn_selection_idxs")
+    }
+    options |= {"reconfigure": True, "task_plan_idxs": torch.tensor([record["task_plan_idx"]])}
+    obs, _ = envs.mshab.reset(seed=7, options=options)
+    assert equal(obs, started)
+    rng, digest, steps = np.random.default_rng(7), hashlib.sha256(), []
+    policy.reset()
+    for _ in range(4):
+        action = rng.uniform(-1, 1, (1, 13)).astype(np.float32)
+        if kind == "learned":
+            action = policy.act(obs, envs.instruction)
+        digest.update(action.tobytes())
+        obs, _, _, _, info = envs.mshab.step(action[0])
+        steps.append((action, obs, bool(info["success"])))
+    assert digest.hexdigest()[:16] == record["actions"]
+    envs.start([7])
+    for action, theirs, success in steps:
+        ours, info = envs.move(action)
+        assert equal(ours, theirs) and info["success"].tolist() == [success]
+
+
+def test_an_environment_with_one_kind_of_cupboard_starts_the_same_episode(three):
+    seed = cupboards(plan_files(*ANY)[0], range(20)).index("fridge")
+    fridges = SubtaskEnvs(*ANY, obs_mode="rgb+depth", cupboard="fridge")
+    assert equal(fridges.start([seed]), three[0].reset(seed))
+    assert fridges.targets == ["013_apple"] == three[0].targets
+    (ours,), (theirs,) = fridges.episodes, three[0].episodes
+    assert len(fridges.mshab.base_task_plans) < len(three[0].mshab.base_task_plans)
+    assert ours | {"task_plan_idx": 0} == theirs | {"task_plan_idx": 0}
+    fridges.close()
+
+
+def test_what_is_simulated_at_once_has_one_kind_of_articulation_and_of_start(assets):
+    """MS-HAB asserts the first; of the second it would leave out what not all have."""
+    for task in TASKS:
+        for subtask in ("pick", "place", "open", "close"):
+            names = targets(task, subtask)
+            for target in (*names, "all") if names == OBJECTS[task] else names:
+                plan_file, spawn_file = plan_files(task, subtask, target, "train")
+                starts, found = torch.load(spawn_file, weights_only=True), {}
+                plans = json.loads(plan_file.read_text())["plans"]
+                kinds = set(cupboards(plan_file, range(100)))
+                for plan in plans:
+                    subtasks = plan["subtasks"][0]
+                    of = subtasks.get("articulation_config") or subtasks
+                    kind = of.get("articulation_type", "")
+                    alike = [of.get(f"articulation_handle_{x}") for x in ("link_idx", "joint")]
+                    alike += [subtasks.get("remove_obj_id"), sorted(starts[subtasks["uid"]])]
+                    assert found.setdefault(kind, alike) == alike
+                assert kinds == set(found)
+    assert len(set(cupboards(plan_files(*ANY)[0], range(100)))) == 2
+
+
+# --- Several ---
+
+
+@pytest.mark.parametrize("kind", ["random", "learned"])
+def test_an_episode_is_recorded_as_if_it_were_alone(kind, three):
+    """Three seeds, two sentences, and an environment to spare whose episode nobody sees."""
+    seeds, many = [4, 0, 1], SideBySide(*three)
+    cfg, learned = settings(horizon=3), tiny_policy()
+
+    def policy(envs):
+        return learned if kind == "learned" else RandomPolicy(envs)
+
+    together = run_episodes(many, policy(many), seeds, cfg)
+    assert len(set(many.instructions)) == 2
+    alone = [run_episodes(three[0], policy(three[0]), [seed], cfg)[0] for seed in seeds]
+    assert untimed(together) == untimed(alone)
+    assert len({record["actions"] for record in together}) == 3
+    fewer = run_episodes(many, policy(many), seeds[:2], cfg)
+    assert [episode["seed"] for episode in many.episodes] == [4, 0, 0]
+    assert untimed(fewer) == untimed(alone[:2])
+
+
+def test_who_succeeds_early_keeps_the_record_while_the_others_go_on(assets):
+    envs = [SubtaskEnv(*DRAWER, obs_mode="state_dict") for _ in range(2)]
+    for stop_at_success in (True, False):
+        cfg, seeds = settings(130, stop_at_success), [0, 3]
+        together = run_episodes(SideBySide(*envs), Experts(*envs), seeds, cfg)
+        if stop_at_success:
+            alone = [run_episodes(envs[0], Experts(envs[0]), [seed], cfg)[0] for seed in seeds]
+            assert untimed(together) == untimed(alone)
+            assert len({record["length"] for record in together}) == 2
+        else:
+            assert [record["length"] for record in together] == [130, 130]
+        assert all(record["success_once"] for record in together)
+        ends = [record["success_at_end"] for record in together]
+        assert (ends == [None, None]) == stop_at_success
+    for env in envs:
+        env.close()
+
+
+def test_a_settled_record_does_not_change():
+    action = np.ones(13, np.float32)
+    early, late = Outcome(3, stop_at_success=True), Outcome(3, stop_at_success=False)
+    for success in (False, True, False, False):
+        early.add(action * early.length, success)
+        late.add(action * late.length, success)
+    assert early.settled and late.settled
+    first = hashlib.sha256((action * 0).tobytes() + action.tobytes()).hexdigest()[:16]
+    assert early.record() == {
+        "success_once": True, "success_at_end": None, "length": 2, "actions": first
+    }  # fmt: skip
+    assert (late.length, late.success_once, late.record()["success_at_end"]) == (3, True, False)
+
+
+def test_a_batch_has_one_column_one_cupboard_and_at_most_so_many_episodes():
+    drawers = [("close_drawer", seed, seed < 1, "kitchen_counter") for seed in range(6)]
+    mixed = [
+        ("pick_all", seed, False, ("fridge", "kitchen_counter")[seed % 2]) for seed in range(4)
+    ]
+    assert batches(drawers + mixed, envs=3) == [
+        Job("close_drawer", [0], True, "kitchen_counter"),
+        Job("close_drawer", [1, 2, 3], False, "kitchen_counter"),
+        Job("close_drawer", [4, 5], False, "kitchen_counter"),
+        Job("pick_all", [0, 2], False, "fridge"),
+        Job("pick_all", [1, 3], False, "kitchen_counter"),
+    ]
+    assert [job.seeds for job in batches(drawers, envs=1)] == [[seed] for seed in range(6)]
+
+
+@pytest.mark.parametrize("flow_head", [False, True])
+def test_a_policy_hears_each_environments_own_instruction(flow_head):
+    sentences = ["pick up the apple", "close the kitchen drawer", "pick up the bowl"]
+    together, alone = tiny_policy(flow_head), tiny_policy(flow_head)
+    frames = [[observation(10 * step + i) for i in range(3)] for step in range(3)]
+    frames = [[step[0], step[0], step[2]] for step in frames]  # two see the same
+    batched = np.stack([together.act(stacked(step), sentences) for step in frames])  # [3, B, 13]
+    for i, sentence in enumerate(sentences):
+        alone.reset()
+        single = np.stack([alone.act(step[i], sentence)[0] for step in frames])
+        np.testing.assert_allclose(batched[:, i], single, rtol=0, atol=1e-5)
+    assert np.abs(batched[:, 0] - batched[:, 1]).max() > 1e-3  # they heard different things
+    together.queue.clear()
+    with pytest.raises(ValueError, match="2 instructions for 3 environments"):
+        together.act(stacked(frames[0]), sentences[:2])
+
+
+# --- The command ---
+
+
+@pytest.mark.skipif(GPU, reason="here is a GPU")
+def test_without_a_gpu_several_environments_are_refused_with_a_way_out(tmp_path):
+    several = dict(out=tmp_path, policy="random", envs=4)
+    with pytest.raises(InputError, match=r"--envs 4: ManiSkill .*a GPU that torch.*--workers 2"):
+        EvalConfig(**several)
+    with pytest.raises(InputError, match="--device cuda: torch finds no GPU here"):
+        EvalConfig(**several, device="cuda")
+    with pytest.raises(InputError, match="--envs 4: the expert drives one environment"):
+        EvalConfig(**several | {"policy": "expert"})
+
+
+def test_a_file_from_before_there_was_a_choice_goes_on_and_physics_are_not_mixed(assets, tmp_path):
+    cfg = EvalConfig(tmp_path, policy="random", columns=("close_drawer",), episodes=1, horizon=2)
+    main(cfg)
+    path = tmp_path / "episodes.jsonl"
+    (line,) = read_lines(path)
+    assert line.pop("simulation") == "physx_cpu"
+    path.write_text(json.dumps(line) + "\n")
+    main(replace(cfg, episodes=2))
+    assert [read["seed"] for read in read_lines(path)] == [0, 1] and read_lines(path)[0] == line
+    (tmp_path / "gpu").mkdir()
+    append(tmp_path / "gpu/episodes.jsonl", line | {"simulation": "physx_cuda"})
+    with pytest.raises(InputError, match="simulation = 'physx_cuda', this run has 'physx_cpu'"):
+        main(replace(cfg, out=tmp_path / "gpu"))
+    with pytest.raises(InputError, match=r"simulation is 'physx_cpu' in .*, 'physx_cuda' in"):
+        comparison(tmp_path, tmp_path / "gpu")
+
+
+@pytest.mark.skipif(not GPU, reason="several environments in one simulator need a GPU")
+def test_on_a_gpu_a_column_is_simulated_at_once(assets, tmp_path):
+    columns = ("close_drawer", "pick_all", "place_all")
+    cfg = EvalConfig(tmp_path, policy="random", columns=columns, envs=4, episodes=6, horizon=3)
+    main(replace(cfg, video=1))
+    episodes = read_lines(tmp_path / "episodes.jsonl")
+    assert sorted((each["column"], each["seed"]) for each in episodes) == sorted(
+        (column, seed) for column in columns for seed in range(6)
+    )
+    assert {(each["simulation"], each["length"]) for each in episodes} == {("physx_cuda", 3)}
+    assert len(list((tmp_path / "videos").iterdir())) == 3
+    assert len({each["actions"] for each in episodes}) == 6  # by seed, whoever stands beside it
