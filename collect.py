@@ -9,31 +9,34 @@ envs/wrappers/record.py): T actions, T + 1 observations, depth in int16 millimet
     traj_i/labels/seg/fetch_{head,hand}   [T + 1, 128, 128] bool  the target object, or the handle
 
 (the other labels are MS-HAB observations). `--expert rl` lets MS-HAB's released policies act, in
-the real apartments that they were trained in.
+the real apartments that they were trained in; with `--envs N` on a GPU, N episodes at once.
 
 An episode is a seed: the file has the first N seeds at which the expert succeeds, whatever the
 number of workers. Finished attempts are kept at once, in <target>.parts; a run that was killed
 goes on where it was, and asking for more adds to the file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import tyro
+from mani_skill.utils.common import to_cpu_tensor, to_numpy
 from mshab.utils.label_dataset import get_episode_label_and_events
 from tqdm import tqdm
 
 from config import explained
 from durable import sole_writer
-from env import SENSORS, SubtaskEnv, apartment, plan_files
+from env import SENSORS, SubtaskEnv, SubtaskEnvs, apartment, cupboards, plan_files
 from household.expert import ScriptedExpert
 from recording import Recording, encode
 from rl_expert import RLPolicy
+from rollout import Job, check_envs, filled, simulation_of
 from tasks import HORIZON, SUBTASKS, TASKS, targets, wilson
 from workers import Workers
 
@@ -57,6 +60,7 @@ class CollectConfig:
     max_attempts: int | None = None
     split: Literal["train", "val"] = "train"  # of MS-HAB's scenes and episodes
     workers: int = 1  # processes, a simulator each; one per core is best
+    envs: int = 1  # of --expert rl: so many episodes at once in each process, on a GPU
     seed: int = 0  # of the first episode; the others count up from it
     real_meshes: bool = False  # render Fetch's own meshes, not the light copies in the asset folder
 
@@ -66,8 +70,9 @@ class CollectConfig:
             raise ValueError(
                 f"--target {self.target}: the targets of {self.task} {self.subtask} are {known}"
             )
-        if self.episodes < 1 or self.workers < 1 or self.seed < 0:
-            raise ValueError("expected --episodes >= 1, --workers >= 1 and --seed >= 0")
+        if min(self.episodes, self.workers, self.envs) < 1 or self.seed < 0:
+            raise ValueError("expected --episodes, --workers, --envs >= 1 and --seed >= 0")
+        check_envs(self.envs, self.expert == "scripted")
         if self.max_attempts is not None and self.max_attempts < 1:
             raise ValueError(f"--max-attempts {self.max_attempts}: expected at least 1")
 
@@ -78,98 +83,126 @@ class CollectConfig:
         each, rest = divmod(self.episodes, len(names))
         return {name: each + (i < rest) for i, name in enumerate(names)}
 
-    def policy(self, target: str) -> RLPolicy | None:
+    def policy(self, target: str, device="cpu") -> RLPolicy | None:
         """MS-HAB's policy for a target; None when another expert acts."""
         if self.expert != "rl":
             return None
-        return RLPolicy.load(self.policies, self.task, self.subtask, target)
+        return RLPolicy.load(self.policies, self.task, self.subtask, target, device)
 
     def recipe(self, target: str) -> dict:
         """What decides the episode of a seed, hence must not change while a file grows."""
         policy = self.policy(target)
         recipe = {key: getattr(self, key) for key in ("expert", "split", "seed", "real_meshes")}
         recipe["assets"] = apartment()
+        if self.envs > 1:
+            recipe["simulation"] = simulation_of(self.envs)
         return recipe if policy is None else recipe | {"policy": policy.sha}
 
 
 # --- In a worker ---
 
 
-def attempts(cfg: CollectConfig, jobs: Iterator[tuple[str, int]]) -> Iterator[tuple]:
-    """Attempt each (target, seed); one simulator, kept while the target stays the same."""
-    for target, same in groupby(jobs, lambda job: job[0]):
-        env = SubtaskEnv(cfg.task, cfg.subtask, target, cfg.split, real_meshes=cfg.real_meshes)
-        expert = cfg.policy(target) or ScriptedExpert(env)
-        for _, seed in same:
-            yield attempt(env, expert, seed)
-        env.close()
+def attempts(cfg: CollectConfig, jobs: Iterator[Job]) -> Iterator[list[tuple]]:
+    """Attempt each job's seeds; one simulator, kept while the target stays the same."""
+    several = SubtaskEnv if cfg.envs == 1 else SubtaskEnvs
+    for (target, cupboard), same in groupby(jobs, attrgetter("column", "cupboard")):
+        envs = several(
+            cfg.task, cfg.subtask, target, cfg.split, real_meshes=cfg.real_meshes,
+            simulation=simulation_of(cfg.envs), num_envs=cfg.envs, cupboard=cupboard,
+        )  # fmt: skip
+        expert = cfg.policy(target, envs.mshab.device) or ScriptedExpert(envs)
+        for job in same:
+            yield attempt(envs, expert, job.seeds)
+        envs.close()
 
 
 def attempt(
-    env: SubtaskEnv, expert: ScriptedExpert | RLPolicy, seed: int
-) -> tuple[bool, int, bytes]:
-    """Let the expert act until the episode succeeds, fails or is at its horizon.
+    envs: SubtaskEnvs, expert: ScriptedExpert | RLPolicy, seeds: list[int]
+) -> list[tuple[bool, int, bytes]]:
+    """Let the expert act until each episode succeeded, failed or is at its horizon.
 
-    Returns whether to keep it, steps, and the bytes of a part of the file (recording.encode). Of an
-    RL policy's successes, those are kept that MS-HAB's release keeps.
+    Returns for each seed whether to keep it, steps, and the bytes of a part of the file
+    (recording.encode). Of an RL policy's successes, those are kept that MS-HAB's release keeps.
     """
-    obs, info = env.reset(seed), {"success": False, "fail": False}
+    obs = envs.start(filled(seeds, envs.num_envs))
     expert.reset()
-    frames, steps = [frame(env, obs)], []
-    while not (info["success"] or info["fail"] or len(steps) == HORIZON):
-        action = expert.act(obs, env.instruction)[0]  # [13]
-        if not (np.abs(action) <= 1).all():  # NaN compares false
-            raise ValueError(f"seed {seed}: expected actions in [-1, 1], the expert gave {action}")
-        obs, info = env.step(action)
-        frames.append(frame(env, obs))
-        steps.append({"action": action, **info})
+    rows, steps = [[row] for row in frames(envs, obs)], [[] for _ in seeds]
+    while running := [i for i, taken in enumerate(steps) if not over(taken)]:
+        actions = expert.act(obs, envs.instructions)  # [N, 13]
+        for i in running:
+            if not (np.abs(actions[i]) <= 1).all():  # NaN compares false
+                raise ValueError(
+                    f"seed {seeds[i]}: expected actions in [-1, 1], the expert gave {actions[i]}"
+                )
+        obs, info = envs.move(actions)
+        info, seen = to_cpu_tensor(info), frames(envs, obs)
+        for i in running:
+            rows[i].append(seen[i])
+            checks = {key: value[i].item() for key, value in info.items()}
+            steps[i].append({"action": actions[i], **checks})
+    release = isinstance(expert, RLPolicy)
+    return [part_of(envs, i, rows[i], steps[i], release) for i in range(len(seeds))]
+
+
+def over(steps: list[dict]) -> bool:
+    return bool(steps) and (steps[-1]["success"] or steps[-1]["fail"] or len(steps) == HORIZON)
+
+
+def part_of(
+    envs: SubtaskEnvs, i: int, rows: list[dict], steps: list[dict], release: bool
+) -> tuple[bool, int, bytes]:
+    """The episode of the i-th environment as `attempt` returns it."""
     taken = {key: np.array([step[key] for step in steps]) for key in steps[0]}
     trajectory = {
-        "obs": [each["obs"] for each in frames],
+        "obs": [each["obs"] for each in rows],
         "actions": taken["action"].astype(np.float32),
         "terminated": taken["success"] | taken["fail"],
         "truncated": np.arange(1, len(steps) + 1) >= HORIZON,
         "success": taken["success"],
         "fail": taken["fail"],
         "rewards": taken["reward"].astype(np.float32),
-        "labels": [each["labels"] for each in frames],
+        "labels": [each["labels"] for each in rows],
     }
-    label, events, _ = get_episode_label_and_events(env.mshab.task_cfgs, taken["success"], taken)
-    about = episode(env, seed, len(steps), info) | {"label": label, "events": events}
-    kept = label in RELEASED if isinstance(expert, RLPolicy) else info["success"]
-    return kept, len(steps), encode(trajectory, header(env), about)
+    label, events, _ = get_episode_label_and_events(envs.mshab.task_cfgs, taken["success"], taken)
+    about = episode(envs, i, steps) | {"label": label, "events": events}
+    kept = label in RELEASED if release else steps[-1]["success"]
+    return kept, len(steps), encode(trajectory, header(envs), about)
 
 
-def frame(env: SubtaskEnv, obs: dict) -> dict:
-    """One row of the file, without the batch axis; MS-HAB keeps no segmentation images."""
+def frames(envs: SubtaskEnvs, obs: dict) -> list[dict]:
+    """A row of the file for each environment; MS-HAB keeps no segmentation images."""
 
-    def rows(tree: dict) -> dict:
+    def row(tree: dict, i: int) -> dict:
         return {
-            key: rows(value) if isinstance(value, dict) else value[0].cpu().numpy()
+            key: row(value, i) if isinstance(value, dict) else value[i]
             for key, value in tree.items()
             if key != "segmentation"
         }
 
-    masks = dict(zip(SENSORS, env.target_masks(obs), strict=True))
-    return {"obs": rows(obs), "labels": {"pos": env.pos, "seg": masks}}
+    arrays, masks, pos = to_numpy(obs), envs.masks(obs), envs.positions
+    return [
+        {"obs": row(arrays, i), "labels": {"pos": pos[i], "seg": dict(zip(SENSORS, masks[i]))}}
+        for i in range(envs.num_envs)
+    ]
 
 
-def episode(env: SubtaskEnv, seed: int, steps: int, last: dict) -> dict:
-    """What the json says of an episode; `last` is its last step's info."""
+def episode(envs: SubtaskEnvs, i: int, steps: list[dict]) -> dict:
+    """What the json says of the i-th environment's episode."""
+    started, last = envs.episodes[i], steps[-1]
     return {
-        **env.episode,
-        "instruction": env.instruction,
-        "episode_seed": [seed],
-        "reset_kwargs": {"seed": seed},
-        "control_mode": env.mshab.control_mode,
-        "elapsed_steps": steps,
+        **started,
+        "instruction": envs.instructions[i],
+        "episode_seed": [started["seed"]],
+        "reset_kwargs": {"seed": started["seed"]},
+        "control_mode": envs.mshab.control_mode,
+        "elapsed_steps": len(steps),
         "success_once": last["success"],  # it ends at its success
         "success_at_end": last["success"],
         "fail": last["fail"],
     }
 
 
-def header(env: SubtaskEnv) -> dict:
+def header(env: SubtaskEnvs) -> dict:
     """What the json says of all its episodes (MS-HAB: parse_env_info, less the same arguments)."""
     spec = env.mshab.spec
     kwargs = {k: v for k, v in spec.kwargs.items() if k not in ("task_plans", "spawn_data_fp")}
@@ -184,21 +217,38 @@ def header(env: SubtaskEnv) -> dict:
 # --- In the main process ---
 
 
+def next_seeds(
+    recording: Recording, busy: list[int], episodes: int, envs: int, cupboard_of: Callable
+) -> list[int]:
+    """The lowest seeds not attempted yet, at most `envs`; those with another cupboard must wait."""
+    seeds = []
+    while len(seeds) < envs:
+        seed = recording.next_seed(busy + seeds, episodes)
+        if seed is None:
+            break
+        seeds.append(seed)
+    return [seed for seed in seeds if cupboard_of(seed) == cupboard_of(seeds[0])]
+
+
 def collect(cfg: CollectConfig, recording: Recording, target: str, workers: Workers):
     """Attempt seeds, lowest first, until as many succeeded as are wanted, and write the file."""
     # keep all that a run that wanted more left
     episodes = max(cfg.wanted[target], recording.successes)
     limit = cfg.max_attempts or 20 + 10 * episodes
+    plan_file = plan_files(cfg.task, cfg.subtask, target, cfg.split)[0]
+    cupboard_of = cupboards(plan_file) if cfg.envs > 1 else lambda seed: None
 
-    def next_job(running: list[tuple[str, int]]) -> tuple[str, int] | None:
-        seed = recording.next_seed([seed for _, seed in running], episodes)
-        return None if seed is None else (target, seed)
+    def next_job(running: list[Job]) -> Job | None:
+        busy = [seed for job in running for seed in job.seeds]
+        seeds = next_seeds(recording, busy, episodes, cfg.envs, cupboard_of)
+        return Job(target, seeds, cupboard=cupboard_of(seeds[0])) if seeds else None
 
     recording.start()
     bar = tqdm(total=episodes, initial=recording.successes, desc=target, disable=None)
-    for (_, seed), (success, steps, part) in workers.run(next_job):
-        recording.add(seed, success, steps, part)
-        bar.update(success)
+    for job, parts in workers.run(next_job):
+        for seed, (success, steps, part) in zip(job.seeds, parts, strict=True):
+            recording.add(seed, success, steps, part)
+            bar.update(success)
         bar.set_postfix(attempts=len(recording.done))
         if len(recording.done) >= limit and recording.successes < episodes:
             raise SystemExit(

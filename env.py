@@ -11,7 +11,7 @@ ReplicaCAD. MS_ASSET_DIR is read when mani_skill is imported, so it must be set 
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gymnasium
@@ -20,6 +20,7 @@ import mshab.envs  # noqa: F401  registers the four subtask environments
 import numpy as np
 import sapien
 import torch
+from einops import rearrange
 from mani_skill import ASSET_DIR
 from mani_skill.agents.robots.fetch.fetch import Fetch
 from mani_skill.utils import common, sapien_utils
@@ -172,6 +173,29 @@ class SubtaskEnvs:
         return [subtask.obj_id.rpartition("-")[0] for subtask in subtasks]  # 013_apple-0
 
     @property
+    def positions(self) -> np.ndarray:
+        """Base x, y in the world frame [N, 2], metres.
+
+        Not `agent.robot.pose`: the root before the base's virtual joints never moves.
+        """
+        return self.mshab.agent.base_link.pose.p[:, :2].cpu().numpy().astype(np.float32)
+
+    def masks(self, obs: dict) -> np.ndarray:
+        """Pixels of the target object (pick, place) or of the link with the handle (open, close).
+
+        Returns bool [N, 2, 128, 128], head camera then hand camera.
+        """
+        subtask = self.mshab.task_plan[0]
+        if self._address["subtask"] in ("open", "close"):
+            links = self.mshab.subtask_articulations[0].links
+            target = links[subtask.articulation_handle_link_idx]
+        else:
+            target = self.mshab.subtask_objs[0]
+        seen = [obs["sensor_data"][camera]["segmentation"] for camera in SENSORS]
+        ids = rearrange(seen, "c n h w 1 -> n c h w")
+        return (ids == rearrange(target.per_scene_id, "n -> n 1 1 1")).cpu().numpy()
+
+    @property
     def action_schema(self) -> list[dict]:
         """Name, low, high and unit of each action dimension, as the controller has them.
 
@@ -242,25 +266,11 @@ class SubtaskEnv(SubtaskEnvs):
 
     @property
     def pos(self) -> np.ndarray:
-        """Base x, y in the world frame [2], metres.
-
-        Not `agent.robot.pose`: the root before the base's virtual joints never moves.
-        """
-        return self.mshab.agent.base_link.pose.p[0, :2].cpu().numpy().astype(np.float32)
+        return self.positions[0]
 
     def target_masks(self, obs: dict) -> np.ndarray:
-        """Pixels of the target object (pick, place) or of the link with the handle (open, close).
-
-        Returns bool [2, 128, 128], head camera then hand camera.
-        """
-        subtask = self.mshab.task_plan[0]
-        if self.episode["subtask"] in ("open", "close"):
-            links = self.mshab.subtask_articulations[0].links
-            target = links[subtask.articulation_handle_link_idx]
-        else:
-            target = self.mshab.subtask_objs[0]
-        ids = [obs["sensor_data"][camera]["segmentation"][0, ..., 0].cpu() for camera in SENSORS]
-        return np.stack(ids) == int(target.per_scene_id[0])
+        """Bool [2, 128, 128], as `masks`."""
+        return self.masks(obs)[0]
 
     def third_person(self) -> np.ndarray:
         """A picture from outside, uint8 [H, W, 3]; the goal markers would hide the object."""
@@ -275,11 +285,11 @@ def cupboard_of(subtask: Subtask) -> str:
     return getattr(holder, "articulation_type", "")
 
 
-def cupboards(plan_file: Path, seeds: Iterable[int]) -> list[str]:
-    """The `cupboard_of` each seed's episode."""
+def cupboards(plan_file: Path) -> Callable[[int], str]:
+    """The `cupboard_of` the episode of a seed."""
     plans = plan_data_from_file(plan_file).plans
-    drawn = (plans[tasks.draw_plan(seed, len(plans))[0]] for seed in seeds)
-    return [cupboard_of(plan.subtasks[0]) for plan in drawn]
+    kinds = [cupboard_of(plan.subtasks[0]) for plan in plans]
+    return lambda seed: kinds[tasks.draw_plan(seed, len(kinds))[0]]
 
 
 def apartment() -> str | None:

@@ -32,14 +32,14 @@ import tyro
 
 from checkpoint import read_manifest, resolve
 from config import InputError, explained
-from distributed import Ranks, device_of, join
+from distributed import Ranks, join
 from durable import append, read_lines, sha256, sole_writer
 from env import HOUSEHOLD, SubtaskEnv, SubtaskEnvs, apartment, cupboards, plan_files
 from household.expert import ScriptedExpert
 from outcomes import address, check_same_run, merge, part, scenes, table
 from policy import Policy, check_schema
 from rl_expert import RLPolicy
-from rollout import Job, RandomPolicy, batches, run_episodes
+from rollout import Job, RandomPolicy, batches, check_envs, run_episodes, simulation_of
 from rows import ROWS
 from tasks import COLUMNS, EACH, HORIZON, OBJECTS, PAPER_COLUMNS, TASKS, sentences, targets
 from tools.check_assets import assets
@@ -99,7 +99,7 @@ class EvalConfig:
             raise InputError(
                 "--episodes, --horizon, --workers, --envs start at 1, --seed and --video at 0"
             )
-        self.check_envs()
+        check_envs(self.envs, self.policy == "expert", self.device)
         for name in self.names:
             has = targets(self.task, COLUMNS[name].subtask)
             if not has or COLUMNS[name].target_in(self.task) not in ("all", *has):
@@ -108,23 +108,9 @@ class EvalConfig:
                     f"{', '.join(OBJECTS[self.task])}, and only set_table opens and closes"
                 )
 
-    def check_envs(self) -> None:
-        """Raise InputError when several environments cannot be simulated at once."""
-        if self.envs == 1:
-            return
-        what, instead = f"--envs {self.envs}", "leave it out, --workers 2 runs two processes"
-        if self.policy == "expert":
-            raise InputError(f"{what}: the expert drives one environment, on the CPU; {instead}")
-        if device_of(self.device).type == "cpu":
-            raise InputError(
-                f"{what}: ManiSkill simulates several environments in one process on a GPU alone, "
-                f"expected --device cuda and a GPU that torch finds; {instead}"
-            )
-
     @property
     def simulation(self) -> str:
-        """Whose physics: the CPU's and the GPU's differ."""
-        return "physx_cpu" if self.envs == 1 else "physx_cuda"
+        return simulation_of(self.envs)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -228,9 +214,8 @@ def run(cfg: EvalConfig, ranks: Ranks, path: Path, identity: dict):
     done = {address(episode) for episode in read_lines(path)}
     seeds, missing = range(cfg.seed, cfg.seed + cfg.episodes), []
     for name in cfg.names:
-        plan_file = cfg.plan_files(name)[0]
-        alike = cupboards(plan_file, seeds) if cfg.envs > 1 else [None] * cfg.episodes
-        episodes = [(name, seed, seed < cfg.seed + cfg.video, of) for seed, of in zip(seeds, alike)]
+        of = cupboards(cfg.plan_files(name)[0]) if cfg.envs > 1 else lambda seed: None
+        episodes = [(name, seed, seed < cfg.seed + cfg.video, of(seed)) for seed in seeds]
         missing += [episode for episode in episodes if episode[:2] not in done]
     missing = missing[ranks.rank :: ranks.world]
     if ranks.world > 1:

@@ -1,7 +1,7 @@
 """Episodes of one policy, several at a time: which ones can be simulated at once, and their steps.
 
     for job in batches(episodes, envs=16):
-        records = run_episodes(SubtaskEnvs(...), policy, job.seeds, cfg)
+        records = run_episodes(SubtaskEnvs(..., num_envs=16), policy, job.seeds, cfg)
 
 One environment on the CPU is a batch of one, by the same code.
 """
@@ -14,14 +14,35 @@ import numpy as np
 import torch
 from mani_skill.utils.common import to_cpu_tensor
 
-from config import ACTION_DIM
+from config import ACTION_DIM, InputError
+from distributed import device_of
 from env import SubtaskEnvs
 from outcomes import Outcome
-from tools.report import Film
+
+
+def check_envs(envs: int, scripted: bool, device: str | None = None) -> None:
+    """Raise InputError when so many environments cannot be simulated at once."""
+    if envs == 1:
+        return
+    what, instead = f"--envs {envs}", "leave it out, --workers 2 runs two processes"
+    if scripted:
+        raise InputError(
+            f"{what}: the scripted expert drives one environment, on the CPU; {instead}"
+        )
+    if device_of(device).type == "cpu":
+        raise InputError(
+            f"{what}: ManiSkill simulates several environments in one process on a GPU alone, "
+            f"expected --device cuda and a GPU that torch finds; {instead}"
+        )
+
+
+def simulation_of(envs: int) -> str:
+    """ManiSkill's name of the physics, of which the CPU's and the GPU's differ."""
+    return "physx_cpu" if envs == 1 else "physx_cuda"
 
 
 class Job(NamedTuple):
-    """Episodes of a column that are simulated at once."""
+    """Episodes of a column, in collect.py of a target, that are simulated at once."""
 
     column: str
     seeds: list[int]
@@ -42,6 +63,11 @@ def batches(episodes: Iterable[tuple[str, int, bool, str | None]], envs: int) ->
     ]
 
 
+def filled(seeds: list[int], envs: int) -> list[int]:
+    """One for each environment: those to spare repeat the last one."""
+    return seeds + seeds[-1:] * (envs - len(seeds))
+
+
 class RandomPolicy:
     """Uniform actions from each episode's seed: what success costs when nothing is known."""
 
@@ -59,18 +85,16 @@ class RandomPolicy:
         return np.stack(actions).astype(np.float32)
 
 
-def run_episodes(
-    envs: SubtaskEnvs, policy, seeds: list[int], cfg, film: Film | None = None
-) -> list[dict]:
+def run_episodes(envs: SubtaskEnvs, policy, seeds: list[int], cfg, film=None) -> list[dict]:
     """Run the episodes that the seeds address, at most one for each environment; their records.
 
-    Environments to spare repeat the last seed, and their episodes are dropped: so the policy's
-    batch keeps its size, and a GPU its graph. A batch takes as long as its longest episode; each
+    The episodes of environments to spare are dropped: so the policy's batch keeps its size, and a
+    GPU its graph. A batch takes as long as its longest episode; each
     record has its share of the time.
     """
     torch.manual_seed(seeds[0])  # what a policy samples must not depend on the episodes before
     started, thought = time.perf_counter(), 0.0
-    obs = envs.start(seeds + seeds[-1:] * (envs.num_envs - len(seeds)))
+    obs = envs.start(filled(seeds, envs.num_envs))
     policy.reset()
     outcomes = [Outcome(cfg.horizon, cfg.stop_at_success) for _ in seeds]
     while not all(outcome.settled for outcome in outcomes):

@@ -5,15 +5,19 @@ own reset and step, and several stand side by side, each a simulator of its own.
 """
 
 import hashlib
+import io
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from tiny_run import observation
 
+import collect
 from config import InputError, model_config
 from data import ActionStats, build_tokenizer
 from durable import append, read_lines
@@ -23,6 +27,7 @@ from household.expert import ScriptedExpert
 from model import AuxVLA
 from outcomes import Outcome
 from policy import Policy
+from recording import Recording
 from rollout import Job, RandomPolicy, batches, run_episodes
 from tasks import OBJECTS, TASKS, targets
 from tools.compare import comparison
@@ -52,10 +57,10 @@ def tiny_policy(flow_head: bool = False) -> Policy:
     return policy
 
 
-def stacked(trees: list) -> dict | torch.Tensor:
+def stacked(trees: Sequence) -> dict | torch.Tensor:
     if isinstance(trees[0], dict):
         return {key: stacked([tree[key] for tree in trees]) for key in trees[0]}
-    return torch.cat(trees)
+    return torch.cat(tuple(trees))
 
 
 class SideBySide:
@@ -65,13 +70,21 @@ class SideBySide:
         self.envs, self.num_envs = envs, len(envs)
 
     def start(self, seeds: list[int]) -> dict:
-        return stacked([env.reset(seed) for env, seed in zip(self.envs, seeds, strict=True)])
+        self.obs = [env.reset(seed) for env, seed in zip(self.envs, seeds, strict=True)]
+        return stacked(self.obs)
 
     def move(self, actions: np.ndarray) -> tuple[dict, dict]:
         pairs = [env.move(action[None]) for env, action in zip(self.envs, actions, strict=True)]
-        obs, info = zip(*pairs)
-        return stacked(list(obs)), {"success": torch.cat([each["success"] for each in info])}
+        self.obs, info = zip(*pairs)
+        return stacked(self.obs), stacked(info)
 
+    def masks(self, obs: dict) -> np.ndarray:
+        return np.concatenate([env.masks(each) for env, each in zip(self.envs, self.obs)])
+
+    def __getattr__(self, name: str):  # what all have alike
+        return getattr(self.envs[0], name)
+
+    positions = property(lambda self: np.concatenate([env.positions for env in self.envs]))
     episodes = property(lambda self: [env.episode for env in self.envs])
     targets = property(lambda self: [env.target for env in self.envs])
     instructions = property(lambda self: [env.instruction for env in self.envs])
@@ -103,7 +116,7 @@ def equal(one, other) -> bool:
 
 @pytest.fixture(scope="module")
 def three(assets):
-    envs = [SubtaskEnv(*ANY, obs_mode="rgb+depth") for _ in range(3)]
+    envs = [SubtaskEnv(*ANY) for _ in range(3)]
     yield envs
     for env in envs:
         env.close()
@@ -142,8 +155,9 @@ def test_a_batch_of_one_is_mshabs_own_episode_bit_for_bit(kind, three):
 
 
 def test_an_environment_with_one_kind_of_cupboard_starts_the_same_episode(three):
-    seed = cupboards(plan_files(*ANY)[0], range(20)).index("fridge")
-    fridges = SubtaskEnvs(*ANY, obs_mode="rgb+depth", cupboard="fridge")
+    of = cupboards(plan_files(*ANY)[0])
+    seed = next(seed for seed in range(20) if of(seed) == "fridge")
+    fridges = SubtaskEnvs(*ANY, cupboard="fridge")
     assert equal(fridges.start([seed]), three[0].reset(seed))
     assert fridges.targets == ["013_apple"] == three[0].targets
     (ours,), (theirs,) = fridges.episodes, three[0].episodes
@@ -161,7 +175,7 @@ def test_what_is_simulated_at_once_has_one_kind_of_articulation_and_of_start(ass
                 plan_file, spawn_file = plan_files(task, subtask, target, "train")
                 starts, found = torch.load(spawn_file, weights_only=True), {}
                 plans = json.loads(plan_file.read_text())["plans"]
-                kinds = set(cupboards(plan_file, range(100)))
+                kinds = set(map(cupboards(plan_file), range(100)))
                 for plan in plans:
                     subtasks = plan["subtasks"][0]
                     of = subtasks.get("articulation_config") or subtasks
@@ -170,7 +184,7 @@ def test_what_is_simulated_at_once_has_one_kind_of_articulation_and_of_start(ass
                     alike += [subtasks.get("remove_obj_id"), sorted(starts[subtasks["uid"]])]
                     assert found.setdefault(kind, alike) == alike
                 assert kinds == set(found)
-    assert len(set(cupboards(plan_files(*ANY)[0], range(100)))) == 2
+    assert set(map(cupboards(plan_files(*ANY)[0]), range(9))) == {"fridge", "kitchen_counter"}
 
 
 # --- Several ---
@@ -228,18 +242,62 @@ def test_a_settled_record_does_not_change():
 
 
 def test_a_batch_has_one_column_one_cupboard_and_at_most_so_many_episodes():
-    drawers = [("close_drawer", seed, seed < 1, "kitchen_counter") for seed in range(6)]
+    drawers = [("close_drawer", seed, seed < 2, "kitchen_counter") for seed in range(6)]
     mixed = [
         ("pick_all", seed, False, ("fridge", "kitchen_counter")[seed % 2]) for seed in range(4)
     ]
     assert batches(drawers + mixed, envs=3) == [
         Job("close_drawer", [0], True, "kitchen_counter"),
-        Job("close_drawer", [1, 2, 3], False, "kitchen_counter"),
-        Job("close_drawer", [4, 5], False, "kitchen_counter"),
+        Job("close_drawer", [1], True, "kitchen_counter"),
+        Job("close_drawer", [2, 3, 4], False, "kitchen_counter"),
+        Job("close_drawer", [5], False, "kitchen_counter"),
         Job("pick_all", [0, 2], False, "fridge"),
         Job("pick_all", [1, 3], False, "kitchen_counter"),
     ]
     assert [job.seeds for job in batches(drawers, envs=1)] == [[seed] for seed in range(6)]
+
+
+class Lucky(SideBySide):
+    """The first environment succeeds at its second step."""
+
+    def move(self, actions: np.ndarray) -> tuple[dict, dict]:
+        obs, info = super().move(actions)
+        info["success"][0] = self.envs[0].elapsed == 2
+        return obs, info
+
+
+def contents(part: bytes) -> dict:
+    with h5py.File(io.BytesIO(part)) as file:
+        found = {key: json.loads(value) for key, value in file.attrs.items()}
+        for name in ("header", "episode"):
+            found[name].pop("env_info", None)
+        file.visititems(
+            lambda name, x: found.update({name: x[:].tolist()}) if hasattr(x, "shape") else None
+        )
+    return found
+
+
+def test_a_recorded_episode_is_what_it_is_alone_and_ends_when_it_does(three, monkeypatch):
+    monkeypatch.setattr(collect, "HORIZON", 4)
+    two, seeds = three[:2], [4, 0]
+    together = collect.attempt(Lucky(*two), Experts(*two), seeds)
+    (first,) = collect.attempt(Lucky(two[0]), Experts(two[0]), seeds[:1])
+    (second,) = collect.attempt(two[0], ScriptedExpert(two[0]), seeds[1:])
+    assert [each[:2] for each in together] == [(True, 2), (False, 4)]
+    for ours, alone in zip(together, (first, second), strict=True):
+        assert contents(ours[2]) == contents(alone[2])
+    assert collect.attempt(Lucky(*two), Experts(*two), seeds[:1])[0][:2] == (True, 2)
+
+
+def test_what_is_recorded_at_once_is_the_lowest_seeds_with_one_cupboard(tmp_path):
+    def lowest(busy: list[int], episodes: int, envs: int) -> list[int]:
+        recording = Recording(tmp_path, "024_bowl", {"seed": 0})
+        return collect.next_seeds(recording, busy, episodes, envs, lambda seed: seed % 2)
+
+    assert lowest([], episodes=9, envs=4) == [0, 2]
+    assert lowest([0, 2], episodes=9, envs=4) == [1, 3, 5]
+    assert lowest([], episodes=1, envs=4) == [0]  # no more than are wanted
+    assert lowest([0], episodes=1, envs=4) == []
 
 
 @pytest.mark.parametrize("flow_head", [False, True])
@@ -269,7 +327,7 @@ def test_without_a_gpu_several_environments_are_refused_with_a_way_out(tmp_path)
         EvalConfig(**several)
     with pytest.raises(InputError, match="--device cuda: torch finds no GPU here"):
         EvalConfig(**several, device="cuda")
-    with pytest.raises(InputError, match="--envs 4: the expert drives one environment"):
+    with pytest.raises(InputError, match="--envs 4: the scripted expert drives one environment"):
         EvalConfig(**several | {"policy": "expert"})
 
 

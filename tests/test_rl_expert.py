@@ -185,7 +185,7 @@ def scripted(env: SubtaskEnv, drop_at: float = 0.0) -> RLPolicy:
 
 
 def test_a_success_is_written_with_all_five_labels(env, tmp_path):
-    kept, steps, part = attempt(env, scripted(env), seed=0)
+    ((kept, steps, part),) = attempt(env, scripted(env), [0])
     assert kept
     recording = Recording(tmp_path.joinpath(*ADDRESS[:2]), ADDRESS[2], {"seed": 0})
     recording.start()
@@ -199,7 +199,7 @@ def test_a_success_is_written_with_all_five_labels(env, tmp_path):
 
 
 def test_a_success_that_mshab_did_not_release_is_not_kept(env):
-    kept, _, part = attempt(env, scripted(env, drop_at=0.2), seed=0)
+    ((kept, _, part),) = attempt(env, scripted(env, drop_at=0.2), [0])
     with h5py.File(io.BytesIO(part)) as file:
         about = json.loads(file.attrs["episode"])
     assert about["success_once"] and about["label"] == "dropped_to_goal_success"
