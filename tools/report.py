@@ -1,9 +1,9 @@
-"""The report of a run: success table, held-out metrics, curves, videos. And what draws the videos.
+"""The report of a run: success table, held-out metrics, curves, videos.
 
-    python -m tools.report --run RUN     # RUN/report.md, curves.png, results.json, videos/
+    python -m tools.report --run RUN     # RUN/report.md, report.html, results.json, videos/
 
 Reads RUN/eval*/results.json (one folder per policy), RUN/stage[123]/log.jsonl and validation.json.
-What is not there is "not run". `Film` is what `eval.py --video` draws with.
+What is not there is "not run". report.html (tools/page.py) is the same and more in one file.
 """
 
 import json
@@ -12,116 +12,18 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import imageio.v2 as imageio
-import numpy as np
 import tyro
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
 
-from config import CAMERAS, LOSSES, explained
-from data import normalize_depth
+from config import LOSSES, explained
 from durable import read_lines
 from rows import ROWS
 from tasks import COLUMNS, PAPER_COLUMNS
+from tools.film import Film  # noqa: F401  eval.py's
+from tools.markup import NOT_RUN
+from tools.page import write_page
 
-FPS = 20  # the control rate: films run in real time
-VIEW, INSET, PANEL = 512, 128, 208  # pixels; all sums are multiples of 16, as h264 wants them
-PREDICTED, TRUE = np.array([255, 110, 0]), np.array([0, 255, 90])  # colours of masks and of text
-FONT = ImageFont.load_default(13)
-NOT_RUN = "not run"
 DEFAULT_ROW = "auxvla-all"
-
-
-# --- Videos ---
-
-
-def outline(mask: np.ndarray) -> np.ndarray:
-    """Return the pixels just outside a mask [H, W]: an outline that hides nothing of the target."""
-    padded = np.pad(mask, 1)
-    grown = padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
-    return grown & ~mask
-
-
-def draw_masks(rgb: np.ndarray, true: np.ndarray, predicted: np.ndarray | None) -> np.ndarray:
-    """Tint the predicted mask (probability above 1/2) and outline the true one; uint8 [H, W, 3]."""
-    image = rgb.astype(float)
-    if predicted is not None:
-        inside = predicted > 0.5
-        image[inside] = 0.4 * image[inside] + 0.6 * PREDICTED
-    image[outline(true)] = TRUE
-    return image.astype(np.uint8)
-
-
-def numbers(values: np.ndarray) -> str:
-    return " ".join(f"{value:.2f}" for value in values)
-
-
-class Film:
-    """One episode in the style of Fig. 4: a view from outside, the four inputs, the predictions.
-
-    `policy` is the learned one, whose `predictions` are drawn, or None. Insets from top to bottom:
-    head depth, head RGB, hand depth, hand RGB. Orange is predicted, green is true.
-    """
-
-    obs_mode = "rgb+depth+segmentation"  # what it draws
-
-    def __init__(self, env, policy, folder: Path, name: str):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.env, self.policy, self.folder, self.name = env, policy, folder, name
-        self.part = folder / f"{name}.part.mp4"
-        self.writer = imageio.get_writer(self.part, fps=FPS, codec="libx264", quality=7)
-
-    def add(self, obs: dict, step: int):
-        """Draw one observation; call after `policy.act` on it."""
-        self.writer.append_data(self.frame(obs, step))
-
-    def save(self, success: bool):
-        """Finish the file under its final name."""
-        self.writer.close()
-        self.part.replace(self.folder / f"{self.name}_{'success' if success else 'fail'}.mp4")
-
-    def frame(self, obs: dict, step: int) -> np.ndarray:
-        """Compose uint8 [VIEW, VIEW + INSET + PANEL, 3]."""
-        # Within a chunk of actions the policy does not look: its predictions are the chunk's first.
-        predictions = {} if self.policy is None else self.policy.predictions
-        canvas = np.zeros((VIEW, VIEW + INSET + PANEL, 3), np.uint8)
-        canvas[:, :VIEW] = Image.fromarray(self.env.third_person()).resize((VIEW, VIEW))
-        insets = []
-        for camera, mask in zip(CAMERAS, self.env.target_masks(obs), strict=True):
-            data, seg = obs["sensor_data"][f"fetch_{camera}"], None
-            near = normalize_depth(data["depth"][0]).cpu().numpy()  # [128, 128, 1] in (0, 1]
-            if "seg" in predictions and camera in self.policy.model.cfg.cameras:
-                seg = predictions["seg"][0, self.policy.model.cfg.cameras.index(camera)]
-            insets.append(np.repeat(255 * near, 3, axis=-1).astype(np.uint8))
-            insets.append(draw_masks(data["rgb"][0].cpu().numpy(), mask, seg))
-        canvas[:, VIEW : VIEW + INSET] = np.concatenate(insets)
-        image = Image.fromarray(canvas)
-        self.write(ImageDraw.Draw(image), obs, step, predictions)
-        return np.asarray(image)
-
-    def write(self, draw: ImageDraw.ImageDraw, obs: dict, step: int, predictions: dict):
-        """Write every predicted quantity above its true value."""
-        extra, predicted, true = obs["extra"], tuple(PREDICTED), tuple(TRUE)
-        rows = [
-            ("holds the target", "grasp", extra["is_grasped"][0]),
-            ("base x y, world (m)", "pos", self.env.pos),
-        ]
-        obj = extra["obj_pose_wrt_base"][0, :3]
-        if obj.any():  # MS-HAB writes zeros where a subtask has no object
-            rows.append(("object x y z, base (m)", "obj", obj))
-        lines = [(self.env.instruction, "white"), (f"step {step}", "white"), ("", "white")]
-        for title, key, value in rows:
-            value = np.asarray(value, float).ravel()
-            lines.append((title, "white"))
-            if key in predictions:
-                guess = predictions[key][0].ravel()[: len(value)]
-                lines.append((f"  {numbers(guess)}  predicted", predicted))
-            lines.append((f"  {numbers(value)}  true", true))
-        lines += [("", "white"), ("target: outline true", true)]
-        if "seg" in predictions:
-            lines.append(("target: tint predicted", predicted))
-        for i, (text, colour) in enumerate(lines):
-            draw.text((VIEW + INSET + 8, 8 + 17 * i), text, fill=colour, font=FONT)
 
 
 # --- The run's files ---
@@ -244,7 +146,7 @@ def unlike(manifests: list[dict]) -> list[str]:
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report.md, curves.png, results.json and videos/; return the report's path."""
+    """Write RUN/report.md and .html, curves.png, results.json and videos/; the first one's path."""
     evaluations, curves, videos = read_evaluations(run), read_curves(run), gather_videos(run)
     validation = {
         path.parent.name: json.loads(path.read_text())["metrics"]
@@ -258,6 +160,7 @@ def write_report(run: Path) -> Path:
     papers = {ROWS[name].label: ROWS[name].paper.get(task, {}) for name, task in sorted(rows)}
     columns = {key: {} for key in ("ours", "random", "expert")}
     columns |= {heading: results["columns"] for heading, results in evaluations.items()}
+    different = unlike([*manifests.values()])
     listing = ["```json", json.dumps(manifests, indent=2), "```"]
     lines = [
         f"# {run.resolve().name}",
@@ -265,7 +168,7 @@ def write_report(run: Path) -> Path:
         "Success at any step of an episode, with the Wilson 95 % interval: two intervals that",
         "overlap do not separate two policies. The paper's figures are of the real apartments.",
         *section("Success", success_table(columns, papers)),
-        *unlike([*manifests.values()]),
+        *different,
         *section("Held-out episodes", metrics_table(validation)),
         *section("Losses", ["![losses](curves.png)"] if curves else []),
         *section("Videos", [f"- [{name}]({name})" for name in videos]),
@@ -274,6 +177,8 @@ def write_report(run: Path) -> Path:
     (run / "report.md").write_text("\n".join(lines) + "\n")
     results = {"evaluations": evaluations, "validation": validation, "videos": videos}
     (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    note = "".join(different).replace("**", "")
+    write_page(run, columns, papers, note, validation, curves, manifests)
     return run / "report.md"
 
 
@@ -285,7 +190,10 @@ def main(run: Path):
             f"python train.py --stage 1 --data DATA --out {run}/stage1"
         )
     report = write_report(run)
-    print(report.read_text().partition("## Losses")[0] + f"All of it: {report}")
+    print(
+        report.read_text().partition("## Losses")[0]
+        + f"All of it: {report}, {report.with_suffix('.html')}"
+    )
 
 
 if __name__ == "__main__":
