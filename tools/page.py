@@ -6,10 +6,10 @@ RUN/table-N.json, each of those tables with its claims. page.css and page.js go 
 """
 
 import json
+import re
 from html import escape
 from pathlib import Path
 
-from config import CAMERAS
 from durable import write
 from tools.markup import (
     NOT_RUN,
@@ -20,18 +20,14 @@ from tools.markup import (
     figures,
     interval,
     plot,
-    script,
     section,
     table,
     words,
 )
+from tools.slider import walk
 
 LIMIT = 20_000_000  # bytes of films and steps in the page, as text; about the page's size
-QUANTITIES = {  # titles of a decoder's numbers, and values that their plots' axes must contain
-    "grasp": (["holds the target"], [0, 1]),
-    "pos": (["base x, world (m)", "base y, world (m)"], []),
-    "obj": (["object x, from the base (m)", "object y (m)", "object z (m)"], []),
-}
+FILM = re.compile(r"(.+)_(\d+)_(success|fail)")  # column, seed: how eval.py and Film name them
 
 
 # --- A run ---
@@ -120,16 +116,16 @@ class Budget:
 
 
 def films(run: Path, kind: str) -> list[Path]:
-    found = sorted(run.glob(f"eval*/videos/*.{kind}"))
-    return [path for path in found if not path.name.endswith(f".part.{kind}")]
+    """The finished ones."""
+    return [
+        path for path in sorted(run.glob(f"eval*/videos/*.{kind}")) if FILM.fullmatch(path.stem)
+    ]
 
 
 def title_of(path: Path) -> str:
     """`close drawer, seed 0: success (eval)` of eval/videos/close_drawer_0_success.mp4."""
-    column, seed, outcome = path.stem.rsplit("_", 2)
-    return (
-        f"{words(column)}, seed {escape(seed)}: <b>{escape(outcome)}</b> ({escape(path.parts[-3])})"
-    )
+    column, seed, outcome = FILM.fullmatch(path.stem).groups()
+    return f"{words(column)}, seed {seed}: <b>{outcome}</b> ({escape(path.parts[-3])})"
 
 
 def video(path: Path) -> str:
@@ -137,68 +133,6 @@ def video(path: Path) -> str:
     return (
         f'<figure><video controls preload="metadata" aria-label="{label}" src="{source}"></video>'
         f"<figcaption>{title_of(path)}</figcaption></figure>"
-    )
-
-
-def quantity(steps: list[dict], key: str, i: int, title: str, within: list = ()) -> str:
-    """One number over the episode, and at the cursor."""
-    lines = []
-    for which in ("true", "predicted"):
-        pairs = [(n, step[which][key][i]) for n, step in enumerate(steps) if key in step[which]]
-        lines.append((which, *zip(*pairs)) if pairs else (which, (), ()))
-    readout = "".join(
-        f' <span class="{which}"><span data-of="{which}/{key}/{i}"></span> {which}</span>'
-        for which in ("predicted", "true")
-    )
-    return plot(title, lines, within, readout=f'<span class="readout">{readout}</span>')
-
-
-def walk(path: Path, number: int) -> str:
-    """The slider over an episode's steps; page.js moves it."""
-    film = json.loads(path.read_text())
-    steps, n = film["steps"], len(film["steps"])
-    first = steps[0]
-    views = ""
-    for name in (f"{camera}_{kind}" for camera in CAMERAS for kind in ("rgb", "depth")):
-        camera, label = name.split("_")[0], name.replace("_", " ")
-        layers = [name]
-        if name.endswith("rgb"):
-            layers += [
-                f"{camera}_{m}"
-                for m in ("predicted", "true")
-                if f"{camera}_{m}" in first["pictures"]
-            ]
-        images = "".join(
-            f'<img data-picture="{each}" alt="{label if each == name else ""}">' for each in layers
-        )
-        views += (
-            f'<figure><div class="stack">{images}</div><figcaption>{label}</figcaption></figure>'
-        )
-    shown = [
-        quantity(steps, key, i, title, within)
-        for key, (titles, within) in QUANTITIES.items()
-        for i, title in enumerate(titles)
-        if key in first["true"]
-    ]
-    joints = [
-        quantity(steps, "qpos", i, title)
-        for i, title in enumerate(film["qpos_names"])
-        if "qpos" in first["predicted"]
-    ]
-    more = f'<div class="plots">{"".join(joints)}</div>'
-    details = f"<details><summary>{len(joints)} joints</summary>{more}</details>"
-    boxes = "".join(
-        f'<label class="{m}"><input type="checkbox" value="{m}" checked> {m} mask</label>'
-        for m in ("predicted", "true")
-    )
-    return (
-        f'<div class="walk"><h3>{escape(film["instruction"])} <small>{title_of(path)}</small></h3>'
-        f'<div class="controls"><button type="button">Play</button>'
-        f'<label for="step-{number}">Step</label>'
-        f'<input type="range" id="step-{number}" min="0" max="{n - 1}" value="0">'
-        f'<output for="step-{number}"></output>{boxes}</div>'
-        f'<div class="views">{views}</div><div class="plots">{"".join(shown)}</div>'
-        f"{details if joints else ''}{script(steps)}</div>"
     )
 
 
@@ -218,7 +152,7 @@ def moving(run: Path) -> list[str]:
     """Both sections, within the page's budget: first the steps, then films in order."""
     budget = Budget()
     walks = [
-        walk(path, number)
+        walk(json.loads(path.read_text()), title_of(path), number)
         for number, path in enumerate(chosen_films(run))
         if budget.fits(path, run, path.stat().st_size)
     ]
@@ -257,16 +191,11 @@ def claim(each: dict) -> str:
     verdict, text = escape(each["verdict"]), escape(each["statement"])
     if each["verdict"] != NOT_RUN:
         ours = f"{each['ours']:+.2f} {interval(each['low'], each['high'], '+')}"
-        paper = (
-            ""
-            if each["paper"] is None
-            else f'<span class="paper">paper {each["paper"]:+.2f}</span>, '
-        )
-        needed = each["seeds_needed"]
-        needed = (
-            f"{needed} would detect the paper's" if needed else "no number detects no difference"
-        )
-        text += f"<small>{paper}here {ours}, {count(each['seeds'], 'seed')} ({needed})</small>"
+        theirs = NOT_RUN if each["paper"] is None else f"{each['paper']:+.2f}"
+        ran, needed = count(each["seeds"], "seed"), each["seeds_needed"]
+        enough = f"{needed} would detect the paper's" if needed else "the paper has none to detect"
+        text += f'<small><span class="paper">paper {theirs}</span>, here {ours}, {ran} ({enough})'
+        text += "</small>"
     return f'<li><span class="verdict {anchor(verdict)}">{verdict}</span><div>{text}</div></li>'
 
 
@@ -279,36 +208,34 @@ def miniature(made: dict) -> str:
         + [table_cell(row["cells"].get(key)) for key in keys]
         for row in rows
     ]
-    heads = ["", *map(words, keys)]
     groups = [
         (words(key), [(escape(row["label"]), row["cells"].get(key)) for row in rows])
         for key in keys
     ]
-    parts = [
+    differs = "".join(f"<li>{escape(each)}</li>" for each in made["differs"])
+    return section(
+        made["title"],
         f"<p><code>{escape(made['command'])}</code></p>",
-        table(heads, cells, made["title"]),
+        table(["", *map(words, keys)], cells, made["title"]),
         bars(groups),
-    ]
-    learners = [row for row in rows if row["metrics"] or not row["seeds"]]  # not random, expert
+        known(made),
+        f'<h3>Claims</h3><ul class="claims">{"".join(map(claim, made["claims"]))}</ul>',
+        f"<h3>What differs from the paper</h3><ul>{differs}</ul>",
+    )
+
+
+def known(made: dict) -> str:
+    """The held-out metrics of each row that is trained."""
+    learners = [row for row in made["rows"].values() if row["metrics"] or not row["seeds"]]
     names = [*dict.fromkeys(name for row in learners for name in row["metrics"])]
-    known = [
+    cells = [
         [escape(row["label"])]
         + [metric_cell(row["metrics"].get(name), bool(row["metrics"])) for name in names]
         for row in learners
     ]
-    if names:
-        label = f"{made['title']}: held-out metrics"
-        parts += [
-            "<h3>What each row knows of held-out frames</h3>",
-            table(["", *map(words, names)], known, label),
-        ]
-    parts += [
-        "<h3>The paper's claims</h3>",
-        f'<ul class="claims">{"".join(map(claim, made["claims"]))}</ul>',
-    ]
-    differs = "".join(f"<li>{escape(each)}</li>" for each in made["differs"])
-    parts += ["<h3>What differs from the paper's recipe</h3>", f"<ul>{differs}</ul>"]
-    return section(made["title"], *parts)
+    label = f"{made['title']}: held-out metrics"
+    title = "<h3>What each row knows of held-out frames</h3>"
+    return title + table(["", *map(words, names)], cells, label) if names else ""
 
 
 # --- The page ---
