@@ -45,7 +45,8 @@ from tasks import COLUMNS, EACH, HORIZON, OBJECTS, PAPER_COLUMNS, TASKS, sentenc
 from tools.check_assets import assets
 from tools.checks import disk, packages, require
 from tools.compare import compare
-from tools.report import DEFAULT_ROW, Film, code_commit, success_table
+from tools.film import Film
+from tools.report import DEFAULT_ROW, code_commit, success_table
 from workers import Workers
 
 ALIKE = ("column", "filmed", "cupboard")  # jobs for which a simulator is kept

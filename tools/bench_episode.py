@@ -15,7 +15,7 @@ from policy import Policy
 from rollout import Job, run_episodes
 from tasks import COLUMNS
 from tools.bench_loader import spread
-from tools.report import Film
+from tools.film import Film
 from workers import Workers
 
 

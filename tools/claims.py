@@ -7,7 +7,7 @@ filled, and the verdict is written whichever way it falls:
 
     agrees        the 95 % interval of our difference lies wholly on the paper's side of 0
     disagrees     it lies wholly on the other side
-    cannot tell   it contains 0
+    cannot tell   it contains 0, or one of the rows was trained once only
     not run       one of the rows, or every column of the claim, is missing
 
 Episodes of one training are not independent trainings. So an interval is the wider of two: that
@@ -240,7 +240,8 @@ def judge(claim: Claim, folders: dict[str, Path]) -> dict:
     sign = math.copysign(1, claim.paper(whole))
     about |= {"paper": paper, "ours": ours, "low": low, "high": high}
     about |= {"seeds": min(map(len, summed)), "seeds_needed": claim.seeds_needed(keys)}
-    if low <= 0 <= high:
+    # One training of each says nothing of how trainings differ, whatever its episodes say.
+    if low <= 0 <= high or about["seeds"] < 2:
         return about | {"verdict": "cannot tell"}
     return about | {"verdict": "agrees" if sign * ours > 0 else "disagrees"}
 

@@ -19,7 +19,6 @@ from config import LOSSES, explained
 from durable import read_lines
 from rows import ROWS
 from tasks import COLUMNS, PAPER_COLUMNS
-from tools.film import Film  # noqa: F401  eval.py's
 from tools.markup import NOT_RUN
 from tools.page import write_page
 

@@ -48,7 +48,7 @@ class ReproduceConfig:
     # default: close_fridge close_drawer; of Table 3: pick_all place_all
     columns: tuple[Literal[PAPER_COLUMNS], ...] = ()
     demonstrations: int = 80  # of each column and task
-    steps_per_epoch: int = 60  # optimizer steps for each epoch that the paper trains a stage
+    steps_per_epoch: int = 120  # optimizer steps for each epoch that the paper trains a stage
     preset: Literal["tiny", "paper"] = "tiny"
     jobs: int = 2  # trainings or evaluations at once; one per core, on a GPU as many as fit
     device: Literal["cpu", "cuda"] = "cpu"  # of training and of the policy
@@ -174,9 +174,9 @@ class Runner:
             out = cfg.workshop / where / f"stage{stage}"
             self.command(
                 cfg.workshop / where / "log.txt", "train.py", row=name,
-                preset=preset_of(row, cfg.preset), data=cfg.workshop / "pack", stage=stage, seed=seed,
+                preset=preset_of(row, cfg.preset), stage=stage, data=cfg.workshop / "pack",
                 steps=row.epochs[stage - 1] * cfg.steps_per_epoch, val_episodes=0.1, workers=1,
-                device=cfg.device, out=out, **start,
+                seed=seed, device=cfg.device, out=out, **start,
             )  # fmt: skip
             kept = cfg.results / where / f"stage{stage}"
             kept.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,178 @@
+"""The paper's tables in miniature: their intervals, the claims' verdicts, and a run of one row."""
+
+import json
+import subprocess
+import sys
+import time
+from math import copysign
+from pathlib import Path
+
+import numpy as np
+import pytest
+from processes import REPOSITORY as ROOT
+
+from config import InputError
+from durable import append
+from rows import ROWS
+from tasks import wilson
+from tools.claims import CLAIMS, difference, judge, lines_of, rate_of, write_table
+from tools.reproduce import ReproduceConfig, cell, check_recipe, trained_as
+
+
+def write_row(folder: Path, rates: dict[str, list[float]], n: int = 60):
+    """A row's episodes: {column: success rate of each training seed}."""
+    for column, by_seed in rates.items():
+        for seed, rate in enumerate(by_seed):
+            path = folder / f"seed-{seed}/set_table/episodes.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for i in range(n):
+                append(path, {"column": column, "seed": i, "success_once": i < round(rate * n)})
+
+
+# --- Which trainings there are ---
+
+
+def test_rows_that_are_trained_alike_are_trained_once():
+    assert cell("auxvla") == cell("base-depth") == "base-depth"
+    assert cell("auxvla-tokens") == cell("auxvla-all") == "auxvla-all"
+    assert trained_as("auxvla-action-head", 2) == "auxvla-all"
+    assert cell("auxvla-action-head") == "auxvla-action-head"
+    apart = [name for name in ROWS if ROWS[name].table == 2]
+    assert len(set(map(cell, apart))) == len(apart)
+
+
+def test_a_folder_of_other_numbers_is_refused(tmp_path):
+    cfg = ReproduceConfig(table=2, out=tmp_path)
+    check_recipe(cfg)
+    check_recipe(cfg)
+    with pytest.raises(InputError, match="'steps_per_epoch': 7"):
+        check_recipe(ReproduceConfig(table=2, out=tmp_path, steps_per_epoch=7))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(table=2, rows=("openvla",)), "--rows openvla: not of Table 2"),
+        (dict(table=3, columns=("close_drawer",)), "Table 3 has no close"),
+        (dict(table=2, seeds=0), "start at 1"),
+    ],
+)
+def test_what_a_table_lacks_is_refused(flags, message):
+    with pytest.raises(InputError, match=message):
+        ReproduceConfig(**flags)
+
+
+# --- Intervals ---
+
+
+def test_the_interval_of_one_training_is_wilsons():
+    cell = rate_of({"0": (45, 60)})
+    assert (cell["low"], cell["high"]) == wilson(45, 60)
+
+
+def test_seeds_that_differ_widen_the_interval_and_equal_ones_do_not_narrow_it():
+    alike, apart = rate_of({str(s): (30, 60) for s in range(3)}), None
+    assert (alike["low"], alike["high"]) == wilson(90, 180)
+    apart = rate_of({"0": (10, 60), "1": (30, 60), "2": (50, 60)})
+    assert apart["rate"] == alike["rate"]
+    assert apart["low"] < alike["low"] and apart["high"] > alike["high"]
+
+
+def test_intervals_of_noisy_trainings_cover_the_true_difference():
+    """95 % are promised; over episodes alone, as if all came from one policy, it would be 70 %."""
+    rng, covered, narrow = np.random.default_rng(0), 0, 0
+    for _ in range(400):
+        rows = []
+        for rate in (0.4, 0.6):
+            rates = np.clip(rng.normal(rate, 0.1, 3), 0, 1)
+            rows.append(
+                rate_of({str(s): (int(rng.binomial(120, p)), 120) for s, p in enumerate(rates)})
+            )
+        _, low, high = difference(*rows)
+        covered += low <= 0.2 <= high
+        pooled = [rate_of({"0": (round(row["rate"] * 360), 360)}) for row in rows]
+        _, low, high = difference(*pooled)
+        narrow += low <= 0.2 <= high
+    assert covered / 400 > 0.93 and narrow / 400 < 0.75, (covered, narrow)
+
+
+# --- Claims ---
+
+
+def test_every_claim_has_the_papers_sign_in_its_statement():
+    for claim in CLAIMS:
+        tasks = ROWS[claim.a].paper
+        keys = [f"{task}/{c}" for task in tasks for c in tasks[task] if c in claim.columns]
+        falls = any(word in claim.statement for word in ("lower", "hurt"))
+        assert copysign(1, claim.paper(keys)) == (-1 if falls else 1), claim.name
+
+
+@pytest.mark.parametrize(
+    "naive, staged, verdict",
+    [
+        ([0.2, 0.3, 0.2], [0.8, 0.9, 0.8], "agrees"),
+        ([0.8, 0.9, 0.8], [0.2, 0.3, 0.2], "disagrees"),
+        ([0.1, 0.5, 0.9], [0.2, 0.6, 1.0], "cannot tell"),
+        ([0.1], [0.9], "cannot tell"),  # one training each
+        ([0.5], [], "not run"),
+    ],
+)
+def test_a_verdict_follows_the_interval(tmp_path, naive, staged, verdict):
+    claim = next(each for each in CLAIMS if each.name == "progressive-beats-naive")
+    write_row(tmp_path / "auxvla-naive", {"close_fridge": naive})
+    write_row(tmp_path / "auxvla-all", {"close_fridge": staged})
+    judged = judge(claim, {name: tmp_path / cell(name) for name in ROWS})
+    assert judged["verdict"] == verdict
+    if staged:
+        assert judged["paper"] == pytest.approx(0.90 - 0.67)  # of the one column that was run
+        assert judged["paper_all_columns"] == pytest.approx(0.728 - 0.505, abs=0.001)
+
+
+def test_an_average_counts_only_trainings_that_have_every_column(tmp_path):
+    write_row(tmp_path / "auxvla-all", {"close_fridge": [0.5, 1.0], "close_drawer": [1.0]})
+    table = write_table(tmp_path, 2, ("auxvla-all", "auxvla-naive"), cell)
+    average = table["rows"]["auxvla-all"]["cells"]["average"]
+    assert (average["n"], average["rate"], average["paper"]) == (120, 0.75, 0.95)
+    assert "| AuxVLA + all, naive | 0 | not run | not run | not run |" in lines_of(table)
+
+
+def test_the_tables_in_results_are_made_again_from_their_episodes():
+    tables = sorted((ROOT / "results").glob("*/table-*.json"))
+    assert tables
+    for path in tables:
+        committed = path.read_text()
+        number = json.loads(committed)["table"]
+        flags = ["--table", str(number), "--no-run", "--out", str(path.parent)]
+        try:
+            subprocess.run([sys.executable, "-m", "tools.reproduce", *flags], cwd=ROOT, check=True)
+            assert path.read_text() == committed
+        finally:
+            path.write_text(committed)
+
+
+# --- A run ---
+
+
+def test_a_stopped_run_goes_on_and_repeats_nothing(assets, tmp_path):
+    flags = "--table 2 --rows auxvla-all --columns close_drawer --seeds 1 --episodes 1"
+    flags += f" --demonstrations 2 --steps-per-epoch 1 --out {tmp_path}/out --work {tmp_path}/work"
+    command = [sys.executable, "-m", "tools.reproduce", *flags.split()]
+    staged = tmp_path / "out/auxvla-all/seed-0"
+    first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, process_group=0)
+    while not (staged / "stage1/validation.json").exists():
+        assert first.poll() is None
+        time.sleep(0.1)
+    subprocess.run(["kill", "-9", f"-{first.pid}"], check=True)
+    first.wait()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    table = json.loads((tmp_path / "out/table-2.json").read_text())
+    for row in ("auxvla-all", "random", "expert"):
+        assert table["rows"][row]["cells"]["set_table/close_drawer"]["n"] == 1
+    assert "base_position_error" in table["rows"]["auxvla-all"]["metrics"]
+    before = {
+        path: path.stat().st_mtime for path in (tmp_path / "work").rglob("*") if path.is_file()
+    }
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert before == {path: path.stat().st_mtime for path in before}
+    assert len((tmp_path / "work/auxvla-all/seed-0/log.txt").read_text().split("$ eval.py")) == 2
