@@ -19,7 +19,7 @@ from multiprocessing.process import BaseProcess
 
 from config import InputError
 
-Job = tuple  # (name, seed, whatever else `serve` needs)
+Job = tuple  # (name, seed or seeds, whatever else `serve` needs)
 Serve = Callable[[Iterator[Job]], Iterator]
 HUNG_UP = (EOFError, BrokenPipeError, ConnectionResetError)  # the other end of a pipe is gone
 
@@ -79,7 +79,7 @@ class Workers:
         except HUNG_UP:
             self.processes[pipe].join()
             raise SystemExit(
-                f"The worker at seed {job[1]} of {job[0]} died (exit code "
+                f"The worker at seed {str(job[1]).strip('[]')} of {job[0]} died (exit code "
                 f"{self.processes[pipe].exitcode}); if it could say why, it did so above. "
                 "Finished episodes are kept: the same command goes on"
             ) from None
