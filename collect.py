@@ -72,7 +72,6 @@ class CollectConfig:
             )
         if min(self.episodes, self.workers, self.envs) < 1 or self.seed < 0:
             raise ValueError("expected --episodes, --workers, --envs >= 1 and --seed >= 0")
-        check_envs(self.envs, self.expert == "scripted")
         if self.max_attempts is not None and self.max_attempts < 1:
             raise ValueError(f"--max-attempts {self.max_attempts}: expected at least 1")
 
@@ -270,6 +269,7 @@ def report(cfg: CollectConfig, recording: Recording):
 
 
 def main(cfg: CollectConfig):
+    check_envs(cfg.envs, cfg.expert == "scripted")
     workers, recipes = Workers(cfg.workers, partial(attempts, cfg)), {}
     for target in cfg.wanted:  # whatever is missing is missed before any worker starts
         plan_files(cfg.task, cfg.subtask, target, cfg.split)

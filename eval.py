@@ -100,7 +100,6 @@ class EvalConfig:
             raise InputError(
                 "--episodes, --horizon, --workers, --envs start at 1, --seed and --video at 0"
             )
-        check_envs(self.envs, self.policy == "expert", self.device)
         for name in self.names:
             has = targets(self.task, COLUMNS[name].subtask)
             if not has or COLUMNS[name].target_in(self.task) not in ("all", *has):
@@ -296,6 +295,7 @@ def prepare(cfg: EvalConfig) -> tuple[EvalConfig, dict]:
 def main(cfg: EvalConfig):
     if cfg.compare:
         return compare(*cfg.compare)
+    check_envs(cfg.envs, cfg.policy == "expert", cfg.device)
     require(packages(deep=False), assets(tasks=(cfg.task,)), disk(cfg.out, 0))
     path, rank, identity = cfg.out / "episodes.jsonl", int(os.environ.get("RANK", 0)), None
     if rank == 0:

@@ -322,13 +322,19 @@ def test_a_policy_hears_each_environments_own_instruction(flow_head):
 
 @pytest.mark.skipif(GPU, reason="here is a GPU")
 def test_without_a_gpu_several_environments_are_refused_with_a_way_out(tmp_path):
-    several = dict(out=tmp_path, policy="random", envs=4)
+    several = EvalConfig(tmp_path, policy="random", envs=4)
     with pytest.raises(InputError, match=r"--envs 4: ManiSkill .*a GPU that torch.*--workers 2"):
-        EvalConfig(**several)
+        main(several)
     with pytest.raises(InputError, match="--device cuda: torch finds no GPU here"):
-        EvalConfig(**several, device="cuda")
-    with pytest.raises(InputError, match="--envs 4: the scripted expert drives one environment"):
-        EvalConfig(**several | {"policy": "expert"})
+        main(replace(several, device="cuda"))
+    recorded = collect.CollectConfig(*ANY[:3], out=tmp_path, expert="rl", envs=4)
+    with pytest.raises(InputError, match="--envs 4: ManiSkill"):
+        collect.main(recorded)
+    for program, cfg in ((main, several), (collect.main, recorded)):
+        scripted = {"policy": "expert"} if program is main else {"expert": "scripted"}
+        with pytest.raises(InputError, match="--envs 4: the scripted expert drives one"):
+            program(replace(cfg, **scripted))
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_file_from_before_there_was_a_choice_goes_on_and_physics_are_not_mixed(assets, tmp_path):
