@@ -21,7 +21,7 @@ import collect
 from config import InputError, model_config
 from data import ActionStats, build_tokenizer
 from durable import append, read_lines
-from env import SubtaskEnv, SubtaskEnvs, cupboards, plan_files
+from env import SENSORS, SubtaskEnv, SubtaskEnvs, cupboards, plan_files
 from eval import EvalConfig, main
 from household.expert import ScriptedExpert
 from model import AuxVLA
@@ -279,13 +279,16 @@ def contents(part: bytes) -> dict:
 
 def test_a_recorded_episode_is_what_it_is_alone_and_ends_when_it_does(three, monkeypatch):
     monkeypatch.setattr(collect, "HORIZON", 4)
-    two, seeds = three[:2], [4, 0]
+    two, seeds = three[:2], [4, 1]
     together = collect.attempt(Lucky(*two), Experts(*two), seeds)
     (first,) = collect.attempt(Lucky(two[0]), Experts(two[0]), seeds[:1])
     (second,) = collect.attempt(two[0], ScriptedExpert(two[0]), seeds[1:])
     assert [each[:2] for each in together] == [(True, 2), (False, 4)]
     for ours, alone in zip(together, (first, second), strict=True):
         assert contents(ours[2]) == contents(alone[2])
+    found = contents(together[1][2])
+    masks = [found[f"traj_0/labels/seg/{camera}"] for camera in SENSORS]
+    assert 0 < np.mean(masks) < 0.1  # the bowl in the drawer
     assert collect.attempt(Lucky(*two), Experts(*two), seeds[:1])[0][:2] == (True, 2)
 
 
