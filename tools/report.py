@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from config import LOSSES, explained
 from durable import read_lines
+from outcomes import IMPLIED
 from rows import ROWS
 from tasks import COLUMNS, PAPER_COLUMNS
 from tools.markup import NOT_RUN
@@ -137,7 +138,8 @@ def section(title: str, lines: list[str]) -> list[str]:
 
 def unlike(manifests: list[dict]) -> list[str]:
     """The sentence that belongs under a table of evaluations that are not of the same episodes."""
-    names = ("task", "split", "horizon", "assets")
+    names = ("task", "split", "horizon", "assets", "simulation")
+    manifests = [IMPLIED | each for each in manifests]
     differ = [name for name in names if len({each.get(name) for each in manifests}) > 1]
     if not differ:
         return []
