@@ -89,8 +89,7 @@ def run_episodes(envs: SubtaskEnvs, policy, seeds: list[int], cfg, film=None) ->
     """Run the episodes that the seeds address, at most one for each environment; their records.
 
     The episodes of environments to spare are dropped: so the policy's batch keeps its size, and a
-    GPU its graph. A batch takes as long as its longest episode; each
-    record has its share of the time.
+    GPU its graph. A batch takes as long as its longest episode; each record has its share of that.
     """
     torch.manual_seed(seeds[0])  # what a policy samples must not depend on the episodes before
     started, thought = time.perf_counter(), 0.0

@@ -18,7 +18,7 @@ from durable import append
 from rows import ROWS
 from tasks import wilson
 from tools.claims import CLAIMS, difference, judge, lines_of, rate_of, write_table
-from tools.reproduce import ReproduceConfig, cell, check_recipe, trained_as
+from tools.reproduce import ReproduceConfig, cell, check_recipe, main, trained_as
 
 
 def write_row(folder: Path, rates: dict[str, list[float]], n: int = 60):
@@ -44,11 +44,18 @@ def test_rows_that_are_trained_alike_are_trained_once():
 
 
 def test_a_folder_of_other_numbers_is_refused(tmp_path):
-    cfg = ReproduceConfig(table=2, out=tmp_path)
+    cfg = ReproduceConfig(table=2, out=tmp_path / "out", work=tmp_path / "work")
     check_recipe(cfg)
     check_recipe(cfg)
-    with pytest.raises(InputError, match="'steps_per_epoch': 7"):
-        check_recipe(ReproduceConfig(table=2, out=tmp_path, steps_per_epoch=7))
+    for kept in ({"out": cfg.out}, {"work": cfg.work}):  # results, or demonstrations
+        other = {"out": tmp_path / "new", "work": tmp_path / "new"} | kept
+        with pytest.raises(InputError, match=r"this command of .*'steps_per_epoch': 7"):
+            check_recipe(ReproduceConfig(table=2, steps_per_epoch=7, **other))
+
+
+def test_a_table_of_no_results_says_what_makes_them(tmp_path):
+    with pytest.raises(InputError, match="no results to make a table from"):
+        main(ReproduceConfig(table=2, out=tmp_path / "none", run=False))
 
 
 @pytest.mark.parametrize(

@@ -235,15 +235,17 @@ def work(cfg: ReproduceConfig, name: str, seed: int) -> tuple[int, int]:
 
 
 def check_recipe(cfg: ReproduceConfig):
-    """Raise InputError when OUT was made with other numbers."""
-    path = cfg.results / "recipe.json"
-    if path.exists() and (got := json.loads(path.read_text())) != cfg.recipe:
-        raise InputError(
-            f"{path} is of {got}, this command of {cfg.recipe}: one table cannot mix them. Give "
-            "another --out and --work"
-        )
-    cfg.results.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(cfg.recipe, indent=2) + "\n")
+    """Raise InputError when OUT, or WORK with its demonstrations, was made with other numbers."""
+    paths = [folder / "recipe.json" for folder in (cfg.results, cfg.workshop)]
+    for path in paths:
+        if path.exists() and (got := json.loads(path.read_text())) != cfg.recipe:
+            raise InputError(
+                f"{path} is of {got}, this command of {cfg.recipe}: one table cannot mix them. "
+                "Give another --out and --work"
+            )
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(cfg.recipe, indent=2) + "\n")
 
 
 def run(cfg: ReproduceConfig):
@@ -279,6 +281,11 @@ def main(cfg: ReproduceConfig):
                 "household.assets --out assets && export MS_ASSET_DIR=$PWD/assets"
             )
         run(cfg)
+    elif not cfg.results.is_dir():
+        raise InputError(
+            f"{cfg.results}: no results to make a table from; expected what this leaves there: "
+            f"python -m tools.reproduce --table {cfg.table} --out {cfg.results}"
+        )
     print("\n".join(lines_of(write_table(cfg.results, cfg.table, cfg.names, cell))))
 
 
