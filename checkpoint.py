@@ -111,13 +111,14 @@ class Saver:
 
 
 def write(
-    out: Path, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], manifest: dict,
-    tokenizer: str, keep: int,
+    out: Path, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor] | None,
+    manifest: dict, tokenizer: str, keep: int,
 ) -> None:  # fmt: skip
     """Write out/step-NNNNNNNN, then out/last and out/best, and drop all but the newest `keep`.
 
-    The best is kept too: the lowest `score` of those that have one in their manifest. Raises
-    CheckpointError; the older ones are then whole.
+    The best is kept too: the lowest `score` of those that have one in their manifest. Without
+    moments it drives the robot and starts a stage, but does not resume one. Raises CheckpointError;
+    the older ones are then whole.
     """
     final = out / f"step-{step:08d}"
     partial = hidden(final, "partial")
@@ -125,7 +126,8 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file(weights, partial / "model.safetensors")
-        save_file(moments, partial / "optimizer.safetensors")
+        if moments is not None:
+            save_file(moments, partial / "optimizer.safetensors")
         (partial / "tokenizer.json").write_text(tokenizer)
         files = sorted(partial.iterdir())
         for path in files:

@@ -9,13 +9,14 @@ import pytest
 import tyro
 from hub_server import TOKEN, Hub
 from processes import REPOSITORY, start
+from safetensors.torch import load_file
 from tiny_run import SCHEMA, observation, train_tiny
 
 from checkpoint import newest, read_manifest
 from config import InputError
 from durable import read_sealed, sha256
 from policy import Policy
-from tools.publish import pull, push
+from tools.publish import lighten, pull, push
 
 REPO = "user/auxvla-drawer"
 PUBLIC = {"README.md", "manifest.json", "model.safetensors", "tokenizer.json"}
@@ -74,6 +75,24 @@ def test_what_was_pulled_acts_as_what_was_pushed(hub, stage, tmp_path):
     for seed in (0, 1):
         actions = [p.act(observation(seed), "close the kitchen drawer") for p in (ours, theirs)]
         assert (actions[0] == actions[1]).all()
+
+
+def test_a_lightened_checkpoint_is_half_as_large_acts_the_same_and_starts_a_stage(stage, tmp_path):
+    out = tmp_path / "weights/stage1"
+    lighten(stage, out)
+    theirs, ours = newest(stage), newest(out)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (ours, theirs)]
+    assert sizes[0] < 0.55 * sizes[1] and not (ours / "optimizer.safetensors").exists()
+    rounded = load_file(theirs / "model.safetensors")
+    policy = Policy.from_checkpoint(out, "cpu")
+    for name, weight in policy.model.state_dict().items():
+        expected = rounded[name].bfloat16() if weight.ndim > 1 else rounded[name]
+        assert weight.dtype == rounded[name].dtype and (weight == expected).all(), name
+    assert policy.act(observation(0), "close the kitchen drawer").shape == (1, 13)
+    assert read_manifest(ours)["published_from"] == sha256(theirs / "manifest.json")
+    assert (out / "log.jsonl").read_bytes() == (stage / "log.jsonl").read_bytes()
+    with pytest.raises(FileExistsError, match="is there already"):
+        lighten(stage, out)
 
 
 def test_adams_moments_stay_here_and_the_manifest_says_of_which_it_is(pushed, stage):

@@ -2,6 +2,7 @@
 
     python -m tools.publish push --checkpoint RUN/stage2 --repo USER/NAME --results RUN/eval
     python -m tools.publish pull --repo USER/NAME --out RUN/pulled  # for eval.py --checkpoint
+    python -m tools.publish lighten --checkpoint RUN/stage2 --out weights/stage2  # half of fp32
 
 What is pushed drives the robot and starts a later stage (--init-from). Adam's moments, twice the
 weights, go along only if asked for. One commit holds everything: nobody pulls half of it.
@@ -31,8 +32,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     XetDownloadError,
 )
+from safetensors.torch import load_file
 
-from checkpoint import hidden, read_manifest, resolve
+from checkpoint import hidden, read_manifest, resolve, write
 from config import ADVICE, InputError, explained
 from durable import sha256, sync, write_sealed
 from rows import ROWS
@@ -147,6 +149,31 @@ def pull(repo: str, out: Path) -> None:
     print(f"{out}: stage {manifest['stage']}, step {manifest['step']}, whole")
 
 
+def lighten(checkpoint: Path, out: Path) -> None:
+    """Copy a stage without Adam's moments and with its matrices in bf16, its logs beside it.
+
+    Args:
+        checkpoint: RUN/stageN (its newest) or RUN/stageN/step-NNNNNNNN
+        out: the copy's stage folder, which is not there yet
+    """
+    if out.exists():
+        raise FileExistsError(f"{out}: is there already; give another --out, or remove it")
+    folder = resolve(checkpoint)
+    manifest = read_manifest(folder)
+    weights = {
+        name: weight.bfloat16() if weight.is_floating_point() and weight.ndim > 1 else weight
+        for name, weight in load_file(folder / "model.safetensors").items()
+    }
+    about = {key: manifest[key] for key in manifest.keys() - {"format", "step", "files"}}
+    about |= {"published_from": sha256(folder / "manifest.json")}
+    tokenizer = (folder / "tokenizer.json").read_text()
+    write(out, manifest["step"], weights, None, about, tokenizer, keep=1)
+    for log in ("config.json", "log.jsonl", "validation.json"):
+        if (folder.parent / log).is_file():
+            shutil.copyfile(folder.parent / log, out / log)
+    print(f"{out}: stage {manifest['stage']}, step {manifest['step']}, matrices in bf16")
+
+
 def read_results(folder: Path, original: str, checkpoint: Path) -> dict:
     """The results.json of an evaluation. Raises InputError unless it is of that manifest."""
     path, mend = folder / "results.json", f"python eval.py --checkpoint {checkpoint} --out FOLDER"
@@ -215,4 +242,5 @@ def reaching(repo: str) -> Iterator[None]:
 
 if __name__ == "__main__":
     with explained():
-        tyro.extras.subcommand_cli_from_dict({"push": push, "pull": pull}, description=__doc__)
+        programs = {"push": push, "pull": pull, "lighten": lighten}
+        tyro.extras.subcommand_cli_from_dict(programs, description=__doc__)
