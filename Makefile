@@ -22,11 +22,11 @@ export OMP_WAIT_POLICY = passive
 # Mesa's renderer: one thread per simulator.
 export LP_NUM_THREADS = 1
 
-.PHONY: demo learn test setup clean workflow
+.PHONY: demo learn test setup clean shipped workflow
 .NOTPARALLEL:
 
 demo: setup
-	@$(MAKE) --no-print-directory workflow RUN=runs/demo
+	@$(MAKE) --no-print-directory shipped workflow RUN=runs/demo
 
 learn: setup
 	@$(MAKE) --no-print-directory workflow RUN=runs/learn EPISODES=80 EPISODES_OTHERS=80 \
@@ -74,9 +74,17 @@ TRAIN = OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc_per_node=$(PROCESSES) train
 	--data $(RUN)/pack
 EVAL = $(PY) eval.py --task set_table --split val --workers $(WORKERS) $(EVAL_FLAGS)
 
-workflow: export MS_ASSET_DIR = $(CURDIR)/assets
+shipped workflow: export MS_ASSET_DIR = $(CURDIR)/assets
+shipped: $(RUN)/.shipped
 workflow: $(RUN)/.evaluated
 	$(PY) -m tools.report --run $(RUN)
+
+# Something to see before the long work: the policy of weights/ drives.
+$(RUN)/.shipped: assets/household.json
+	$(EVAL) --checkpoint weights/stage2 --out $(RUN)/eval-shipped \
+		--columns close_drawer close_fridge --episodes 2 --video 1
+	@echo "The trained policy of weights/ drove: films in $(RUN)/eval-shipped/videos"
+	@touch $@
 
 assets/household.json:
 	$(PY) -m household.assets --out assets --seed 0

@@ -10,16 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from processes import REPOSITORY, start, workers_of
+from tiny_run import write_untrained
 
-import checkpoint
-from config import InputError, model_config
-from data import build_tokenizer
+from config import InputError
 from durable import append, read_lines, read_sealed, sha256, write_sealed
 from env import SubtaskEnv
 from eval import EvalConfig, main, prepare
-from model import AuxVLA
 from outcomes import check_same_run, table
 from policy import check_schema
 from rows import ROWS
@@ -62,22 +59,9 @@ def one_worker(assets, tmp_path_factory) -> Path:
 def trained(assets, tmp_path_factory) -> Path:
     """A stage folder with an untrained checkpoint of the tiny model, made for this robot."""
     env = SubtaskEnv("set_table", "close", "kitchen_counter", obs_mode="state_dict")
-    stage, cfg = tmp_path_factory.mktemp("run") / "stage2", model_config("tiny")
-    torch.manual_seed(0)
-    model = AuxVLA(cfg)
-    manifest = {
-        "stage": 2,
-        "config": {"model": checkpoint.plain(cfg)},
-        "action_stats": {"low": [-1.0] * 13, "high": [1.0] * 13},
-        "action_schema": env.action_schema,
-        "qpos_names": env.qpos_names,
-        "instructions": ["close the kitchen drawer"],
-    }
+    stage = tmp_path_factory.mktemp("run") / "stage2"
+    write_untrained(stage, env, "close the kitchen drawer")
     env.close()
-    tokenizer = build_tokenizer(cfg.llm).to_str()
-    optimizer = torch.optim.Adam(model.parameters())
-    tensors = checkpoint.snapshot(model, optimizer, keep=True)
-    checkpoint.write(stage, 1, *tensors, manifest, tokenizer, keep=1)
     return stage
 
 

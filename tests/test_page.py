@@ -13,14 +13,11 @@ import pytest
 import torch
 from browser import Browser, find_chromium
 from PIL import Image
+from tiny_run import write_untrained
 
-import checkpoint
-from config import model_config
-from data import build_tokenizer
 from env import SubtaskEnv
 from eval import EvalConfig
 from eval import main as evaluate
-from model import AuxVLA
 from policy import Policy
 from tools import page as page_module
 from tools.film import outline
@@ -52,20 +49,9 @@ def run(assets, tmp_path_factory) -> Path:
     """A run with a film of an untrained policy that has all decoders, a log, metrics, a table."""
     run = tmp_path_factory.mktemp("run")
     env = SubtaskEnv("set_table", "pick", "all", obs_mode="state_dict")
-    cfg, stage = model_config("tiny"), run / "stage2"
-    torch.manual_seed(0)
-    model = AuxVLA(cfg)
-    manifest = {
-        "stage": 2,
-        "config": {"model": checkpoint.plain(cfg)},
-        "action_stats": {"low": [-1.0] * 13, "high": [1.0] * 13},
-        "action_schema": env.action_schema,
-        "qpos_names": env.qpos_names,
-        "instructions": ["pick up the apple"],
-    }
+    stage = run / "stage2"
+    write_untrained(stage, env, "pick up the apple")
     env.close()
-    tensors = checkpoint.snapshot(model, torch.optim.Adam(model.parameters()), keep=True)
-    checkpoint.write(stage, 1, *tensors, manifest, build_tokenizer(cfg.llm).to_str(), keep=1)
     chosen = dict(columns=("pick_all",), episodes=1, horizon=STEPS, video=1)
     told = dict(unseen_instructions=True, device="cpu")
     evaluate(EvalConfig(out=run / "eval", checkpoint=stage, **chosen, **told))

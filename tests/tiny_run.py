@@ -1,4 +1,4 @@
-"""A checkpoint that train.py wrote, of the tiny model, and what a robot of MS-HAB's sees."""
+"""Checkpoints of the tiny model, train.py's and an untrained one; what a robot of MS-HAB's sees."""
 
 from pathlib import Path
 
@@ -7,8 +7,10 @@ from einops import repeat
 from files import write_demos
 from safetensors.torch import load_file
 
-from checkpoint import newest, read_manifest, write
-from config import IMAGE_SIZE
+from checkpoint import newest, plain, read_manifest, snapshot, write
+from config import IMAGE_SIZE, model_config
+from data import build_tokenizer
+from model import AuxVLA
 from train import main, parse
 
 SCHEMA = [dict(name=f"joint_{i}", low=-0.1, high=0.1 * i, unit="rad") for i in range(13)]
@@ -30,6 +32,23 @@ def train_tiny(folder: Path, row: str = "auxvla-all") -> Path:
     tokenizer = (trained / "tokenizer.json").read_text()
     write(folder / "stage1", 1, weights, moments, manifest, tokenizer, keep=1)
     return folder / "stage1"
+
+
+def write_untrained(stage: Path, env, instruction: str):
+    """A stage's folder with a checkpoint of random weights and all decoders, for env's robot."""
+    cfg = model_config("tiny")
+    torch.manual_seed(0)
+    model = AuxVLA(cfg)
+    manifest = {
+        "stage": 2,
+        "config": {"model": plain(cfg)},
+        "action_stats": {"low": [-1.0] * 13, "high": [1.0] * 13},
+        "action_schema": env.action_schema,
+        "qpos_names": env.qpos_names,
+        "instructions": [instruction],
+    }
+    tensors = snapshot(model, torch.optim.Adam(model.parameters()), keep=True)
+    write(stage, 1, *tensors, manifest, build_tokenizer(cfg.llm).to_str(), keep=1)
 
 
 def observation(seed: int) -> dict:
