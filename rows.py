@@ -7,9 +7,13 @@ A row fixes inputs, latents, decoders, data, stages and epochs. Presets give the
 row of the paper and its tiny counterpart differ in numbers only.
 """
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
-from config import CAMERAS, InputError, TrainConfig
+import tyro
+
+from config import CAMERAS, PRESETS, InputError, TrainConfig
 from tasks import PAPER_COLUMNS, SUBTASKS, TASKS
 
 
@@ -151,6 +155,46 @@ def check_row(cfg: TrainConfig) -> Row:
             "start it would be --row auxvla-naive"
         )
     return row
+
+
+# --- The command line ---
+
+
+def given(args: list[str], flag: str) -> str | None:
+    """The value of a flag that decides on the defaults of the others."""
+    values = [b for a, b in pairwise(args) if a == flag]
+    values += [a.partition("=")[2] for a in args if a.startswith(f"{flag}=")]
+    return values[-1] if values else None
+
+
+def parse(args: list[str] | None = None, description: str | None = None) -> TrainConfig:
+    """The command line of train.py over the defaults of its --preset and --row.
+
+    Raises InputError when a flag contradicts the row.
+    """
+    args = sys.argv[1:] if args is None else args
+    name, preset = given(args, "--row"), given(args, "--preset")
+    row = row_of(name) if name else None
+    default = replace(TrainConfig(data="", out=""), data=tyro.MISSING, out=tyro.MISSING)
+    if preset in (None, *PRESETS):  # otherwise tyro names the choices
+        chosen = preset_of(row, preset) if row else preset or "paper"
+        default = replace(default, preset=chosen, **PRESETS[chosen])
+        pairs = pairwise(["", *args])  # without --preset, which is now in the default
+        args = [b for a, b in pairs if "--preset" not in (a, b.partition("=")[0])]
+    if row:
+        default = replace(
+            default, model=replace(default.model, **row.model), tasks=row.tasks,
+            subtasks=row.subtasks, epochs=row.epochs,
+        )  # fmt: skip
+    cfg = tyro.cli(TrainConfig, default=default, args=args, description=description)
+    if row:
+        check_row(cfg)
+    elif not cfg.epochs[cfg.stage - 1] and not cfg.steps:
+        raise InputError(f"--epochs {cfg.epochs} give stage {cfg.stage} none; give --steps")
+    return cfg
+
+
+# --- In words ---
 
 
 def summary(name: str) -> dict[str, str]:

@@ -15,18 +15,15 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import torch
-import tyro
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import checkpoint
-from config import PRESETS, InputError, TrainConfig, explained
+from config import InputError, TrainConfig, explained
 from data import ActionStats, Batcher, build_tokenizer, check_batch, tokenize
 from decoders import BatchNorm
 from distributed import STOPPED, Ranks, join, signals
@@ -36,7 +33,7 @@ from logs import Log
 from memory import describe_plan, memory_plan
 from model import AuxVLA, label_counts
 from pretrained import load_pretrained, source_of
-from rows import check_row, preset_of, row_of
+from rows import parse
 from samples import Frames, StepOrder, loader, open_data
 from sharding import shard, whole
 from tools.checks import disk, packages, require, shared_memory
@@ -117,13 +114,16 @@ def prepare(cfg: TrainConfig, ranks: Ranks) -> tuple[AuxVLA, dict, Path | None]:
         *({k: v for k, v in c.items() if k not in ignored} for c in (ours, theirs))
     )
     if different:
+        more = f"; {len(different) - 4} more" if len(different) > 4 else ""
         raise checkpoint.CheckpointError(
-            f"{source} was made with another configuration ({'; '.join(different)}). "
+            f"{source} was made with another configuration ({'; '.join(different[:4])}{more}). "
             + ("Give the same flags, or another --out" if resumed else "Give another --init-from")
         )
     checkpoint.load_weights(model, source, new=() if resumed else ("flow_head.",))
     if ranks.is_main:
         print(f"{'resumed' if resumed else 'initialised'} from {source}")
+        if cfg.stage == 3 and manifest["stage"] == 1:
+            print("stage 3 on a stage-1 checkpoint: the paper's starts from stage 2 (Sec. 5)")
     return model, manifest | {"folder": str(source)}, resumed
 
 
@@ -313,41 +313,7 @@ def describe(cfg: TrainConfig, data, stats: ActionStats) -> dict:
     }
 
 
-def given(args: list[str], flag: str) -> str | None:
-    """The value of a flag that decides on the defaults of the others."""
-    values = [b for a, b in pairwise(args) if a == flag]
-    values += [a.partition("=")[2] for a in args if a.startswith(f"{flag}=")]
-    return values[-1] if values else None
-
-
-def parse(args: list[str] | None = None) -> TrainConfig:
-    """The command line over the defaults of its --preset and --row.
-
-    Raises InputError when a flag contradicts the row.
-    """
-    args = sys.argv[1:] if args is None else args
-    name, preset = given(args, "--row"), given(args, "--preset")
-    row = row_of(name) if name else None
-    default = replace(TrainConfig(data="", out=""), data=tyro.MISSING, out=tyro.MISSING)
-    if preset in (None, *PRESETS):  # otherwise tyro names the choices
-        chosen = preset_of(row, preset) if row else preset or "paper"
-        default = replace(default, preset=chosen, **PRESETS[chosen])
-        pairs = pairwise(["", *args])  # without --preset, which is now in the default
-        args = [b for a, b in pairs if "--preset" not in (a, b.partition("=")[0])]
-    if row:
-        default = replace(
-            default, model=replace(default.model, **row.model), tasks=row.tasks,
-            subtasks=row.subtasks, epochs=row.epochs,
-        )  # fmt: skip
-    cfg = tyro.cli(TrainConfig, default=default, args=args, description=__doc__)
-    if row:
-        check_row(cfg)
-    elif not cfg.epochs[cfg.stage - 1] and not cfg.steps:
-        raise InputError(f"--epochs {cfg.epochs} give stage {cfg.stage} none; give --steps")
-    return cfg
-
-
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
     with explained():
-        sys.exit(main(parse()))
+        sys.exit(main(parse(description=__doc__)))
