@@ -286,10 +286,11 @@ def claim_text(claim: dict) -> str:
     if claim["verdict"] == "not run":
         return f"- {claim['name']}: not run. {claim['statement']}"
     ours = f"{claim['ours']:+.2f} [{claim['low']:+.2f}, {claim['high']:+.2f}]"
-    needed = f"{claim['seeds']} seeds, {claim['seeds_needed'] or 'no number'} would detect that"
+    seeds = claim["seeds"]
+    needed = f"{seeds} seed{'s' * (seeds != 1)}, {claim['seeds_needed'] or 'no number'} would"
     return (
         f"- {claim['name']}: **{claim['verdict']}**. {claim['statement']}. Here {ours}, the paper "
-        f"in these columns {claim['paper']:+.2f}; {needed}"
+        f"in these columns {claim['paper']:+.2f}; {needed} detect that"
     )
 
 

@@ -1,0 +1,51 @@
+"""The policy in weights/: whole, small, of this code, and what its table says it is."""
+
+import json
+import re
+
+from processes import REPOSITORY, start
+
+from checkpoint import model_config_of, newest, read_manifest
+from config import model_config
+from durable import read_lines, sha256
+from outcomes import table
+from tools.report import rate
+
+STAGE = REPOSITORY / "weights/stage2"
+COLUMNS = ("close_fridge", "close_drawer")
+LARGEST = 16e6  # bytes
+
+
+def test_the_weights_are_whole_small_and_of_the_tiny_preset():
+    folder = newest(STAGE)
+    manifest = read_manifest(folder)  # compares every file with its sha256
+    assert folder.name == (STAGE / "last").read_text() and manifest["stage"] == 2
+    assert model_config_of(manifest) == model_config("tiny")  # --init-from takes them
+    assert sum(path.stat().st_size for path in folder.iterdir()) < LARGEST
+
+
+def test_their_table_is_counted_from_their_episodes_and_lies_above_one_half():
+    of, readme = sha256(newest(STAGE) / "manifest.json"), (REPOSITORY / "README.md").read_text()
+    results = json.loads((STAGE.parent / "eval/results.json").read_text())
+    assert results["manifest"]["checkpoint"] == of
+    chance = table(read_lines(STAGE.parent / "eval-random/episodes.jsonl"), {})
+    columns = table(read_lines(STAGE.parent / "eval/episodes.jsonl"), {})
+    report = (STAGE.parent / "report.md").read_text()
+    for name in COLUMNS:
+        figures = columns[name]
+        assert {key: results["columns"][name][key] for key in ("n", "success_once")} == {
+            key: figures[key] for key in ("n", "success_once")
+        }
+        assert figures["n"] >= 60 and figures["low"] > max(0.5, chance[name]["high"])
+        text = rate(figures).split(", at the end")[0]
+        (line,) = re.findall(rf"^\| {name.replace('_', ' ')}, weights/ .*", readme, re.M)
+        assert text in line and text in report
+
+
+def test_they_close_the_drawer(assets, tmp_path):
+    flags = "--columns close_drawer --episodes 3 --stop-at-success --workers 2 --device cpu"
+    process = start("eval.py", "--checkpoint", STAGE, *flags.split(), "--out", tmp_path)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    episodes = read_lines(tmp_path / "episodes.jsonl")
+    assert len(episodes) == 3 and sum(episode["success_once"] for episode in episodes) >= 2
