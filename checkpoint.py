@@ -31,6 +31,7 @@ from durable import read_sealed, sha256, sync, write_sealed
 from sharding import like, whole
 
 FORMAT = 2
+MOMENTS = "optimizer.safetensors"
 
 
 class CheckpointError(InputError):
@@ -127,7 +128,7 @@ def write(
         partial.mkdir(parents=True)
         save_file(weights, partial / "model.safetensors")
         if moments is not None:
-            save_file(moments, partial / "optimizer.safetensors")
+            save_file(moments, partial / MOMENTS)
         (partial / "tokenizer.json").write_text(tokenizer)
         files = sorted(partial.iterdir())
         for path in files:
@@ -186,10 +187,11 @@ def steps_in(out: Path) -> list[Path]:
     return sorted(path for path in out.glob("step-*") if path.is_dir())
 
 
-def read_manifest(folder: Path, verify: bool = True) -> dict:
+def read_manifest(folder: Path, verify: bool = True, moments: bool = True) -> dict:
     """The manifest of a checkpoint, after comparing every file with its sha256.
 
-    Raises DamagedError or CheckpointError, naming the file.
+    Without `moments`, which are twice the weights and only resume, their file is left out. Raises
+    DamagedError or CheckpointError, naming the file.
     """
     manifest = read_sealed(folder / "manifest.json")
     if manifest.get("format") != FORMAT:
@@ -197,6 +199,8 @@ def read_manifest(folder: Path, verify: bool = True) -> dict:
             f"{folder}: format {manifest.get('format')}, this code reads {FORMAT}"
         )
     for name, expected in manifest["files"].items() if verify else ():
+        if name == MOMENTS and not moments:
+            continue
         if not (folder / name).is_file() or sha256(folder / name) != expected:
             raise CheckpointError(
                 f"{folder / name}: missing or damaged, its sha256 differs from the manifest's"
@@ -204,11 +208,11 @@ def read_manifest(folder: Path, verify: bool = True) -> dict:
     return manifest
 
 
-def newest(out: Path) -> Path | None:
+def newest(out: Path, moments: bool = True) -> Path | None:
     """The newest whole checkpoint of a stage's folder; damaged ones are named on stderr."""
     for folder in reversed(steps_in(out)):
         try:
-            read_manifest(folder)
+            read_manifest(folder, moments=moments)
             return folder
         except InputError as error:
             print(f"warning: skipped {error}", file=sys.stderr)
@@ -223,11 +227,14 @@ def tidy(out: Path) -> None:
 
 
 def resolve(path: str | Path) -> Path:
-    """A checkpoint from its own folder or its stage's. FileNotFoundError says what to run."""
+    """A checkpoint from its own folder or its stage's, to act or to start a stage with.
+
+    FileNotFoundError says what to run.
+    """
     path = Path(path)
     if (path / "manifest.json").is_file():
         return path
-    found = newest(path) if path.is_dir() else None
+    found = newest(path, moments=False) if path.is_dir() else None
     if found is None:
         raise FileNotFoundError(
             f"{path}: no whole checkpoint there; train one: python train.py --stage 1 --data DATA "
@@ -275,7 +282,7 @@ def load_weights(model: nn.Module, folder: Path, new: tuple[str, ...] = ()) -> N
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     parameters = dict(model.named_parameters())
-    with safe_open(folder / "optimizer.safetensors", "pt") as file:  # one tensor at a time
+    with safe_open(folder / MOMENTS, "pt") as file:  # one tensor at a time
         for key in sorted(file.keys()):  # in the same order on every rank
             name, _, moment = key.rpartition("/")
             value = file.get_tensor(key)

@@ -30,7 +30,7 @@ from mani_skill.utils.common import to_cpu_tensor, to_numpy
 from mshab.utils.label_dataset import get_episode_label_and_events
 from tqdm import tqdm
 
-from config import explained
+from config import InputError, explained
 from durable import sole_writer
 from env import SENSORS, SubtaskEnv, SubtaskEnvs, apartment, cupboards, plan_files
 from household.expert import ScriptedExpert
@@ -38,6 +38,7 @@ from recording import Recording, encode
 from rl_expert import RLPolicy
 from rollout import Job, check_envs, filled, simulation_of
 from tasks import HORIZON, SUBTASKS, TASKS, targets, wilson
+from tools.checks import disk, require
 from workers import Workers
 
 # MS-HAB's labels of the episodes that it released (utils/gen/gen_data.py); the others succeed after
@@ -66,14 +67,16 @@ class CollectConfig:
 
     def __post_init__(self):
         known = targets(self.task, self.subtask)
-        if self.target not in (*known, "all") or not known:
-            raise ValueError(
+        if not known:
+            raise InputError(f"--subtask {self.subtask}: {self.task} only picks and places")
+        if self.target not in (*known, "all"):
+            raise InputError(
                 f"--target {self.target}: the targets of {self.task} {self.subtask} are {known}"
             )
         if min(self.episodes, self.workers, self.envs) < 1 or self.seed < 0:
-            raise ValueError("expected --episodes, --workers, --envs >= 1 and --seed >= 0")
+            raise InputError("expected --episodes, --workers, --envs >= 1 and --seed >= 0")
         if self.max_attempts is not None and self.max_attempts < 1:
-            raise ValueError(f"--max-attempts {self.max_attempts}: expected at least 1")
+            raise InputError(f"--max-attempts {self.max_attempts}: expected at least 1")
 
     @property
     def wanted(self) -> dict[str, int]:
@@ -270,6 +273,7 @@ def report(cfg: CollectConfig, recording: Recording):
 
 def main(cfg: CollectConfig):
     check_envs(cfg.envs, cfg.expert == "scripted")
+    require(disk(cfg.out, 0))
     workers, recipes = Workers(cfg.workers, partial(attempts, cfg)), {}
     for target in cfg.wanted:  # whatever is missing is missed before any worker starts
         plan_files(cfg.task, cfg.subtask, target, cfg.split)

@@ -84,9 +84,17 @@ def load_sidecar(path: Path) -> dict:
             "record it again."
         )
     try:
-        return json.loads(sidecar.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(sidecar.read_text())
+    except ValueError as error:
         raise DataError(f"{sidecar}: not whole ({error}); download or record it again") from error
+    episodes = content.get("episodes") if isinstance(content, dict) else None
+    needed = {"episode_id", "elapsed_steps"}
+    if not isinstance(episodes, list) or not episodes or not all(needed <= {*e} for e in episodes):
+        raise DataError(
+            f"{sidecar}: expected MS-HAB's `episodes`, at least one, each with "
+            f"{' and '.join(sorted(needed))}; download or record it again"
+        )
+    return content
 
 
 class Demonstrations:
@@ -110,7 +118,11 @@ class Demonstrations:
         self.action_schema: list[dict] | None = None
         self.qpos_names: list[str] | None = None
         for path in paths:
-            self._index(path)
+            try:
+                self._index(path)
+            except InputError as error:
+                error.file = path  # what doctor tells to move aside
+                raise
         self.starts = np.cumsum([0] + [e.length for e in self.episodes])
         rows = [
             np.arange(0, episode.length, chunk_rows(steps + 1))

@@ -45,12 +45,23 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def from_main(self, value: str) -> str:
+    def from_main(self, value: str | None) -> str | None:
         """The main rank's value, on every rank."""
         values = [value]
         if self.world > 1:
             dist.broadcast_object_list(values, device=self.device)
         return values[0]
+
+    def decided(self, decide: Callable[[], str]) -> str:
+        """What the main rank decides, on every rank; when it refuses, the others end in silence."""
+        said = None
+        try:
+            said = decide() if self.is_main else None
+        finally:
+            said = self.from_main(said)
+        if said is None:
+            raise SystemExit(1)
+        return said
 
     def leave(self) -> None:
         """End together. Call it when nothing holds DDP any more."""
@@ -92,7 +103,7 @@ def gather(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Sto
     only who is on it answers.
     """
     me, deadline = uuid4().hex, time.monotonic() + timeout
-    names, missing = [f"name/{other}" for other in range(world)], list(range(world))
+    names, missing = [f"name/{other}" for other in range(world)], [0]  # until it calls the roll
     store.set(names[rank], me)
     while True:
         if rank == 0:

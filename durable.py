@@ -119,10 +119,20 @@ def read_lines(path: Path, mend: bool = False) -> list[dict]:
     """The lines of a file; none if it is not there.
 
     A last line that a kill or a full disk has torn does not count; `mend` cuts it off the file.
+    Raises DamagedError, naming the line, for any other that is no JSON object.
     """
     text = path.read_bytes() if path.exists() else b""
     whole = text.rfind(b"\n") + 1
     if mend and whole < len(text):
         print(f"warning: {path}: dropped a torn last line", file=sys.stderr)
         os.truncate(path, whole)
-    return [json.loads(line) for line in text[:whole].splitlines()]
+    lines = []
+    for number, line in enumerate(text[:whole].split(b"\n")[:-1], start=1):
+        try:
+            lines.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise DamagedError(
+                f"{path}, line {number}: damaged, expected a JSON object ({error}). Without that "
+                f"line the file is whole: sed -i {number}d {path}"
+            ) from error
+    return lines

@@ -18,7 +18,8 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import groupby
@@ -32,7 +33,7 @@ import tyro
 
 from checkpoint import read_manifest, resolve
 from config import InputError, explained
-from distributed import Ranks, join
+from distributed import Ranks, device_of, join
 from durable import append, read_lines, sha256, sole_writer
 from env import HOUSEHOLD, SubtaskEnv, SubtaskEnvs, apartment, cupboards, plan_files
 from household.expert import ScriptedExpert
@@ -89,6 +90,9 @@ class EvalConfig:
                 "RUN/eval (to run episodes) or --compare RUN/eval-a RUN/eval-b (of runs there are)"
             )
         if self.compare:
+            given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+            if others := " ".join(f"--{name}" for name in given if name != "compare"):
+                raise InputError(f"--compare runs nothing and takes no more flags: drop {others}")
             return
         if (self.policy == "learned") != (self.checkpoint is not None):
             raise InputError(
@@ -153,6 +157,15 @@ def simulator(cfg: EvalConfig, column: str, filmed: bool, cupboard: str | None) 
     )  # fmt: skip
 
 
+def film_name(column: str, seed: int) -> str:
+    return f"{column}_{seed}".replace(":", "_")  # scp reads a colon as a host
+
+
+def film_of(cfg: EvalConfig, column: str, seed: int) -> list[Path]:
+    """The finished film of an episode, if there is one."""
+    return [*(cfg.out / "videos").glob(f"{film_name(column, seed)}_[sf]*.mp4")]
+
+
 def run_jobs(cfg: EvalConfig, jobs: Iterable[Job]) -> Iterator[list[dict]]:
     """Yield each job's episodes; one simulator at a time, kept while it renders the same."""
     learned = Policy.from_checkpoint(cfg.checkpoint, cfg.device) if cfg.checkpoint else None
@@ -164,7 +177,7 @@ def run_jobs(cfg: EvalConfig, jobs: Iterable[Job]) -> Iterator[list[dict]]:
         rl = cfg.rl_policy(column, envs.mshab.device)
         policy = learned or rl or POLICIES[cfg.policy](envs)
         for job in same:
-            name = f"{column}_{job.seeds[0]}".replace(":", "_")  # scp reads a colon as a host
+            name = film_name(column, job.seeds[0])
             film = Film(envs, learned, cfg.out / "videos", name) if filmed else None
             records = run_episodes(envs, policy, job.seeds, cfg, film)
             yield [{"column": column, **record} for record in records]
@@ -181,6 +194,8 @@ def identity_of(cfg: EvalConfig) -> dict:
     return {key: getattr(cfg, key) for key in same} | {
         "checkpoint": sha256(cfg.checkpoint / "manifest.json") if cfg.checkpoint else None,
         "policies": {name: cfg.rl_policy(name).sha for name in cfg.names} if rl else None,
+        # A GPU acts in bf16.
+        "device": device_of(cfg.device).type if cfg.checkpoint else "cpu",
         "assets": apartment(),
     }
 
@@ -217,6 +232,9 @@ def run(cfg: EvalConfig, ranks: Ranks, path: Path, identity: dict):
         of = cupboards(cfg.plan_files(name)[0]) if cfg.envs > 1 else lambda seed: None
         episodes = [(name, seed, seed < cfg.seed + cfg.video, of(seed)) for seed in seeds]
         missing += [episode for episode in episodes if episode[:2] not in done]
+        late = [e[1] for e in episodes if e[2] and e[:2] in done and not film_of(cfg, *e[:2])]
+        if late and ranks.is_main:
+            print(f"{name}, seeds {late}: run already, without a film; another --out films them")
     missing = missing[ranks.rank :: ranks.world]
     if ranks.world > 1:
         path = part(path, ranks.rank)
@@ -284,7 +302,7 @@ def prepare(cfg: EvalConfig) -> tuple[EvalConfig, dict]:
     """
     if cfg.checkpoint is not None:
         folder = resolve(cfg.checkpoint)  # one, even if training goes on
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, verify=False)  # the workers' policies compare it
         row = cfg.row or manifest["config"].get("row")
         cfg = replace(cfg, checkpoint=folder, row=row, columns=heard(cfg, manifest))
     for name in cfg.names:
@@ -297,21 +315,26 @@ def main(cfg: EvalConfig):
         return compare(*cfg.compare)
     check_envs(cfg.envs, cfg.policy == "expert", cfg.device)
     require(packages(deep=False), assets(tasks=(cfg.task,)), disk(cfg.out, 0))
-    path, rank, identity = cfg.out / "episodes.jsonl", int(os.environ.get("RANK", 0)), None
-    if rank == 0:
-        cfg, identity = prepare(cfg)
-    with sole_writer(cfg.out, str(rank or "")):
-        if rank == 0:
+    path, ranks = cfg.out / "episodes.jsonl", join("cpu")
+    with ExitStack() as held:
+
+        def begin() -> str:
+            """What to run, once the folder is ours and the ranks' files are one."""
+            held.enter_context(sole_writer(cfg.out))
+            told, identity = prepare(cfg)
             check_same_run(path, merge(path), identity)
-        ranks = join("cpu")  # the others begin when the main rank holds the folder and has merged
-        decided = {"checkpoint": str(cfg.checkpoint or ""), "columns": cfg.columns}
-        decided = json.loads(ranks.from_main(json.dumps(decided | {"identity": identity})))
-        folder = Path(decided["checkpoint"]) if cfg.checkpoint else None
-        cfg = replace(cfg, checkpoint=folder, columns=tuple(decided["columns"]))
-        run(cfg, ranks, path, decided["identity"])
+            said = {"checkpoint": str(told.checkpoint or ""), "columns": told.columns}
+            return json.dumps(said | {"row": told.row, "identity": identity})
+
+        said = json.loads(ranks.decided(begin))
+        if not ranks.is_main:
+            held.enter_context(sole_writer(cfg.out, str(ranks.rank)))
+        folder = Path(said["checkpoint"]) if cfg.checkpoint else None
+        cfg = replace(cfg, checkpoint=folder, columns=tuple(said["columns"]), row=said["row"])
+        run(cfg, ranks, path, said["identity"])
         ranks.leave()  # all have finished
         if ranks.is_main:
-            conclude(cfg, merge(path), identity)
+            conclude(cfg, merge(path), said["identity"])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from durable import append, read_lines
 from tasks import COLUMNS, draw_plan, wilson
 
 # What is true of the lines from before their program wrote the key.
-IMPLIED = {"simulation": "physx_cpu"}
+IMPLIED = {"simulation": "physx_cpu", "device": "cpu"}
 
 
 @dataclass
@@ -62,8 +62,8 @@ def address(episode: dict) -> tuple[str, int]:
     return episode["column"], episode["seed"]
 
 
-def part(path: Path, rank: int) -> Path:
-    """Where a rank writes the episodes that belong in `path`."""
+def part(path: Path, rank: int | str) -> Path:
+    """Where a rank ("*": any) writes the episodes that belong in `path`."""
     return path.with_name(f"{path.stem}.{rank}{path.suffix}")
 
 
@@ -88,9 +88,12 @@ def check_same_run(path: Path, episodes: list[dict], identity: dict):
     for episode in episodes:
         before = IMPLIED | episode
         for name, now in identity.items():
-            if before.get(name) != now:
+            theirs = before.get(name)
+            if isinstance(now, dict) and isinstance(theirs, dict):  # by column, which may be added
+                now = {key: now.get(key, value) for key, value in theirs.items()}
+            if theirs != now:
                 raise InputError(
-                    f"{path} has episodes with {name} = {before.get(name)!r}, this run has "
+                    f"{path} has episodes with {name} = {theirs!r}, this run has "
                     f"{now!r}: one table cannot mix them. Give another --out, or remove "
                     f"{path.parent}"
                 )

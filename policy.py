@@ -102,7 +102,7 @@ class Policy:
         not there.
         """
         folder = resolve(path)
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, moments=False)
         device = device_of(device)
         model = AuxVLA(model_config_of(manifest), flow_head=manifest["stage"] == 3)
         load_weights(model, folder)

@@ -67,6 +67,7 @@ class Recording:
         self.parts = folder / f"{target}.parts"
         self.attempts = self.parts / "attempts.jsonl"
         self.recipe, self.episodes, self.done = recipe, [], {}
+        self.check_pair()
         if self.json.exists():
             sidecar = json.loads(self.json.read_text())
             self.check_recipe(self.json, sidecar)
@@ -85,6 +86,22 @@ class Recording:
     @property
     def successes(self) -> int:
         return sum(self.done.values())
+
+    def check_pair(self) -> None:
+        """Raise InputError when one of h5 and json is missing or cut off, before it is replaced."""
+        wrong = None
+        if self.json.exists():
+            try:
+                json.loads(self.json.read_text())
+                h5py.File(self.h5).close()
+            except (OSError, ValueError) as error:
+                wrong = f"{self.json} and {self.h5.name} are not both whole ({error})"
+        elif self.h5.exists() and not self.parts.exists():  # with parts: killed between the two
+            wrong = f"{self.h5}: no {self.json.name} beside it"
+        if wrong:
+            raise InputError(
+                f"{wrong}. Nothing is replaced: move what is there away, or give another --out"
+            )
 
     def check_recipe(self, path: Path, found: dict) -> None:
         if found.get("recipe") != self.recipe:

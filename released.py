@@ -70,9 +70,10 @@ def planned_target(uid: str | None, plan: str, where: str) -> str:
     if uid not in found:
         raise InputError(
             f"{where}: neither an instruction nor a known target, and no subtask {uid!r} in "
-            f"{folder / plan}.json. Expected the name of an object or articulation as the file's "
-            "name, or subtask_uid in its .json and MS_ASSET_DIR set to MS-HAB's assets (`python -m "
-            "mani_skill.utils.download_asset ReplicaCADRearrange`)"
+            f"{folder / plan}.json (MS_ASSET_DIR={os.environ.get('MS_ASSET_DIR')}). Expected the "
+            "name of an object or articulation as the file's name, or subtask_uid in its .json and "
+            "MS_ASSET_DIR set to MS-HAB's assets (`python -m mani_skill.utils.download_asset "
+            "ReplicaCADRearrange`)"
         )
     return found[uid]
 

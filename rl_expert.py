@@ -114,7 +114,8 @@ def read_algo(path: Path) -> dict:
     if not isinstance(algo, dict) or algo.get("name") not in ("ppo", "sac"):
         raise InputError(f"{path}: expected algo.name to be ppo or sac, got algo = {algo}")
     needed = (*SAC_SIZES, "actor_log_std_min", "actor_log_std_max") if algo["name"] == "sac" else ()
-    if missing := [key for key in needed if key not in algo]:
+    given = {key for key, value in algo.items() if value is not None or key == "critic_dropout"}
+    if missing := [key for key in needed if key not in given]:
         raise InputError(
             f"{path}: algo lacks {', '.join(missing)}, of which the SAC network is made"
         )

@@ -32,7 +32,7 @@ def check_envs(envs: int, scripted: bool, device: str | None = None) -> None:
     if device_of(device).type == "cpu":
         raise InputError(
             f"{what}: ManiSkill simulates several environments in one process on a GPU alone, "
-            f"expected --device cuda and a GPU that torch finds; {instead}"
+            f"expected a GPU that torch finds, and no --device cpu; {instead}"
         )
 
 

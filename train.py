@@ -14,7 +14,7 @@ import hashlib
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -169,9 +169,14 @@ def main(cfg: TrainConfig) -> int:
     """Train the stage; the process's exit code: 0, STOPPED after a signal, 1 if it gave up."""
     require(packages(deep=False), shared_memory(cfg.batch_size, cfg.workers))
     ranks = join(cfg.device)
-    if ranks.is_main:
-        require(disk(cfg.out, 0))
-    with sole_writer(Path(cfg.out)) if ranks.is_main else nullcontext():
+    with ExitStack() as held:
+
+        def begin() -> str:
+            require(disk(cfg.out, 0))
+            held.enter_context(sole_writer(Path(cfg.out)))
+            return "mine"
+
+        ranks.decided(begin)
         code = train(cfg, ranks)
     ranks.leave()
     return code

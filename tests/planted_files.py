@@ -144,6 +144,21 @@ def a_json_that_is_cut_off(plant):
     return demonstrations(folder)
 
 
+@fault("fridge.json: expected MS-HAB's `episodes`", "data.py download")
+def a_json_of_something_else(plant):
+    folder = plant.copy("demos")
+    (folder / "set_table/close/fridge.json").write_text("{}")
+    return demonstrations(folder)
+
+
+@fault("none of .*'close'", "mkdir -p .*demos-aside && mv .*shut/fridge.h5 .*shut/fridge.json")
+def a_file_in_a_wrong_folder(plant):
+    folder = plant.copy("demos")
+    (folder / "set_table/close").rename(folder / "set_table/shut")
+    write_demos(folder / "set_table/close/kitchen_counter")
+    return demonstrations(folder)
+
+
 @fault("no seg in 1 of 2 files: set_table/close/fridge.h5", "collect.py")
 def labels_that_are_missing(plant):
     write_demos(plant.copy("demos") / "set_table/close/fridge", labels=False)

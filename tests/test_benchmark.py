@@ -168,6 +168,16 @@ def test_eval_prints_the_same_and_counts_what_both_have(capsys):
     assert "overall" not in printed and "-0.15 [-0.36, +0.04] | 3       | 0 " in printed
 
 
+def test_a_stopped_torchruns_episodes_are_compared_too_and_a_folder_not_with_itself(tmp_path):
+    lines = read_lines(LEARN / "eval-flow/episodes.jsonl")
+    for i, line in enumerate(lines):
+        append(tmp_path / ("episodes.jsonl", "episodes.0.jsonl", "episodes.1.jsonl")[i % 3], line)
+    shown = "\n".join(comparison(tmp_path, LEARN / "eval-flow"))
+    assert "20 episodes that both have, 0 of A and 0 of B left out" in shown
+    with pytest.raises(InputError, match="one and the same"):
+        comparison(tmp_path, tmp_path / "../" / tmp_path.name)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

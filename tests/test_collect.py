@@ -195,7 +195,11 @@ def test_a_worker_that_dies_ends_the_run_and_its_seed_is_named(assets, tmp_path)
 
 def test_a_target_of_another_task_is_refused(assets, tmp_path):
     message = finish(collect(tmp_path, target="024_bowl"), code=2)
-    assert "--target 024_bowl" in message and "('fridge', 'kitchen_counter')" in message
+    assert (
+        "Traceback" not in message
+        and "--target 024_bowl" in message
+        and "('fridge', 'kitchen_counter')" in message
+    )
 
 
 # --- Files that grow, without a simulator ---
@@ -285,6 +289,31 @@ def test_a_file_of_another_seed_is_not_added_to(tmp_path):
     record(tmp_path, {0: True}).merge()
     with pytest.raises(ValueError, match="choose another --out"):
         Recording(tmp_path, "fridge", RECIPE | {"seed": 5})
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda h5: h5.with_suffix(".json").unlink(), "no fridge.json beside it"),
+        (lambda h5: h5.unlink(), "not both whole.*fridge.h5"),
+        (lambda h5: os.truncate(h5, 1000), "not both whole.*truncated"),
+        (lambda h5: os.truncate(h5.with_suffix(".json"), 100), "not both whole"),
+    ],
+)
+def test_half_of_a_pair_is_refused_and_not_replaced(tmp_path, damage, message):
+    record(tmp_path, {0: True, 1: True}).merge()
+    damage(tmp_path / "fridge.h5")
+    left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=message):
+        recording(tmp_path)
+    assert left == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_an_h5_that_a_kill_left_before_its_json_is_made_again(tmp_path):
+    growing = record(tmp_path, {0: True})
+    (tmp_path / "fridge.h5").write_bytes(b"whole, but not counted yet")
+    recording(tmp_path).merge()
+    assert growing.done == {0: True} and seeds_in(tmp_path) == [0]
 
 
 def test_a_full_disk_leaves_finished_episodes_and_nothing_half_written(small_disk):

@@ -74,6 +74,14 @@ def test_the_command_mends_the_apartment(name, plant):
     assert {each.state for each in asset_findings(plant.tmp / "assets")} == {"ok"}
 
 
+def test_a_demonstration_in_a_wrong_folder_is_moved_aside_and_not_lost(plant):
+    (lacking,) = FAULTS["a_file_in_a_wrong_folder"][0](plant)
+    before = sorted(path.read_bytes() for path in plant.tmp.rglob("*.h5"))
+    subprocess.run(["bash", "-c", lacking.mend], check=True)
+    assert before == sorted(path.read_bytes() for path in plant.tmp.rglob("*.h5"))
+    assert {each.state for each in demonstrations(plant.tmp / "demos")} == {"ok"}
+
+
 def test_nothing_is_found_where_nothing_is_missing(whole, assets, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     found = [

@@ -115,9 +115,41 @@ def test_a_torn_last_line_is_dropped_with_a_warning(tmp_path, capsys):
     assert read_lines(path) == [{"seed": 0}, {"seed": 1}]
 
 
+def test_a_damaged_line_is_named_with_what_takes_it_out(tmp_path):
+    path = tmp_path / "episodes.jsonl"
+    for seed in range(3):
+        append(path, {"seed": seed})
+    path.write_text(path.read_text().replace('{"seed": 1}', "\0\0\0"))
+    with pytest.raises(InputError, match=f"line 2: damaged.*sed -i 2d {path}") as error:
+        read_lines(path)
+    subprocess.run(str(error.value).rpartition(": ")[2].split(), check=True)
+    assert read_lines(path) == [{"seed": 0}, {"seed": 2}]
+
+
+def test_a_report_of_one_evaluation_is_refused_and_changes_nothing(tmp_path):
+    (tmp_path / "run/eval").mkdir(parents=True)
+    append(tmp_path / "run/eval/episodes.jsonl", {})
+    (tmp_path / "run/eval/results.json").write_text("{}")
+    command = ("-m", "tools.report", "--run")
+    refused = start(*command, tmp_path / "run/eval").communicate()[1]
+    assert f"python -m tools.report --run {tmp_path}/run" in refused
+    assert (tmp_path / "run/eval/results.json").read_text() == "{}"
+    foreign = start(*command, tmp_path / "run").communicate()[1]
+    assert foreign.startswith("error: ") and "not of an evaluation" in foreign
+
+
 def test_episodes_of_another_evaluation_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="split = 'train', this run has 'val'"):
         check_same_run(tmp_path / "e", [{"split": "train", "task": "t"}], {"split": "val"})
+
+
+def test_a_column_may_be_added_and_what_acts_in_it_may_not_change(tmp_path):
+    before = [{"policies": {"place_obj": "a"}}]
+    check_same_run(tmp_path / "e", before, {"policies": {"pick_obj": "b"}, "device": "cpu"})
+    with pytest.raises(ValueError, match=r"policies = \{'place_obj': 'a'\}, this run has"):
+        check_same_run(tmp_path / "e", before, {"policies": {"place_obj": "b"}})
+    with pytest.raises(ValueError, match="device = 'cpu', this run has 'cuda'"):
+        check_same_run(tmp_path / "e", before, {"device": "cuda"})
 
 
 def test_only_the_learned_policy_takes_a_checkpoint(tmp_path):
@@ -127,6 +159,8 @@ def test_only_the_learned_policy_takes_a_checkpoint(tmp_path):
         EvalConfig(out=tmp_path, policy="random", task="tidy_house", columns=("open_fridge",))
     with pytest.raises(ValueError, match="expected one of the two"):
         EvalConfig(policy="random")
+    with pytest.raises(ValueError, match="drop --episodes --video"):
+        EvalConfig(compare=(tmp_path, tmp_path), episodes=3, video=1)
 
 
 def test_a_kill_neither_loses_nor_repeats_an_episode(one_worker, tmp_path):
@@ -178,6 +212,12 @@ def test_so_does_torchrun_whose_ranks_share_the_episodes_out(one_worker, tmp_pat
     assert outcomes(tmp_path) == outcomes(one_worker)
     assert printed.count("| close_drawer") == 1 and not any(part.exists() for part in parts)
 
+    again = start(*two_ranks, "--horizon", 7)  # not those episodes: the main rank refuses
+    refused = again.communicate()[1]
+    assert again.returncode == 1 and refused.count("error: ") == 1
+    assert "episodes with horizon = 200, this run has 7" in refused
+    assert 'eval.py", line' not in refused  # no rank's traceback
+
 
 def test_the_random_policy_runs_through_the_same_code(assets, tmp_path):
     chosen = dict(columns=("open_drawer",), episodes=2, horizon=3, seed=5)
@@ -197,6 +237,13 @@ def test_a_checkpoint_drives_the_robot_and_is_filmed(trained, tmp_path):
     assert episode["checkpoint"] == sha256(trained / "step-00000001/manifest.json")
     names = {f"close_drawer_0_fail.{kind}" for kind in ("mp4", "json")}
     assert {path.name for path in (tmp_path / "videos").iterdir()} == names
+
+
+def test_a_film_that_comes_too_late_is_said(trained, tmp_path, capsys):
+    chosen = dict(columns=("close_drawer",), episodes=1, horizon=2, checkpoint=trained)
+    main(EvalConfig(out=tmp_path, **chosen))
+    main(EvalConfig(out=tmp_path, video=1, **chosen))
+    assert "close_drawer, seeds [0]: run already, without a film" in capsys.readouterr().out
 
 
 def test_the_readmes_example_drives_a_step(trained):

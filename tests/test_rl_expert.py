@@ -305,6 +305,12 @@ FAULTS = {
         lambda f: (f / "config.yml").write_text("algo:\n  name: sac\n"),
         "algo lacks actor_hidden_dims, .*actor_log_std_max",
     ),
+    "sizes of nothing": (
+        lambda f: (f / "config.yml").write_text(
+            yaml.safe_dump({"algo": dict.fromkeys(SAC_ALGO) | {"name": "sac"}})
+        ),
+        "algo lacks actor_hidden_dims",
+    ),
     "no YAML": (lambda f: (f / "config.yml").write_text("a: [1"), "not a YAML file"),
 }
 

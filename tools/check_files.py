@@ -58,8 +58,8 @@ def demonstrations(folder: str | Path, seconds: float = SECONDS) -> list[Finding
         return found
     try:
         demos = Demonstrations(folder)
-    except DataError as error:
-        return [damaged(files[0], error)]
+    except InputError as error:
+        return [misplaced(folder, error)]
     return read_samples(demos, time.monotonic() + seconds)
 
 
@@ -75,7 +75,7 @@ def read_samples(demos: Demonstrations, deadline: float) -> list[Finding]:
         try:
             ends = [demos.starts[row[file] + 1] - 1 for row in (first_of, last_of)]
             has = demos.read(ends)["has"].max(0)  # [labels]
-        except DataError as error:
+        except InputError as error:
             found.append(damaged(demos.folder / file, error))
             continue
         for label, there in zip(LABELS, has):
@@ -101,11 +101,18 @@ def record_again(folder: Path, file: str) -> str:
     )
 
 
+def misplaced(folder: Path, error: InputError) -> Finding:
+    """A file that may be whole, and is not to be lost: it does not fit those it lies beside."""
+    pair, aside = error.file.with_suffix(""), f"{folder}-aside"
+    mend = f"mkdir -p {aside} && mv {pair}.h5 {pair}.json {aside}/"
+    return Finding("missing", "--data", brief(error), "files of one robot in MS-HAB's tree", mend)
+
+
 def damaged(path: Path, error: Exception) -> Finding:
     task, subtask = ("", "", *path.absolute().parts)[-3:-1]
     mend = (
         f"rm -f {path} && python data.py download --out {path.parent.parent.parent} "
-        f"--tasks {task} --subtasks {subtask} --targets {path.stem} (or collect.py again)"
+        f"--tasks {task} --subtasks {subtask} --targets {path.stem}  # or collect.py again"
     )
     return Finding("missing", "--data", brief(error), "a whole .h5 and its .json", mend)
 
@@ -156,7 +163,8 @@ def checkpoint_weights(path: str | Path) -> list[Finding]:
     steps = checkpoint.steps_in(path)
     folder = path if (path / "manifest.json").is_file() or not steps else steps[-1]
     older = [step for step in steps or checkpoint.steps_in(path.parent) if step.name < folder.name]
-    mend = f"--checkpoint {older[-1]}" if older else f"copy {folder} again, or train it again"
+    again = f"mv {folder} {folder}.damaged  # then copy it again, or train it again"
+    mend = f"--checkpoint {older[-1]}" if older else again
 
     def lacking(got: str, expected: str) -> list[Finding]:
         return [Finding("missing", "--checkpoint", got, expected, mend)]

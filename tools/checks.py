@@ -155,6 +155,8 @@ def disk(out: str | Path, need: float) -> list[Finding]:
     """May `out` be written to, and are `need` bytes free? Checkpoints in it count as free."""
     out = Path(out).absolute()
     place = next(path for path in (out, *out.parents) if path.exists())
+    if not place.is_dir():
+        return [Finding("missing", "--out", f"{place}: a file", "a folder", f"--out {place}-out")]
     try:
         with tempfile.TemporaryFile(dir=place):
             pass

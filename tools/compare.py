@@ -16,7 +16,7 @@ from tyro.conf import Positional
 
 from config import InputError, explained
 from durable import read_lines
-from outcomes import IMPLIED
+from outcomes import IMPLIED, address, part
 from tasks import COLUMNS, wilson
 
 Z, Z_POWER = 1.959964, 0.841621  # standard normal quantiles: alpha 0.05 two-sided, power 0.8
@@ -102,7 +102,9 @@ def needed_apart(a: float, b: float) -> int | None:
 def read(folder: Path) -> Episodes:
     """The finished episodes of an evaluation. Raises InputError when there are none."""
     path = folder / "episodes.jsonl"
-    episodes = {(line["column"], line["seed"]): IMPLIED | line for line in read_lines(path)}
+    files = [path, *sorted(folder.glob(part(path, "*").name))]  # of a torchrun that was killed
+    lines = [line for file in files for line in read_lines(file)]
+    episodes = {address(line): IMPLIED | line for line in lines}
     if not episodes:
         raise InputError(
             f"no episodes in {path}: expected the --out of an evaluation. This makes one: "
@@ -144,6 +146,8 @@ def row(name: str, pairs: Pairs) -> list[str]:
 
 def comparison(a: Path, b: Path) -> list[str]:
     """The lines of the comparison of two folders. Raises InputError when they do not compare."""
+    if a.resolve() == b.resolve():
+        raise InputError(f"--compare {a} {b}: one and the same, expected two evaluations")
     of_a, of_b = read(a), read(b)
     shared = pair(of_a, of_b, (a, b))
     outcomes = {

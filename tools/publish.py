@@ -34,13 +34,11 @@ from huggingface_hub.errors import (
 )
 from safetensors.torch import load_file
 
-from checkpoint import hidden, read_manifest, resolve, write
+from checkpoint import MOMENTS, hidden, read_manifest, resolve, write
 from config import ADVICE, InputError, explained
 from durable import sha256, sync, write_sealed
 from rows import ROWS
 from tools.report import code_commit, success_table
-
-OPTIMIZER = "optimizer.safetensors"
 
 CARD = """---
 pipeline_tag: robotics
@@ -99,8 +97,8 @@ def push(
     folder = resolve(checkpoint)
     manifest, original = read_manifest(folder), sha256(folder / "manifest.json")
     evaluation = read_results(results, original, folder) if results else None
-    if OPTIMIZER in manifest["files"] and not optimizer:
-        left = {name: sha for name, sha in manifest["files"].items() if name != OPTIMIZER}
+    if MOMENTS in manifest["files"] and not optimizer:
+        left = {name: sha for name, sha in manifest["files"].items() if name != MOMENTS}
         manifest |= {"files": left, "published_from": original}
     with TemporaryDirectory() as made, reaching(repo):
         write_sealed(Path(made) / "manifest.json", manifest)
@@ -180,7 +178,7 @@ def read_results(folder: Path, original: str, checkpoint: Path) -> dict:
     if not path.is_file():
         raise InputError(f"{path}: not there; {mend} writes it")
     results = json.loads(path.read_text())
-    if results["manifest"]["checkpoint"] != original:
+    if results.get("manifest", {}).get("checkpoint") != original:
         raise InputError(f"{path}: is not of {checkpoint}, by the sha256 of its manifest; {mend}")
     return results
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import tyro
 from matplotlib.figure import Figure
 
-from config import LOSSES, explained
+from config import LOSSES, InputError, explained
 from durable import read_lines
 from outcomes import IMPLIED
 from rows import ROWS
@@ -66,6 +66,11 @@ def read_evaluations(run: Path) -> dict[str, dict]:
     evaluations = {}
     for path in sorted(run.glob("eval*/results.json")):
         results = json.loads(path.read_text())
+        if "manifest" not in results:
+            raise InputError(
+                f"{path}: not of an evaluation, expected its `manifest`. eval.py with the same "
+                "flags writes it again from the episodes beside it"
+            )
         policy = results["manifest"]["policy"]
         heading = "ours" if policy == "learned" else policy
         if heading in evaluations:
@@ -189,6 +194,11 @@ def main(run: Path):
         raise FileNotFoundError(
             f"{run}: no such run. One begins with: "
             f"python train.py --stage 1 --data DATA --out {run}/stage1"
+        )
+    if (run / "episodes.jsonl").exists():
+        raise InputError(
+            f"{run}: is one evaluation, expected the folder of the run that holds it: "
+            f"python -m tools.report --run {run.resolve().parent}"
         )
     report = write_report(run)
     print(
