@@ -15,6 +15,7 @@ import eval
 import train
 from durable import read_lines
 from tasks import PAPER_COLUMNS
+from tools.claims import lines_of
 from tools.report import rate
 
 ROOT = Path(__file__).parent.parent
@@ -94,6 +95,13 @@ def test_the_table_of_make_learn_is_counted_from_the_episodes_in_results():
             figure = rate(column).split(", at the end")[0]
             assert figure in line or re.sub(r" = [\d.]+", "", figure) in line
         assert folder == "eval-flow" or set(columns) == set(PAPER_COLUMNS)
+
+
+def test_the_miniature_tables_their_metrics_and_verdicts_are_those_in_results():
+    for path in (ROOT / "results").glob("*/table-*.json"):
+        table = json.loads(path.read_text())
+        missing = [line for line in lines_of(table) if line not in README]
+        assert not missing, "\n".join(missing)
 
 
 def test_the_figures_of_what_a_run_survives_are_those_in_results():
