@@ -105,6 +105,14 @@ def read_sealed(path: Path) -> dict:
     return json.loads(body + "\n}")
 
 
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises DamagedError for anything else."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise DamagedError(f"{path}: damaged, expected a JSON object ({error})") from error
+
+
 # --- JSON lines that grow ---
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,12 +46,18 @@ def test_rows_that_are_trained_alike_are_trained_once():
 
 def test_a_folder_of_other_numbers_is_refused(tmp_path):
     cfg = ReproduceConfig(table=2, out=tmp_path / "out", work=tmp_path / "work")
-    check_recipe(cfg)
-    check_recipe(cfg)
+    for folder in (cfg.results, cfg.workshop) * 2:
+        check_recipe(cfg, folder)
     for kept in ({"out": cfg.out}, {"work": cfg.work}):  # results, or demonstrations
         other = {"out": tmp_path / "new", "work": tmp_path / "new"} | kept
+        changed = ReproduceConfig(table=2, steps_per_epoch=7, **other)
         with pytest.raises(InputError, match=r"this command of .*'steps_per_epoch': 7"):
-            check_recipe(ReproduceConfig(table=2, steps_per_epoch=7, **other))
+            for folder in (changed.results, changed.workshop):
+                check_recipe(changed, folder)
+    third = ReproduceConfig(table=3, out=cfg.out, run=False)  # not its columns
+    with pytest.raises(InputError, match=r"this command of .*pick_all"):
+        main(third)
+    assert not (cfg.out / "table-3.json").exists()
 
 
 def test_a_table_of_no_results_says_what_makes_them(tmp_path):
@@ -64,6 +71,7 @@ def test_a_table_of_no_results_says_what_makes_them(tmp_path):
         (dict(table=2, rows=("openvla",)), "--rows openvla: not of Table 2"),
         (dict(table=3, columns=("close_drawer",)), "Table 3 has no close"),
         (dict(table=2, seeds=0), "start at 1"),
+        (dict(table=2, steps_per_epoch=0), "start at 1"),
     ],
 )
 def test_what_a_table_lacks_is_refused(flags, message):
@@ -137,6 +145,51 @@ def test_a_verdict_follows_the_interval(tmp_path, naive, staged, verdict):
         assert judged["paper_all_columns"] == pytest.approx(0.728 - 0.505, abs=0.001)
 
 
+def test_a_claim_is_not_told_where_the_papers_own_figures_have_another_sign(tmp_path):
+    write_row(
+        tmp_path / "base-depth", {"close_fridge": [0.5, 0.5, 0.45], "close_drawer": [1, 1, 1]}
+    )
+    write_row(
+        tmp_path / "auxvla-grasp", {"close_fridge": [0.9, 0.95, 0.9], "close_drawer": [1, 1, 1]}
+    )
+    claim = next(each for each in CLAIMS if each.name == "grasp-helps")
+    judged = judge(claim, {name: tmp_path / cell(name) for name in ROWS})
+    assert judged["paper_all_columns"] > 0 > judged["paper"] and judged["low"] > 0
+    assert (judged["verdict"], judged["seeds_needed"]) == ("cannot tell", None)
+
+
+def test_held_out_figures_are_of_the_last_stage_alone_and_an_episode_counts_once(tmp_path):
+    seeds = tmp_path / "auxvla-all/seed-0", tmp_path / "auxvla-all/seed-1"
+    about = {"trivial": 90.0, "unit": "cm", "higher_is_better": False}
+    for folder, stages in zip(seeds, ((1, 2), (1,)), strict=True):  # the second was stopped
+        for stage in stages:
+            path = folder / f"stage{stage}/validation.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps({"metrics": {"error": about | {"ours": 10.0 / stage}}}))
+    write_row(tmp_path / "auxvla-all", {"close_fridge": [0.5, 0.5]})
+    append(
+        seeds[0] / "set_table/episodes.jsonl",
+        {"column": "close_fridge", "seed": 0, "success_once": True},
+    )
+    row = write_table(tmp_path, 2, ("auxvla-all",), cell)["rows"]["auxvla-all"]
+    assert row["metrics"]["error"]["ours"] == 5.0 and "low" not in row["metrics"]["error"]
+    assert row["cells"]["set_table/close_fridge"]["n"] == 120
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    path = tmp_path / "auxvla-all/seed-0/set_table/episodes.jsonl"
+    path.parent.mkdir(parents=True)
+    append(path, {"column": "close_fridge"})
+    with pytest.raises(InputError, match=f"{path}: a line lacks 'seed'"):
+        write_table(tmp_path, 2, ("auxvla-all",), cell)
+    path.unlink()
+    path = tmp_path / "auxvla-all/seed-0/stage2/validation.json"
+    path.parent.mkdir()
+    path.write_text("{")
+    with pytest.raises(InputError, match=f"{path}: damaged, expected a JSON object"):
+        write_table(tmp_path, 2, ("auxvla-all",), cell)
+
+
 def test_an_average_counts_only_trainings_that_have_every_column(tmp_path):
     write_row(tmp_path / "auxvla-all", {"close_fridge": [0.5, 1.0], "close_drawer": [1.0]})
     table = write_table(tmp_path, 2, ("auxvla-all", "auxvla-naive"), cell)
@@ -185,3 +238,12 @@ def test_a_stopped_run_goes_on_and_repeats_nothing(assets, tmp_path):
     assert before == {path: path.read_text() for path in logs}
     commands = before[tmp_path / "work/auxvla-all/seed-0/log.txt"].count
     assert (commands("--stage 1"), commands("$ eval.py")) == (2, 1)  # 2: it was killed behind it
+
+    # On another machine, a row that stands on its training: its logs stay.
+    shutil.rmtree(tmp_path / "work/auxvla-all")
+    (staged / "stage1/log.jsonl").write_text("of the training that acted\n")
+    fourth = [word.replace("auxvla-all", "auxvla-action-head") for word in command]
+    fourth[fourth.index("2")] = "4"
+    subprocess.run(fourth, cwd=ROOT, check=True, capture_output=True)
+    assert (tmp_path / "out/auxvla-action-head/seed-0/stage3/log.jsonl").exists()
+    assert (staged / "stage1/log.jsonl").read_text() == "of the training that acted\n"

@@ -7,7 +7,8 @@ filled, and the verdict is written whichever way it falls:
 
     agrees        the 95 % interval of our difference lies wholly on the paper's side of 0
     disagrees     it lies wholly on the other side
-    cannot tell   it contains 0, or one of the rows was trained once only
+    cannot tell   it contains 0, or one of the rows was trained once only, or in the columns that
+                  were run the paper's own figures do not have the sign of its claim
     not run       one of the rows, or every column of the claim, is missing
 
 Episodes of one training are not independent trainings. So an interval is the wider of two: that
@@ -24,12 +25,15 @@ from statistics import mean, variance
 
 from scipy.stats import t as student
 
-from durable import read_lines, write
+from config import InputError
+from durable import read_json, read_lines, write
+from outcomes import address
 from rows import ROWS
 from tasks import COLUMNS, PAPER_COLUMNS, wilson
 
 ALPHA, POWER_Z, Z = 0.05, 0.841621, 1.959964  # two-sided; power 0.8
 SEED_SD = 0.1  # assumed spread of a row's success rate from one training to the next
+SEEDS = "seed-[0-9]"  # a training's folder
 PLANNED_EPISODES = 60  # of each column and seed
 RECIPE = (
     "a model of 4 M parameters with random weights instead of 1.3B pre-trained ones",
@@ -59,13 +63,24 @@ class Claim:
         pairs = [(paper_rate(self.a, key), paper_rate(self.b, key)) for key in keys]
         return mean(b - a for a, b in pairs) if pairs else None
 
+    @property
+    def everywhere(self) -> list[str]:
+        """All task/column pairs that the claim is of."""
+        pairs = [(task, column) for task, rates in ROWS[self.a].paper.items() for column in rates]
+        return [f"{task}/{column}" for task, column in pairs if column in self.columns]
+
+    def tests(self, keys: Sequence[str]) -> bool:
+        """Have the paper's own figures of these columns the sign of its claim?"""
+        effect = self.paper(keys)
+        return effect is not None and effect * self.paper(self.everywhere) > 1e-9
+
     def seeds_needed(self, keys: Sequence[str]) -> int | None:
         """Trainings of each row that detect the paper's difference with power 0.8.
 
         From SEED_SD and the paper's own rates; None where the paper saw no difference.
         """
         effect = self.paper(keys)
-        if not effect or abs(effect) < 1e-9:
+        if not self.tests(keys):
             return None
         rates = [paper_rate(row, key) for row in (self.a, self.b) for key in keys]
         chance = mean(rate * (1 - rate) for rate in rates) / (PLANNED_EPISODES * len(keys))
@@ -95,23 +110,23 @@ CLAIMS = (
           "to 0.73 (Sec. 6.3)", "auxvla-naive", "auxvla-all"),
     Claim("grasp-helps", "The grasp decoder raises success, 0.60 to 0.66 (Sec. 6.3)",
           "auxvla", "auxvla-grasp"),
-    Claim("grasp-helps-picking", "and picking most, 0.16 to 0.30 (Sec. 6.3)",
+    Claim("grasp-helps-picking", "The grasp decoder raises picking, 0.16 to 0.30 (Sec. 6.3)",
           "auxvla", "auxvla-grasp", PICKING),
-    Claim("qpos-helps", "The qpos decoder raises success most, 0.60 to 0.71 (Sec. 6.3)",
+    Claim("qpos-helps", "The qpos decoder raises success, 0.60 to 0.71 (Sec. 6.3)",
           "auxvla", "auxvla-qpos"),
     Claim("pos-helps", "The position decoder raises success, 0.60 to 0.65 (Sec. 6.3)",
           "auxvla", "auxvla-pos"),
-    Claim("pos-hurts-pick-and-place", "but lowers picking and placing (Sec. 6.3)",
+    Claim("pos-hurts-pick-and-place", "The position decoder lowers picking and placing (Sec. 6.3)",
           "auxvla", "auxvla-pos", PICKING + PLACING),
     Claim("seg-obj-helps", "Masks and object pose raise success, 0.27 to 0.47 (Sec. 6.3)",
           "auxvla-pick-place", "auxvla-seg-obj"),
-    Claim("seg-obj-helps-placing", "and placing by half or more (Sec. 6.3)",
+    Claim("seg-obj-helps-placing", "Masks and object pose raise placing (Sec. 6.3)",
           "auxvla-pick-place", "auxvla-seg-obj", PLACING),
     Claim("action-head-lowers-the-average", "The action head lowers the average, 0.73 to 0.69 "
           "(Sec. 6.4)", "auxvla-tokens", "auxvla-action-head"),
-    Claim("action-head-helps-picking", "but doubles picking, 0.13 to 0.27 (Sec. 6.4)",
+    Claim("action-head-helps-picking", "The action head raises picking, 0.13 to 0.27 (Sec. 6.4)",
           "auxvla-tokens", "auxvla-action-head", PICKING),
-    Claim("action-head-helps-placing", "and raises placing, 0.70 to 0.80 (Sec. 6.4)",
+    Claim("action-head-helps-placing", "The action head raises placing, 0.70 to 0.80 (Sec. 6.4)",
           "auxvla-tokens", "auxvla-action-head", PLACING),
     Claim("action-head-hurts-opening", "It lowers opening of fridge and drawer (Sec. 6.4)",
           "auxvla-tokens", "auxvla-action-head", OPENING),
@@ -178,11 +193,14 @@ def difference(a: dict, b: dict) -> tuple[float, float, float]:
 def read_cells(folder: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """{task/column: {training seed: (successes, episodes)}} of one row's folder."""
     cells: dict[str, dict] = {}
-    for path in sorted(folder.glob("seed-*/*/episodes.jsonl")):
+    for path in sorted(folder.glob(f"{SEEDS}/*/episodes.jsonl")):
         seed, task = path.parts[-3].removeprefix("seed-"), path.parts[-2]
-        episodes = read_lines(path)
+        try:
+            episodes = {address(line): line["success_once"] for line in read_lines(path)}
+        except KeyError as error:
+            raise InputError(f"{path}: a line lacks {error}, expected those of eval.py") from error
         for column in COLUMNS:
-            outcomes = [line["success_once"] for line in episodes if line["column"] == column]
+            outcomes = [success for (name, _), success in episodes.items() if name == column]
             if outcomes:
                 cells.setdefault(f"{task}/{column}", {})[seed] = (sum(outcomes), len(outcomes))
     return cells
@@ -199,14 +217,13 @@ def average_of(cells: dict[str, dict[str, tuple[int, int]]]) -> dict[str, tuple[
     return summed
 
 
-def metrics_of(folder: Path) -> dict[str, dict]:
+def metrics_of(folder: Path, stage: int) -> dict[str, dict]:
     """The held-out metrics after a row's last stage, averaged over seeds, with their interval."""
-    last: dict[str, dict] = {}
-    for path in sorted(folder.glob("seed-*/stage*/validation.json")):
-        last[path.parts[-3]] = json.loads(path.read_text())["metrics"]  # of the last stage
+    paths = sorted(folder.glob(f"{SEEDS}/stage{stage}/validation.json"))
+    last = [read_json(path)["metrics"] for path in paths]
     metrics = {}
-    for name in dict.fromkeys(name for each in last.values() for name in each):
-        runs = [each[name] for each in last.values() if name in each]
+    for name in dict.fromkeys(name for each in last for name in each):
+        runs = [each[name] for each in last if name in each]
         ours, half = over_seeds([[run["ours"] for run in runs]]) or (runs[0]["ours"], None)
         about = {key: runs[0][key] for key in ("trivial", "unit", "higher_is_better")}
         ends = {} if half is None else {"low": ours - half, "high": ours + half}
@@ -214,7 +231,7 @@ def metrics_of(folder: Path) -> dict[str, dict]:
     return metrics
 
 
-def row_of_table(folder: Path, label: str, paper: dict[str, float]) -> dict:
+def row_of_table(folder: Path, label: str, paper: dict[str, float], stage: int = 0) -> dict:
     """One row: its cells, their average, and what its latents know."""
     counts = read_cells(folder)
     cells = {key: rate_of(by_seed) | {"paper": paper.get(key)} for key, by_seed in counts.items()}
@@ -222,15 +239,14 @@ def row_of_table(folder: Path, label: str, paper: dict[str, float]) -> dict:
         theirs = [paper[key] for key in counts if key in paper]
         cells["average"] = rate_of(summed) | {"paper": mean(theirs) if theirs else None}
     seeds = sorted({int(seed) for by_seed in counts.values() for seed in by_seed})
-    return {"label": label, "seeds": seeds, "cells": cells, "metrics": metrics_of(folder)}
+    return {"label": label, "seeds": seeds, "cells": cells, "metrics": metrics_of(folder, stage)}
 
 
 def judge(claim: Claim, folders: dict[str, Path]) -> dict:
     """A claim's verdict, from the episodes of its two rows in the columns that both have."""
     counts = [read_cells(folders[row]) for row in (claim.a, claim.b)]
     keys = [key for key in counts[0] if key in counts[1] and key.split("/")[1] in claim.columns]
-    whole = [f"{task}/{c}" for task, rates in ROWS[claim.a].paper.items() for c in rates]
-    whole = [key for key in whole if key.split("/")[1] in claim.columns]
+    whole = claim.everywhere
     about = {"name": claim.name, "table": claim.table, "statement": claim.statement}
     about |= {"rows": [claim.a, claim.b], "columns": keys, "paper_all_columns": claim.paper(whole)}
     summed = [average_of({key: of_row[key] for key in keys}) for of_row in counts]
@@ -242,7 +258,7 @@ def judge(claim: Claim, folders: dict[str, Path]) -> dict:
     about |= {"paper": paper, "ours": ours, "low": low, "high": high}
     about |= {"seeds": min(map(len, summed)), "seeds_needed": claim.seeds_needed(keys)}
     # One training of each says nothing of how trainings differ, whatever its episodes say.
-    if low <= 0 <= high or about["seeds"] < 2:
+    if low <= 0 <= high or about["seeds"] < 2 or not claim.tests(keys):
         return about | {"verdict": "cannot tell"}
     return about | {"verdict": "agrees" if sign * ours > 0 else "disagrees"}
 
@@ -252,7 +268,8 @@ def write_table(results: Path, number: int, names: Sequence[str], cell: Callable
     rows = {}
     for name in names:
         paper = {f"{task}/{c}": r for task, of in ROWS[name].paper.items() for c, r in of.items()}
-        rows[name] = row_of_table(results / cell(name), ROWS[name].label, paper)
+        folder, row = results / cell(name), ROWS[name]
+        rows[name] = row_of_table(folder, row.label, paper, row.stages[-1])
     for bound in ("random", "expert"):
         rows[bound] = row_of_table(results / bound, bound, {})
     folders = {name: results / cell(name) for name in ROWS}
@@ -282,15 +299,19 @@ def cell_text(cell: dict | None) -> str:
     return f"{cell['rate']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]{paper}"
 
 
+OTHERWISE = "the paper's own figures there do not have the sign of its claim"
+
+
 def claim_text(claim: dict) -> str:
     if claim["verdict"] == "not run":
         return f"- {claim['name']}: not run. {claim['statement']}"
     ours = f"{claim['ours']:+.2f} [{claim['low']:+.2f}, {claim['high']:+.2f}]"
     seeds = claim["seeds"]
-    needed = f"{seeds} seed{'s' * (seeds != 1)}, {claim['seeds_needed'] or 'no number'} would"
+    needed = f"{seeds} seed{'s' * (seeds != 1)}, "
+    needed += f"{claim['seeds_needed']} would detect that" if claim["seeds_needed"] else OTHERWISE
     return (
         f"- {claim['name']}: **{claim['verdict']}**. {claim['statement']}. Here {ours}, the paper "
-        f"in these columns {claim['paper']:+.2f}; {needed} detect that"
+        f"in these columns {claim['paper']:+.2f}; {needed}"
     )
 
 
@@ -327,9 +348,7 @@ def lines_of(table: dict) -> list[str]:
 
 if __name__ == "__main__":
     for claim in CLAIMS:
-        tasks = ROWS[claim.a].paper
-        keys = [f"{task}/{column}" for task in tasks for column in tasks[task]]
-        keys = [key for key in keys if key.split("/")[1] in claim.columns]
+        keys = claim.everywhere
         print(
             f"{claim.name}: {claim.statement}. {claim.a} to {claim.b}, {claim.paper(keys):+.2f} in "
             f"the paper; {claim.seeds_needed(keys)} trainings of each would detect it"

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 
 from durable import write
+from tools.claims import OTHERWISE
 from tools.markup import (
     NOT_RUN,
     anchor,
@@ -193,7 +194,7 @@ def claim(each: dict) -> str:
         ours = f"{each['ours']:+.2f} {interval(each['low'], each['high'], '+')}"
         theirs = NOT_RUN if each["paper"] is None else f"{each['paper']:+.2f}"
         ran, needed = count(each["seeds"], "seed"), each["seeds_needed"]
-        enough = f"{needed} would detect the paper's" if needed else "the paper has none to detect"
+        enough = f"{needed} would detect the paper's" if needed else OTHERWISE
         text += f'<small><span class="paper">paper {theirs}</span>, here {ours}, {ran} ({enough})'
         text += "</small>"
     return f'<li><span class="verdict {anchor(verdict)}">{verdict}</span><div>{text}</div></li>'

@@ -16,10 +16,11 @@ import tyro
 from matplotlib.figure import Figure
 
 from config import LOSSES, InputError, explained
-from durable import read_lines
+from durable import read_json, read_lines
 from outcomes import IMPLIED
 from rows import ROWS
 from tasks import COLUMNS, PAPER_COLUMNS
+from tools.claims import lines_of
 from tools.markup import NOT_RUN
 from tools.page import write_page
 
@@ -65,7 +66,7 @@ def read_evaluations(run: Path) -> dict[str, dict]:
     """Return {heading: results}: ours, random or expert, and the folder where one has two."""
     evaluations = {}
     for path in sorted(run.glob("eval*/results.json")):
-        results = json.loads(path.read_text())
+        results = read_json(path)
         if "manifest" not in results:
             raise InputError(
                 f"{path}: not of an evaluation, expected its `manifest`. eval.py with the same "
@@ -155,7 +156,7 @@ def write_report(run: Path) -> Path:
     """Write RUN/report.md and .html, curves.png, results.json and videos/; the first one's path."""
     evaluations, curves, videos = read_evaluations(run), read_curves(run), gather_videos(run)
     validation = {
-        path.parent.name: json.loads(path.read_text())["metrics"]
+        path.parent.name: read_json(path)["metrics"]
         for path in sorted(run.glob("stage[123]/validation.json"))
     }
     if curves:
@@ -167,19 +168,25 @@ def write_report(run: Path) -> Path:
     columns = {key: {} for key in ("ours", "random", "expert")}
     columns |= {heading: results["columns"] for heading, results in evaluations.items()}
     different = unlike([*manifests.values()])
+    tables = [read_json(path) for path in sorted(run.glob("table-*.json"))]
+    made = [line for table in tables for line in section(table["title"], lines_of(table))]
     listing = ["```json", json.dumps(manifests, indent=2), "```"]
     lines = [
         f"# {run.resolve().name}",
         "",
         "Success at any step of an episode, with the Wilson 95 % interval: two intervals that",
         "overlap do not separate two policies. The paper's figures are of the real apartments.",
-        *section("Success", success_table(columns, papers)),
-        *different,
-        *section("Held-out episodes", metrics_table(validation)),
-        *section("Losses", ["![losses](curves.png)"] if curves else []),
-        *section("Videos", [f"- [{name}]({name})" for name in videos]),
-        *section("Manifests", listing if manifests else []),
+        *made,
     ]
+    if not tables or evaluations or validation or curves:  # a folder of tables alone is not a run
+        lines += [
+            *section("Success", success_table(columns, papers)),
+            *different,
+            *section("Held-out episodes", metrics_table(validation)),
+            *section("Losses", ["![losses](curves.png)"] if curves else []),
+            *section("Videos", [f"- [{name}]({name})" for name in videos]),
+            *section("Manifests", listing if manifests else []),
+        ]
     (run / "report.md").write_text("\n".join(lines) + "\n")
     results = {"evaluations": evaluations, "validation": validation, "videos": videos}
     (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -29,7 +29,7 @@ import tyro
 from tqdm import tqdm
 
 from config import InputError, explained
-from durable import read_lines, sole_writer
+from durable import read_lines, sole_writer, write
 from rows import ROWS, Row, preset_of
 from tasks import COLUMNS, PAPER_COLUMNS, SUBTASKS
 from tools.claims import lines_of, write_table
@@ -60,8 +60,11 @@ class ReproduceConfig:
         strangers = [name for name in self.rows if ROWS[name].table != self.table]
         if strangers:
             raise InputError(f"--rows {' '.join(strangers)}: not of Table {self.table}")
-        if min(self.seeds, self.episodes, self.demonstrations, self.jobs) < 1:
-            raise InputError("--seeds, --episodes, --demonstrations and --jobs start at 1")
+        counts = self.seeds, self.episodes, self.demonstrations, self.steps_per_epoch, self.jobs
+        if min(counts) < 1:
+            raise InputError(
+                "--seeds, --episodes, --demonstrations, --steps-per-epoch and --jobs start at 1"
+            )
         lacking = {COLUMNS[name].subtask for name in self.columns} - set(self.any_row.subtasks)
         if lacking:
             raise InputError(f"Table {self.table} has no {', '.join(sorted(lacking))}: --columns")
@@ -77,7 +80,9 @@ class ReproduceConfig:
     @property
     def evaluated(self) -> tuple[str, ...]:
         closing = ("close_fridge", "close_drawer")
-        return self.columns or (closing if "close" in self.any_row.subtasks else PAPER_COLUMNS[:2])
+        return tuple(c for c in COLUMNS if c in self.columns) or (
+            closing if "close" in self.any_row.subtasks else PAPER_COLUMNS[:2]
+        )
 
     @property
     def suite(self) -> str:
@@ -179,6 +184,10 @@ class Runner:
                 seed=seed, device=cfg.device, out=out, **start,
             )  # fmt: skip
             kept = cfg.results / where / f"stage{stage}"
+            # Trained again for a row that stands on it, on a machine that has not its checkpoints:
+            # the logs beside finished episodes stay those of the training that acted in them.
+            if kept.exists() and not any(missing(cfg, name, seed, task) for task in row.tasks):
+                return
             kept.mkdir(parents=True, exist_ok=True)
             for file in KEPT:
                 shutil.copyfile(out / file, kept / file)
@@ -234,23 +243,23 @@ def work(cfg: ReproduceConfig, name: str, seed: int) -> tuple[int, int]:
     return epochs * cfg.steps_per_epoch, episodes
 
 
-def check_recipe(cfg: ReproduceConfig):
+def check_recipe(cfg: ReproduceConfig, folder: Path):
     """Raise InputError when OUT, or WORK with its demonstrations, was made with other numbers."""
-    paths = [folder / "recipe.json" for folder in (cfg.results, cfg.workshop)]
-    for path in paths:
-        if path.exists() and (got := json.loads(path.read_text())) != cfg.recipe:
-            raise InputError(
-                f"{path} is of {got}, this command of {cfg.recipe}: one table cannot mix them. "
-                "Give another --out and --work"
-            )
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(cfg.recipe, indent=2) + "\n")
+    path, ours = folder / "recipe.json", (json.dumps(cfg.recipe, indent=2) + "\n").encode()
+    if path.exists() and path.read_bytes() != ours:
+        raise InputError(
+            f"{path} is of {' '.join(path.read_text().split())}, this command of {cfg.recipe}: one "
+            "table cannot mix them. Give the same flags, or another --out and --work"
+        )
+    if cfg.run and not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write(path, ours)
 
 
 def run(cfg: ReproduceConfig):
     """Run what OUT lacks, all rows of a seed before the next seed."""
-    check_recipe(cfg)
+    for folder in (cfg.results, cfg.workshop):
+        check_recipe(cfg, folder)
     names = dict.fromkeys(map(cell, cfg.names))
     cells = [(name, 0) for name in BOUNDS]
     cells += [(name, seed) for seed in range(cfg.seeds) for name in names]
@@ -258,6 +267,7 @@ def run(cfg: ReproduceConfig):
     total = sum(steps + EPISODE * episodes for steps, episodes in left.values())
     with (
         sole_writer(cfg.workshop),
+        sole_writer(cfg.results),
         tqdm(total=total, unit="step", disable=total == 0) as bar,
         ThreadPoolExecutor(cfg.jobs) as pool,
     ):
@@ -281,14 +291,20 @@ def main(cfg: ReproduceConfig):
                 "household.assets --out assets && export MS_ASSET_DIR=$PWD/assets"
             )
         run(cfg)
-    elif not cfg.results.is_dir():
+    elif not (cfg.results / "recipe.json").exists():
         raise InputError(
             f"{cfg.results}: no results to make a table from; expected what this leaves there: "
             f"python -m tools.reproduce --table {cfg.table} --out {cfg.results}"
         )
+    check_recipe(cfg, cfg.results)
     print("\n".join(lines_of(write_table(cfg.results, cfg.table, cfg.names, cell))))
 
 
 if __name__ == "__main__":
     with explained():
-        main(tyro.cli(ReproduceConfig))
+        try:
+            main(tyro.cli(ReproduceConfig))
+        except KeyboardInterrupt:
+            raise SystemExit(
+                "stopped: what is finished is kept, the same command goes on"
+            ) from None
