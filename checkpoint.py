@@ -281,6 +281,12 @@ def load_weights(model: nn.Module, folder: Path, new: tuple[str, ...] = ()) -> N
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Adam's state. Raises CheckpointError for a checkpoint that was shared without it."""
+    if not (folder / MOMENTS).is_file():
+        raise CheckpointError(
+            f"{folder}: has no {MOMENTS}, so that its stage cannot go on. It starts one: "
+            f"--init-from {folder}, and another --out"
+        )
     parameters = dict(model.named_parameters())
     with safe_open(folder / MOMENTS, "pt") as file:  # one tensor at a time
         for key in sorted(file.keys()):  # in the same order on every rank

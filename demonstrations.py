@@ -57,7 +57,6 @@ RECORD = np.dtype(
     ]
 )
 
-
 # Blocks of frames that the order of samples mixes, and that a reader keeps: 1.4 GB of them when
 # episodes have 200 steps.
 SHUFFLE_POOL, READ_AHEAD = 256, 320
@@ -88,11 +87,11 @@ def load_sidecar(path: Path) -> dict:
     except ValueError as error:
         raise DataError(f"{sidecar}: not whole ({error}); download or record it again") from error
     episodes = content.get("episodes") if isinstance(content, dict) else None
-    needed = {"episode_id", "elapsed_steps"}
-    if not isinstance(episodes, list) or not episodes or not all(needed <= {*e} for e in episodes):
+    each = episodes if isinstance(episodes, list) and episodes else [None]
+    if not all(isinstance(e, dict) and {"episode_id", "elapsed_steps"} <= {*e} for e in each):
         raise DataError(
-            f"{sidecar}: expected MS-HAB's `episodes`, at least one, each with "
-            f"{' and '.join(sorted(needed))}; download or record it again"
+            f"{sidecar}: expected MS-HAB's `episodes`, at least one, each with episode_id and "
+            "elapsed_steps; download or record it again"
         )
     return content
 

@@ -147,7 +147,7 @@ def a_json_that_is_cut_off(plant):
 @fault("fridge.json: expected MS-HAB's `episodes`", "data.py download")
 def a_json_of_something_else(plant):
     folder = plant.copy("demos")
-    (folder / "set_table/close/fridge.json").write_text("{}")
+    (folder / "set_table/close/fridge.json").write_text('{"episodes": [0]}')
     return demonstrations(folder)
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 import tyro
 from hub_server import TOKEN, Hub
 from processes import REPOSITORY, start
 from safetensors.torch import load_file
 from tiny_run import SCHEMA, observation, train_tiny
 
-from checkpoint import newest, read_manifest
+from checkpoint import load_optimizer, newest, read_manifest
 from config import InputError
 from durable import read_sealed, sha256
 from policy import Policy
@@ -93,6 +94,9 @@ def test_a_lightened_checkpoint_is_half_as_large_acts_the_same_and_starts_a_stag
     assert (out / "log.jsonl").read_bytes() == (stage / "log.jsonl").read_bytes()
     with pytest.raises(FileExistsError, match="is there already"):
         lighten(stage, out)
+    optimizer = torch.optim.Adam(policy.model.parameters())
+    with pytest.raises(InputError, match=r"has no optimizer.safetensors.* --init-from"):
+        load_optimizer(policy.model, optimizer, ours)
 
 
 def test_adams_moments_stay_here_and_the_manifest_says_of_which_it_is(pushed, stage):

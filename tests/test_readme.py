@@ -15,8 +15,8 @@ import eval
 import train
 from durable import read_lines
 from tasks import PAPER_COLUMNS
-from tools.claims import lines_of
 from tools.report import rate
+from tools.tables import lines_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

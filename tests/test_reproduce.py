@@ -18,8 +18,9 @@ from config import InputError
 from durable import append
 from rows import ROWS
 from tasks import wilson
-from tools.claims import CLAIMS, difference, judge, lines_of, rate_of, write_table
+from tools.claims import CLAIMS, difference, judge, rate_of
 from tools.reproduce import ReproduceConfig, cell, check_recipe, main, trained_as
+from tools.tables import lines_of, write_table
 
 
 def write_row(folder: Path, rates: dict[str, list[float]], n: int = 60):
@@ -174,6 +175,16 @@ def test_held_out_figures_are_of_the_last_stage_alone_and_an_episode_counts_once
     row = write_table(tmp_path, 2, ("auxvla-all",), cell)["rows"]["auxvla-all"]
     assert row["metrics"]["error"]["ours"] == 5.0 and "low" not in row["metrics"]["error"]
     assert row["cells"]["set_table/close_fridge"]["n"] == 120
+
+
+def test_every_training_counts_also_beyond_the_tenth_and_no_other_folder_does(tmp_path):
+    write_row(tmp_path / "auxvla-all", {"close_fridge": [0.5] * 12}, n=2)
+    episodes = tmp_path / "auxvla-all/seed-0/set_table/episodes.jsonl"
+    copy = tmp_path / "auxvla-all/seed-0-old/set_table/episodes.jsonl"
+    copy.parent.mkdir(parents=True)
+    shutil.copyfile(episodes, copy)
+    row = write_table(tmp_path, 2, ("auxvla-all",), cell)["rows"]["auxvla-all"]
+    assert row["seeds"] == [*range(12)] and row["cells"]["set_table/close_fridge"]["n"] == 24
 
 
 def test_a_damaged_file_is_named(tmp_path):

@@ -11,7 +11,6 @@ from html import escape
 from pathlib import Path
 
 from durable import write
-from tools.claims import OTHERWISE
 from tools.markup import (
     NOT_RUN,
     anchor,
@@ -26,6 +25,7 @@ from tools.markup import (
     words,
 )
 from tools.slider import walk
+from tools.tables import OTHERWISE
 
 LIMIT = 20_000_000  # bytes of films and steps in the page, as text; about the page's size
 FILM = re.compile(r"(.+)_(\d+)_(success|fail)")  # column, seed: how eval.py and Film name them

@@ -20,9 +20,9 @@ from durable import read_json, read_lines
 from outcomes import IMPLIED
 from rows import ROWS
 from tasks import COLUMNS, PAPER_COLUMNS
-from tools.claims import lines_of
 from tools.markup import NOT_RUN
 from tools.page import write_page
+from tools.tables import lines_of
 
 DEFAULT_ROW = "auxvla-all"
 

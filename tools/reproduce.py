@@ -6,7 +6,7 @@
 Demonstrations are recorded once; each row trains its stages for each seed, then runs its episodes
 on starts that no demonstration has. All of it are the commands of the README, `--jobs` at a time,
 one core each. OUT keeps every episode, log and held-out figure, WORK what they were made from: a
-cell whose episodes are all in OUT needs nothing of WORK. tools/claims.py makes the tables.
+cell whose episodes are all in OUT needs nothing of WORK. tools/tables.py makes the tables.
 
 Rows that are trained alike, Table 1's `base-depth` and Table 2's `auxvla`, are trained once, and so
 are the stages that Table 4's rows share.
@@ -30,9 +30,10 @@ from tqdm import tqdm
 
 from config import InputError, explained
 from durable import read_lines, sole_writer, write
+from outcomes import address
 from rows import ROWS, Row, preset_of
 from tasks import COLUMNS, PAPER_COLUMNS, SUBTASKS
-from tools.claims import lines_of, write_table
+from tools.tables import lines_of, write_table
 
 KEPT = ("config.json", "log.jsonl", "validation.json")  # of each stage
 EPISODE = 12  # training steps of the tiny model that take as long as one of its episodes
@@ -231,7 +232,7 @@ def flag(name: str, value) -> Iterable[str]:
 def missing(cfg: ReproduceConfig, name: str, seed: int, task: str) -> int:
     """How many of a cell's episodes are not in OUT."""
     lines = read_lines(cfg.results / name / f"seed-{seed}" / task / "episodes.jsonl")
-    done = {(line["column"], line["seed"]) for line in lines}
+    done = {address(line) for line in lines}
     wanted = [(column, i) for column in cfg.evaluated for i in range(cfg.episodes)]
     return sum(each not in done for each in wanted)
 
@@ -296,7 +297,8 @@ def main(cfg: ReproduceConfig):
             f"{cfg.results}: no results to make a table from; expected what this leaves there: "
             f"python -m tools.reproduce --table {cfg.table} --out {cfg.results}"
         )
-    check_recipe(cfg, cfg.results)
+    else:
+        check_recipe(cfg, cfg.results)
     print("\n".join(lines_of(write_table(cfg.results, cfg.table, cfg.names, cell))))
 
 
