@@ -130,8 +130,9 @@ def write(
         if moments is not None:
             save_file(moments, partial / MOMENTS)
         (partial / "tokenizer.json").write_text(tokenizer)
-        files = sorted(partial.iterdir())
+        files, mode = sorted(partial.iterdir()), (partial / "tokenizer.json").stat().st_mode
         for path in files:
+            path.chmod(mode)  # safetensors lets nobody else read; this is the umask's
             sync(path)
         hashes = {path.name: sha256(path) for path in files}
         content = {"format": FORMAT, "step": step, **manifest, "files": hashes}
@@ -276,7 +277,7 @@ def load_weights(model: nn.Module, folder: Path, new: tuple[str, ...] = ()) -> N
     if missing or unexpected:
         raise CheckpointError(
             f"{folder}: lacks {missing[:5]} and has unknown {unexpected[:5]}; "
-            "it is of another model"
+            "it is of another model, or of a later stage"
         )
 
 

@@ -166,6 +166,8 @@ def write_pack(source: Demonstrations, folder: Path) -> None:
         return
     begun = read_lines(progress, mend=True)
     if not begun or begun[0] != plan:
+        if final.is_file():
+            print(f"{folder}: held a pack of other data, which this one replaces")
         final.unlink(missing_ok=True)
         progress.unlink(missing_ok=True)
         append(progress, plan)

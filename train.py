@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -227,6 +228,8 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
     if ranks.is_main:
         print(plan)
     model, origin, resumed = prepare(cfg, ranks)
+    if resumed:  # what its weights began with, whatever is given now
+        cfg = replace(cfg, init_from=origin["config"]["init_from"])
     model.train_stage(cfg.stage)  # before DDP, which registers what requires a gradient
     model.prepare_blocks(cfg.recompute, cfg.compile)
     ddp = distribute(model, cfg, ranks)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,19 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(data, stage1, tm
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     steps = [line["step"] for line in log(tmp_path / "cut") if "flow" in line]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_resumed_run_says_what_its_weights_began_with_and_all_its_files_have_one_mode(
+    data, stage1, tmp_path
+):
+    run(data, tmp_path / "out", stage=3, steps=1, init_from=stage1)
+    shutil.copytree(stage1, tmp_path / "other")
+    run(data, tmp_path / "out", stage=3, steps=2, init_from=tmp_path / "other")
+    newest = checkpoint.newest(tmp_path / "out")
+    assert newest.name == "step-00000002"
+    assert checkpoint.read_manifest(newest)["config"]["init_from"] == str(stage1)
+    assert json.loads((tmp_path / "out/config.json").read_text())["init_from"] == str(stage1)
+    assert len({path.stat().st_mode for path in newest.iterdir()}) == 1
 
 
 @pytest.mark.parametrize("stage", [2, 3])
