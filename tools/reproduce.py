@@ -36,6 +36,7 @@ from tasks import COLUMNS, PAPER_COLUMNS, SUBTASKS
 from tools.tables import lines_of, write_table
 
 KEPT = ("config.json", "log.jsonl", "validation.json")  # of each stage
+HEAD_LR = {"tiny": {"lr": 1e-3}}  # of stage 3 by preset, else that of the other stages
 EPISODE = 12  # training steps of the tiny model that take as long as one of its episodes
 BOUNDS = ("random", "expert")
 
@@ -177,6 +178,8 @@ class Runner:
             if before:
                 earlier = Path(trained_as(name, before[-1])) / f"seed-{seed}/stage{before[-1]}"
                 start = {"init_from": cfg.workshop / earlier}
+            if stage == 3:
+                start |= HEAD_LR.get(cfg.preset, {})
             out = cfg.workshop / where / f"stage{stage}"
             self.command(
                 cfg.workshop / where / "log.txt", "train.py", row=name,
