@@ -240,6 +240,11 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
     step, skipped, stopped = origin["step"] if resumed else 0, 0, False
     frames, held_out, batcher, tokenizer, manifest = load_data(cfg, origin, resumed)
     num_steps = cfg.steps or cfg.epochs[cfg.stage - 1] * (len(frames) // cfg.batch_size)
+    if step > num_steps:
+        raise InputError(
+            f"{resumed} is beyond the {num_steps} steps asked for: give --steps {step} or more, or "
+            "another --out"
+        )
     order = StepOrder(
         len(frames), cfg.batch_size, cfg.seed, step, num_steps, rank, world, frames.blocks
     )

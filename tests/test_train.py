@@ -186,6 +186,15 @@ def test_a_changed_flag_does_not_resume_silently(data, stage1):
         run(data, stage1, steps=5, lr=0.5)
 
 
+def test_fewer_steps_than_are_done_are_refused_and_change_nothing(data, stage1, tmp_path):
+    shutil.copytree(stage1, tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.json*")}
+    with pytest.raises(InputError, match="step-00000004 is beyond the 2 steps .* --steps 4"):
+        run(data, tmp_path / "out", steps=2)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").glob("*.json*")} == before
+    run(data, tmp_path / "out", steps=4)  # finished; not an error
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(data, tmp_path, capsys):
     run(data, tmp_path, steps=4, save_every=2)
     newest = checkpoint.newest(tmp_path)
