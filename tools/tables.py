@@ -20,7 +20,8 @@ RECIPE = (
     "a model of 4 M parameters with random weights instead of 1.3B pre-trained ones",
     "a generated apartment and a scripted expert instead of ReplicaCAD and MS-HAB's policies",
     "64-pixel images in four patches of 32",
-    "learning rate 3e-4 (action head 1e-3) with warm-up and cool-down, batch 32, not a constant 2e-5 and 512",
+    "learning rate 3e-4 (action head 1e-3) with warm-up and cool-down, batch 32, not a constant "
+    "2e-5 and 512",
     "a fixed number of steps for each epoch of the paper",
     "a few columns of the table, by default those that so small a model learns",
 )
