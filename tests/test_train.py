@@ -189,7 +189,7 @@ def test_a_changed_flag_does_not_resume_silently(data, stage1):
 def test_fewer_steps_than_are_done_are_refused_and_change_nothing(data, stage1, tmp_path):
     shutil.copytree(stage1, tmp_path / "out")
     before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.json*")}
-    with pytest.raises(InputError, match="step-00000004 is beyond the 2 steps .* --steps 4"):
+    with pytest.raises(InputError, match=r"step-00000004 is beyond the 2 steps .* --steps 4"):
         run(data, tmp_path / "out", steps=2)
     assert {path: path.read_bytes() for path in (tmp_path / "out").glob("*.json*")} == before
     run(data, tmp_path / "out", steps=4)  # finished; not an error
