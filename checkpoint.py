@@ -248,15 +248,15 @@ def model_config_of(manifest: dict) -> ModelConfig:
     return dacite.from_dict(ModelConfig, manifest["config"]["model"], dacite.Config(cast=[tuple]))
 
 
-def differences(ours: dict, theirs: dict, prefix: str = "") -> list[str]:
-    """`field: ours, theirs` for every leaf in which two nested dicts differ."""
-    out = []
+def differences(ours: dict, theirs: dict, prefix: str = "") -> dict[str, str]:
+    """{field: what it is here and there} for every leaf in which two nested dicts differ."""
+    out = {}
     for key in sorted(ours.keys() | theirs.keys()):
         a, b = ours.get(key), theirs.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            out += differences(a, b, f"{prefix}{key}.")
+            out |= differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            out.append(f"{prefix}{key}: {a} here, {b} there")
+            out[f"{prefix}{key}"] = f"{prefix}{key}: {a} here, {b} there"
     return out
 
 

@@ -167,7 +167,7 @@ class ModelConfig:
     num_latents: int = 8  # Table 5: latents [B, 8, 896]; 0: the bare VLM, without decoders
     # GAP-2: learned queries behind the prompt, or the states that predict the action tokens
     latents: Literal["queries", "action_states"] = "queries"
-    decoders: tuple[Literal["pos", "grasp", "qpos", "obj", "seg"], ...] = LABELS  # Table 5
+    decoders: tuple[Literal[LABELS], ...] = LABELS  # Table 5
     decoder: DecoderConfig = DecoderConfig()
     flow: FlowConfig = FlowConfig()
     # GAP-16 (Sec. 4.1): frozen or not is not said; trained, as MiniVLA does
@@ -229,7 +229,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """The lambdas of Eq. 4 (Sec. 6.1). The paper gives the action and flow losses no weight: 1."""
+    """The lambdas of Eq. 4 (Sec. 6.1). GAP-23: action and flow losses have no weight there: 1."""
 
     action: float = 1.0
     pos: float = 1.0
@@ -296,6 +296,10 @@ class TrainConfig:
             raise ValueError(f"{', '.join(low)}: expected at least 1")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps {self.steps}: expected at least 1")
+        if not 0 <= self.val_episodes < 1:
+            raise ValueError(f"val_episodes {self.val_episodes}: a share, from 0 to below 1")
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed}: expected at least 0")
         if not 0 <= self.cooldown <= 1:
             raise ValueError(f"cooldown {self.cooldown} is a share of the steps: 0 to 1")
 

@@ -122,7 +122,7 @@ def cameras(obs: dict) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class ActionStats:
-    """Per dimension, the 1st and 99th percentile of the training actions; in the checkpoint."""
+    """Per dimension, the 1st and 99th percentile of the training actions (GAP-23: MiniVLA's)."""
 
     low: tuple[float, ...]
     high: tuple[float, ...]

@@ -288,6 +288,11 @@ def checked_actions(group: h5py.Group, steps: int, where: str) -> np.ndarray:
     return actions
 
 
+OBSERVED = {
+    "grasp": "extra/is_grasped", "qpos": "agent/qpos", "obj": "extra/obj_pose_wrt_base"
+}  # fmt: skip
+
+
 def read_frames(
     group: h5py.Group, actions: np.ndarray, first: int, last: int, where: str
 ) -> np.ndarray:
@@ -296,7 +301,9 @@ def read_frames(
     `actions` [T, 13] are all that count; errors begin with `where`.
     """
     out, obs = np.zeros(last - first, RECORD), group["obs"]
-    if (frames := len(obs["agent/qpos"])) <= len(actions):
+    counted = [f"sensor_data/fetch_{camera}/depth" for camera in CAMERAS]
+    counted += [key for key in OBSERVED.values() if key in obs]
+    if (frames := min(len(obs[key]) for key in counted)) <= len(actions):
         raise DataError(
             f"{where}: {frames} observations, expected one more than the {len(actions)} actions. "
             "The file is not whole; download or record it again."
@@ -331,9 +338,10 @@ def read_frames(
 def read_labels(group: h5py.Group, rows: slice, out: np.ndarray, where: str) -> None:
     """Write the auxiliary labels of a trajectory's rows, and which it has, into `out`."""
     obs, has = group["obs"], dict.fromkeys(LABELS, True)
-    out["grasp"] = obs["extra/is_grasped"][rows]
-    out["qpos"] = obs["agent/qpos"][rows]
-    out["obj"] = obs["extra/obj_pose_wrt_base"][rows]
+    for label, key in OBSERVED.items():
+        has[label] = key in obs
+        if has[label]:
+            out[label] = obs[key][rows]
     if "labels/pos" in group:
         out["pos"] = group["labels/pos"][rows]
     elif CAMERA_POSE in obs and GRIPPER_POSE in obs:

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,6 +142,6 @@ def read_lines(path: Path, mend: bool = False) -> list[dict]:
         except (ValueError, TypeError) as error:
             raise DamagedError(
                 f"{path}, line {number}: damaged, expected a JSON object ({error}). Without that "
-                f"line the file is whole: sed -i {number}d {path}"
+                f"line the file is whole: sed -i {number}d {shlex.quote(str(path))}"
             ) from error
     return lines

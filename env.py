@@ -193,7 +193,8 @@ class SubtaskEnvs:
             target = self.mshab.subtask_objs[0]
         seen = [obs["sensor_data"][camera]["segmentation"] for camera in SENSORS]
         ids = rearrange(seen, "c n h w 1 -> n c h w")
-        return (ids == rearrange(target.per_scene_id, "n -> n 1 1 1")).cpu().numpy()
+        wanted = rearrange(target.per_scene_id, "n -> n 1 1 1")
+        return (ids.cpu() == wanted.cpu()).numpy()  # a GPU's simulation has the one there
 
     @property
     def action_schema(self) -> list[dict]:

@@ -34,20 +34,20 @@ import tyro
 from checkpoint import read_manifest, resolve
 from config import InputError, explained
 from distributed import Ranks, device_of, join
-from durable import append, read_lines, sha256, sole_writer
+from durable import append, read_lines, sha256, sole_writer, write
 from env import HOUSEHOLD, SubtaskEnv, SubtaskEnvs, apartment, cupboards, plan_files
 from household.expert import ScriptedExpert
 from outcomes import address, check_same_run, merge, part, scenes, table
 from policy import Policy, check_schema
 from rl_expert import RLPolicy
 from rollout import Job, RandomPolicy, batches, check_envs, run_episodes, simulation_of
-from rows import ROWS
+from rows import DEFAULT_ROW, ROWS
 from tasks import COLUMNS, EACH, HORIZON, OBJECTS, PAPER_COLUMNS, TASKS, sentences, targets
 from tools.check_assets import assets
 from tools.checks import disk, packages, require
 from tools.compare import compare
 from tools.film import Film
-from tools.report import DEFAULT_ROW, code_commit, success_table
+from tools.report import code_commit, success_table
 from workers import Workers
 
 ALIKE = ("column", "filmed", "cupboard")  # jobs for which a simulator is kept
@@ -265,7 +265,7 @@ def conclude(cfg: EvalConfig, episodes: list[dict], identity: dict):
     seeds = sorted({episode["seed"] for episode in episodes})
     manifest = identity | origin(cfg) | {"seeds": seeds}
     results = {"columns": columns, "scenes": reached, "manifest": manifest}
-    (cfg.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write(cfg.out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     print("\n".join(["", *success_table({cfg.policy: columns}, {row.label: paper})]))
     for name, s in reached.items():
         if s["reached"] < s["of"]:

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from tqdm import tqdm
 import checkpoint
 from config import TrainConfig
 from distributed import Ranks
-from durable import read_lines
+from durable import read_lines, write
 from rows import summary
 
 
@@ -30,11 +31,11 @@ class Log:
         if not ranks.is_main:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "config.json").write_text(json.dumps(checkpoint.plain(cfg), indent=1))
+        write(self.out / "config.json", json.dumps(checkpoint.plain(cfg), indent=1).encode())
         path = self.out / "log.jsonl"
         # Lines behind the checkpoint that we resume from will be written again.
         kept = [line for line in read_lines(path) if line["step"] <= step]
-        path.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+        write(path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
         self.file = open(path, "a", buffering=1)  # noqa: SIM115  for the whole run
         self.bar = tqdm(
             total=num_steps, initial=step, desc=f"stage {cfg.stage}",
@@ -47,7 +48,7 @@ class Log:
             f"stage {cfg.stage}: {frames:,} frames, {held_out:,} held out, "
             f"{trained:.1f}M trained parameters, {num_steps} steps of {cfg.batch_size}"
         )
-        self.tracker = open_tracker(cfg) if cfg.tracker else None
+        self.track, self.end_tracking = open_tracker(cfg)
 
     def waiting(self) -> None:
         """From here on the time goes to the data."""
@@ -103,9 +104,8 @@ class Log:
             | flat
             | {f"val_{k}": m["ours"] for k, m in metrics.items()},
         )
-        (self.out / "validation.json").write_text(
-            json.dumps({"step": step, "losses": losses, "metrics": metrics}, indent=1)
-        )
+        scores = {"step": step, "losses": losses, "metrics": metrics}
+        write(self.out / "validation.json", json.dumps(scores, indent=1).encode())
         tqdm.write(
             f"{step:>7} held out (best constant in brackets): "
             + "  ".join(f"{k} {m['ours']:.3g} ({m['trivial']:.3g})" for k, m in metrics.items())
@@ -118,6 +118,7 @@ class Log:
             return
         self.bar.close()
         self.file.close()
+        self.end_tracking()
         if gave_up:
             print(
                 f"error: {self.cfg.max_skipped} steps in a row had a loss or gradient that is not "
@@ -126,24 +127,31 @@ class Log:
                 file=sys.stderr,
             )
         elif stopped:
-            print(f"stage {self.cfg.stage}: told to stop, step {step} is saved in {self.out}")
+            kept = f"step {step} is saved in {self.out}" if step else "before the first step"
+            print(f"stage {self.cfg.stage}: told to stop, {kept}")
         else:
             print(f"stage {self.cfg.stage}: {step} steps done, newest checkpoint in {self.out}")
 
     def emit(self, step: int, line: dict) -> None:
         self.file.write(json.dumps(line) + "\n")
-        if self.tracker:
-            self.tracker(step, line)
+        self.track(step, {name: value for name, value in line.items() if name != "skipped"})
 
 
-def open_tracker(cfg: TrainConfig):
-    """A function (step, values) that logs to tensorboard or wandb; both are optional installs."""
+def open_tracker(cfg: TrainConfig) -> tuple[Callable[[int, dict], None], Callable[[], None]]:
+    """What logs the numbers of a step, and what ends it. Both trackers are optional installs."""
+    if cfg.tracker is None:
+        return lambda step, line: None, lambda: None
     if cfg.tracker == "wandb":
         import wandb
 
         run = wandb.init(project="auxvla", config=checkpoint.plain(cfg), dir=cfg.out)
-        return lambda step, line: run.log(line, step=step)
+        return lambda step, line: run.log(line, step=step), run.finish
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(cfg.out)
-    return lambda step, line: [writer.add_scalar(name, value, step) for name, value in line.items()]
+
+    def track(step: int, line: dict) -> None:
+        for name, value in line.items():
+            writer.add_scalar(name, value, step)
+
+    return track, writer.close

@@ -84,9 +84,9 @@ def describe_plan(
     if needed <= limit:
         return f"{line} of {limit / SPARE / 2**30:.3g}"
     fit = int((limit - sum(fixed)) // frame)
-    remedy = f"--micro-batch {fit}" if fit >= 1 else "--shard True on more GPUs"
+    remedy = f"--micro-batch {fit}" if fit >= 1 else "--shard on more GPUs"
     if not cfg.recompute:
-        remedy += ", or --recompute True, which keeps little, for a third more arithmetic"
+        remedy += ", or --recompute, which keeps little, for a third more arithmetic"
     raise InputError(f"{line}, but the GPU has {limit / SPARE / 2**30:.3g}: give {remedy}")
 
 

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from config import InputError
+from config import InputError, ModelConfig
 from durable import sha256
 from model import VLM
 from weight_names import (
@@ -183,14 +183,29 @@ def split(tensors: dict[str, Tensor], names: dict[str, str], source: str) -> dic
     return parts
 
 
-def read_vlm(folder: Path, headers: bool) -> dict[str, dict[str, Tensor]]:
+def read_vlm(folder: Path, cfg: ModelConfig, headers: bool) -> dict[str, dict[str, Tensor]]:
     """The parts of whichever of the two formats the folder holds."""
     if list(folder.glob("*.safetensors")) and not (folder / "checkpoints").is_dir():
-        return split(read_safetensors(folder, headers), OPENVLA, str(folder))
+        parts = split(read_safetensors(folder, headers), OPENVLA, str(folder))
+        return parts | {"llm": rising(parts["llm"], cfg)}
     parts = split(read_prismatic(folder, headers), PRISMATIC, str(folder))
     # A Prismatic VLM that was trained on frozen encoders is stored without them.
     kept = parts if parts["dino"] or parts["siglip"] else ("projector", "llm")
     return {part: parts[part] for part in kept}
+
+
+def rising(llm: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
+    """openvla-7b's LLM with its action tokens in our order (GAP-3).
+
+    It was trained on actions: there a larger one has a smaller id (prismatic's ActionTokenizer).
+    """
+    first, end = cfg.llm.first_action_id, cfg.llm.first_action_id + cfg.bins
+    tables = ("model.embed_tokens.weight", "lm_head.weight")  # [vocabulary, width]
+    return llm | {
+        key: torch.cat([llm[key][:first], llm[key][first:end].flip(0), llm[key][end:]])
+        for key in tables
+        if key in llm
+    }
 
 
 def read_prismatic(folder: Path, headers: bool = False) -> dict[str, Tensor]:
@@ -241,7 +256,7 @@ def parts_of(
     whole = {}
     if source.vlm:
         files = ("config.json", "checkpoints/latest-checkpoint.pt", "*.safetensors")
-        whole = read_vlm(folder(source.vlm, *files), headers)
+        whole = read_vlm(folder(source.vlm, *files), vlm.cfg, headers)
         yield "projector.", whole["projector"]
         llm = whole["llm"]
     else:

@@ -118,6 +118,9 @@ ROWS = {
 }  # fmt: skip
 
 
+DEFAULT_ROW = "auxvla-all"  # whose figures stand beside a run that names none
+
+
 def row_of(name: str) -> Row:
     if name not in ROWS:
         raise InputError(f"--row {name}: no such row; the rows are {', '.join(ROWS)}")

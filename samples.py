@@ -55,6 +55,12 @@ class Frames(Dataset):
         return len(self.frames)
 
     @property
+    def instructions(self) -> list[str]:
+        """The sentences of these episodes; the source may have others."""
+        used = {self.source.episodes[e].instruction for e in self.episode_ids}
+        return [text for row, text in enumerate(self.source.instructions) if row in used]
+
+    @property
     def blocks(self) -> np.ndarray | None:
         """The block of each frame, where reading one inflates its neighbours; None in a pack."""
         starts = self.source.blocks

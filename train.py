@@ -24,15 +24,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import checkpoint
+from checkpoint import model_config_of
 from config import InputError, TrainConfig, explained
 from data import ActionStats, Batcher, build_tokenizer, check_batch, tokenize
 from decoders import BatchNorm
+from demonstrations import Demonstrations
 from distributed import STOPPED, Ranks, join, signals
 from durable import sole_writer
 from flow_head import draw_noise
 from logs import Log
 from memory import describe_plan, memory_plan
 from model import AuxVLA, label_counts
+from pack import Pack
 from pretrained import load_pretrained, source_of
 from rows import parse
 from samples import Frames, StepOrder, loader, open_data
@@ -109,12 +112,7 @@ def prepare(cfg: TrainConfig, ranks: Ranks) -> tuple[AuxVLA, dict, Path | None]:
         hashes = load_pretrained(model.vlm, source_of(cfg.pretrained)) if cfg.pretrained else {}
         return model, {"pretrained": hashes}, None
     manifest = checkpoint.read_manifest(source, verify=not resumed)  # newest() has compared it
-    ours, theirs = checkpoint.plain(cfg), manifest["config"]
-    ignored = MAY_CHANGE if resumed else set(ours) - {"model"}
-    different = checkpoint.differences(
-        *({k: v for k, v in c.items() if k not in ignored} for c in (ours, theirs))
-    )
-    if different:
+    if different := differences(cfg, manifest, bool(resumed)):
         more = f"; {len(different) - 4} more" if len(different) > 4 else ""
         raise checkpoint.CheckpointError(
             f"{source} was made with another configuration ({'; '.join(different[:4])}{more}). "
@@ -126,6 +124,22 @@ def prepare(cfg: TrainConfig, ranks: Ranks) -> tuple[AuxVLA, dict, Path | None]:
         if cfg.stage == 3 and manifest["stage"] == 1:
             print("stage 3 on a stage-1 checkpoint: the paper's starts from stage 2 (Sec. 5)")
     return model, manifest | {"folder": str(source)}, resumed
+
+
+def differences(cfg: TrainConfig, manifest: dict, resumed: bool) -> list[str]:
+    """What keeps a checkpoint's run from being resumed, or its weights from being taken."""
+    theirs = checkpoint.plain(TrainConfig(data="", out="")) | manifest["config"]
+    theirs["model"] = checkpoint.plain(model_config_of(manifest))  # newer fields at their defaults
+    fields = checkpoint.differences(checkpoint.plain(cfg), theirs)
+    if resumed:
+        return [text for name, text in fields.items() if name.split(".")[0] not in MAY_CHANGE]
+    free = ("model.freeze_vision",)
+    if manifest["stage"] != 3:  # of stages 1 and 2 only the VLM and the decoders are taken
+        free += ("model.flow.",)
+    return [
+        text for name, text in fields.items()
+        if name.startswith("model.") and not name.startswith(free)
+    ]  # fmt: skip
 
 
 def moving_buffers(model: AuxVLA) -> list[Tensor]:
@@ -157,7 +171,7 @@ def load_data(
     else:
         stats, tokenizer = frames.stats(), build_tokenizer(cfg.model.llm)
     batcher = Batcher(cfg.model, stats, tokenize(data.instructions, tokenizer, cfg.model.llm))
-    manifest = describe(cfg, data, stats) | {"pretrained": origin["pretrained"]}
+    manifest = describe(cfg, data, frames, stats) | {"pretrained": origin["pretrained"]}
     if resumed and origin["data"] != manifest["data"]:
         raise checkpoint.CheckpointError(
             f"{resumed}: was trained on {origin['data']}, {cfg.data} has {manifest['data']}. "
@@ -168,7 +182,7 @@ def load_data(
 
 def main(cfg: TrainConfig) -> int:
     """Train the stage; the process's exit code: 0, STOPPED after a signal, 1 if it gave up."""
-    require(packages(deep=False), shared_memory(cfg.batch_size, cfg.workers))
+    require(packages(deep=False), shared_memory(cfg.batch_size, cfg.workers, cfg.model.history))
     ranks = join(cfg.device)
     with ExitStack() as held:
 
@@ -198,6 +212,29 @@ def accumulate(ddp: nn.Module, batch: dict[str, Tensor], cfg: TrainConfig) -> di
         for name, loss in losses.items():  # a micro-batch's loss is its share of the batch's mean
             sums[name] = sums.get(name, 0.0) + loss.detach()
     return sums
+
+
+def take_step(
+    ddp: nn.Module, optimizer: torch.optim.Optimizer, moving: list[Tensor],
+    batch: dict[str, Tensor], cfg: TrainConfig, ranks: Ranks,
+) -> tuple[dict[str, Tensor], Tensor] | None:  # fmt: skip
+    """An optimizer step: the rank's share of each loss and the gradient's norm.
+
+    None, with weights and running statistics as before, if one of them is not finite on any rank.
+    """
+    before = [buffer.clone() for buffer in moving]
+    losses = accumulate(ddp, batch, cfg)
+    params = optimizer.param_groups[0]["params"]
+    grad_norm = whole(nn.utils.clip_grad_norm_(params, cfg.grad_clip)).to(ranks.device)
+    # One number that is finite only if all are: all ranks take the step, or none does.
+    finite = ranks.sum(sum(losses.values()) + grad_norm).isfinite()
+    if finite:
+        optimizer.step()
+    else:
+        for buffer, value in zip(moving, before):
+            buffer.copy_(value)
+    optimizer.zero_grad(set_to_none=True)
+    return (losses, grad_norm) if finite else None
 
 
 def distribute(model: AuxVLA, cfg: TrainConfig, ranks: Ranks) -> nn.Module:
@@ -265,21 +302,13 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
             lr = learning_rate(step, num_steps, cfg)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            before = [buffer.clone() for buffer in moving]
-            losses = accumulate(ddp, batch, cfg)
-            grad_norm = whole(nn.utils.clip_grad_norm_(params, cfg.grad_clip)).to(device)
-            # One number that is finite only if the losses and gradients of every rank are: all
-            # ranks take the step, or none does.
-            if ranks.sum(sum(losses.values()) + grad_norm).isfinite():
-                optimizer.step()
-                log.add(losses, grad_norm)
+            taken = take_step(ddp, optimizer, moving, batch, cfg, ranks)
+            if taken:
+                log.add(*taken)
                 skipped = 0
             else:
-                for buffer, value in zip(moving, before):
-                    buffer.copy_(value)
                 log.skip(step + 1, frames.names(order.batch(step)))
                 skipped += 1
-            optimizer.zero_grad(set_to_none=True)
             step += 1
 
             last, score = step == num_steps, None
@@ -305,7 +334,9 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
     return STOPPED if stopped else int(gave_up)
 
 
-def describe(cfg: TrainConfig, data, stats: ActionStats) -> dict:
+def describe(
+    cfg: TrainConfig, data: Demonstrations | Pack, frames: Frames, stats: ActionStats
+) -> dict:
     """What a checkpoint says of itself, beside its step and its files' hashes."""
     return {
         "stage": cfg.stage,
@@ -313,7 +344,8 @@ def describe(cfg: TrainConfig, data, stats: ActionStats) -> dict:
         "action_stats": {"low": stats.low, "high": stats.high},
         "action_schema": data.action_schema,
         "qpos_names": data.qpos_names,
-        "instructions": data.instructions,
+        "instructions": frames.instructions,
+        "trained": {"frames": len(frames), "episodes": len(frames.episode_ids)},
         # A resumed run must find the same frames: the order and the held-out episodes follow them.
         "data": {
             "frames": len(data),

@@ -187,7 +187,7 @@ def a_read_only_folder(plant):
 
 @fault("2.1 MB; expected 43.1 MB for 4", "mount -o remount,size=1g|--shm-size")
 def a_small_dev_shm(plant):
-    return checks.shared_memory(32, 4, str(plant.request.getfixturevalue("small_disk")))
+    return checks.shared_memory(32, 4, folder=str(plant.request.getfixturevalue("small_disk")))
 
 
 # --- Ranks ---

@@ -193,6 +193,15 @@ def test_missing_labels_are_flags_and_a_zero_object_pose_is_no_label(demos):
     assert dict(zip(LABELS, pick["has"])) == dict(pos=0, grasp=1, qpos=1, obj=1, seg=0)
 
 
+def test_a_file_without_grasp_joints_or_object_is_read_and_its_frames_say_so(tmp_path):
+    path = write_demos(tmp_path / "set_table/pick/013_apple", lengths=(9,))
+    with h5py.File(path, "r+") as file:
+        for key in ("extra/is_grasped", "agent/qpos", "extra/obj_pose_wrt_base"):
+            del file[f"traj_0/obs/{key}"]
+    frame = open_data(tmp_path).read_episode(0)[0]
+    assert not any(frame["has"][LABELS.index(name)] for name in ("grasp", "qpos", "obj"))
+
+
 def test_held_out_episodes_are_in_every_file_and_never_trained_on(demos):
     source = open_data(demos)
     train, val = Frames(source, 0.1, train=True), Frames(source, 0.1, train=False)
@@ -346,7 +355,7 @@ def set_value(group, key, index, value):
 
 
 BAD = {
-    "a missing key": (lambda g: g.__delitem__("obs/agent/qpos"), "qpos"),
+    "a missing key": (lambda g: g.__delitem__("obs/sensor_data/fetch_hand/rgb"), "'rgb'"),
     "NaN in actions": (
         lambda g: set_value(g, "actions", (3, 2), np.nan),
         "frame 3: action 2 is nan",

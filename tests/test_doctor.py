@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,14 @@ def test_the_command_mends_the_apartment(name, plant):
     command = ["bash", "-c", lacking[0].mend]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": path}, check=True)
     assert {each.state for each in asset_findings(plant.tmp / "assets")} == {"ok"}
+
+
+def test_what_mends_a_file_is_right_for_a_path_with_a_space(tmp_path):
+    path = write_demos(tmp_path / "my demos/set_table/close/fridge")
+    path.write_bytes(path.read_bytes()[:5000])
+    broken = [each for each in demonstrations(tmp_path / "my demos") if each.mend]
+    words = [shlex.split(each.mend.partition("  #")[0]) for each in broken]
+    assert any(word[:3] == ["rm", "-f", str(path)] for word in words), broken
 
 
 def test_a_demonstration_in_a_wrong_folder_is_moved_aside_and_not_lost(plant):

@@ -218,6 +218,17 @@ def test_bad_steps_in_a_row_stop_the_run_with_a_saved_state(data, tmp_path, caps
     assert all(t.isfinite().all() for t in load_file(saved / "model.safetensors").values())
 
 
+def test_tensorboard_gets_the_numbers_and_a_skipped_step_does_not_end_it(data, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    plant_nan(data, tmp_path / "pack", [17])
+    steps = len(Frames(Pack(data), 0.1, train=True)) // 8
+    args = flags(tmp_path / "pack", tmp_path / "out", "--tracker", "tensorboard", steps=steps)
+    assert main(parse(args)) == 0
+    assert any("skipped" in line for line in read_lines(tmp_path / "out/log.jsonl"))
+    read = events.EventAccumulator(str(tmp_path / "out")).Reload()
+    assert read.Scalars("action")[-1].step == steps
+
+
 # --- The order of samples, and where the ranks meet ---
 
 

@@ -11,6 +11,7 @@ from test_model import CFG, make_batch
 from config import PRESETS, InputError, TrainConfig
 from memory import describe_plan, kept_for_backward, memory_plan
 from model import AuxVLA
+from rows import parse
 
 CPU = torch.device("cpu")
 TINY = replace(TrainConfig(data="", out="", stage=2), **PRESETS["tiny"] | {"model": CFG})
@@ -70,14 +71,20 @@ def test_a_gpu_that_is_too_small_is_refused_with_the_flag_that_fits(monkeypatch)
     """The plan and the sentence; the GPU is only a size here."""
     gpu, sizes = torch.device("cuda"), {"weights": 4e9, "gradients": 4e9, "activations": 1e9}
     cfg = replace(TINY, micro_batch=8, batch_size=64)
-    for total, flag in ((20e9, None), (16e9, "--micro-batch 6"), (8e9, "--shard True")):
+    for total, flag in (
+        (20e9, None),
+        (16e9, "--micro-batch 6"),
+        (8e9, "--shard on more GPUs, or --recompute, "),
+    ):
         properties = SimpleNamespace(total_memory=total)
         monkeypatch.setattr(torch.cuda, "get_device_properties", {gpu: properties}.get)
         if flag is None:
             assert re.search(r"in all 14\.9 of 18\.6$", describe_plan(sizes, cfg, 1, gpu))
             continue
-        with pytest.raises(InputError, match=flag):
+        with pytest.raises(InputError, match=flag) as caught:
             describe_plan(sizes, cfg, 1, gpu)
+        for given in re.findall(r"--[\w-]+(?: \d+)?", str(caught.value)):
+            parse(["--data", "DATA", "--out", "OUT", *given.split()])
 
 
 def test_recomputed_blocks_keep_less_and_give_the_same_gradients():

@@ -54,6 +54,10 @@ def files(tmp_path_factory):
     save_hub(hub, folder / "hub")
     save_prismatic(components, folder / "prismatic")
     save_openvla(prismatic_components(llama, LLAMA, folder / "of-llama"), folder / "openvla")
+    actions = slice(LLAMA.llm.first_action_id, LLAMA.llm.first_action_id + LLAMA.bins)
+    with torch.no_grad():  # openvla-7b counts its actions down, we count up
+        for table in (llama.llm.get_input_embeddings(), llama.llm.get_output_embeddings()):
+            table.weight[actions] = table.weight[actions].flip(0)
     originals = {"hub": hub, "prismatic": vlm, "openvla": llama}
     return folder, originals, components
 

@@ -20,7 +20,7 @@ from rows import ROWS
 from tasks import wilson
 from tools.claims import CLAIMS, difference, judge, rate_of
 from tools.reproduce import ReproduceConfig, cell, check_recipe, main, trained_as
-from tools.tables import lines_of, write_table
+from tools.tables import claim_text, differs_text, lines_of, write_table
 
 
 def write_row(folder: Path, rates: dict[str, list[float]], n: int = 60):
@@ -139,11 +139,28 @@ def test_a_verdict_follows_the_interval(tmp_path, naive, staged, verdict):
     claim = next(each for each in CLAIMS if each.name == "progressive-beats-naive")
     write_row(tmp_path / "auxvla-naive", {"close_fridge": naive})
     write_row(tmp_path / "auxvla-all", {"close_fridge": staged})
-    judged = judge(claim, {name: tmp_path / cell(name) for name in ROWS})
+    judged = judge(claim, {name: tmp_path / cell(name) for name in ROWS}, "tiny")
     assert judged["verdict"] == verdict
     if staged:
         assert judged["paper"] == pytest.approx(0.90 - 0.67)  # of the one column that was run
         assert judged["paper_all_columns"] == pytest.approx(0.728 - 0.505, abs=0.001)
+
+
+def test_two_rows_of_one_size_do_not_judge_a_claim_of_sizes(tmp_path):
+    for row in ("openvla-depth", "base-depth"):
+        write_row(tmp_path / row, {"close_fridge": [0.1, 0.1] if "vla" in row else [0.9, 0.9]})
+    claim = next(each for each in CLAIMS if each.name == "smaller-llm-is-better")
+    folders = {name: tmp_path / cell(name) for name in ROWS}
+    assert judge(claim, folders, "paper")["verdict"] == "agrees"
+    judged = judge(claim, folders, "tiny")
+    assert judged["verdict"] == "not run" and "one size" in claim_text(judged)
+
+
+def test_what_differs_from_the_paper_is_said_of_the_preset_that_ran(tmp_path):
+    write_row(tmp_path / "base-depth", {"close_fridge": [0.5]})
+    tiny, paper = (write_table(tmp_path, 1, ("base-depth",), cell, p) for p in ("tiny", "paper"))
+    assert "4 M parameters" in differs_text(tiny) and "OpenVLA" in differs_text(tiny)
+    assert "4 M parameters" not in differs_text(paper) and "scripted" in differs_text(paper)
 
 
 def test_a_claim_is_not_told_where_the_papers_own_figures_have_another_sign(tmp_path):
@@ -154,7 +171,7 @@ def test_a_claim_is_not_told_where_the_papers_own_figures_have_another_sign(tmp_
         tmp_path / "auxvla-grasp", {"close_fridge": [0.9, 0.95, 0.9], "close_drawer": [1, 1, 1]}
     )
     claim = next(each for each in CLAIMS if each.name == "grasp-helps")
-    judged = judge(claim, {name: tmp_path / cell(name) for name in ROWS})
+    judged = judge(claim, {name: tmp_path / cell(name) for name in ROWS}, "tiny")
     assert judged["paper_all_columns"] > 0 > judged["paper"] and judged["low"] > 0
     assert (judged["verdict"], judged["seeds_needed"]) == ("cannot tell", None)
 
@@ -172,7 +189,7 @@ def test_held_out_figures_are_of_the_last_stage_alone_and_an_episode_counts_once
         seeds[0] / "set_table/episodes.jsonl",
         {"column": "close_fridge", "seed": 0, "success_once": True},
     )
-    row = write_table(tmp_path, 2, ("auxvla-all",), cell)["rows"]["auxvla-all"]
+    row = write_table(tmp_path, 2, ("auxvla-all",), cell, "tiny")["rows"]["auxvla-all"]
     assert row["metrics"]["error"]["ours"] == 5.0 and "low" not in row["metrics"]["error"]
     assert row["cells"]["set_table/close_fridge"]["n"] == 120
 
@@ -183,7 +200,7 @@ def test_every_training_counts_also_beyond_the_tenth_and_no_other_folder_does(tm
     copy = tmp_path / "auxvla-all/seed-0-old/set_table/episodes.jsonl"
     copy.parent.mkdir(parents=True)
     shutil.copyfile(episodes, copy)
-    row = write_table(tmp_path, 2, ("auxvla-all",), cell)["rows"]["auxvla-all"]
+    row = write_table(tmp_path, 2, ("auxvla-all",), cell, "tiny")["rows"]["auxvla-all"]
     assert row["seeds"] == [*range(12)] and row["cells"]["set_table/close_fridge"]["n"] == 24
 
 
@@ -192,18 +209,18 @@ def test_a_damaged_file_is_named(tmp_path):
     path.parent.mkdir(parents=True)
     append(path, {"column": "close_fridge"})
     with pytest.raises(InputError, match=f"{path}: a line lacks 'seed'"):
-        write_table(tmp_path, 2, ("auxvla-all",), cell)
+        write_table(tmp_path, 2, ("auxvla-all",), cell, "tiny")
     path.unlink()
     path = tmp_path / "auxvla-all/seed-0/stage2/validation.json"
     path.parent.mkdir()
     path.write_text("{")
     with pytest.raises(InputError, match=f"{path}: damaged, expected a JSON object"):
-        write_table(tmp_path, 2, ("auxvla-all",), cell)
+        write_table(tmp_path, 2, ("auxvla-all",), cell, "tiny")
 
 
 def test_an_average_counts_only_trainings_that_have_every_column(tmp_path):
     write_row(tmp_path / "auxvla-all", {"close_fridge": [0.5, 1.0], "close_drawer": [1.0]})
-    table = write_table(tmp_path, 2, ("auxvla-all", "auxvla-naive"), cell)
+    table = write_table(tmp_path, 2, ("auxvla-all", "auxvla-naive"), cell, "tiny")
     average = table["rows"]["auxvla-all"]["cells"]["average"]
     assert (average["n"], average["rate"], average["paper"]) == (120, 0.75, 0.95)
     assert "| AuxVLA + all, naive | 0 | not run | not run | not run |" in lines_of(table)

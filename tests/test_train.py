@@ -18,6 +18,7 @@ import checkpoint
 from checkpoint import CheckpointError
 from config import InputError, explained
 from data import Batcher, build_tokenizer, pack, tokenize
+from durable import read_sealed, write_sealed
 from model import AuxVLA
 from samples import Frames, open_data
 from train import main, parse
@@ -181,6 +182,31 @@ def test_a_checkpoint_of_another_model_is_refused_naming_the_difference(data, st
         main(parse(args))
 
 
+def test_another_flow_head_may_stand_on_a_trained_vlm(data, stage1, tmp_path):
+    flow = ["--model.flow.width", "64", "--model.freeze-vision"]
+    main(parse([*flags(data, tmp_path / "out", stage=3, steps=1, init_from=stage1), *flow]))
+    assert weights(tmp_path / "out")["flow_head.action_in.weight"].shape[0] == 64
+
+
+def test_a_run_from_before_a_setting_existed_goes_on(data, stage1, tmp_path):
+    shutil.copytree(stage1, tmp_path / "out")
+    path = checkpoint.newest(tmp_path / "out") / "manifest.json"
+    manifest = read_sealed(path)
+    del manifest["config"]["model"]["freeze_vision"], manifest["config"]["cooldown"]
+    write_sealed(path, manifest)
+    with pytest.raises(CheckpointError, match=r"cooldown: 0.4 here, 0.0 there"):
+        run(data, tmp_path / "out", steps=5)
+    run(data, tmp_path / "out", steps=5, cooldown=0)
+    assert checkpoint.newest(tmp_path / "out").name == "step-00000005"
+
+
+def test_a_checkpoint_knows_the_sentences_that_it_was_trained_on_and_no_others(data, tmp_path):
+    run(data, tmp_path / "out", row="auxvla-pick-place", steps=1)
+    manifest = checkpoint.read_manifest(checkpoint.newest(tmp_path / "out"))
+    assert manifest["instructions"] == ["pick up the apple"]
+    assert manifest["trained"] == {"frames": 30, "episodes": 1}  # the other one is held out
+
+
 def test_a_changed_flag_does_not_resume_silently(data, stage1):
     with pytest.raises(CheckpointError, match=r"lr: 0.5 here, 0.0003 there"):
         run(data, stage1, steps=5, lr=0.5)
@@ -257,6 +283,8 @@ REFUSED = {
     "heads": ["--model.decoder.heads", "3"],
     "steps 0": ["--steps", "0"],
     "log_every": ["--log-every", "0"],
+    "val_episodes": ["--val-episodes", "1.5"],
+    "seed -1": ["--seed", "-1"],
 }
 
 

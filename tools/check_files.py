@@ -23,7 +23,7 @@ from data import build_tokenizer
 from demonstrations import DataError, Demonstrations, load_sidecar
 from model import VLM, AuxVLA
 from pack import Pack
-from tools.checks import Finding, brief, size
+from tools.checks import Finding, brief, quoted, size
 
 SECONDS = 4.0  # for samples of demonstrations or a pack
 HASHED = 2e9  # bytes of a checkpoint, up to which it is compared with its sha256
@@ -97,21 +97,21 @@ def record_again(folder: Path, file: str) -> str:
     task, subtask, target = ("TASK", "SUBTASK", *Path(file).with_suffix("").parts)[-3:]
     return (
         f"python collect.py --expert scripted --task {task} --subtask {subtask} --target {target} "
-        f"--out {folder}-labelled (--expert rl in the real apartments)"
+        f"--out {quoted(f'{folder}-labelled')} (--expert rl in the real apartments)"
     )
 
 
 def misplaced(folder: Path, error: InputError) -> Finding:
     """A file that may be whole, and is not to be lost: it does not fit those it lies beside."""
     pair, aside = error.file.with_suffix(""), f"{folder}-aside"
-    mend = f"mkdir -p {aside} && mv {pair}.h5 {pair}.json {aside}/"
+    mend = f"mkdir -p {quoted(aside)} && mv {quoted(f'{pair}.h5', f'{pair}.json', f'{aside}/')}"
     return Finding("missing", "--data", brief(error), "files of one robot in MS-HAB's tree", mend)
 
 
 def damaged(path: Path, error: Exception) -> Finding:
     task, subtask = ("", "", *path.absolute().parts)[-3:-1]
     mend = (
-        f"rm -f {path} && python data.py download --out {path.parent.parent.parent} "
+        f"rm -f {quoted(path)} && python data.py download --out {quoted(path.parents[2])} "
         f"--tasks {task} --subtasks {subtask} --targets {path.stem}  # or collect.py again"
     )
     return Finding("missing", "--data", brief(error), "a whole .h5 and its .json", mend)
@@ -182,8 +182,8 @@ def checkpoint_weights(path: str | Path) -> list[Finding]:
     cfg = checkpoint.model_config_of(manifest)
     with torch.device("meta"):
         ours = AuxVLA(cfg, flow_head=manifest["stage"] == 3).state_dict()
-    wrong = checkpoint.differences({key: list(v.shape) for key, v in ours.items()}, theirs)
-    if wrong:
+    ours = {key: list(value.shape) for key, value in ours.items()}
+    if wrong := [*checkpoint.differences(ours, theirs).values()]:
         return lacking(f"{folder}: {len(wrong)} tensors: {'; '.join(wrong[:3])}", "its own model's")
     hashed = "every sha256 compared" if total < HASHED else "sha256 not compared, it is large"
     got = f"{folder}: stage {manifest['stage']}, {len(theirs)} tensors, {size(total)}, {hashed}"

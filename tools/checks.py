@@ -8,6 +8,7 @@ weights or imports the simulator. tools/doctor.py prints them all.
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 from torch import nn
 
-from config import InputError, TrainConfig
+from config import HISTORY, InputError, TrainConfig
 from demonstrations import RECORD
 from distributed import join
 
@@ -50,6 +51,11 @@ class Finding:
 def brief(error: Exception) -> str:
     """An error's first sentence; what mends it is said apart."""
     return str(error).splitlines()[0].partition(". ")[0]
+
+
+def quoted(*paths: Path | str) -> str:
+    """Paths as a shell takes them."""
+    return shlex.join(map(str, paths))
 
 
 def require(*findings: list[Finding]) -> None:
@@ -178,9 +184,13 @@ def checkpoint_bytes(model: nn.Module, keep: int = TrainConfig.keep) -> float:
     return (4 * all_of_it + 8 * trained) * (keep + 2)
 
 
-def shared_memory(batch_size: int, workers: int, folder: str = "/dev/shm") -> list[Finding]:
+def shared_memory(
+    batch_size: int, workers: int, history: str = "none", folder: str = "/dev/shm"
+) -> list[Finding]:
     """Room for the frames that all loader processes keep ready, two batches each."""
-    total, need = shutil.disk_usage(folder).total, 2 * workers * batch_size * RECORD.itemsize
+    pictures = sum(RECORD[name].itemsize for name in ("rgb", "depth"))
+    frame = RECORD.itemsize + (HISTORY * pictures if history == "frames" else 0)
+    total, need = shutil.disk_usage(folder).total, 2 * workers * batch_size * frame
     if total >= need:
         return [Finding("ok", folder, size(total))]
     least = f"{-(-need // 2**30)}g"

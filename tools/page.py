@@ -197,6 +197,8 @@ def claim(each: dict) -> str:
         enough = f"{needed} would detect the paper's" if needed else OTHERWISE
         text += f'<small><span class="paper">paper {theirs}</span>, here {ours}, {ran} ({enough})'
         text += "</small>"
+    elif "why" in each:
+        text += f"<small>{escape(each['why'])}</small>"
     return f'<li><span class="verdict {anchor(verdict)}">{verdict}</span><div>{text}</div></li>'
 
 

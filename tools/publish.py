@@ -199,10 +199,11 @@ def card(repo: str, manifest: dict, evaluation: dict | None) -> str:
         schema.append(
             f"| {slot} | {part['name']} | {part['low']} | {part['high']} | {part['unit']} |"
         )
+    trained = manifest.get("trained", manifest["data"])  # older ones counted the held-out ones too
     return CARD.format(
         name=repo.split("/")[1], repo=repo, stage=manifest["stage"], step=manifest["step"],
         row=f"row `{row}` ({ROWS[row].label})" if row else "no row of the paper's tables",
-        frames=manifest["data"]["frames"], episodes=manifest["data"]["episodes"],
+        frames=trained["frames"], episodes=trained["episodes"],
         weights=", ".join(f"`{name}`" for name in manifest["pretrained"]) or "random weights",
         results=results, instructions="; ".join(manifest["instructions"]),
         schema="\n".join(schema) if len(schema) > 2 else "MS-HAB's `pd_joint_delta_pos`.",

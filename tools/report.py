@@ -18,14 +18,11 @@ from matplotlib.figure import Figure
 from config import LOSSES, InputError, explained
 from durable import read_json, read_lines
 from outcomes import IMPLIED
-from rows import ROWS
+from rows import DEFAULT_ROW, ROWS
 from tasks import COLUMNS, PAPER_COLUMNS
 from tools.markup import NOT_RUN
 from tools.page import write_page
-from tools.tables import lines_of
-
-DEFAULT_ROW = "auxvla-all"
-
+from tools.tables import differs_text, lines_of
 
 # --- The run's files ---
 
@@ -91,8 +88,9 @@ def rate(column: dict | None) -> str:
 
 
 def code_commit() -> str | None:
-    """The commit of this code, None outside of git."""
-    git = ["git", "-C", Path(__file__).parent, "rev-parse", "-q", "--verify", "HEAD"]
+    """The commit of this code, `-dirty` behind it if files differ from it; None outside of git."""
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
+    git += ["--exclude", "*"]  # a commit, not a tag
     return subprocess.run(git, capture_output=True).stdout.decode().strip() or None
 
 
@@ -169,7 +167,10 @@ def write_report(run: Path) -> Path:
     columns |= {heading: results["columns"] for heading, results in evaluations.items()}
     different = unlike([*manifests.values()])
     tables = [read_json(path) for path in sorted(run.glob("table-*.json"))]
-    made = [line for table in tables for line in section(table["title"], lines_of(table))]
+    made = [
+        line for table in tables
+        for line in section(table["title"], [*lines_of(table), "", differs_text(table)])
+    ]  # fmt: skip
     listing = ["```json", json.dumps(manifests, indent=2), "```"]
     lines = [
         f"# {run.resolve().name}",

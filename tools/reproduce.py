@@ -33,7 +33,7 @@ from durable import read_lines, sole_writer, write
 from outcomes import address
 from rows import ROWS, Row, preset_of
 from tasks import COLUMNS, PAPER_COLUMNS, SUBTASKS
-from tools.tables import lines_of, write_table
+from tools.tables import differs_text, lines_of, write_table
 
 KEPT = ("config.json", "log.jsonl", "validation.json")  # of each stage
 HEAD_LR = {"tiny": {"lr": 1e-3}}  # of stage 3 by preset, else that of the other stages
@@ -282,7 +282,7 @@ def run(cfg: ReproduceConfig):
         try:
             for done in as_completed(running):
                 done.result()
-                write_table(cfg.results, cfg.table, cfg.names, cell)
+                write_table(cfg.results, cfg.table, cfg.names, cell, cfg.preset)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -302,7 +302,8 @@ def main(cfg: ReproduceConfig):
         )
     else:
         check_recipe(cfg, cfg.results)
-    print("\n".join(lines_of(write_table(cfg.results, cfg.table, cfg.names, cell))))
+    table = write_table(cfg.results, cfg.table, cfg.names, cell, cfg.preset)
+    print("\n".join([*lines_of(table), "", differs_text(table)]))
 
 
 if __name__ == "__main__":

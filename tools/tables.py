@@ -1,6 +1,6 @@
 """The paper's tables from the episodes that tools/reproduce.py left, as JSON and in words.
 
-    table = write_table(Path("results/set_table"), 2, names, cell)    # table-2.json
+    table = write_table(Path("results/set_table"), 2, names, cell, "tiny")  # table-2.json
     print("\n".join(lines_of(table)))
 
 A cell is the rate over all trainings of a row, with the interval of tools/claims.py; beside it what
@@ -16,15 +16,18 @@ from durable import read_json, write
 from rows import ROWS
 from tools.claims import CLAIMS, average_of, judge, of_seeds, over_seeds, rate_of, read_cells
 
-RECIPE = (
-    "a model of 4 M parameters with random weights instead of 1.3B pre-trained ones",
+ALWAYS = (
     "a generated apartment and a scripted expert instead of ReplicaCAD and MS-HAB's policies",
-    "64-pixel images in four patches of 32",
-    "learning rate 3e-4 (action head 1e-3) with warm-up and cool-down, batch 32, not a constant "
-    "2e-5 and 512",
     "a fixed number of steps for each epoch of the paper",
-    "a few columns of the table, by default those that so small a model learns",
+    "a few columns of the table, by default those that a tiny model learns",
 )
+TINY = (
+    "a model of 4 M parameters with random weights instead of 1.3B pre-trained ones",
+    "64-pixel images in four patches of 32",
+    "learning rate 3e-4 (action head 1e-3), batch 32, not a constant 2e-5 and 512",
+    "warm-up and cool-down in every stage, of which rows in stages have two and others one",
+)
+TINY_OPENVLA = "OpenVLA's rows have the small VLM's size: Llama 2 differs in its head and biases"
 UNHELD = "nothing is held in these columns: the grasp decoder's label never changes"
 
 
@@ -53,7 +56,9 @@ def row_of_table(folder: Path, label: str, paper: dict[str, float], stage: int =
     return {"label": label, "seeds": seeds, "cells": cells, "metrics": metrics_of(folder, stage)}
 
 
-def write_table(results: Path, number: int, names: Sequence[str], cell: Callable) -> dict:
+def write_table(
+    results: Path, number: int, names: Sequence[str], cell: Callable, preset: str
+) -> dict:
     """Write results/table-N.json from the episodes there, and return it."""
     rows = {}
     for name in names:
@@ -65,14 +70,15 @@ def write_table(results: Path, number: int, names: Sequence[str], cell: Callable
     folders = {name: results / cell(name) for name in ROWS}
     columns = dict.fromkeys(key for row in rows.values() for key in row["cells"])
     held = any(word in key for key in columns for word in ("pick", "place"))
+    tiny = TINY + (TINY_OPENVLA,) * (number == 1) if preset == "tiny" else ()
     table = {
         "table": number,
         "title": f"Table {number} in miniature",
         "command": f"python -m tools.reproduce --table {number}",
         "task_columns": [key.split("/") for key in columns if key != "average"],
         "rows": rows,
-        "claims": [judge(claim, folders) for claim in CLAIMS if claim.table == number],
-        "differs": [*RECIPE, UNHELD] if not held else list(RECIPE),
+        "claims": [judge(claim, folders, preset) for claim in CLAIMS if claim.table == number],
+        "differs": [*tiny, *ALWAYS, *([] if held else [UNHELD])],
     }
     write(results / f"table-{number}.json", (json.dumps(table, indent=1) + "\n").encode())
     return table
@@ -94,7 +100,8 @@ OTHERWISE = "the paper's own figures there do not have the sign of its claim"
 
 def claim_text(claim: dict) -> str:
     if claim["verdict"] == "not run":
-        return f"- {claim['name']}: not run. {claim['statement']}"
+        why = f"; {claim['why']}" if "why" in claim else ""
+        return f"- {claim['name']}: not run. {claim['statement']}{why}"
     ours = f"{claim['ours']:+.2f} [{claim['low']:+.2f}, {claim['high']:+.2f}]"
     seeds = claim["seeds"]
     needed = f"{seeds} seed{'s' * (seeds != 1)}, "
@@ -134,3 +141,7 @@ def lines_of(table: dict) -> list[str]:
         texts = (cell_text(row["cells"].get(key)) for key in keys)
         lines.append(f"| {row['label']} | {len(row['seeds'])} | {' | '.join(texts)} |")
     return [*lines, "", *known_lines(table), "", *map(claim_text, table["claims"])]
+
+
+def differs_text(table: dict) -> str:
+    return f"What differs from the paper's recipe: {'; '.join(table['differs'])}."
