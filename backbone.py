@@ -191,10 +191,12 @@ class LLMLayer(nn.Module):
         key_values = past.extended(k, v) if past is not None else KeyValues(k, v)
         if tail is not None:
             x, q, mask = x[:, -tail:], q[:, :, -tail:], mask[:, :, -tail:]
-        # enable_gqa with a mask leaves some GPUs only the kernel that keeps all scores in memory.
-        group = heads // kv_heads
-        k, v = (repeat(x, "b h s d -> b (h g) s d", g=group) for x in key_values)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        k, v = key_values
+        if k.is_cuda:  # grouped heads under a mask are left to a kernel that keeps all scores
+            k, v = (repeat(x, "b h s d -> b (h g) s d", g=heads // kv_heads) for x in (k, v))
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, enable_gqa=heads != k.shape[1]
+        )
         x = x + self.o(rearrange(attended, "b h t d -> b t (h d)"))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)  # each [B, T, mlp]
         return x + self.down(F.silu(gate) * up), key_values
