@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,8 @@ def pytest_configure(config):
     # is set before they are collected, and the folder is filled when a test first asks for it.
     config.stash[FOLDER] = Path(tempfile.mkdtemp(prefix="apartment-"))
     os.environ["MS_ASSET_DIR"] = str(config.stash[FOLDER] / "assets")
+    # A shell's background job ignores Ctrl-C, and so would the programs that the tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure(config):

@@ -85,8 +85,6 @@ def test_ctrl_c_is_for_the_main_process():
 
 
 if __name__ == "__main__":
-    # As in a terminal: whoever started the tests in the background had this signal ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     jobs = one_after_another(("a", 1), ("a", 1), ("sleep", 100), ("sleep", 100))
     for number, _ in enumerate(Workers(2, serve).run(jobs)):
         if number == 1:
