@@ -87,7 +87,7 @@ CLAIMS = (
           "openvla", "openvla-multiview"),
     Claim("views-and-depth-help", "Second view and depth raise the 7B baseline, 0.04 to 0.32 "
           "(Sec. 6.2)", "openvla", "openvla-depth"),
-    Claim("views-and-depth-help-drawers", "They raise its opening and closing of drawers most "
+    Claim("views-and-depth-help-drawers", "They raise its opening and closing of drawers "
           "(Sec. 6.2)", "openvla", "openvla-depth", DRAWERS),
     Claim("depth-helps", "Depth raises success, 0.52 to 0.60 (Sec. 6.2)",
           "base-multiview", "base-depth"),
@@ -107,7 +107,7 @@ CLAIMS = (
           "auxvla", "auxvla-grasp", PICKING),
     Claim("qpos-helps", "The qpos decoder raises success, 0.60 to 0.71 (Sec. 6.3)",
           "auxvla", "auxvla-qpos"),
-    Claim("qpos-helps-placing-and-drawers", "The qpos decoder raises placing and drawers most "
+    Claim("qpos-helps-placing-and-drawers", "The qpos decoder raises placing and drawers "
           "(Sec. 6.3)", "auxvla", "auxvla-qpos", PLACING + DRAWERS),
     Claim("pos-helps", "The position decoder raises success, 0.60 to 0.65 (Sec. 6.3)",
           "auxvla", "auxvla-pos"),
