@@ -26,12 +26,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import durable
-from config import InputError, ModelConfig
+from config import InputError, ModelConfig, TrainConfig
 from durable import read_sealed, sha256, sync, write_sealed
 from sharding import like, whole
 
 FORMAT = 2
 MOMENTS = "optimizer.safetensors"
+# What a resumed run may change. None alters a step, but `steps` and `epochs` move the cool-down.
+MAY_CHANGE = {
+    "data", "out", "init_from", "resume", "steps", "epochs", "device", "workers", "val_every",
+    "val_frames", "pretrained", "log_every", "save_every", "keep", "max_skipped", "tracker",
+    "shard", "recompute",
+}  # fmt: skip
 
 
 class CheckpointError(InputError):
@@ -263,6 +269,31 @@ def differences(ours: dict, theirs: dict, prefix: str = "") -> dict[str, str]:
 def plain(config) -> dict:
     """A config as JSON sees it: tuples become lists."""
     return json.loads(json.dumps(asdict(config)))
+
+
+def check_config(cfg: TrainConfig, manifest: dict, source: Path, resumed: bool):
+    """Raise CheckpointError, naming the fields, when `source` is not this run's to go on from.
+
+    Or, if it is not `resumed`, when its weights are another model's. Fields that are newer than the
+    checkpoint count with their defaults.
+    """
+    theirs = plain(TrainConfig(data="", out="")) | manifest["config"]
+    fields = differences(plain(cfg), theirs | {"model": plain(model_config_of(manifest))})
+
+    def matters(name: str) -> bool:
+        if resumed:
+            return name.split(".")[0] not in MAY_CHANGE
+        if manifest["stage"] != 3 and name.startswith("model.flow."):
+            return False  # there is no flow head to take
+        return name.startswith("model.") and name != "model.freeze_vision"
+
+    different = [text for name, text in fields.items() if matters(name)]
+    if different:
+        more = f"; {len(different) - 4} more" if len(different) > 4 else ""
+        raise CheckpointError(
+            f"{source} was made with another configuration ({'; '.join(different[:4])}{more}). "
+            + ("Give the same flags, or another --out" if resumed else "Give another --init-from")
+        )
 
 
 def load_weights(model: nn.Module, folder: Path, new: tuple[str, ...] = ()) -> None:

@@ -194,7 +194,7 @@ class SubtaskEnvs:
         seen = [obs["sensor_data"][camera]["segmentation"] for camera in SENSORS]
         ids = rearrange(seen, "c n h w 1 -> n c h w")
         wanted = rearrange(target.per_scene_id, "n -> n 1 1 1")
-        return (ids.cpu() == wanted.cpu()).numpy()  # a GPU's simulation has the one there
+        return (ids.cpu() == wanted.cpu()).numpy()  # a film's pictures have left the GPU already
 
     @property
     def action_schema(self) -> list[dict]:

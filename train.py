@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import checkpoint
-from checkpoint import model_config_of
 from config import InputError, TrainConfig, explained
 from data import ActionStats, Batcher, build_tokenizer, check_batch, tokenize
 from decoders import BatchNorm
@@ -42,13 +41,6 @@ from samples import Frames, StepOrder, loader, open_data
 from sharding import shard, whole
 from tools.checks import disk, packages, require, shared_memory
 from validation import validate
-
-# What a resumed run may change. None alters a step, but `steps` and `epochs` move the cool-down.
-MAY_CHANGE = {
-    "data", "out", "init_from", "resume", "steps", "epochs", "device", "workers", "val_every",
-    "val_frames", "pretrained", "log_every", "save_every", "keep", "max_skipped", "tracker",
-    "shard", "recompute",
-}  # fmt: skip
 
 
 def learning_rate(step: int, num_steps: int, cfg: TrainConfig) -> float:
@@ -112,34 +104,13 @@ def prepare(cfg: TrainConfig, ranks: Ranks) -> tuple[AuxVLA, dict, Path | None]:
         hashes = load_pretrained(model.vlm, source_of(cfg.pretrained)) if cfg.pretrained else {}
         return model, {"pretrained": hashes}, None
     manifest = checkpoint.read_manifest(source, verify=not resumed)  # newest() has compared it
-    if different := differences(cfg, manifest, bool(resumed)):
-        more = f"; {len(different) - 4} more" if len(different) > 4 else ""
-        raise checkpoint.CheckpointError(
-            f"{source} was made with another configuration ({'; '.join(different[:4])}{more}). "
-            + ("Give the same flags, or another --out" if resumed else "Give another --init-from")
-        )
+    checkpoint.check_config(cfg, manifest, source, bool(resumed))
     checkpoint.load_weights(model, source, new=() if resumed else ("flow_head.",))
     if ranks.is_main:
         print(f"{'resumed' if resumed else 'initialised'} from {source}")
         if cfg.stage == 3 and manifest["stage"] == 1:
             print("stage 3 on a stage-1 checkpoint: the paper's starts from stage 2 (Sec. 5)")
     return model, manifest | {"folder": str(source)}, resumed
-
-
-def differences(cfg: TrainConfig, manifest: dict, resumed: bool) -> list[str]:
-    """What keeps a checkpoint's run from being resumed, or its weights from being taken."""
-    theirs = checkpoint.plain(TrainConfig(data="", out="")) | manifest["config"]
-    theirs["model"] = checkpoint.plain(model_config_of(manifest))  # newer fields at their defaults
-    fields = checkpoint.differences(checkpoint.plain(cfg), theirs)
-    if resumed:
-        return [text for name, text in fields.items() if name.split(".")[0] not in MAY_CHANGE]
-    free = ("model.freeze_vision",)
-    if manifest["stage"] != 3:  # of stages 1 and 2 only the VLM and the decoders are taken
-        free += ("model.flow.",)
-    return [
-        text for name, text in fields.items()
-        if name.startswith("model.") and not name.startswith(free)
-    ]  # fmt: skip
 
 
 def moving_buffers(model: AuxVLA) -> list[Tensor]:

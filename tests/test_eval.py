@@ -21,7 +21,7 @@ from outcomes import check_same_run, table
 from policy import check_schema
 from rows import ROWS
 from tasks import wilson
-from tools.report import success_table, write_report
+from tools.report import code_commit, success_table, write_report
 
 EXPERT = "--policy expert --stop-at-success --columns close_drawer pick_all --episodes 3"
 
@@ -336,3 +336,19 @@ def test_the_report_says_when_its_evaluations_are_not_of_the_same_episodes(tmp_p
     assert "these evaluations differ in horizon." in write_report(tmp_path).read_text()
     (tmp_path / "eval-short/results.json").unlink()
     assert "differ in" not in write_report(tmp_path).read_text()
+
+
+def test_results_name_the_commit_and_whether_a_program_differs_from_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.report.__file__", str(tmp_path / "tools/report.py"))
+    (tmp_path / "tools").mkdir()
+    assert code_commit() is None
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a"]
+    (tmp_path / "eval.py").write_text("1")
+    (tmp_path / "table.json").write_text("1")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    commit = code_commit()
+    (tmp_path / "table.json").write_text("2")  # what a run itself writes
+    assert re.fullmatch("[0-9a-f]{40}", commit) and code_commit() == commit
+    (tmp_path / "eval.py").write_text("2")
+    assert code_commit() == f"{commit}-dirty"

@@ -88,10 +88,13 @@ def rate(column: dict | None) -> str:
 
 
 def code_commit() -> str | None:
-    """The commit of this code, `-dirty` behind it if files differ from it; None outside of git."""
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
-    git += ["--exclude", "*"]  # a commit, not a tag
-    return subprocess.run(git, capture_output=True).stdout.decode().strip() or None
+    """The commit of this code, None outside of git; `-dirty` behind it if a program differs."""
+    git = ["git", "-C", Path(__file__).parent]
+    head = subprocess.run([*git, "rev-parse", "-q", "--verify", "HEAD"], capture_output=True)
+    if not (commit := head.stdout.decode().strip()):
+        return None
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/*.py"])
+    return commit + "-dirty" * changed.returncode
 
 
 def success_table(policies: dict[str, dict], papers: dict[str, dict[str, float]]) -> list[str]:
