@@ -292,7 +292,11 @@ def check_config(cfg: TrainConfig, manifest: dict, source: Path, resumed: bool):
         more = f"; {len(different) - 4} more" if len(different) > 4 else ""
         raise CheckpointError(
             f"{source} was made with another configuration ({'; '.join(different[:4])}{more}). "
-            + ("Give the same flags, or another --out" if resumed else "Give another --init-from")
+            + (
+                "Give the same flags, or another --out"
+                if resumed
+                else "Give its --row or its --model flags, or another --init-from"
+            )
         )
 
 

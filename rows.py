@@ -151,7 +151,14 @@ def check_row(cfg: TrainConfig) -> Row:
                 f"--row {cfg.row} fixes {flag} at {value}, got {got}. Drop the flag, or the row"
             )
     if cfg.stage not in row.stages:
-        raise InputError(f"--row {cfg.row} has no stage {cfg.stage}; it has {row.stages}")
+        on_it = [
+            name for name, other in ROWS.items()
+            if other.model == row.model and cfg.stage in other.stages
+        ]  # fmt: skip
+        raise InputError(
+            f"--row {cfg.row} has no stage {cfg.stage}; it has {row.stages}"
+            + f". With its inputs and decoders --row {' or '.join(on_it)} has one" * bool(on_it)
+        )
     if cfg.stage == 2 and 1 in row.stages and not cfg.init_from:
         raise InputError(
             f"--row {cfg.row} trains stage 2 on stage 1: give --init-from RUN/stage1. From the "

@@ -159,8 +159,8 @@ def test_two_rows_of_one_size_do_not_judge_a_claim_of_sizes(tmp_path):
 def test_what_differs_from_the_paper_is_said_of_the_preset_that_ran(tmp_path):
     write_row(tmp_path / "base-depth", {"close_fridge": [0.5]})
     tiny, paper = (write_table(tmp_path, 1, ("base-depth",), cell, p) for p in ("tiny", "paper"))
-    assert "4 M parameters" in differs_text(tiny) and "OpenVLA" in differs_text(tiny)
-    assert "4 M parameters" not in differs_text(paper) and "scripted" in differs_text(paper)
+    assert "4.6 M parameters" in differs_text(tiny) and "OpenVLA" in differs_text(tiny)
+    assert "4.6 M parameters" not in differs_text(paper) and "scripted" in differs_text(paper)
 
 
 def test_a_claim_is_not_told_where_the_papers_own_figures_have_another_sign(tmp_path):
