@@ -9,6 +9,7 @@ is small enough for two CPU cores. Presets differ in numbers only: no code asks 
 """
 
 import errno
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,11 @@ class InputError(ValueError):
 
     Its message: what was got, what was expected, the command that mends it.
     """
+
+
+def quoted(*paths: object) -> str:
+    """Paths as a shell takes them: every path in a command that we print goes through here."""
+    return shlex.join(map(str, paths))
 
 
 FULL = (

@@ -18,12 +18,12 @@ from tokenizers import Tokenizer
 
 import checkpoint
 import pretrained
-from config import LABELS, PRESETS, InputError, LLMConfig, TrainConfig, model_config
+from config import LABELS, PRESETS, InputError, LLMConfig, TrainConfig, model_config, quoted
 from data import build_tokenizer
 from demonstrations import DataError, Demonstrations, load_sidecar
 from model import VLM, AuxVLA
 from pack import Pack
-from tools.checks import Finding, brief, quoted, size
+from tools.checks import Finding, brief, size
 
 SECONDS = 4.0  # for samples of demonstrations or a pack
 HASHED = 2e9  # bytes of a checkpoint, up to which it is compared with its sha256

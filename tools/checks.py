@@ -8,7 +8,6 @@ weights or imports the simulator. tools/doctor.py prints them all.
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -51,11 +50,6 @@ class Finding:
 def brief(error: Exception) -> str:
     """An error's first sentence; what mends it is said apart."""
     return str(error).splitlines()[0].partition(". ")[0]
-
-
-def quoted(*paths: Path | str) -> str:
-    """Paths as a shell takes them."""
-    return shlex.join(map(str, paths))
 
 
 def require(*findings: list[Finding]) -> None:
