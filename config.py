@@ -256,8 +256,10 @@ class TrainConfig:
     row: str | None = None  # a row of Tables 1-4 (rows.py), which fixes all that makes it this row
     tasks: tuple[Literal[TASKS], ...] = ()  # train on these of the data; default: on all
     subtasks: tuple[Literal[SUBTASKS], ...] = ()  # likewise
-    # end demonstrations at their first success (MS-HAB's stand still after it); a pack has its own
-    truncate_at_success: bool = False
+    # GAP-25 (Sec. 6.1): end demonstrations at their first success; a pack has its own
+    truncate_at_success: bool = True
+    # GAP-23: what normalisation maps to -1 and 1, the controller's bounds or the data's percentiles
+    action_bounds: Literal["controller", "percentiles"] = "controller"
     # public weights of the VLM: folder or hub name of a Prismatic checkpoint or of openvla-7b, a
     # folder of the folders of DINOv2, SigLIP and Qwen2.5, or "hub"; unused with --init-from
     pretrained: str | None = "Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b"

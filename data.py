@@ -11,7 +11,7 @@ The batch, the only contract between data and model (L = prompt length, C = came
     past_actions [B, 4, 13]          history "actions": the last four, normalised, oldest first;
                                      past_mask [B, 4]: 0 before the start of the episode
     prompt_ids   [B, L] int64        first token, padding, the other tokens; prompt_mask [B, L] bool
-    actions      [B, 8, 13]          normalised to [-1, 1] by q01 and q99
+    actions      [B, 8, 13]          normalised to [-1, 1] by ActionStats (GAP-23)
     action_mask  [B, 8]              0 past the end of the episode
     pos [B, 2] m, world frame        grasp [B] 0 or 1             qpos [B, 12] rad (prismatic: m)
     obj [B, 7] m, wxyz, base frame   seg [B, C, 128, 128] 0 or 1
@@ -48,17 +48,18 @@ from config import (
     ModelConfig,
     explained,
 )  # fmt: skip
-from demonstrations import RECORD
 from download import download
 from pack import pack, verify
 from tasks import ARTICULATIONS, OBJECTS, SUBTASKS, instruction
+from trajectory import RECORD
 
 # --- Images ---
 
 
 def normalize_depth(depth_mm: Tensor) -> Tensor:
-    """Depth in whole millimetres -> (0, 1]; near is 1, far is 0 (Eq. 1).
+    """Depth in whole millimetres -> [0, 1]; near is 1, far is 0 (Eq. 1).
 
+    Recorded and live depth is int16. Beyond 32.767 m it wraps to negative numbers, which are far.
     GAP-20 (Eq. 1): depth 0 means that nothing was hit, yet becomes 1, "touching". Kept: MS-HAB's
     own policies do so.
 
@@ -69,8 +70,9 @@ def normalize_depth(depth_mm: Tensor) -> Tensor:
             f"depth is {depth_mm.dtype}, expected integer millimetres; multiply metres by 1000 and "
             "round"
         )
+    depth = torch.where(depth_mm < 0, torch.inf, depth_mm.float())
     # Eq. 1: p_obs = 1 - tanh(depth / 1000)
-    return 1 - torch.tanh(depth_mm.float() / DEPTH_SCALE_MM)
+    return 1 - torch.tanh(depth / DEPTH_SCALE_MM)
 
 
 def preprocess(rgb: Tensor, depth_mm: Tensor, cfg: ModelConfig) -> Tensor:
@@ -122,14 +124,24 @@ def cameras(obs: dict) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class ActionStats:
-    """Per dimension, the 1st and 99th percentile of the training actions (GAP-23: MiniVLA's)."""
+    """Per action dimension, the bounds that normalisation maps to -1 and 1 (GAP-23)."""
 
     low: tuple[float, ...]
     high: tuple[float, ...]
 
     @staticmethod
-    def of(actions: np.ndarray) -> "ActionStats":
-        """From all actions [n, 13]; where the percentiles coincide, from minimum and maximum."""
+    def controller(lowest: np.ndarray, highest: np.ndarray) -> "ActionStats":
+        """The controller's own bounds, -1 and 1, given the data's lowest and highest actions [13].
+
+        A dimension that never moves keeps its one value, which no action token holds exactly.
+        """
+        still = lowest == highest
+        low, high = np.where(still, lowest, -1.0), np.where(still, lowest, 1.0)
+        return ActionStats(tuple(low.tolist()), tuple(high.tolist()))
+
+    @staticmethod
+    def percentiles(actions: np.ndarray) -> "ActionStats":
+        """1st and 99th percentile of all actions [n, 13]; if they coincide, minimum and maximum."""
         low, high = np.quantile(actions, 0.01, axis=0), np.quantile(actions, 0.99, axis=0)
         flat = high - low < 1e-6
         low, high = np.where(flat, actions.min(0), low), np.where(flat, actions.max(0), high)

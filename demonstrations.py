@@ -7,9 +7,9 @@
     demos.read_episode(3)                 # all frames of one trajectory, each chunk inflated once
 
 An h5 holds T + 1 observations and T actions per trajectory (MS-HAB: envs/wrappers/record.py); frame
-t of ours is observation t with actions t, t+1, ..., t+7. MS-HAB's released files, collect.py's and
-those of MS-HAB's recorder are read alike. A label that a file lacks, and that cannot be derived, is
-marked in `has`; a frame that cannot be read is a DataError naming file, trajectory and frame.
+t of ours is observation t with actions t, t+1, ..., t+7 (trajectory.py). MS-HAB's released files,
+collect.py's and those of MS-HAB's recorder have one layout. `has` marks the labels that a file has
+or that can be derived. A frame that cannot be read is a DataError naming file, trajectory, frame.
 """
 
 import io
@@ -23,55 +23,47 @@ import h5py
 import numpy as np
 from einops import rearrange
 
-from chunks import read_rows
-from config import (
-    ACTION_DIM,
-    CAMERAS,
-    IMAGE_SIZE,
-    LABELS,
-    QPOS_DIM,
-    RECORDED_ACTIONS,
-    InputError,
-)  # fmt: skip
-from released import CAMERA_POSE, GRIPPER_POSE, base_position, millimetres, planned_target
-from tasks import ARTICULATIONS, OBJECTS, SUBTASKS, instruction
-
-# One frame as it is recorded: no normalisation, no resize. The unit of the pack and of a loader's
-# batch.
-_PICTURE = (len(CAMERAS), IMAGE_SIZE, IMAGE_SIZE)
-RECORD = np.dtype(
-    [
-        ("rgb", np.uint8, (*_PICTURE, 3)),
-        ("depth", np.int16, _PICTURE),  # millimetres, 0 where nothing was hit
-        ("seg", np.uint8, (len(CAMERAS), IMAGE_SIZE**2 // 8)),  # target mask, one bit per pixel
-        ("actions", np.float32, (RECORDED_ACTIONS, ACTION_DIM)),  # robot units; 0 past the end
-        ("action_mask", np.uint8, (RECORDED_ACTIONS,)),  # 0 past the end of the episode
-        ("pos", np.float32, (2,)),  # base x, y, metres, world frame
-        ("grasp", np.float32, ()),  # 1 while the target is held
-        ("qpos", np.float32, (QPOS_DIM,)),  # rad (prismatic: m)
-        ("obj", np.float32, (7,)),  # target object in the base frame, metres and wxyz
-        ("has", np.uint8, (len(LABELS),)),  # which of config.LABELS this frame has
-        ("instruction", np.int32, ()),  # row of `instructions`
-        ("episode", np.int32, ()),  # row of `episodes`
-        ("frame", np.int32, ()),  # row inside the episode
-    ]
-)
+from config import IMAGE_SIZE, InputError, quoted
+from tasks import ARTICULATIONS, HUB_DATASETS, OBJECTS, SUBTASKS, TASKS, instruction
+from trajectory import RECORD, SURVEY, DataError, clip, read_actions, read_frames, survey
 
 # Blocks of frames that the order of samples mixes, and that a reader keeps: 1.4 GB of them when
 # episodes have 200 steps.
 SHUFFLE_POOL, READ_AHEAD = 256, 320
 
 
-class DataError(InputError):
-    """Demonstrations that cannot be used; the message names file, trajectory and frame."""
-
-
 @dataclass(frozen=True)
 class Episode:
     file: str  # relative to the folder
+    task: str  # MS-HAB's name; "" where the folders do not say
+    subtask: str
     trajectory: str  # "traj_3"
     length: int  # actions = frames, up to the first success where it was truncated there
     instruction: int  # row of `instructions`
+
+
+def h5_files(folder: Path, above: tuple[Path, ...] = ()) -> list[Path]:
+    """Every .h5 below a folder, sorted; links to folders are followed, but not into a loop.
+
+    Hidden files are skipped: macOS leaves `._name.h5` beside a file that it copies.
+    """
+    real, found = folder.resolve(), []
+    if not folder.is_dir() or real in above:
+        return []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            found += h5_files(path, (*above, real))
+        elif path.suffix == ".h5" and not path.name.startswith("."):
+            found.append(path)
+    return found
+
+
+def task_and_subtask(path: Path) -> tuple[str, str]:
+    """Of <task>/<subtask>/<target>.h5; the task's folder may have the name of its hub dataset."""
+    task, subtask = ("", "", *path.absolute().parts)[-3:-1]
+    hub = {Path(name).name: task for task, name in HUB_DATASETS.items()}  # MS-HAB-SetTable
+    task = hub.get(task, task)
+    return task if task in TASKS else "", subtask
 
 
 def load_sidecar(path: Path) -> dict:
@@ -105,11 +97,11 @@ class Demonstrations:
 
     def __init__(self, folder: str | Path, truncate: bool = False):
         self.folder, self.truncate = Path(folder), truncate
-        paths = sorted(self.folder.rglob("*.h5"))
+        paths = h5_files(self.folder)
         if not paths:
             raise FileNotFoundError(
                 f"{self.folder}: no .h5 demonstrations below it; record some: python collect.py "
-                f"--out {self.folder} ..."
+                f"--out {quoted(self.folder)} ..."
             )
         self.episodes: list[Episode] = []
         self.recorded: list[int] = []  # steps of each episode in its file
@@ -145,8 +137,9 @@ class Demonstrations:
             if text not in self.instructions:
                 self.instructions.append(text)
             episode = Episode(
-                str(path.relative_to(self.folder)), f"traj_{entry['episode_id']}",
-                entry["elapsed_steps"], self.instructions.index(text),
+                str(path.relative_to(self.folder)), *task_and_subtask(path),
+                f"traj_{entry['episode_id']}", entry["elapsed_steps"],
+                self.instructions.index(text),
             )  # fmt: skip
             self.recorded.append(episode.length)
             if self.truncate:
@@ -195,16 +188,19 @@ class Demonstrations:
         """All frames of an episode, [T] of RECORD."""
         return self._read(episode, 0, self.episodes[episode].length)
 
-    def actions(self, episode: int) -> np.ndarray:
-        """All actions of an episode, [T, 13], robot units, checked."""
+    def _actions(self, episode: int) -> tuple[h5py.Group, np.ndarray, str]:
+        """A trajectory's group, its actions [T, 13] as recorded, and its name for errors."""
         entry = self.episodes[episode]
-        where = f"{self.folder / entry.file}, {entry.trajectory}"
-        actions = checked_actions(self._group(entry), self.recorded[episode], where)
-        return actions[: entry.length]
+        where, group = f"{self.folder / entry.file}, {entry.trajectory}", self._group(entry)
+        return group, read_actions(group, self.recorded[episode], where)[: entry.length], where
 
     def actions_of(self, episodes: np.ndarray) -> np.ndarray:
-        """All actions of these episodes, [n, 13]."""
-        return np.concatenate([self.actions(episode) for episode in episodes])
+        """All actions of these episodes, [n, 13] in [-1, 1]."""
+        return clip(np.concatenate([self._actions(episode)[1] for episode in episodes]))
+
+    def survey(self, episodes: np.ndarray) -> np.ndarray:
+        """Labels and ranges of these episodes, [n] of SURVEY."""
+        return np.array([survey(*self._actions(episode)) for episode in episodes], SURVEY)
 
     def _group(self, entry: Episode) -> h5py.Group:
         path = self.folder / entry.file
@@ -220,8 +216,7 @@ class Demonstrations:
         entry = self.episodes[episode]
         where = f"{self.folder / entry.file}, {entry.trajectory}"
         try:
-            group = self._group(entry)
-            actions = checked_actions(group, self.recorded[episode], where)[: entry.length]
+            group, actions, _ = self._actions(episode)
             out = read_frames(group, actions, first, last, where)
         except (OSError, KeyError) as error:
             raise DataError(
@@ -234,21 +229,19 @@ class Demonstrations:
 
 
 def instruction_of(path: Path, entry: dict) -> str:
-    """The sentence of an episode: recorded, or from its subtask's folder and its target.
+    """The sentence of an episode: recorded, or from its subtask's folder and its file's name.
 
-    The target is the file's name, or, if that is none (`all.h5`), what its subtask_uid is planned
-    to be. Raises InputError when there is neither.
+    Raises DataError when there is neither.
     """
     subtask, target = path.parent.name, path.stem
     if "instruction" in entry:
         return entry["instruction"]
-    if subtask not in SUBTASKS:
+    known = (*ARTICULATIONS, *(name for names in OBJECTS.values() for name in names))
+    if subtask not in SUBTASKS or target not in known:
         raise DataError(
-            f"{path}: no instruction in its .json, and its folder is none of {SUBTASKS}; "
-            "expected <task>/<subtask>/<target>.h5"
+            f"{path}: no instruction in its .json, and {subtask}/{target} names no subtask of "
+            f"{SUBTASKS} and its object or articulation; expected <task>/<subtask>/<target>.h5"
         )
-    if target not in ARTICULATIONS and not any(target in names for names in OBJECTS.values()):
-        target = planned_target(entry.get("subtask_uid"), target, str(path))
     return instruction(subtask, target)
 
 
@@ -266,93 +259,11 @@ def open_h5(path: str, process: int) -> h5py.File:
     return h5py.File(path, "r")
 
 
-def checked_actions(group: h5py.Group, steps: int, where: str) -> np.ndarray:
-    """The actions of a trajectory of so many steps, [T, 13].
-
-    Raises DataError, beginning with `where`, on another shape, NaN, or values outside [-1, 1].
-    """
-    actions = group["actions"][:]
-    if actions.shape != (steps, ACTION_DIM):
-        raise DataError(
-            f"{where}: actions {actions.shape}, expected ({steps}, {ACTION_DIM}): "
-            "pd_joint_delta_pos of Fetch (arm 7, gripper 1, head and torso 3, base 2). Record with "
-            "control_mode=pd_joint_delta_pos."
-        )
-    bad = ~(np.abs(actions) <= 1 + 1e-5)  # NaN compares false
-    if bad.any():
-        frame, dim = np.argwhere(bad)[0]
-        raise DataError(
-            f"{where}, frame {frame}: action {dim} is {actions[frame, dim]}, expected a number in "
-            "[-1, 1]"
-        )
-    return actions
-
-
-OBSERVED = {
-    "grasp": "extra/is_grasped", "qpos": "agent/qpos", "obj": "extra/obj_pose_wrt_base"
-}  # fmt: skip
-
-
-def read_frames(
-    group: h5py.Group, actions: np.ndarray, first: int, last: int, where: str
-) -> np.ndarray:
-    """Frames first..last-1 of one trajectory as RECORD, without instruction and episode.
-
-    `actions` [T, 13] are all that count; errors begin with `where`.
-    """
-    out, obs = np.zeros(last - first, RECORD), group["obs"]
-    counted = [f"sensor_data/fetch_{camera}/depth" for camera in CAMERAS]
-    counted += [key for key in OBSERVED.values() if key in obs]
-    if (frames := min(len(obs[key]) for key in counted)) <= len(actions):
-        raise DataError(
-            f"{where}: {frames} observations, expected one more than the {len(actions)} actions. "
-            "The file is not whole; download or record it again."
-        )
-    for c, camera in enumerate(CAMERAS):
-        sensor = obs[f"sensor_data/fetch_{camera}"]
-        depth = sensor["depth"]
-        if not np.issubdtype(depth.dtype, np.integer):
-            raise DataError(
-                f"{where}: depth is {depth.dtype}, expected integer millimetres. Float metres "
-                "would turn into 'everything touches the camera' (Eq. 1); multiply by 1000 and "
-                "store as int16."
-            )
-        out["rgb"][:, c] = read_rows(sensor["rgb"], first, last)
-        out["depth"][:, c] = millimetres(read_rows(depth, first, last)[..., 0])
-    read_labels(group, slice(first, last), out, where)
-
-    steps = np.arange(first, last)[:, None] + np.arange(RECORDED_ACTIONS)  # [frames, 8]
-    out["action_mask"] = steps < len(actions)
-    out["actions"] = actions[np.minimum(steps, len(actions) - 1)] * out["action_mask"][..., None]
-    out["frame"] = np.arange(first, last)
-    for name in ("pos", "qpos", "obj"):
-        bad = ~np.isfinite(out[name]).all(-1)
-        if bad.any():
-            raise DataError(
-                f"{where}, frame {first + int(bad.argmax())}: {name} is "
-                f"{out[name][bad.argmax()]}, expected finite numbers"
-            )
-    return out
-
-
-def read_labels(group: h5py.Group, rows: slice, out: np.ndarray, where: str) -> None:
-    """Write the auxiliary labels of a trajectory's rows, and which it has, into `out`."""
-    obs, has = group["obs"], dict.fromkeys(LABELS, True)
-    for label, key in OBSERVED.items():
-        has[label] = key in obs
-        if has[label]:
-            out[label] = obs[key][rows]
-    if "labels/pos" in group:
-        out["pos"] = group["labels/pos"][rows]
-    elif CAMERA_POSE in obs and GRIPPER_POSE in obs:
-        out["pos"] = base_position(obs, rows, where)
-    else:
-        has["pos"] = False
-    has["seg"] = "labels/seg" in group
-    if has["seg"]:
-        for c, camera in enumerate(CAMERAS):
-            masks = group[f"labels/seg/fetch_{camera}"][rows].reshape(len(out), -1)
-            out["seg"][:, c] = np.packbits(masks.astype(bool), axis=-1)
-    out["has"] = [has[label] for label in LABELS]
-    # MS-HAB writes an all-zero pose, quaternion included, where the subtask has no object (GAP-8).
-    out["has"][:, LABELS.index("obj")] = np.abs(out["obj"][:, 3:]).sum(-1) > 0
+def label_command(file: str, out: Path) -> str:
+    """The command that records the demonstrations of a file again, with all five labels."""
+    task, subtask = task_and_subtask(Path(file))
+    where = quoted("--task", task or "TASK", "--subtask", subtask, "--target", Path(file).stem)
+    return (
+        f"python collect.py --expert rl {where} --out {quoted(out)} (in the real apartments; "
+        "--expert scripted in a generated one)"
+    )

@@ -23,14 +23,7 @@ from huggingface_hub.errors import (
 
 from config import ADVICE, InputError
 from durable import sole_writer
-from tasks import SUBTASKS, TASKS
-
-# 83, 209 and 174 GB (MS-HAB: README.md).
-DATASETS = {
-    "set_table": "arth-shukla/MS-HAB-SetTable",
-    "tidy_house": "arth-shukla/MS-HAB-TidyHouse",
-    "prepare_groceries": "arth-shukla/MS-HAB-PrepareGroceries",
-}
+from tasks import HUB_DATASETS, SUBTASKS, TASKS
 
 
 @dataclass(frozen=True)
@@ -89,7 +82,7 @@ def download(
 def listed(task: str, subtasks: tuple[str, ...], targets: tuple[str, ...]) -> Wanted:
     """The files of a task that the hub has and that are asked for."""
     with reachable(task):
-        info = HfApi().dataset_info(DATASETS[task], files_metadata=True)
+        info = HfApi().dataset_info(HUB_DATASETS[task], files_metadata=True)
     sizes = {
         file.rfilename: file.size
         for file in info.siblings
@@ -129,7 +122,7 @@ def fetch(wanted: Wanted, out: Path, workers: int) -> None:
     if names:
         with reachable(wanted.task):
             snapshot_download(
-                DATASETS[wanted.task], repo_type="dataset", revision=wanted.commit,
+                HUB_DATASETS[wanted.task], repo_type="dataset", revision=wanted.commit,
                 local_dir=out / wanted.task, allow_patterns=names, max_workers=workers,
             )  # fmt: skip
     if left := wanted.missing(out):
@@ -147,14 +140,14 @@ def reachable(task: str) -> Iterator[None]:
         yield
     except OfflineModeIsEnabled as error:
         raise InputError(
-            f"{DATASETS[task]}: HF_HUB_OFFLINE is set, so nothing can be fetched. Unset it, or "
+            f"{HUB_DATASETS[task]}: HF_HUB_OFFLINE is set, so nothing can be fetched. Unset it, or "
             "give the same command on a machine with a network and copy --out"
         ) from error
     except (HTTPError, OSError, XetDownloadError) as error:
         if getattr(error, "errno", None) in ADVICE:  # the disk, not the hub
             raise
         raise InputError(
-            f"{DATASETS[task]}: not to be had from the hub ({error}). {GO_ON}, once there is a "
+            f"{HUB_DATASETS[task]}: not to be had from the hub ({error}). {GO_ON}, once there is a "
             "network (HF_ENDPOINT names a mirror)"
         ) from error
 

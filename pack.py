@@ -4,7 +4,8 @@
     python data.py verify PACK                  # every file against its sha256
 
     PACK/frames-00000.bin ...  BLOCK records each
-         actions.bin           [frames, 13] float32: each frame's own action, for the statistics
+         actions.bin           [frames, 13] float32: each frame's own action, for percentiles
+         survey.npy            [episodes] of SURVEY: labels and ranges of each episode
          pack.json             what is in it, and the sha256 of every file and of itself
 
 An h5 of MS-HAB inflates 26 frames for each one that is read; a record of the pack is read alone.
@@ -13,6 +14,7 @@ comparing its checksum: what a disk has changed is an error that names the file.
 """
 
 import hashlib
+import io
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +26,7 @@ from einops import rearrange, reduce
 from tqdm import tqdm
 
 from config import ACTION_DIM
-from demonstrations import RECORD, DataError, Demonstrations, Episode
+from demonstrations import Demonstrations, Episode
 from durable import (
     DamagedError,
     append,
@@ -35,6 +37,7 @@ from durable import (
     write,
     write_sealed,
 )
+from trajectory import RECORD, DataError, remarks
 
 BLOCK = 1024  # records per file, 172 MB
 _PAD = -RECORD.itemsize % 8
@@ -65,7 +68,7 @@ class Pack:
             meta = read_sealed(self.folder / "pack.json")
         except DamagedError as error:
             raise DataError(f"{error}; delete the pack and pack it again") from None
-        if meta["record"] != PACKED.itemsize:
+        if meta["record"] != PACKED.itemsize or "survey.npy" not in meta["files"]:
             raise DataError(
                 f"{self.folder}: packed with other records than this code reads; pack it again"
             )
@@ -117,6 +120,11 @@ class Pack:
         chosen[episodes] = True
         return actions[np.repeat(chosen, np.diff(self.starts))]
 
+    def survey(self, episodes: np.ndarray) -> np.ndarray:
+        """Labels and ranges of these episodes, [n] of SURVEY."""
+        self.verify("survey.npy")
+        return np.load(self.folder / "survey.npy")[episodes]
+
     def verify(self, name: str) -> None:
         """Raise DataError unless a file is what its sha256 says."""
         path = self.folder / name
@@ -138,7 +146,7 @@ def packed(records: np.ndarray) -> np.ndarray:
     return out
 
 
-def pack(data: str, out: str, truncate_at_success: bool = False) -> None:
+def pack(data: str, out: str, truncate_at_success: bool = True) -> None:
     """Write every frame below --data into --out once, so that training reads at memory speed.
 
     Resumable: a finished block is not written again, other data than last time starts over.
@@ -146,7 +154,7 @@ def pack(data: str, out: str, truncate_at_success: bool = False) -> None:
     Args:
         data: folder of demonstrations
         out: folder of the pack
-        truncate_at_success: end each demonstration at its first success
+        truncate_at_success: end each demonstration at its first success (GAP-25)
     """
     source, folder = Demonstrations(data, truncate_at_success), Path(out)
     with sole_writer(folder):
@@ -178,16 +186,21 @@ def write_pack(source: Demonstrations, folder: Path) -> None:
         write(folder / block_name(number), content)
         hashes[block_name(number)] = hashlib.sha256(content).hexdigest()
         append(progress, {"name": block_name(number), "sha256": hashes[block_name(number)]})
-    actions = source.actions_of(np.arange(len(source.episodes))).astype(np.float32).tobytes()
-    write(folder / "actions.bin", actions)
-    hashes["actions.bin"] = hashlib.sha256(actions).hexdigest()
+    every, file = np.arange(len(source.episodes)), io.BytesIO()
+    np.save(file, survey := source.survey(every))
+    small = {"actions.bin": source.actions_of(every).tobytes(), "survey.npy": file.getvalue()}
+    for name, content in small.items():
+        write(folder / name, content)
+        hashes[name] = hashlib.sha256(content).hexdigest()
     about = ("instructions", "action_schema", "qpos_names")
     meta = {"files": hashes} | {key: getattr(source, key) for key in about} | plan
     write_sealed(final, meta)
     progress.unlink()
+    for remark in remarks(survey, [e.file for e in source.episodes]):
+        print(remark)
     print(
         f"{folder}: {len(source):,} frames of {len(source.episodes):,} episodes, "
-        f"{len(hashes) - 1} blocks"
+        f"{len(hashes) - len(small)} blocks"
     )
 
 

@@ -8,6 +8,7 @@ The state of the order is the step: a resumed run draws the epoch's permutation 
 its place, without reading what came before.
 """
 
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,11 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from config import HISTORY, InputError
+from config import HISTORY, LABELS, InputError, quoted
 from data import ActionStats, to_tensors
 from demonstrations import SHUFFLE_POOL, Demonstrations
 from pack import Pack
+from trajectory import remarks
 
 
 class Frames(Dataset):
@@ -36,17 +38,20 @@ class Frames(Dataset):
         """
         self.source, self.history = source, history
         files = np.array([episode.file for episode in source.episodes])
-        keep = np.zeros(len(files), bool)
-        for file in np.unique(files):
-            rows = np.flatnonzero(files == file)
-            first_val = len(rows) - max(1, round(held_out * len(rows)))
-            wanted = is_of(file, tasks, subtasks)
-            keep[rows[:first_val] if train else rows[first_val:]] = wanted
-        if not any(is_of(file, tasks, subtasks) for file in np.unique(files)):
+        wanted = [
+            (not tasks or episode.task in tasks) and (not subtasks or episode.subtask in subtasks)
+            for episode in source.episodes
+        ]
+        if not any(wanted):
             raise InputError(
                 f"{source.folder}: no demonstrations of {'/'.join((*tasks, *subtasks))} "
                 f"in <task>/<subtask>/<target>.h5; it has {', '.join(sorted(set(files)))}"
             )
+        keep = np.zeros(len(files), bool)
+        for file in np.unique(files):
+            rows = np.flatnonzero(files == file)
+            first_val = len(rows) - max(1, round(held_out * len(rows)))
+            keep[rows[:first_val] if train else rows[first_val:]] = wanted[rows[0]]
         self.episode_ids = np.flatnonzero(keep)
         # 4 bytes a frame: the index of the paper's 8 million takes 32 MB.
         self.frames = np.flatnonzero(np.repeat(keep, np.diff(source.starts))).astype(np.int32)
@@ -89,8 +94,26 @@ class Frames(Dataset):
             name: torch.from_numpy(np.array(value, order="C")) for name, value in seen.items()
         }
 
-    def stats(self) -> ActionStats:
-        return ActionStats.of(self.source.actions_of(self.episode_ids))
+    @cached_property
+    def survey(self) -> np.ndarray:
+        """Labels and ranges of these episodes, [n] of SURVEY."""
+        return self.source.survey(self.episode_ids)
+
+    @property
+    def labelled(self) -> dict[str, int]:
+        """How many of the frames have each label."""
+        return dict(zip(LABELS, self.survey["labelled"].sum(0).tolist()))
+
+    @property
+    def remarks(self) -> list[str]:
+        return remarks(self.survey, [self.source.episodes[e].file for e in self.episode_ids])
+
+    def stats(self, bounds: str) -> ActionStats:
+        """Action bounds: "controller" or "percentiles" of these episodes."""
+        if bounds == "percentiles":
+            return ActionStats.percentiles(self.source.actions_of(self.episode_ids))
+        actions = self.survey["actions"]  # [n, 2, 13]
+        return ActionStats.controller(actions[:, 0].min(0), actions[:, 1].max(0))
 
     def names(self, rows: np.ndarray) -> list[str]:
         """File, trajectory and frame of each row, as a person looks for them."""
@@ -101,12 +124,6 @@ class Frames(Dataset):
             f"frame {frame - self.source.starts[e]}"
             for e, frame in zip(episodes, frames)
         ]
-
-
-def is_of(file: str, tasks: tuple[str, ...], subtasks: tuple[str, ...]) -> bool:
-    """Is <task>/<subtask>/<target>.h5 of these tasks and subtasks? Empty means all."""
-    task, subtask = ("", "", *Path(file).parts)[-3:-1]
-    return (not tasks or task in tasks) and (not subtasks or subtask in subtasks)
 
 
 class StepOrder:
@@ -180,7 +197,8 @@ def open_data(folder: str | Path, truncate: bool = False) -> Demonstrations | Pa
     pack = Pack(folder)
     if truncate and not pack.truncate:
         raise InputError(
-            f"{folder}: a pack of whole demonstrations, asked for are truncated ones: python "
-            "data.py pack --truncate-at-success --data DATA --out PACK"
+            f"{folder}: a pack of whole demonstrations, expected one of demonstrations that end at "
+            f"their success: python data.py pack --data DATA --out {quoted(f'{folder}-cut')}; or "
+            "train on the whole ones with --no-truncate-at-success"
         )
     return pack

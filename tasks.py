@@ -10,6 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 TASKS = ("set_table", "tidy_house", "prepare_groceries")
+# MS-HAB's released demonstrations on the hub: 83, 209 and 174 GB (MS-HAB: README.md).
+HUB_DATASETS = {
+    "set_table": "arth-shukla/MS-HAB-SetTable",
+    "tidy_house": "arth-shukla/MS-HAB-TidyHouse",
+    "prepare_groceries": "arth-shukla/MS-HAB-PrepareGroceries",
+}
 SUBTASKS = ("pick", "place", "open", "close")
 HORIZON = 200  # control steps per episode, 20 Hz (MS-HAB: max_episode_steps of all four subtasks)
 

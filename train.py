@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import checkpoint
-from config import InputError, TrainConfig, explained
+from config import LABELS, InputError, TrainConfig, explained
 from data import ActionStats, Batcher, build_tokenizer, check_batch, tokenize
 from decoders import BatchNorm
-from demonstrations import Demonstrations
+from demonstrations import Demonstrations, label_command
 from distributed import STOPPED, Ranks, join, signals
 from durable import sole_writer
 from flow_head import draw_noise
@@ -119,13 +119,8 @@ def moving_buffers(model: AuxVLA) -> list[Tensor]:
     return [buffer for norm in norms if norm.training for buffer in norm.buffers()]
 
 
-def load_data(
-    cfg: TrainConfig, origin: dict, resumed: Path | None
-) -> tuple[Frames, Frames, Batcher, Tokenizer, dict]:
-    """Training and held-out frames, what makes batches of them, what a checkpoint says of them.
-
-    Later stages keep the first one's units and tokenizer: its weights were trained with them.
-    """
+def open_frames(cfg: TrainConfig) -> tuple[Frames, Frames]:
+    """Training and held-out frames."""
     data = open_data(cfg.data, cfg.truncate_at_success)
     frames, held_out = (
         Frames(data, cfg.val_episodes, train, cfg.model.history, cfg.tasks, cfg.subtasks)
@@ -136,11 +131,45 @@ def load_data(
             f"{cfg.data}: {len(frames)} training frames ({len(held_out)} more are held out) are "
             f"less than one batch of {cfg.batch_size}; record more, or give a smaller --batch-size"
         )
+    return frames, held_out
+
+
+def choose_decoders(cfg: TrainConfig, frames: Frames, is_main: bool) -> TrainConfig:
+    """Leave out, of the default five decoders, those whose label no training frame has.
+
+    Stage 3 keeps its VLM's decoders. Raises InputError for a decoder that was asked for.
+    """
+    default = cfg.model.decoders == LABELS and not cfg.row
+    if cfg.stage == 3:
+        trained = checkpoint.read_manifest(checkpoint.resolve(cfg.init_from), verify=False)
+        decoders = checkpoint.model_config_of(trained).decoders if default else cfg.model.decoders
+        return replace(cfg, model=replace(cfg.model, decoders=decoders))
+    lacking = [name for name in cfg.model.decoders if not frames.labelled[name]]
+    if not lacking:
+        return cfg
+    lacks = f"no training frame of {cfg.data} has a label for: {', '.join(lacking)}"
+    mend = label_command(frames.source.episodes[0].file, f"{cfg.data}-labelled")
+    if not default:
+        raise InputError(f"{lacks}. Record labels: {mend}; or train without these decoders")
+    if is_main:
+        print(f"warning: {lacks}. NOT TRAINED: these decoders. To record labels: {mend}")
+    decoders = tuple(name for name in cfg.model.decoders if name not in lacking)
+    return replace(cfg, model=replace(cfg.model, decoders=decoders))
+
+
+def load_data(
+    cfg: TrainConfig, frames: Frames, origin: dict, resumed: Path | None
+) -> tuple[Batcher, Tokenizer, dict]:
+    """What makes batches, the tokenizer, and what a checkpoint says of the data.
+
+    Later stages keep the first one's units and tokenizer: its weights were trained with them.
+    """
+    data = frames.source
     if "action_stats" in origin:
         stats = ActionStats(**{k: tuple(v) for k, v in origin["action_stats"].items()})
         tokenizer = Tokenizer.from_file(str(Path(origin["folder"]) / "tokenizer.json"))
     else:
-        stats, tokenizer = frames.stats(), build_tokenizer(cfg.model.llm)
+        stats, tokenizer = frames.stats(cfg.action_bounds), build_tokenizer(cfg.model.llm)
     batcher = Batcher(cfg.model, stats, tokenize(data.instructions, tokenizer, cfg.model.llm))
     manifest = describe(cfg, data, frames, stats) | {"pretrained": origin["pretrained"]}
     if resumed and origin["data"] != manifest["data"]:
@@ -148,7 +177,7 @@ def load_data(
             f"{resumed}: was trained on {origin['data']}, {cfg.data} has {manifest['data']}. "
             "Give the same data, or another --out with --init-from"
         )
-    return frames, held_out, batcher, tokenizer, manifest
+    return batcher, tokenizer, manifest
 
 
 def main(cfg: TrainConfig) -> int:
@@ -232,9 +261,11 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
         raise InputError(
             f"--batch-size {cfg.batch_size} must be a multiple of the {world} processes"
         )
+    frames, held_out = open_frames(cfg)
+    cfg = choose_decoders(cfg, frames, ranks.is_main)
     plan = describe_plan(memory_plan(cfg, world, device), cfg, world, device)
     if ranks.is_main:
-        print(plan)
+        print(*frames.remarks, plan, sep="\n")
     model, origin, resumed = prepare(cfg, ranks)
     if resumed:  # what its weights began with, whatever is given now
         cfg = replace(cfg, init_from=origin["config"]["init_from"])
@@ -246,7 +277,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
     if resumed:
         checkpoint.load_optimizer(model, optimizer, resumed)
     step, skipped, stopped = origin["step"] if resumed else 0, 0, False
-    frames, held_out, batcher, tokenizer, manifest = load_data(cfg, origin, resumed)
+    batcher, tokenizer, manifest = load_data(cfg, frames, origin, resumed)
     num_steps = cfg.steps or cfg.epochs[cfg.stage - 1] * (len(frames) // cfg.batch_size)
     if step > num_steps:
         raise InputError(

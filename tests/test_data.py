@@ -29,9 +29,10 @@ from data import (
     tokenize,
     verify,
 )  # fmt: skip
-from demonstrations import DataError, Demonstrations
+from demonstrations import Demonstrations
 from pack import BLOCK, PACKED, Pack
 from samples import Frames, StepOrder, open_data
+from trajectory import DataError
 
 ROOT = Path(__file__).parent.parent
 CFG = model_config("tiny")
@@ -46,7 +47,7 @@ def demos(tmp_path_factory):
 
 
 def make_batcher(source, frames=None, cfg=CFG):
-    stats = (frames or Frames(source, 0.1, train=True)).stats()
+    stats = (frames or Frames(source, 0.1, train=True)).stats("controller")
     return Batcher(cfg, stats, tokenize(source.instructions, build_tokenizer(cfg.llm), cfg.llm))
 
 
@@ -101,7 +102,7 @@ def test_actions_survive_normalisation_and_its_inverse():
     recorded[:, 8] = 0.25  # a joint that never moves
     recorded[:, 9] = 0
     recorded[:3, 9] = 1  # one that hardly does: its percentiles coincide
-    stats = ActionStats.of(recorded)
+    stats = ActionStats.percentiles(recorded)
     actions = torch.from_numpy(recorded)
     normal = stats.normalize(actions)
     assert normal.abs().max() <= 1 and (normal[:, 8] == 0).all()
@@ -111,6 +112,18 @@ def test_actions_survive_normalisation_and_its_inverse():
     )
     assert torch.equal(stats.denormalize(torch.rand(5, 13))[:, 8], torch.full((5,), 0.25))
     torch.testing.assert_close(stats.denormalize(normal)[:, 9], actions[:, 9])
+
+
+def test_the_controllers_bounds_keep_what_percentiles_erase_and_a_still_dimension_exactly():
+    recorded = np.zeros((1000, 13), np.float32)
+    recorded[:8, 7] = -1  # a gripper that closes in 0.8 % of the frames
+    recorded[:, 8] = 0.25  # a joint that never moves
+    actions = torch.from_numpy(recorded[:20])
+    kept = ActionStats.controller(recorded.min(0), recorded.max(0))
+    torch.testing.assert_close(kept.denormalize(kept.normalize(actions)), actions)
+    assert (kept.low[7], kept.high[7], kept.low[8], kept.high[8]) == (-1, 1, 0.25, 0.25)
+    erased = ActionStats.percentiles(np.vstack([recorded, np.ones((20, 13), np.float32)]))
+    assert (erased.denormalize(erased.normalize(actions))[:8, 7] > -0.01).all()
 
 
 def test_prompts_have_one_length_and_end_at_the_latents():
@@ -360,9 +373,9 @@ BAD = {
         lambda g: set_value(g, "actions", (3, 2), np.nan),
         "frame 3: action 2 is nan",
     ),
-    "actions out of range": (
-        lambda g: set_value(g, "actions", (3, 2), 7),
-        "frame 3: action 2 is 7",
+    "infinite actions": (
+        lambda g: set_value(g, "actions", (3, 2), -np.inf),
+        "frame 3: action 2 is -inf",
     ),
     "12 action dimensions": (
         lambda g: replace_dataset(g, "actions", g["actions"][:, :12]),
@@ -375,6 +388,24 @@ BAD = {
         "expected integer millimetres",
     ),
     "NaN in a label": (lambda g: set_value(g, "labels/pos", (4, 0), np.nan), "frame 4: pos is"),
+    "float pictures": (
+        lambda g: replace_dataset(
+            g, "obs/sensor_data/fetch_head/rgb", np.ones((10, 128, 128, 3), np.float32)
+        ),
+        r"fetch_head/rgb is float32 \[128, 128, 3\], expected uint8 \[128, 128, 3\]",
+    ),
+    "integer joints": (
+        lambda g: replace_dataset(g, "obs/agent/qpos", np.zeros((10, 12), np.int64)),
+        "qpos is int64 .* expected floating",
+    ),
+    "float masks": (
+        lambda g: replace_dataset(g, "labels/seg/fetch_hand", np.ones((10, 128, 128))),
+        "labels/seg/fetch_hand is float64",
+    ),
+    "15 joints": (
+        lambda g: replace_dataset(g, "obs/agent/qpos", np.zeros((10, 15), np.float32)),
+        r"qpos is float32 \[15\], expected floating \[12\]",
+    ),
 }
 
 

@@ -10,7 +10,7 @@ from hub_server import Hub
 from processes import start
 
 from demonstrations import Demonstrations
-from download import DATASETS
+from tasks import HUB_DATASETS
 
 CLOSE = ["close/fridge.h5", "close/fridge.json"]
 
@@ -29,7 +29,7 @@ def released(tmp_path_factory) -> Path:
 @pytest.fixture
 def hub(released):
     served = {
-        DATASETS[task]: {
+        HUB_DATASETS[task]: {
             str(path.relative_to(released / task)): path.read_bytes()
             for path in sorted((released / task).rglob("*.*"))
         }
@@ -98,7 +98,7 @@ def test_a_dry_run_shows_the_sizes_and_fetches_nothing(hub, released, tmp_path):
 
 
 def test_too_little_disk_is_said_before_anything_is_fetched(hub, small_disk):
-    repository = hub.repositories[DATASETS["set_table"]]
+    repository = hub.repositories[HUB_DATASETS["set_table"]]
     repository["close/fridge.h5"] = bytes(3_000_000)
     shown = output(download(small_disk, "--tasks set_table --subtasks close", hub.url), code=1)
     assert "are to be fetched" in shown and "are free" in shown and "fewer --tasks" in shown
@@ -106,7 +106,7 @@ def test_too_little_disk_is_said_before_anything_is_fetched(hub, small_disk):
 
 
 def test_a_disk_that_fills_up_meanwhile_is_no_traceback(hub, small_disk, tmp_path):
-    hub.repositories[DATASETS["set_table"]]["close/fridge.h5"] = bytes(1_500_000)
+    hub.repositories[HUB_DATASETS["set_table"]]["close/fridge.h5"] = bytes(1_500_000)
     hub.stalled = {"close/fridge.h5"}
     flags = "--tasks set_table --subtasks close --workers 1"
     process = download(small_disk / "data", flags, hub.url, HF_HOME=str(tmp_path))

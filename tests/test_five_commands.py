@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hub_server import Hub
 
-from download import DATASETS
+from tasks import HUB_DATASETS
 
 ROOT = Path(__file__).parents[1]
 SECTION = (ROOT / "README.md").read_text().split("## The real benchmark")[1].split("\n## ")[0]
@@ -50,7 +50,7 @@ def test_five_commands_lead_from_the_released_files_to_a_filled_row(assets, tmp_
     for path in folder.rglob("*.*"):
         if path.suffix in (".h5", ".json"):
             served[str(path.relative_to(folder))] = path.read_bytes()
-    hub = Hub({DATASETS["set_table"]: served})
+    hub = Hub({HUB_DATASETS["set_table"]: served})
     environment = os.environ | {
         "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf-home"), "HF_HUB_OFFLINE": "0",
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",

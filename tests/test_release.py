@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import h5py
@@ -13,11 +12,10 @@ from files import write_demos
 from processes import start
 
 from config import LABELS, InputError
-from data import normalize_depth, pack
-from demonstrations import DataError, Demonstrations
-from env import REARRANGE
-from released import CAMERA_POSE, GRIPPER_POSE, base_position
-from samples import open_data
+from data import cameras, normalize_depth, pack, verify
+from demonstrations import Demonstrations, h5_files
+from samples import Frames, open_data
+from trajectory import CAMERA_POSE, GRIPPER_POSE, LEVEL, DataError, base_position, remarks
 
 DRAWER = "set_table/close/kitchen_counter"
 POS, SEG = LABELS.index("pos"), LABELS.index("seg")
@@ -63,6 +61,8 @@ def test_a_recording_of_mshabs_own_has_the_labels_of_ours(collected, released):
     np.testing.assert_allclose(same["pos"], expected["pos"], rtol=0, atol=1e-5)
     simulated = json.loads((released / "positions.json").read_text())["0"]
     np.testing.assert_allclose(recorded["pos"], simulated[:-1], rtol=0, atol=1e-5)
+    said = remarks(theirs.survey([0, 1]), [episode.file for episode in theirs.episodes])
+    assert not any("base moves" in line or "rises" in line for line in said), said
     assert recorded["has"][:, POS].all() and not recorded["has"][:, SEG].any()
     assert np.ptp(recorded["pos"], axis=0).max() > 0.1  # it drove
 
@@ -90,13 +90,16 @@ def test_mshabs_own_training_reads_what_we_wrote_and_learns(collected, tmp_path)
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
-def test_a_camera_that_sits_elsewhere_gives_no_positions(released):
+def test_a_camera_that_sits_elsewhere_is_remarked_and_far_off_gives_no_positions(released):
     with h5py.File(released / f"{DRAWER}.h5") as file:
-        obs = {key: file["traj_1/obs"][key][:] for key in (CAMERA_POSE, GRIPPER_POSE)}
-    assert base_position(obs, slice(0, 26), "here").shape == (26, 2)
-    obs[CAMERA_POSE][:, :3, 3] += 0.1 * obs[CAMERA_POSE][:, :3, 2]
-    with pytest.raises(InputError, match=r"^here: base x, y cannot be derived"):
-        base_position(obs, slice(0, 26), "here")
+        camera, gripper = (file["traj_1"][key][:] for key in (CAMERA_POSE, GRIPPER_POSE))
+    position, rise = base_position(camera, gripper, "here")
+    assert position.shape == (len(camera), 2) and rise < 1e-5
+    camera[:, :3, 3] += 0.1 * camera[:, :3, 2]
+    assert base_position(camera, gripper, "here")[1] > LEVEL
+    camera[:, :3, 3] += camera[:, :3, 2]
+    with pytest.raises(DataError, match=r"^here: base x, y cannot be derived"):
+        base_position(camera, gripper, "here")
 
 
 # --- Without a simulator ---
@@ -114,10 +117,14 @@ def test_depth_of_any_integer_type_is_read_and_far_stays_far(kind, tmp_path):
         depth[3, 0, :6, 0] = millimetres.astype(kind)  # as int16, the last two wrap around
         del sensor["depth"]
         sensor["depth"] = depth
-    read = Demonstrations(tmp_path).read([3])["depth"]
-    assert read[0, 1, 0, :6].tolist() == [0, 1, 500, 32767, 32767, 32767]
-    near = normalize_depth(torch.from_numpy(read.copy()))
-    assert near.min() == 0 and near.max() == 1
+    read = torch.from_numpy(Demonstrations(tmp_path).read([3])["depth"].copy())
+    seen = torch.from_numpy(depth[3:4].astype(np.int16))  # as the simulator gives it
+    sensor = {"rgb": torch.zeros(1, 128, 128, 3), "depth": seen}
+    _, live = cameras({"sensor_data": {"fetch_head": sensor, "fetch_hand": sensor}})
+    expected = torch.tensor([1, 0.999, 1 - np.tanh(0.5), 0, 0, 0], dtype=torch.float32)
+    for pictures in (read, live) if kind is np.int16 else (read,):
+        near = normalize_depth(pictures)[0, 1, 0, :6]
+        torch.testing.assert_close(near, expected, rtol=0, atol=1e-5)
 
 
 def test_blocks_of_truncated_episodes_are_those_of_their_file(tmp_path):
@@ -160,33 +167,83 @@ def test_observations_that_are_too_few_are_named(tmp_path):
         qpos = file["traj_1/obs/agent/qpos"][:-1]
         del file["traj_1/obs/agent/qpos"]
         file["traj_1/obs/agent/qpos"] = qpos
-    with pytest.raises(DataError, match="traj_1: 9 observations, expected one more than the 9"):
+    with pytest.raises(
+        DataError, match="traj_1: obs/agent/qpos has 9 observations, expected one more"
+    ):
         Demonstrations(tmp_path).read_episode(1)
 
 
-def test_the_task_plan_names_the_target_of_each_episode_of_all_h5(assets, tmp_path):
-    path = write_demos(tmp_path / "set_table/pick/all", lengths=(9, 9))
-    plan = json.loads((REARRANGE / "task_plans/set_table/pick/train/all.json").read_text())
-    first = {each["subtasks"][0]["obj_id"]: each["subtasks"][0]["uid"] for each in plan["plans"]}
-    sidecar = json.loads(path.with_suffix(".json").read_text())
-    for entry, name in zip(sidecar["episodes"], ("024_bowl-0", "013_apple-0")):
-        entry["subtask_uid"] = first[name]
-    path.with_suffix(".json").write_text(json.dumps(sidecar))
-    source = Demonstrations(tmp_path)
-    assert source.instructions == ["pick up the bowl", "pick up the apple"]
-    assert source.read([0, 9])["instruction"].tolist() == [0, 1]
-
-
-def test_an_episode_whose_target_nothing_names_is_refused_with_what_would(assets, tmp_path):
+def test_an_episode_whose_target_nothing_names_is_refused_with_what_would(tmp_path):
     write_demos(tmp_path / "set_table/pick/all", lengths=(9,))
-    with pytest.raises(InputError, match=r"all.h5: neither an instruction nor a known target"):
+    with pytest.raises(DataError, match=r"all.h5: no instruction in its .json, and pick/all"):
         Demonstrations(tmp_path)
-    shutil.rmtree(tmp_path / "set_table")
-    path = write_demos(tmp_path / "set_table/pick/013_apple", lengths=(9,))
-    sidecar = json.loads(path.with_suffix(".json").read_text())
-    del sidecar["episodes"][0]["subtask_uid"]  # as MS-HAB's recorder leaves it
-    path.with_suffix(".json").write_text(json.dumps(sidecar))
-    assert Demonstrations(tmp_path).instructions == ["pick up the apple"]
+
+
+def released_like(path: Path, lengths=(12, 9, 15)) -> Path:
+    """Files of the release's open and close: raw PPO means as actions, nothing held, no masks."""
+    write_demos(path, lengths, labels=False, has_object=False)
+    with h5py.File(path.with_suffix(".h5"), "r+") as file:
+        for i, group in enumerate(file.values()):
+            group["obs/extra/is_grasped"][...] = False
+            group["actions"][3, 4], group["actions"][5, 12] = (-5.1, 12.5) if i else (8.25, -1.5)
+    return path.with_suffix(".h5")
+
+
+def test_actions_beyond_the_controllers_bounds_are_clipped_and_counted(tmp_path, capsys):
+    released_like(tmp_path / "data" / DRAWER)
+    source = Demonstrations(tmp_path / "data")
+    records = source.read_episode(1)
+    assert records["actions"][3, 0, 4] == -1 and records["actions"][0, 5, 12] == 1
+    assert np.abs(source.actions_of([0, 1, 2])).max() == 1
+    said = remarks(source.survey([0, 1, 2]), [episode.file for episode in source.episodes])
+    share = 6 / (36 * 13)
+    assert f"{DRAWER}.h5: {share:.1%} of action values clipped" in said[0]
+    assert any("grasp never changes" in line for line in said)
+    pack(str(tmp_path / "data"), str(tmp_path / "pack"))
+    assert said[0] in capsys.readouterr().out
+    verify(str(tmp_path / "pack"))
+    packed = open_data(tmp_path / "pack")
+    assert (packed.read(range(36))["actions"] == source.read(range(36))["actions"]).all()
+    assert packed.survey([0, 2]).tobytes() == source.survey([0, 2]).tobytes()
+
+
+def test_a_base_that_rises_a_little_is_remarked_and_by_two_centimetres_refused(tmp_path):
+    for rise in (0.0, 0.005, 0.03):
+        path = write_demos(tmp_path / f"{rise}" / DRAWER, lengths=(9,), labels=False)
+        with h5py.File(path, "r+") as file:
+            obs = file["traj_0/obs"]
+            camera = np.tile(np.eye(4, dtype=np.float32), (10, 1, 1))
+            camera[:, 2, 3] = np.linspace(0, rise, 10)
+            obs["sensor_param/fetch_hand/cam2world_gl"] = camera
+            obs["extra/tcp_pose_wrt_base"] = np.tile(np.float32([0, 0, 0, 1, 0, 0, 0]), (10, 1))
+        source = Demonstrations(tmp_path / f"{rise}")
+        if rise == 0.03:
+            with pytest.raises(DataError, match=r"traj_0: base x, y cannot be derived"):
+                source.survey([0])
+        else:
+            said = "".join(remarks(source.survey([0]), [DRAWER]))
+            assert ("rises by up to 4.4 mm" in said) == (rise > 0)
+
+
+@pytest.mark.parametrize("folder", ["MS-HAB-SetTable", "set_table"])
+def test_a_folder_named_as_its_hub_dataset_is_its_task(folder, tmp_path):
+    write_demos(tmp_path / folder / "close/fridge")
+    for place in (tmp_path, tmp_path / folder):  # also where --data is that folder itself
+        frames = Frames(open_data(place), 0.1, True, tasks=("set_table",), subtasks=("close",))
+        assert len(frames) == 21
+    with pytest.raises(InputError, match="no demonstrations of tidy_house"):
+        Frames(open_data(tmp_path), 0.1, True, tasks=("tidy_house",))
+
+
+def test_folders_behind_links_are_read_loops_and_hidden_files_are_not(tmp_path):
+    write_demos(tmp_path / "disk/fridge")
+    write_demos(tmp_path / "data/set_table/open/fridge")
+    (tmp_path / "data/set_table/close").symlink_to(tmp_path / "disk")
+    (tmp_path / "data/again").symlink_to(tmp_path / "data")
+    (tmp_path / "disk/._fridge.h5").write_bytes(b"of another system")
+    found = [str(path.relative_to(tmp_path / "data")) for path in h5_files(tmp_path / "data")]
+    assert found == ["set_table/close/fridge.h5", "set_table/open/fridge.h5"]
+    assert len(Demonstrations(tmp_path / "data")) == 72
 
 
 def test_a_pack_says_whether_its_episodes_end_at_their_success(tmp_path):

@@ -147,8 +147,12 @@ def test_the_policy_sees_the_history_that_it_was_trained_on(history, tmp_path):
     cfg = replace(model_config("tiny"), history=history)
     frames = Frames(source, 0.1, train=True, history=history)
     tokenizer = build_tokenizer(cfg.llm)
-    batcher = Batcher(cfg, frames.stats(), tokenize(source.instructions, tokenizer, cfg.llm))
-    policy = Policy(AuxVLA(cfg).eval(), frames.stats(), tokenizer, {}, torch.device("cpu"))
+    batcher = Batcher(
+        cfg, frames.stats("controller"), tokenize(source.instructions, tokenizer, cfg.llm)
+    )
+    policy = Policy(
+        AuxVLA(cfg).eval(), frames.stats("controller"), tokenizer, {}, torch.device("cpu")
+    )
     policy.reset()
     for t, record in enumerate(source.read_episode(0)):
         expected = batcher(frames[np.array([t])], torch.device("cpu"))
@@ -216,7 +220,9 @@ def test_latents_read_from_the_action_states_are_the_same_in_training_and_acting
     cfg = replace(model_config("tiny"), latents="action_states")
     frames = Frames(source, 0.1, train=True)
     prompts = tokenize(source.instructions, build_tokenizer(cfg.llm), cfg.llm)
-    batch = Batcher(cfg, frames.stats(), prompts)(frames[np.arange(3)], torch.device("cpu"))
+    batch = Batcher(cfg, frames.stats("controller"), prompts)(
+        frames[np.arange(3)], torch.device("cpu")
+    )
     torch.manual_seed(0)
     model = AuxVLA(cfg)
     assert model.vlm.latent_queries.numel() == 0

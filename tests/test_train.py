@@ -301,7 +301,9 @@ def test_the_validation_loss_is_the_mean_over_labelled_frames(data, tmp_path):
     source = open_data(data)
     held_out = Frames(source, cfg.val_episodes, train=False)
     prompts = tokenize(source.instructions, build_tokenizer(cfg.model.llm), cfg.model.llm)
-    batcher = Batcher(cfg.model, Frames(source, cfg.val_episodes, train=True).stats(), prompts)
+    batcher = Batcher(
+        cfg.model, Frames(source, cfg.val_episodes, train=True).stats("controller"), prompts
+    )
     model, cpu = AuxVLA(cfg.model), torch.device("cpu")
     model.train_stage(2)
     losses, _ = validate(model, held_out, batcher, cfg, cpu)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from config import ACTION_DIM, CAMERAS, IMAGE_SIZE, PRESETS
 from data import ActionStats, build_tokenizer, cameras
-from demonstrations import RECORD
 from distributed import device_of
 from model import AuxVLA
 from policy import Policy
@@ -20,6 +19,7 @@ from samples import open_data
 from tools.bench_loader import seconds, spread
 from tools.bench_train import model_of
 from tools.naive import NaivePort, adopt
+from trajectory import RECORD
 
 SENTENCE = "close the kitchen drawer"
 

@@ -13,9 +13,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from config import CAMERAS
-from demonstrations import RECORD, Demonstrations
+from demonstrations import Demonstrations
 from pack import Pack, pack
 from samples import Frames, StepOrder, loader
+from trajectory import RECORD
 
 
 def spread(values: list[float]) -> dict[str, float]:

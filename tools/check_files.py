@@ -20,10 +20,11 @@ import checkpoint
 import pretrained
 from config import LABELS, PRESETS, InputError, LLMConfig, TrainConfig, model_config, quoted
 from data import build_tokenizer
-from demonstrations import DataError, Demonstrations, load_sidecar
+from demonstrations import Demonstrations, h5_files, label_command, load_sidecar
 from model import VLM, AuxVLA
 from pack import Pack
 from tools.checks import Finding, brief, size
+from trajectory import DataError
 
 SECONDS = 4.0  # for samples of demonstrations or a pack
 HASHED = 2e9  # bytes of a checkpoint, up to which it is compared with its sha256
@@ -38,13 +39,13 @@ def demonstrations(folder: str | Path, seconds: float = SECONDS) -> list[Finding
     folder = Path(folder)
     if (folder / "pack.json").is_file() or list(folder.glob("frames-*.bin")):
         return pack_findings(folder, seconds)
-    files = sorted(folder.rglob("*.h5"))
+    files = h5_files(folder)
     if not files:
         names = [path.name for path in folder.parent.glob("*/") if path.name != folder.name]
         near = [
             folder.with_name(name) for name in get_close_matches(folder.name, names, cutoff=0.5)
         ]
-        near = [path for path in near if next(path.rglob("*.h5"), None)]
+        near = [path for path in near if h5_files(path)]
         mend = f"--data {near[0]}" if near else f"python data.py download --out {folder}"
         got = f"{folder}: {'no .h5 below it' if folder.is_dir() else 'not there'}"
         return [Finding("missing", "--data", got, "<task>/<subtask>/<target>.h5 and .json", mend)]
@@ -87,18 +88,10 @@ def read_samples(demos: Demonstrations, deadline: float) -> list[Finding]:
         Finding(
             "warn", "labels", f"no {label} in {len(files)} of {read} files: {files[0]}",
             f"labels for the {label} decoder, which learns nothing from these files",
-            record_again(demos.folder, files[0]),
+            label_command(files[0], f"{demos.folder}-labelled"),
         )
         for label, files in lacking.items()
     ]  # fmt: skip
-
-
-def record_again(folder: Path, file: str) -> str:
-    task, subtask, target = ("TASK", "SUBTASK", *Path(file).with_suffix("").parts)[-3:]
-    return (
-        f"python collect.py --expert scripted --task {task} --subtask {subtask} --target {target} "
-        f"--out {quoted(f'{folder}-labelled')} (--expert rl in the real apartments)"
-    )
 
 
 def misplaced(folder: Path, error: InputError) -> Finding:

@@ -24,8 +24,8 @@ from packaging.requirements import Requirement
 from torch import nn
 
 from config import HISTORY, InputError, TrainConfig
-from demonstrations import RECORD
 from distributed import join
+from trajectory import RECORD
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = ((3, 11), (3, 12))  # mani_skill's mplib has wheels for no other (tools/setup.sh)

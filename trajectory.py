@@ -1,0 +1,250 @@
+"""One trajectory of MS-HAB's layout as frames: fields checked, actions clipped, labels derived.
+
+    records = read_frames(group, actions, 0, 26, where)  # [26] of RECORD
+    summary = survey(group, actions, where)              # counts and ranges, without any picture
+
+A field of another type or shape, or a number that is not finite, is a DataError naming the place.
+"""
+
+import h5py
+import numpy as np
+
+from chunks import read_rows
+from config import ACTION_DIM, CAMERAS, IMAGE_SIZE, LABELS, QPOS_DIM, RECORDED_ACTIONS, InputError
+
+# One frame as it is recorded: no normalisation, no resize. The unit of the pack and of a loader's
+# batch.
+_PICTURE = (len(CAMERAS), IMAGE_SIZE, IMAGE_SIZE)
+RECORD = np.dtype(
+    [
+        ("rgb", np.uint8, (*_PICTURE, 3)),
+        ("depth", np.int16, _PICTURE),  # mm; 0: nothing was hit; negative: wrapped, over 32.767 m
+        ("seg", np.uint8, (len(CAMERAS), IMAGE_SIZE**2 // 8)),  # target mask, one bit per pixel
+        ("actions", np.float32, (RECORDED_ACTIONS, ACTION_DIM)),  # in [-1, 1]; 0 past the end
+        ("action_mask", np.uint8, (RECORDED_ACTIONS,)),  # 0 past the end of the episode
+        ("pos", np.float32, (2,)),  # base x, y, metres, world frame
+        ("grasp", np.float32, ()),  # 1 while the target is held
+        ("qpos", np.float32, (QPOS_DIM,)),  # rad (prismatic: m)
+        ("obj", np.float32, (7,)),  # target object in the base frame, metres and wxyz
+        ("has", np.uint8, (len(LABELS),)),  # which of config.LABELS this frame has
+        ("instruction", np.int32, ()),  # row of `instructions`
+        ("episode", np.int32, ()),  # row of `episodes`
+        ("frame", np.int32, ()),  # row inside the episode
+    ]
+)
+
+# An episode in numbers: enough to choose decoders and action statistics before training.
+VECTORS = {"actions": (ACTION_DIM,), "pos": (2,), "grasp": (), "qpos": (QPOS_DIM,), "obj": (7,)}
+SURVEY = np.dtype(
+    [
+        ("frames", np.int32),
+        ("clipped", np.int32),  # values of actions outside [-1, 1], of frames x 13
+        ("rise", np.float32),  # metres by which the derived base position rises
+        ("speed", np.float32),  # base's displacement over the commanded one, median; NaN: it stood
+        ("labelled", np.int32, (len(LABELS),)),  # frames that have each of config.LABELS
+        *((name, np.float32, (2, *shape)) for name, shape in VECTORS.items()),  # lowest, highest
+    ]
+)
+
+# Key in a trajectory -> types and shape of one observation.
+CAMERA_POSE = "obs/sensor_param/fetch_hand/cam2world_gl"  # world frame, OpenGL's axes
+GRIPPER_POSE = "obs/extra/tcp_pose_wrt_base"  # metres and wxyz
+KEYS = {
+    "grasp": "obs/extra/is_grasped", "qpos": "obs/agent/qpos", "obj": "obs/extra/obj_pose_wrt_base",
+}  # fmt: skip
+_NUMBER, _FLAG = (np.number, np.bool_), (np.integer, np.bool_)
+FIELDS = {
+    **{f"obs/sensor_data/fetch_{c}/rgb": ((np.uint8,), (*_PICTURE[1:], 3)) for c in CAMERAS},
+    **{f"obs/sensor_data/fetch_{c}/depth": ((np.integer,), (*_PICTURE[1:], 1)) for c in CAMERAS},
+    **{f"labels/seg/fetch_{c}": (_FLAG, _PICTURE[1:]) for c in CAMERAS},
+    "labels/pos": ((np.floating,), (2,)),
+    KEYS["grasp"]: (_NUMBER, ()),
+    KEYS["qpos"]: ((np.floating,), (QPOS_DIM,)),
+    KEYS["obj"]: ((np.floating,), (7,)),
+    CAMERA_POSE: ((np.floating,), (4, 4)),
+    GRIPPER_POSE: ((np.floating,), (7,)),
+}
+
+# The hand camera in the gripper's frame, metres (mani_skill: agents/robots/fetch/fetch.py).
+HAND_CAMERA = np.array([-0.1, 0, 0.1])
+# Links look along x with z up, an OpenGL camera along -z with y up.
+GL_FROM_LINK = np.array([[0, -1, 0], [0, 0, 1], [-1, 0, 0]])
+# Metres that a base on a floor may seem to rise. Generated files stay under 2e-6; files recorded on
+# a GPU were never at hand, so a rise above LEVEL is a warning.
+LEVEL, TOO_STEEP = 1e-3, 2e-2
+BASE_FORWARD, CONTROL_HZ = 11, 20  # action 11 is the base's forward velocity, -1 to 1 m/s (GAP-1)
+
+
+class DataError(InputError):
+    """Demonstrations that cannot be used; the message names file, trajectory and frame."""
+
+
+def field(group: h5py.Group, key: str, steps: int, where: str) -> h5py.Dataset:
+    """A field of a trajectory of so many actions; KeyError if it is missing.
+
+    Raises DataError, beginning with `where`, on another type or shape, or too few observations.
+    """
+    data, (types, shape) = group[key], FIELDS[key]
+    if data.shape[1:] != shape or not any(np.issubdtype(data.dtype, each) for each in types):
+        names = " or ".join(each.__name__.rstrip("_") for each in types)
+        unit = " millimetres" if key.endswith("depth") else ""
+        raise DataError(
+            f"{where}: {key} is {data.dtype} {list(data.shape[1:])}, expected "
+            f"{names}{unit} {list(shape)}. Record it with MS-HAB's cameras and Fetch"
+        )
+    if len(data) <= steps:
+        raise DataError(
+            f"{where}: {key} has {len(data)} observations, expected one more than the {steps} "
+            "actions. The file is not whole; download or record it again"
+        )
+    return data
+
+
+def read_actions(group: h5py.Group, steps: int, where: str) -> np.ndarray:
+    """The recorded actions [T, 13] of a trajectory of so many steps, not yet clipped.
+
+    Raises DataError, beginning with `where`, on another shape or a value that is not finite.
+    """
+    actions = group["actions"][:]
+    if actions.shape != (steps, ACTION_DIM):
+        raise DataError(
+            f"{where}: actions {actions.shape}, expected ({steps}, {ACTION_DIM}): "
+            "pd_joint_delta_pos of Fetch (arm 7, gripper 1, head and torso 3, base 2). Record with "
+            "control_mode=pd_joint_delta_pos"
+        )
+    if not (finite := np.isfinite(actions)).all():
+        frame, dim = np.argwhere(~finite)[0]
+        raise DataError(f"{where}, frame {frame}: action {dim} is {actions[frame, dim]}")
+    return actions.astype(np.float32)
+
+
+def clip(actions: np.ndarray) -> np.ndarray:
+    """GAP-26 (Sec. 6.1): MS-HAB's released open and close actions reach from -5 to 12.
+
+    They are the unbounded means of PPO's policies (mshab issue 56). The controller clips them to
+    [-1, 1], so the clipped action is the action that was executed.
+    """
+    return actions.clip(-1, 1)
+
+
+def read_frames(
+    group: h5py.Group, actions: np.ndarray, first: int, last: int, where: str
+) -> np.ndarray:
+    """Frames first..last-1 of one trajectory as RECORD, without instruction and episode.
+
+    `actions` [T, 13] are the episode's, to its end; errors begin with `where`.
+    """
+    out, count = np.zeros(last - first, RECORD), len(actions)
+    for c, camera in enumerate(CAMERAS):
+        sensor = f"obs/sensor_data/fetch_{camera}"
+        out["rgb"][:, c] = read_rows(field(group, f"{sensor}/rgb", count, where), first, last)
+        depth = read_rows(field(group, f"{sensor}/depth", count, where), first, last)[..., 0]
+        out["depth"][:, c] = np.minimum(depth, np.iinfo(np.int16).max)
+        if "labels/seg" in group:
+            masks = field(group, f"labels/seg/fetch_{camera}", count, where)[first:last]
+            out["seg"][:, c] = np.packbits(masks.reshape(len(out), -1).astype(bool), axis=-1)
+    values, out["has"], _ = read_labels(group, first, last, count, where)
+    for name, value in values.items():
+        out[name] = value
+    steps = np.arange(first, last)[:, None] + np.arange(RECORDED_ACTIONS)  # [frames, 8]
+    out["action_mask"] = steps < count
+    out["actions"] = clip(actions)[np.minimum(steps, count - 1)] * out["action_mask"][..., None]
+    out["frame"] = np.arange(first, last)
+    return out
+
+
+def read_labels(
+    group: h5py.Group, first: int, last: int, steps: int, where: str
+) -> tuple[dict[str, np.ndarray], np.ndarray, float]:
+    """Labels but masks {name: [n, ...]}, the flags `has` [n, 5], metres by which the base rises."""
+    rows, values, rise = slice(first, last), {}, 0.0
+    for name, key in KEYS.items():
+        if key in group:
+            values[name] = field(group, key, steps, where)[rows].astype(np.float32)
+    if "labels/pos" in group:
+        values["pos"] = field(group, "labels/pos", steps, where)[rows]
+    elif CAMERA_POSE in group and GRIPPER_POSE in group:
+        poses = (field(group, key, steps, where)[rows] for key in (CAMERA_POSE, GRIPPER_POSE))
+        values["pos"], rise = base_position(*poses, where)
+    for name, value in values.items():
+        if not (finite := np.isfinite(value)).all():
+            row = np.argwhere(~finite)[0][0]
+            raise DataError(
+                f"{where}, frame {first + row}: {name} is {value[row]}, expected finite numbers"
+            )
+    present = [*values, *(["seg"] if "labels/seg" in group else [])]
+    has = np.tile([label in present for label in LABELS], (last - first, 1))
+    if "obj" in values:
+        # MS-HAB writes an all-zero pose, quaternion included, if the subtask has no object (GAP-8).
+        has[:, LABELS.index("obj")] = np.abs(values["obj"][:, 3:]).sum(-1) > 0
+    return values, has, rise
+
+
+def base_position(camera: np.ndarray, gripper: np.ndarray, where: str) -> tuple[np.ndarray, float]:
+    """Base x, y in the world frame, [n, 2] metres, and the metres by which the base rises.
+
+    `camera` [n, 4, 4] is the hand camera's pose in the world, `gripper` [n, 7] the gripper's in the
+    base frame. The camera is fixed to the gripper, so the two give the base in the world, exact to
+    float32. Raises DataError, beginning with `where`, when the base would rise by 2 cm or more.
+    """
+    position, w, axis = gripper[:, :3], gripper[:, 3:4], -gripper[:, 4:]  # the inverse rotation
+    turn = 2 * np.cross(axis, position)
+    from_base = position + w * turn + np.cross(axis, turn)  # base to gripper, gripper's axes
+    from_base = (from_base + HAND_CAMERA) @ GL_FROM_LINK.T  # base to camera, camera's axes [n, 3]
+    base = camera[:, :3, 3] - np.einsum("nij,nj->ni", camera[:, :3, :3], from_base)  # [n, 3]
+    rise = float(np.ptp(base[:, 2]))
+    if rise >= TOO_STEEP:
+        raise DataError(
+            f"{where}: base x, y cannot be derived from {CAMERA_POSE} and {GRIPPER_POSE}: the base "
+            f"would rise by {rise:.3f} m. Expected Fetch's hand camera at {HAND_CAMERA} m of its "
+            "gripper; record with MS-HAB's own Fetch, or write labels/pos"
+        )
+    return base[:, :2].astype(np.float32), rise
+
+
+def survey(group: h5py.Group, actions: np.ndarray, where: str) -> np.ndarray:
+    """A trajectory's SURVEY; `actions` [T, 13] as recorded, to the episode's end."""
+    out, count = np.zeros((), SURVEY), len(actions)
+    values, has, out["rise"] = read_labels(group, 0, count, count, where)
+    out["frames"], out["labelled"] = count, has.sum(0)
+    out["clipped"] = (np.abs(actions) > 1 + 1e-5).sum()
+    told = np.abs(clip(actions)[:-1, BASE_FORWARD]) / CONTROL_HZ  # [T - 1] metres
+    drives, out["speed"] = told > 0.2 / CONTROL_HZ, np.nan
+    if "pos" in values and drives.any():
+        moved = np.linalg.norm(np.diff(values["pos"], axis=0), axis=-1)
+        out["speed"] = np.median(moved[drives] / told[drives])
+    for name in VECTORS:
+        seen = clip(actions) if name == "actions" else values.get(name, np.zeros(0))
+        if name == "obj" and len(seen):
+            seen = seen[has[:, LABELS.index("obj")]]
+        out[name][0] = seen.min(0) if len(seen) else np.inf
+        out[name][1] = seen.max(0) if len(seen) else -np.inf
+    return out
+
+
+def remarks(surveys: np.ndarray, files: list[str]) -> list[str]:
+    """What a user should know of episodes, surveys [n] and the file of each, a sentence each."""
+    out, files = [], np.array(files)
+    for file in dict.fromkeys(files.tolist()):
+        part = surveys[files == file]
+        if clipped := part["clipped"].sum():
+            share = clipped / (part["frames"].sum() * ACTION_DIM)
+            out.append(
+                f"{file}: {share:.1%} of action values clipped to [-1, 1], as the controller does"
+            )
+        if (rise := part["rise"].max()) > LEVEL:
+            out.append(
+                f"{file}: the derived base rises by up to {1000 * rise:.1f} mm, expected under 1"
+            )
+        speed = part["speed"][np.isfinite(part["speed"])]
+        if len(speed) and not 0.7 < np.median(speed) < 1.3:
+            out.append(
+                f"{file}: the base moves {np.median(speed):.2f} of what action {BASE_FORWARD} "
+                f"commands at {CONTROL_HZ} Hz, expected about 1: another controller, or positions "
+                "of something else"
+            )
+    for name in ("pos", "grasp", "qpos", "obj"):
+        low, high = surveys[name][:, 0].min(0), surveys[name][:, 1].max(0)
+        if (low == high).all():
+            out.append(f"{name} never changes in these episodes: its decoder can only learn {low}")
+    return out
