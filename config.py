@@ -21,7 +21,9 @@ from tasks import SUBTASKS, TASKS
 LABELS = ("pos", "grasp", "qpos", "obj", "seg")
 LOSSES = ("action", *LABELS, "flow")
 CAMERAS = ("head", "hand")  # Fig. 1; MS-HAB's fetch_head and fetch_hand
-ACTION_DIM = 13  # Fig. 2
+# GAP-1 (Fig. 2): "base pose 3, torso 1, arm 7, fingers 2". Here, and in SG-VLA's README: 0-6 arm,
+# 7 gripper, 8-9 head pan and tilt, 10 torso lift, 11 base forward velocity, 12 base yaw velocity.
+ACTION_DIM = 13
 QPOS_DIM = 12  # Table 5
 DEPTH_SCALE_MM = 1000.0  # Eq. 1
 IMAGE_SIZE = 128  # pixels of MS-HAB's cameras, hence of the masks (Table 5)
@@ -163,8 +165,8 @@ class ModelConfig:
     patch_size: int = 14
     depth: bool = True  # depth views beside the RGB views (Table 1)
     cameras: tuple[Literal["head", "hand"], ...] = CAMERAS  # (Table 1: Multiview)
-    # GAP-5: what of the last 4 time steps the model sees, "observations" (Sec. 4.2: frames) or
-    # "actions" (Sec. 6.2)
+    # GAP-5: what the model sees of the last 4 time steps: "actions" (Sec. 6.2, SG-VLA's README) or
+    # "frames" ("observations" in Sec. 4.2)
     history: Literal["none", "frames", "actions"] = "none"
     dino: VisionConfig = DINOV2_L
     siglip: VisionConfig = SIGLIP_SO400M

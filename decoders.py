@@ -47,8 +47,8 @@ class MLPDecoder(nn.Module):
 
 
 class GlobalPositionDecoder(MLPDecoder):
-    # GAP-9 (Sec. 4.3): "2D coordinates" of the robot in no named frame; world x, y of the base, raw
-    # metres.
+    # GAP-9 (Sec. 4.3): "2D coordinates" of the robot in no named frame. Here: world x, y of the
+    # base in metres, as Table 5's output [B, 2] has it; SG-VLA's figure shows [x, y, z].
     out_dim = 2
 
 
@@ -60,8 +60,9 @@ class GraspDecoder(MLPDecoder):
 
 
 class ObjectPoseDecoder(MLPDecoder):
-    # GAP-8 (Sec. 4.3): the frame of the pose is not said; the abstract has "relative positions",
-    # so: relative to the base.
+    # GAP-8 (Sec. 4.3): the frame of the pose is not said. Here: relative to the base, since the
+    # abstract has "relative positions". Against it: the branch of MS-HAB that records segmentation
+    # and objects (save_seg_obs) stores object poses in the world frame.
     out_dim = 7
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -210,9 +211,8 @@ def pos_loss(pred: Tensor, target: Tensor) -> Tensor:
 
 def grasp_loss(pred: Tensor, target: Tensor) -> Tensor:
     # Eq. 2: L_grasp = CrossEntropy(y_hat, y)
-    # GAP-6 (Eqs. 2-3, Table 5): "CrossEntropy" over a single logit would be 0 for any prediction;
-    # Sec. 4.3 names "binary cross-entropy" for the mask, so both are binary cross-entropy with
-    # logits.
+    # GAP-6 (Eqs. 2-3, Table 5): "CrossEntropy" over a single logit would be 0 for any prediction.
+    # Both losses are binary cross-entropy with logits: Sec. 4.3 and SG-VLA name it for the mask.
     return F.binary_cross_entropy_with_logits(pred, target, reduction="none")  # [B]
 
 

@@ -89,7 +89,8 @@ class FlowHead(nn.Module):
         """The velocity, given what all Euler steps share; time [B or 1, W]."""
         time = time[:, None].expand(len(x_t), x_t.shape[1], -1)  # [B, H, W]
         x = self.action_time_in(torch.cat([self.action_in(x_t), time], dim=-1))  # [B, H, W]
-        x = self.action_time_out(F.silu(x))
+        # The residual stream is fp32 under autocast, as the VLM's is: bf16 would round every sum.
+        x = self.action_time_out(F.silu(x)).float()
         for layer, past in zip(self.layers, cache):
             x, _ = layer(x, table, mask, past)
         return self.action_out(self.norm(x)).float()

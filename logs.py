@@ -108,7 +108,11 @@ class Log:
         write(self.out / "validation.json", json.dumps(scores, indent=1).encode())
         tqdm.write(
             f"{step:>7} held out (best constant in brackets): "
-            + "  ".join(f"{k} {m['ours']:.3g} ({m['trivial']:.3g})" for k, m in metrics.items())
+            + "  ".join(
+                f"{k} {m['ours']:.3g} ({m['trivial']:.3g})"
+                + ", which never changes" * m.get("constant", False)
+                for k, m in metrics.items()
+            )
         )
         self.since += seconds
 

@@ -37,7 +37,11 @@ def check_envs(envs: int, scripted: bool, device: str | None = None) -> None:
 
 
 def simulation_of(envs: int) -> str:
-    """ManiSkill's name of the physics, of which the CPU's and the GPU's differ."""
+    """ManiSkill's simulation backend. CPU and GPU physics give different episodes.
+
+    GAP-27 (Sec. 6.1): the paper names neither backend nor split nor seeds. Here: CPU physics (the
+    GPU's with --envs), the val split (GAP-18), and each seed draws a plan and with it a scene.
+    """
     return "physx_cpu" if envs == 1 else "physx_cuda"
 
 

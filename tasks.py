@@ -79,7 +79,8 @@ def instruction(subtask: str, target: str) -> str:
     """The sentence for one subtask.
 
     GAP-19 (Sec. 4.1): the model reads "a natural language instruction", but MS-HAB's data has none.
-    One template per subtask, filled with the target's name.
+    One template per subtask, filled with the target's name. Nothing in the input says where the
+    goal of `place` is: MS-HAB hides its goal markers from the cameras.
     """
     templates = {
         "pick": "pick up the {}",

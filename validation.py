@@ -73,7 +73,10 @@ def metrics(seen: dict[str, Tensor], batcher: Batcher) -> dict[str, dict]:
     for name, metric in per_label.items():
         if f"pred_{name}" in seen and seen[f"has_{name}"].any():
             has = seen[f"has_{name}"]
-            out |= metric(seen[f"pred_{name}"][has], seen[name][has])
+            true = seen[name][has]
+            figures = metric(seen[f"pred_{name}"][has], true)
+            constant = bool((true == true[0]).all())  # then the figure says nothing
+            out |= {key: value | {"constant": constant} for key, value in figures.items()}
     return out
 
 

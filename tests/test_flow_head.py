@@ -151,3 +151,13 @@ def test_the_expert_on_cached_keys_and_values_equals_the_joint_forward_pass():
 def test_time_embeddings_tell_times_apart():
     embedding = time_embedding(torch.tensor([0.1, 0.2, 0.9]), 64)
     assert embedding.shape == (3, 64) and (embedding[0] - embedding[1]).abs().max() > 0.1
+
+
+def test_under_autocast_the_residual_stream_of_vlm_and_head_is_fp32():
+    model, _ = build()
+    seen = set()
+    for layer in (*model.vlm.llm.layers, *model.flow_head.layers):
+        layer.register_forward_pre_hook(lambda _, args: seen.add(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(make_batch(), 3)
+    assert seen == {torch.float32}

@@ -113,10 +113,10 @@ def test_flags_that_contradict_a_row_are_refused(message):
         parse([*REFUSED[message], "--data", "D", "--out", "O"])
 
 
-def test_history_in_the_reading_of_actions_is_a_flag_beside_its_row():
+def test_history_in_the_reading_of_frames_is_a_flag_beside_its_row():
     args = ["--row", "base-history", "--data", "D", "--out", "O"]
-    assert parse(args).model.history == "frames"
-    assert parse([*args, "--model.history", "actions"]).model.history == "actions"
+    assert parse(args).model.history == "actions"
+    assert parse([*args, "--model.history", "frames"]).model.history == "frames"
     with pytest.raises(InputError, match=r"fixes --model\.history"):
         parse([*args, "--model.history", "none"])
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -76,6 +77,41 @@ def test_the_three_stages_follow_each_other_and_stage_3_keeps_the_vlm(data, stag
     names = {"action", "pos", "grasp", "qpos", "obj", "seg"}
     assert names <= log(tmp_path / "stage2")[0].keys() and "flow" in log(tmp_path / "stage3")[0]
     assert {"samples_per_s", "data_wait", "lr", "grad_norm"} <= log(stage1)[0].keys()
+
+
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory):
+    """As the release's open and close: no masks, no object, and nothing is ever held."""
+    folder = tmp_path_factory.mktemp("unlabelled")
+    path = write_demos(folder / "set_table/close/fridge", (30, 8), labels=False, has_object=False)
+    with h5py.File(path, "r+") as file:
+        file["traj_0/obs/extra/is_grasped"][...] = False
+        file["traj_1/obs/extra/is_grasped"][...] = False
+    return folder
+
+
+def test_default_decoders_without_labels_are_left_out_loudly_and_in_later_stages(
+    unlabelled, tmp_path, capsys
+):
+    run(unlabelled, tmp_path / "stage1")
+    said = capsys.readouterr().out
+    assert "has a label for: pos, obj, seg" in said and "NOT TRAINED" in said
+    assert "collect.py --expert rl --task set_table --subtask close --target fridge" in said
+    assert "grasp never changes in these episodes" in said
+    assert re.search(r"grasp_accuracy \S+ \(1\), which never changes", said)
+    for stage, before in ((2, "stage1"), (3, "stage2")):
+        out = tmp_path / f"stage{stage}"
+        run(unlabelled, out, stage=stage, steps=1, init_from=tmp_path / before)
+        trained = checkpoint.read_manifest(checkpoint.newest(out))["config"]["model"]["decoders"]
+        written = json.loads((out / "config.json").read_text())["model"]["decoders"]
+        assert trained == written == ["grasp", "qpos"]
+
+
+@pytest.mark.parametrize("asked", [["--row", "auxvla-pos"], ["--model.decoders", "qpos", "seg"]])
+def test_a_decoder_that_was_asked_for_and_has_no_label_is_refused(asked, unlabelled, tmp_path):
+    with pytest.raises(InputError, match=r"no training frame .* for: (pos|seg)\. Record labels"):
+        main(parse(flags(unlabelled, tmp_path / "out") + asked))
+    assert not checkpoint.steps_in(tmp_path / "out")
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(data, stage1, tmp_path):

@@ -79,6 +79,7 @@ def held_out(validation: dict[str, dict]) -> str:
                 escape(f"{m[key]:.3g} {m['unit']}".strip()) for key in ("ours", "trivial")
             )
             verdict = "beats it" if better else "<b>does not beat it</b>"
+            verdict = "the label never changes" if m.get("constant") else verdict
             rows.append(
                 [escape(stage), words(name), f"<b>{ours}</b>", trivial, verdict, str(m["n"])]
             )

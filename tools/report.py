@@ -119,9 +119,10 @@ def metrics_table(validation: dict[str, dict]) -> list[str]:
     for stage, metrics in validation.items():
         for name, m in metrics.items():
             beats = m["ours"] > m["trivial"] if m["higher_is_better"] else m["ours"] < m["trivial"]
-            verdict = "beats" if beats else "does not beat"
+            verdict = f"{'beats' if beats else 'does not beat'} the trivial predictor"
+            verdict = "the label never changes" if m.get("constant") else verdict
             ours, trivial = (f"{m[key]:.3g} {m['unit']}".strip() for key in ("ours", "trivial"))
-            cells = (stage, name, ours, trivial, m["n"], f"{verdict} the trivial predictor")
+            cells = (stage, name, ours, trivial, m["n"], verdict)
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 
