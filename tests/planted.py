@@ -20,8 +20,6 @@ from tools import checks, doctor
 from tools.checks import Finding
 
 ROOT = Path(__file__).parents[1]
-# What tools/vulkan_devices.py printed of Debian 12's own Mesa, where no frame could be drawn.
-OLD_MESA = "llvmpipe (LLVM 15.0.6, 256 bits) | llvmpipe | Mesa 22.3.6 (LLVM 15.0.6)"
 NO_DEVICE = "RuntimeError: failed to find a rendering device"
 SMI = "NVIDIA H100 80GB HBM3, {}.90.07, 81559 MiB"
 LIBRARY = next(Path(sysconfig.get_path("purelib")).glob("sapien/vulkan_library/libvulkan.so*"))
@@ -158,13 +156,13 @@ def no_GPU_for_device_cuda(plant):
     return checks.cuda_findings("", "2.13.0+cpu", None, usable=0, device="cuda")
 
 
-@fault(f"{NO_DEVICE}; no Vulkan driver", "unset VK_DRIVER_FILES")
+@fault(f"{NO_DEVICE}; VK_DRIVER_FILES=/nowhere", "unset VK_DRIVER_FILES")
 def no_Vulkan_driver(plant):
     plant.patch.setenv("VK_DRIVER_FILES", "/nowhere/lvp_icd.json")
     return doctor.renderer()
 
 
-@fault("no Vulkan driver", "unset VK_ICD_FILENAMES")
+@fault(f"{NO_DEVICE}; VK_ICD_FILENAMES=/", "unset VK_ICD_FILENAMES")
 def a_Vulkan_driver_whose_library_is_gone(plant):
     icd = {"library_path": "/nowhere/libvulkan_lvp.so", "api_version": "1.4.305"}
     path = plant.tmp / "icd.json"
@@ -173,10 +171,10 @@ def a_Vulkan_driver_whose_library_is_gone(plant):
     return doctor.renderer()
 
 
-@fault("Mesa 22.3.6.*Mesa 24.3 or later", "make -C .* setup")
+@fault("ErrorFeatureNotPresent.*Mesa 24.3", "make -C .* setup")
 def an_old_Mesa(plant):
-    """Planted as what the two programs printed under a real Mesa 22.3.6."""
-    return doctor.renderer_findings(NO_DEVICE, OLD_MESA, {})
+    """Planted as what Mesa 22.3.6 answers."""
+    return doctor.renderer_findings("RuntimeError: createDeviceUnique: ErrorFeatureNotPresent", {})
 
 
 @fault("^drawn by llvmpipe.*expected .*H100", "NVIDIA_DRIVER_CAPABILITIES=all")
@@ -186,18 +184,17 @@ def a_GPU_that_does_not_draw(plant):
     return doctor.drawn_findings(output, "NVIDIA H100")
 
 
-@fault(f"{NO_DEVICE}; .*; SAPIEN looks for NVIDIA", "CAPABILITIES=all; .*-gl-.* MIG.* export")
+@fault(f"{NO_DEVICE}; SAPIEN looks for NVIDIA", "CAPABILITIES=all; .*-gl-.* MIG.* export")
 def a_GPU_without_Vulkan(plant):
     """Its nvidia-smi is planted; SAPIEN then really looks for no other driver."""
     program(plant, "nvidia-smi", SMI.format(580))
     return doctor.renderer()
 
 
-@fault("no Vulkan driver", "^rm -f .*make .* setup$")
+@fault(NO_DEVICE, "^rm -f .*make .* setup$")
 def a_CPU_that_is_to_draw_beside_a_GPU_and_has_no_Mesa(plant):
-    """Planted as the two programs' output: to unset the variable would bring the fault before."""
-    output = "no Vulkan driver (vkCreateInstance: -9)"
-    return doctor.renderer_findings(NO_DEVICE, output, {"VK_ICD_FILENAMES": doctor.LAVAPIPE})
+    """Planted as SAPIEN's output: without the variable, it would be the fault before."""
+    return doctor.renderer_findings(NO_DEVICE, {"VK_ICD_FILENAMES": doctor.LAVAPIPE})
 
 
 def physics(plant: Plant, fetch: bool, cuda: bool = True, physx: bytes = b"") -> list[Finding]:

@@ -90,6 +90,14 @@ def test_a_download_and_a_generated_apartment_are_separated_and_nothing_is_lost(
     assert not any(real.rglob("024_bowl" if what == "scenes" else "v3_sc*")) and not mixed(real)
 
 
+def test_make_clean_removes_the_runs_and_no_download(tmp_path):
+    for name in ("assets/data", "runs/demo", "runs/mine"):
+        (tmp_path / name).mkdir(parents=True)
+    subprocess.run(["make", "-f", ROOT / "Makefile", "clean"], cwd=tmp_path, check=True)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {"assets", "assets/data", "runs", "runs/mine"}
+
+
 def test_setup_stops_at_a_GPU_without_Vulkan_until_the_CPU_is_chosen(plant):
     for name in ("bin", "lib", "pyvenv.cfg"):  # as if installed, in a copy that may be written to
         (plant.tmp / ".venv").mkdir(exist_ok=True)

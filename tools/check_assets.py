@@ -66,17 +66,17 @@ def assets(name: str | None = None, tasks: tuple[str, ...] = TASKS) -> list[Find
 
 
 def mixed(root: Path) -> list[Finding]:
-    """Downloaded scenes or objects in the folder of a generated apartment, or nothing.
+    """Downloaded scenes or objects in the folder of a generated apartment.
 
     Its household.json and its simplified robot would count for them. Generated scenes have names of
-    real ones; their table's name is in no real one. What is generated is moved aside.
+    real ones, but name a table that no real one has.
     """
     marker, ycb = root / "household.json", root / ASSETS["ycb"]
     if not marker.is_file():
         return []
     scenes = [path for path in (root / ASSETS["ReplicaCAD"]).glob("*.json") if content(path)]
     made = [p for p in scenes if f"objects/table_{p.name.partition('.')[0]}" in p.read_text()]
-    models = [path for path in ycb.glob("*") if path.name not in sum(OBJECTS.values(), ())]
+    models = [path for path in ycb.glob("*/") if path.name not in sum(OBJECTS.values(), ())]
     real = [*(set(scenes) - set(made)), *models]
     if not real:
         return []

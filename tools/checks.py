@@ -158,10 +158,8 @@ def gpu_physics(version: str, fetch: bool = False) -> list[Finding]:
     SAPIEN downloads that library at its first use, every process for itself. With `fetch` it is
     downloaded here and now, by one process of this machine at a time.
     """
-    state, library = "warn", Path.home() / ".sapien/physx" / version / "libPhysXGpu_64.so"
-    if fetch:
-        state = "missing"
-        library.parent.mkdir(parents=True, exist_ok=True)
+    library = Path.home() / ".sapien/physx" / version / "libPhysXGpu_64.so"
+    state = "missing" if fetch else "warn"
     try:
         ctypes.CDLL("libcuda.so")
     except OSError as error:  # torch asks for libcuda.so.1, which every driver has
@@ -169,6 +167,7 @@ def gpu_physics(version: str, fetch: bool = False) -> list[Finding]:
         return [Finding(state, "libcuda.so", str(error), "the driver's library, for --envs", mend)]
     got, load = f"no {library}", "import sapien.physx as p; p.enable_gpu()"
     if fetch or library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
         with open(library.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             command = [sys.executable, "-W", "ignore", "-c", load]  # a damaged library may crash it
