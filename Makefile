@@ -3,7 +3,7 @@
 #   make demo    the workflow below, small: 20 minutes on two cores -> runs/demo/report.md
 #   make learn   the same with more of everything, 97 minutes      -> runs/learn/report.md
 #   make test    the fast tests
-#   make clean   remove both runs and the apartments
+#   make clean   remove both runs; assets, which may hold a download, stays
 #
 # Each is enough alone: it first makes .venv and finds a renderer (tools/setup.sh; PYTHON=... says
 # which Python). A run that was stopped goes on where it was, and a step that is finished is not
@@ -41,7 +41,7 @@ setup:
 	@PYTHON="$(PYTHON)" bash tools/setup.sh
 
 clean:
-	rm -rf assets runs/demo runs/learn
+	rm -rf runs/demo runs/learn
 
 # --- The workflow. Its numbers are the demo's: close drawer in earnest, a taste of the others ---
 

@@ -29,11 +29,13 @@ from mshab.envs.planner import Subtask, plan_data_from_file
 import tasks
 from config import ACTION_DIM
 from durable import sha256
+from tools.check_assets import mixed
+from tools.checks import require
 
 REARRANGE = ASSET_DIR / "scene_datasets/replica_cad_dataset/rearrange"
 REAL_FETCH_URDF = Fetch.urdf_path
 LIGHT_FETCH_URDF = ASSET_DIR / "robots/fetch_light/fetch.urdf"  # written by household/robot.py
-HOUSEHOLD = ASSET_DIR.parent / "household.json"  # what was generated; the real apartments have none
+HOUSEHOLD = ASSET_DIR.parent / "household.json"  # what was generated; a download has none
 SENSORS = ("fetch_head", "fetch_hand")  # config.CAMERAS, as MS-HAB names them
 BASE_JOINTS = 3  # MS-HAB's qpos leaves out the virtual joints of the base (sequential_task.py)
 # The video camera, in the robot's frame at reset, metres: behind its left shoulder, looking ahead.
@@ -73,7 +75,7 @@ class SubtaskEnvs:
         self._given = [i for i, kind in kinds if cupboard in (None, kind)]  # those MS-HAB has
         spawns = torch.load(spawn_file, map_location="cpu", weights_only=True)
         self._starts = {uid: len(spawn["robot_qpos"]) for uid, spawn in spawns.items()}
-        light = LIGHT_FETCH_URDF.is_file() and not real_meshes
+        light = apartment() is not None and not real_meshes
         Fetch.urdf_path = str(LIGHT_FETCH_URDF) if light else REAL_FETCH_URDF
         # MS-HAB's own arguments (mshab/envs/make.py) without its wrappers, which drop the colours,
         # and without gymnasium's: the horizon is the caller's.
@@ -294,7 +296,11 @@ def cupboards(plan_file: Path) -> Callable[[int], str]:
 
 
 def apartment() -> str | None:
-    """Which generated apartment it is, by sha256; None: the real ones, always the same."""
+    """Which generated apartment it is, by sha256; None: the real ones, always the same.
+
+    Raises InputError when both are in the folder.
+    """
+    require(mixed(HOUSEHOLD.parent))
     return sha256(HOUSEHOLD) if HOUSEHOLD.exists() else None
 
 
@@ -305,9 +311,10 @@ def plan_files(task: str, subtask: str, target: str, split: str) -> tuple[Path, 
     """
     folder = os.environ.get("MS_ASSET_DIR")
     remedy = (
-        "Generate an apartment (`python -m household.assets --out assets`), or download the real "
-        "one (`python -m mani_skill.utils.download_asset X` for X in ycb, ReplicaCAD, "
-        "ReplicaCADRearrange), then start again with MS_ASSET_DIR set to that folder."
+        "Generate an apartment (`python -m household.assets --out assets && export "
+        "MS_ASSET_DIR=$PWD/assets`), or download the real one into a folder of its own (`export "
+        "MS_ASSET_DIR=$PWD/replica_cad`, then `python -m mani_skill.utils.download_asset -y X` for "
+        "X in ycb, ReplicaCAD, ReplicaCADRearrange, in this order)."
     )
     if not folder:
         raise FileNotFoundError(f"MS_ASSET_DIR is not set: no asset folder. {remedy}")

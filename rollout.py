@@ -13,15 +13,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from mani_skill.utils.common import to_cpu_tensor
+from sapien import physx
 
 from config import ACTION_DIM, InputError
 from distributed import device_of
 from env import SubtaskEnvs
 from outcomes import Outcome
+from tools.checks import gpu_physics, require
 
 
 def check_envs(envs: int, scripted: bool, device: str | None = None) -> None:
-    """Raise InputError when so many environments cannot be simulated at once."""
+    """Raise InputError when so many environments cannot be simulated at once.
+
+    Downloads what the workers' simulators would each download (checks.gpu_physics).
+    """
     if envs == 1:
         return
     what, instead = f"--envs {envs}", "leave it out, --workers 2 runs two processes"
@@ -34,6 +39,7 @@ def check_envs(envs: int, scripted: bool, device: str | None = None) -> None:
             f"{what}: ManiSkill simulates several environments in one process on a GPU alone, "
             f"expected a GPU that torch finds, and no --device cpu; {instead}"
         )
+    require(gpu_physics(physx.version(), fetch=True))
 
 
 def simulation_of(envs: int) -> str:

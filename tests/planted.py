@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from ast import literal_eval
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +20,9 @@ from tools import checks, doctor
 from tools.checks import Finding
 
 ROOT = Path(__file__).parents[1]
-# What tools/vulkan_devices.py printed of Debian 12's own Mesa, where no frame could be drawn.
-OLD_MESA = "llvmpipe (LLVM 15.0.6, 256 bits) | llvmpipe | Mesa 22.3.6 (LLVM 15.0.6)"
 NO_DEVICE = "RuntimeError: failed to find a rendering device"
 SMI = "NVIDIA H100 80GB HBM3, {}.90.07, 81559 MiB"
+LIBRARY = next(Path(sysconfig.get_path("purelib")).glob("sapien/vulkan_library/libvulkan.so*"))
 
 
 class Plant:
@@ -36,7 +36,7 @@ class Plant:
         return shutil.copytree(self.whole / name, self.tmp / name)
 
     def assets(self) -> Path:
-        return shutil.copytree(self.apartment, self.tmp / "assets")
+        return shutil.copytree(self.apartment, self.tmp / "my assets")
 
     def package(self, name: str, version: str, *lines: str) -> None:
         """Metadata of a package that Python finds before the installed one's."""
@@ -45,6 +45,17 @@ class Plant:
         text = [f"Name: {name}", f"Version: {version}", "Metadata-Version: 2.1", *lines]
         (folder / "METADATA").write_text("\n".join(text) + "\n")
         self.patch.syspath_prepend(self.tmp / "site")
+
+
+def elsewhere(check: str, **environment: str) -> list[Finding]:
+    """What a check finds in a process of its own."""
+    script = "from sapien import physx; from tools import checks; "
+    script += f"print([vars(each) for each in {check}])"
+    output = subprocess.check_output(
+        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | environment, text=True,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    return [Finding(**each) for each in literal_eval(output.splitlines()[-1])]
 
 
 FAULTS: dict[str, tuple] = {}
@@ -100,13 +111,19 @@ def another_package_named_mshab(plant):
 # --- GPU and renderer ---
 
 
-def fake_smi(plant: Plant, text: str) -> list[Finding]:
+def program(plant: Plant, name: str, output: str) -> None:
+    """A program that is found before the machine's own; it notes that it ran."""
     if torch.cuda.is_available():
         pytest.skip("torch finds a GPU here, whatever nvidia-smi says")
-    (plant.tmp / "answer").write_text(text)
-    (plant.tmp / "nvidia-smi").write_text(f"#!/bin/sh\ncat {plant.tmp}/answer\n")
-    (plant.tmp / "nvidia-smi").chmod(0o755)
-    plant.patch.setenv("PATH", f"{plant.tmp}:{os.environ['PATH']}")
+    script = f"#!/bin/sh\necho '{name}' $* >> '{plant.tmp}/ran'\necho \"{output}\"\n"
+    (plant.tmp / name).write_text(script)
+    (plant.tmp / name).chmod(0o755)
+    if str(plant.tmp) not in os.environ["PATH"]:
+        plant.patch.setenv("PATH", f"{plant.tmp}:{os.environ['PATH']}")
+
+
+def fake_smi(plant: Plant, text: str) -> list[Finding]:
+    program(plant, "nvidia-smi", text)
     return checks.gpu()
 
 
@@ -122,7 +139,7 @@ def a_driver_that_does_not_answer(plant):
     return fake_smi(plant, "NVIDIA-SMI has failed because it couldn't communicate with the driver.")
 
 
-@fault("CUDA 13.0.*550.90.*driver 580", "nvidia-driver-580")
+@fault("CUDA 13.0.*550.90.*driver 580", "nvidia-driver-580; or .*torch==2.13.0 .*/cu126")
 def a_driver_too_old_for_torchs_CUDA(plant):
     """Planted as nvidia-smi's line: it takes a GPU to have a driver."""
     return checks.cuda_findings(SMI.format(550), "2.13.0", "13.0", usable=0, device=None)
@@ -139,13 +156,13 @@ def no_GPU_for_device_cuda(plant):
     return checks.cuda_findings("", "2.13.0+cpu", None, usable=0, device="cuda")
 
 
-@fault(f"{NO_DEVICE}; no Vulkan driver", "unset VK_DRIVER_FILES")
+@fault(f"{NO_DEVICE}; VK_DRIVER_FILES=/nowhere", "unset VK_DRIVER_FILES")
 def no_Vulkan_driver(plant):
     plant.patch.setenv("VK_DRIVER_FILES", "/nowhere/lvp_icd.json")
     return doctor.renderer()
 
 
-@fault("no Vulkan driver", "unset VK_ICD_FILENAMES")
+@fault(f"{NO_DEVICE}; VK_ICD_FILENAMES=/", "unset VK_ICD_FILENAMES")
 def a_Vulkan_driver_whose_library_is_gone(plant):
     icd = {"library_path": "/nowhere/libvulkan_lvp.so", "api_version": "1.4.305"}
     path = plant.tmp / "icd.json"
@@ -154,16 +171,68 @@ def a_Vulkan_driver_whose_library_is_gone(plant):
     return doctor.renderer()
 
 
-@fault("Mesa 22.3.6.*Mesa 24.3 or later", "make -C .* setup")
+@fault("ErrorFeatureNotPresent.*Mesa 24.3", "make -C .* setup")
 def an_old_Mesa(plant):
-    """Planted as what the two programs printed under a real Mesa 22.3.6."""
-    return doctor.renderer_findings(NO_DEVICE, OLD_MESA, {})
+    """Planted as what Mesa 22.3.6 answers."""
+    return doctor.renderer_findings("RuntimeError: createDeviceUnique: ErrorFeatureNotPresent", {})
 
 
-@fault("llvmpipe.*expected .*H100", "NVIDIA_DRIVER_CAPABILITIES=all")
+@fault("^drawn by llvmpipe.*expected .*H100", "NVIDIA_DRIVER_CAPABILITIES=all")
 def a_GPU_that_does_not_draw(plant):
     """Planted as what render_frame.py prints, beside the name that torch would give."""
-    return doctor.drawn_findings("drawn by llvmpipe (LLVM 15.0.6, 256 bits)", "NVIDIA H100")
+    output = "drawn by llvmpipe (LLVM 15.0.6, 256 bits)\nUserWarning: Failed to find glvnd\n  warn("
+    return doctor.drawn_findings(output, "NVIDIA H100")
+
+
+@fault(f"{NO_DEVICE}; SAPIEN looks for NVIDIA", "CAPABILITIES=all; .*-gl-.* MIG.* export")
+def a_GPU_without_Vulkan(plant):
+    """Its nvidia-smi is planted; SAPIEN then really looks for no other driver."""
+    program(plant, "nvidia-smi", SMI.format(580))
+    return doctor.renderer()
+
+
+@fault(NO_DEVICE, "^rm -f .*make .* setup$")
+def a_CPU_that_is_to_draw_beside_a_GPU_and_has_no_Mesa(plant):
+    """Planted as SAPIEN's output: without the variable, it would be the fault before."""
+    return doctor.renderer_findings(NO_DEVICE, {"VK_ICD_FILENAMES": doctor.LAVAPIPE})
+
+
+def physics(plant: Plant, fetch: bool, cuda: bool = True, physx: bytes = b"") -> list[Finding]:
+    """What is said of SAPIEN's libraries in a home folder of its own, without a way to GitHub."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has its own libcuda.so")
+    if cuda:  # any library will do: SAPIEN loads it and asks it for nothing yet
+        (plant.tmp / "libcuda.so").symlink_to(LIBRARY)
+    if physx:
+        version = subprocess.check_output(
+            [sys.executable, "-c", "from sapien import physx; print(physx.version())"], text=True
+        )
+        folder = plant.tmp / ".sapien/physx" / version.strip()
+        folder.mkdir(parents=True)
+        (folder / "libPhysXGpu_64.so").write_bytes(physx)
+    proxy = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    home = {"HOME": str(plant.tmp), "LD_LIBRARY_PATH": str(plant.tmp)}
+    return elsewhere(f"checks.gpu_physics(physx.version(), {fetch})", **proxy, **home)
+
+
+@fault("libcuda.so: cannot open", r"ln -s .*libcuda.so.1.* /usr/lib/libcuda.so$")
+def a_driver_whose_libcuda_has_another_name(plant):
+    return physics(plant, fetch=True, cuda=False)
+
+
+@fault(r"no /.*/\.sapien/physx/[^/]+/libPhysXGpu_64.so", "p.enable_gpu.*; without internet, ")
+def a_PhysX_that_is_not_there_yet(plant):
+    return physics(plant, fetch=False)
+
+
+@fault("libPhysXGpu_64.so: .*github.com.*Unable to connect", "^/.*p.enable_gpu.*; without internet")
+def a_PhysX_that_cannot_be_downloaded(plant):
+    return physics(plant, fetch=True)
+
+
+@fault("libPhysXGpu_64.so: .*(file too short|exit code -)", "^mv .* .*.aside && .*p.enable_gpu")
+def a_PhysX_that_was_not_unpacked_to_its_end(plant):
+    return physics(plant, fetch=False, physx=LIBRARY.read_bytes()[:1000])
 
 
 # --- Disk and memory ---
@@ -197,11 +266,7 @@ def lonely(rank: int) -> list[Finding]:
     """What one of two ranks finds when the other never starts."""
     place = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                  MASTER_PORT="29711")  # fmt: skip
-    script = "from tools.checks import ranks; print([vars(each) for each in ranks('cpu', 1.0)])"
-    output = subprocess.check_output(
-        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | place, stderr=subprocess.DEVNULL
-    )
-    return [Finding(**each) for each in literal_eval(output.decode())]
+    return elsewhere("checks.ranks('cpu', 1.0)", **place)
 
 
 @fault("rank 0, .*; expected 2 ranks within 1 s", "nc -vz 127.0.0.1 29711")

@@ -49,6 +49,24 @@ def flip(path: Path) -> None:
 # --- Assets ---
 
 
+@fault("household.json of a generated .*, and .*v3_sc0_staging_00.* of a download", "mv -T ")
+def a_download_of_scenes_into_the_generated_apartment(plant):
+    root = plant.assets()
+    shutil.rmtree(root / REPLICA)  # as mani_skill does first
+    for name in ("v3_sc0_staging_00", "v3_sc1_staging_04"):  # the first is a generated one's too
+        scene = root / REPLICA / f"configs/scenes/{name}.scene_instance.json"
+        scene.parent.mkdir(parents=True, exist_ok=True)
+        scene.write_text('{"stage_instance": {"template_name": "stages/Stage"}}')
+    return assets(root)
+
+
+@fault("household.json of a generated .*, and .*models/077_rubiks_cube of a download", "mv -T ")
+def a_download_of_objects_into_the_generated_apartment(plant):
+    root = plant.assets()
+    (root / "data/assets/mani_skill2_ycb/models/077_rubiks_cube").mkdir()
+    return assets(root)
+
+
 @fault("024_bowl/collision.ply: not there", "household.assets .* --seed 0")
 def an_object_that_is_missing(plant):
     root = plant.assets()
@@ -80,22 +98,22 @@ def a_stage_that_is_missing_in_a_download(plant):
     return assets(root)
 
 
-@fault("no .*rearrange/task_plans", "mv .*-dataset .*/rearrange$")
+@fault("no .*rearrange/task_plans", "mv .*-dataset' .*/rearrange'$")
 def a_folder_under_a_wrong_name(plant):
     folder = plant.assets() / REPLICA / "rearrange"
     folder.rename(folder.with_name("rearrange-dataset"))
-    return assets(plant.tmp / "assets")
+    return assets(folder.parents[3])
 
 
-@fault("no .*mani_skill2_ycb/models", r"mv .*/inner/\* ")
+@fault("no .*mani_skill2_ycb/models", r"mv .*/inner'/\* ")
 def an_archive_unpacked_one_level_too_deep(plant):
     folder = plant.assets() / "data/assets/mani_skill2_ycb"
     folder.rename(plant.tmp / "inner")
     shutil.move(plant.tmp / "inner", folder / "inner")
-    return assets(plant.tmp / "assets")
+    return assets(folder.parents[2])
 
 
-@fault("no folder data", "export MS_ASSET_DIR=.*/assets$")
+@fault("no folder data", "export MS_ASSET_DIR='.*/my assets'$")
 def MS_ASSET_DIR_one_level_too_deep(plant):
     return assets(plant.assets() / "data")
 

@@ -18,6 +18,7 @@ import torch
 from tiny_run import observation
 
 import collect
+import rollout
 from config import InputError, model_config
 from data import ActionStats, build_tokenizer
 from durable import append, read_lines
@@ -338,6 +339,15 @@ def test_without_a_gpu_several_environments_are_refused_with_a_way_out(tmp_path)
         with pytest.raises(InputError, match="--envs 4: the scripted expert drives one"):
             program(replace(cfg, **scripted))
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(GPU, reason="here is a GPU")
+def test_what_a_gpu_simulation_loads_is_looked_for_before_any_worker_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(rollout, "device_of", lambda device: torch.device("cuda"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(InputError, match="libcuda.so: cannot open.*\n.*mend: sudo ln -s"):
+        main(EvalConfig(tmp_path / "eval", policy="random", envs=4))
+    assert not (tmp_path / "eval").exists()
 
 
 def test_a_file_from_before_there_was_a_choice_goes_on_and_physics_are_not_mixed(assets, tmp_path):

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 from files import write_demos
-from planted import FAULTS, ROOT, Plant
+from planted import FAULTS, ROOT, Plant, program
 from planted_files import write_prismatic  # and its faults
 
 from config import InputError
 from data import pack
 from tools import checks
 from tools.check_assets import assets as asset_findings
+from tools.check_assets import mixed
 from tools.check_files import checkpoint_weights, demonstrations, pretrained_weights
+from tools.doctor import DRAW, LAVAPIPE
 from train import main, parse
 
 
@@ -72,7 +74,46 @@ def test_the_command_mends_the_apartment(name, plant):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = ["bash", "-c", lacking[0].mend]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": path}, check=True)
-    assert {each.state for each in asset_findings(plant.tmp / "assets")} == {"ok"}
+    assert {each.state for each in asset_findings(plant.tmp / "my assets")} == {"ok"}
+
+
+@pytest.mark.parametrize("what", ["scenes", "objects"])
+def test_a_download_and_a_generated_apartment_are_separated_and_nothing_is_lost(what, plant):
+    (lacking,) = FAULTS[f"a_download_of_{what}_into_the_generated_apartment"][0](plant)
+    before = sum(path.is_file() for path in plant.tmp.rglob("*"))
+    subprocess.run(["bash", "-c", lacking.mend], check=True)
+    real, generated = (plant.tmp / f"my assets-{name}" for name in ("real", "generated"))
+    assert before == sum(path.is_file() for path in plant.tmp.rglob("*"))
+    assert (generated / "household.json").is_file() and (generated / "robots").is_dir()
+    assert (generated / "replica_cad_dataset").is_dir() == (what == "objects")
+    assert any(real.rglob("v3_sc1*" if what == "scenes" else "077*"))
+    assert not any(real.rglob("024_bowl" if what == "scenes" else "v3_sc*")) and not mixed(real)
+
+
+def test_make_clean_removes_the_runs_and_no_download(tmp_path):
+    for name in ("assets/data", "runs/demo", "runs/mine"):
+        (tmp_path / name).mkdir(parents=True)
+    subprocess.run(["make", "-f", ROOT / "Makefile", "clean"], cwd=tmp_path, check=True)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {"assets", "assets/data", "runs", "runs/mine"}
+
+
+def test_setup_stops_at_a_GPU_without_Vulkan_until_the_CPU_is_chosen(plant):
+    for name in ("bin", "lib", "pyvenv.cfg"):  # as if installed, in a copy that may be written to
+        (plant.tmp / ".venv").mkdir(exist_ok=True)
+        (plant.tmp / ".venv" / name).symlink_to(Path(sys.prefix) / name)
+    (plant.tmp / "requirements.txt").touch()
+    (plant.tmp / "tools").symlink_to(ROOT / "tools")
+    program(plant, "nvidia-smi", "a GPU")
+    program(plant, "apt-get", "")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
+    for given in ({}, {"VK_ICD_FILENAMES": LAVAPIPE}):
+        command = ["bash", plant.tmp / "tools/setup.sh"]
+        done = subprocess.run(command, env=environment | given, capture_output=True, text=True)
+        assert done.returncode == (0 if given else 1), done.stderr
+        told = [line in done.stderr for line in (*DRAW[:-1], f"export VK_ICD_FILENAMES={LAVAPIPE}")]
+        assert told == [not given] * len(DRAW), done.stderr
+    assert "mesa" not in (plant.tmp / "ran").read_text()
 
 
 def test_what_mends_a_file_is_right_for_a_path_with_a_space(tmp_path):

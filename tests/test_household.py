@@ -3,6 +3,7 @@
 import filecmp
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,8 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mani_skill.agents.robots.fetch.fetch import Fetch
 
+import env
 import tasks
+from config import InputError
 from env import SubtaskEnv
 from household.assets import main as generate
 
@@ -233,6 +237,16 @@ def test_a_missing_asset_folder_is_named_with_the_command_that_mends_it(tmp_path
     for message in (empty, unset):
         assert "python -m household.assets --out assets" in message
         assert "mani_skill.utils.download_asset" in message
+
+
+def test_a_download_has_the_real_robot_and_is_refused_under_a_marker(assets, tmp_path, monkeypatch):
+    monkeypatch.setattr(env, "HOUSEHOLD", tmp_path / "household.json")
+    SubtaskEnv("set_table", "close", "fridge", obs_mode="state_dict").close()
+    assert (env.apartment(), Fetch.urdf_path) == (None, env.REAL_FETCH_URDF)
+    shutil.copy(assets / "household.json", env.HOUSEHOLD)
+    (tmp_path / "data/assets/mani_skill2_ycb/models/077_rubiks_cube").mkdir(parents=True)
+    with pytest.raises(InputError, match="household.json .*077_rubiks_cube of a download"):
+        env.apartment()
 
 
 def test_the_light_robot_has_the_joints_and_collisions_of_the_original(assets, reports):

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from config import quoted
 from tasks import OBJECTS, SUBTASKS, TASKS, targets
 from tools.checks import Finding
 
@@ -31,18 +32,19 @@ def assets(name: str | None = None, tasks: tuple[str, ...] = TASKS) -> list[Find
     name = name or os.environ.get("MS_ASSET_DIR")
     expected = "an apartment, generated or ReplicaCAD"
     if not name:
-        known = [
-            str(p) for p in (Path("assets"), Path.home() / ".maniskill") if (p / "data").is_dir()
-        ]
-        mend = f"export MS_ASSET_DIR={Path(known[0]).absolute()}" if known else generated("assets")
+        known = (Path("assets"), Path("replica_cad"), Path.home() / ".maniskill")
+        known = [path.absolute() for path in known if (path / "data").is_dir()]
+        mend = export(known[0]) if known else generated("assets")
         return [Finding("missing", "MS_ASSET_DIR", "not set", expected, mend)]
     root = Path(name).absolute()
     if not (root / "data").is_dir():
         near = [*root.parents, *(root.iterdir() if root.is_dir() else ())]
         near = [path for path in near if (path / "data/scene_datasets").is_dir()]
-        mend = f"export MS_ASSET_DIR={near[0]}" if near else generated(root)
+        mend = export(near[0]) if near else generated(root)
         got = f"{root}: no folder data in it"
         return [Finding("missing", "MS_ASSET_DIR", got, expected, mend)]
+    if found := mixed(root):
+        return found
     broken = {asset: [] for asset in ASSETS}
     for asset, path in sampled(root, tasks):
         if (fault := fault_of(path)) and all(fault not in each for each in broken[asset]):
@@ -63,9 +65,38 @@ def assets(name: str | None = None, tasks: tuple[str, ...] = TASKS) -> list[Find
     return found
 
 
-def generated(folder: object) -> str:
+def mixed(root: Path) -> list[Finding]:
+    """Downloaded scenes or objects in the folder of a generated apartment.
+
+    Its household.json and its simplified robot would count for them. Generated scenes have names of
+    real ones, but name a table that no real one has.
+    """
+    marker, ycb = root / "household.json", root / ASSETS["ycb"]
+    if not marker.is_file():
+        return []
+    scenes = [path for path in (root / ASSETS["ReplicaCAD"]).glob("*.json") if content(path)]
+    made = [p for p in scenes if f"objects/table_{p.name.partition('.')[0]}" in p.read_text()]
+    models = [path for path in ycb.glob("*/") if path.name not in sum(OBJECTS.values(), ())]
+    real = [*(set(scenes) - set(made)), *models]
+    if not real:
+        return []
+    parts = [marker, root / "data/robots"]
+    parts += [folder for folder, ours in ((root / REPLICA, made), (ycb.parent, not models)) if ours]
+    parts = [path for path in parts if path.exists()]
+    aside, own = f"{root}-generated", f"{root}-real"
+    mend = f"mkdir {quoted(aside)} && mv {quoted(*parts, aside)} && mv -T {quoted(root, own)}"
+    got = f"{marker} of a generated apartment, and {min(real)} of a download"
+    expected = "a folder for each"
+    return [Finding("missing", "MS_ASSET_DIR", got, expected, f"{mend} && {export(own)}")]
+
+
+def export(root: object) -> str:
+    return f"export MS_ASSET_DIR={quoted(root)}"
+
+
+def generated(folder: object, seed: int = 0) -> str:
     out = Path(folder).absolute()
-    return f"python -m household.assets --out {out} && export MS_ASSET_DIR={out}"
+    return f"python -m household.assets --out {quoted(out)} --seed {seed} && {export(out)}"
 
 
 def fetch(root: Path, asset: str) -> str:
@@ -76,11 +107,12 @@ def fetch(root: Path, asset: str) -> str:
     """
     marker = root / "household.json"
     if marker.is_file():
-        seed = json.loads(marker.read_text())["seed"]
-        return f"rm -r {root} && python -m household.assets --out {root} --seed {seed}"
+        again = generated(root, content(marker).get("seed", 0))
+        return f"mv -T {quoted(root)} {quoted(root)}-aside && {again}"
     if asset == "ReplicaCAD":
-        return f"hf download haosulab/ReplicaCAD --repo-type dataset --local-dir {root / REPLICA}"
-    return f"MS_ASSET_DIR={root} python -m mani_skill.utils.download_asset -y {asset}"
+        folder = quoted(root / REPLICA)
+        return f"hf download haosulab/ReplicaCAD --repo-type dataset --local-dir {folder}"
+    return f"MS_ASSET_DIR={quoted(root)} python -m mani_skill.utils.download_asset -y {asset}"
 
 
 def rename(root: Path, where: Path) -> str | None:
@@ -91,9 +123,9 @@ def rename(root: Path, where: Path) -> str | None:
         if not (part / name).is_dir():
             for other in part.glob("*/"):
                 if rest.parts and (other / rest).is_dir():
-                    return f"mv {other} {part / name}"
+                    return f"mv {quoted(other, part / name)}"
                 if (other / name / rest).is_dir():
-                    return f"mv {other}/* {part}"
+                    return f"mv {quoted(other)}/* {quoted(part)}"
             return None
         part /= name
     return None

@@ -6,6 +6,8 @@ Here are software and machine; files are in check_files.py and check_assets.py. 
 weights or imports the simulator. tools/doctor.py prints them all.
 """
 
+import ctypes
+import fcntl
 import os
 import re
 import shutil
@@ -23,7 +25,7 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 from torch import nn
 
-from config import HISTORY, InputError, TrainConfig
+from config import HISTORY, InputError, TrainConfig, quoted
 from distributed import join
 from trajectory import RECORD
 
@@ -31,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 PYTHONS = ((3, 11), (3, 12))  # mani_skill's mplib has wheels for no other (tools/setup.sh)
 # The oldest NVIDIA driver for what torch was built with (CUDA's compatibility table).
 DRIVERS = {"11": 450, "12": 525, "13": 580}
+PIP = f"{quoted(sys.executable)} -m pip install"
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def packages(deep: bool = True, requirements: Path = ROOT / "requirements.txt") 
         version, requires = seen[need.name]
         if version is None or not need.specifier.contains(version, prereleases=True):
             got = f"{need.name} {version or 'is not installed'}"
-            mend = f"{sys.executable} -m pip install -r {requirements}"
+            mend = f"{PIP} -r {quoted(requirements)}"
             if by != requirements.name:
                 mend += f" '{need.name}{need.specifier}'"
             found.append(Finding("missing", "packages", got, f"{need} ({by})", mend))
@@ -131,7 +134,7 @@ def cuda_findings(
             return [Finding("ok", "gpu", got)]
         return [Finding("missing", "gpu", got, expected, "the same command with --device cpu")]
     wheel, _, _ = version.partition("+")
-    reinstall = f"{sys.executable} -m pip install --force-reinstall torch=={wheel}"
+    reinstall = f"{PIP} --force-reinstall torch=={wheel}"
     driver = re.search(r", (\d+)\.[\d.]+,", smi)
     if driver is None:
         mend = "sudo modprobe nvidia || sudo apt-get install --reinstall nvidia-driver-580"
@@ -144,7 +147,40 @@ def cuda_findings(
         expected, mend = "CUDA_VISIBLE_DEVICES that names one", "unset CUDA_VISIBLE_DEVICES"
     else:
         expected, mend = f"driver {least} or later", "sudo apt-get install nvidia-driver-580"
+        if int(driver[1]) >= DRIVERS["12"]:
+            mend += f"; or {reinstall} --index-url https://download.pytorch.org/whl/cu126"
     return [Finding("missing", "gpu", got, expected, mend)]
+
+
+def gpu_physics(version: str, fetch: bool = False) -> list[Finding]:
+    """What `--envs N` loads: the driver's libcuda.so and PhysX's GPU library of this version.
+
+    SAPIEN downloads that library at its first use, every process for itself. With `fetch` it is
+    downloaded here and now, by one process of this machine at a time.
+    """
+    library = Path.home() / ".sapien/physx" / version / "libPhysXGpu_64.so"
+    state = "missing" if fetch else "warn"
+    try:
+        ctypes.CDLL("libcuda.so")
+    except OSError as error:  # torch asks for libcuda.so.1, which every driver has
+        mend = "sudo ln -s $(ldconfig -p | grep -om1 '/.*libcuda.so.1$') /usr/lib/libcuda.so"
+        return [Finding(state, "libcuda.so", str(error), "the driver's library, for --envs", mend)]
+    got, load = f"no {library}", "import sapien.physx as p; p.enable_gpu()"
+    if fetch or library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with open(library.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            command = [sys.executable, "-W", "ignore", "-c", load]  # a damaged library may crash it
+            done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if done.returncode == 0:
+            return [Finding("ok", "PhysX on a GPU", str(library))]
+        got = f"{library}: {(done.stderr.splitlines() or [f'exit code {done.returncode}'])[-1]}"
+    mend = f"{quoted(sys.executable)} -c '{load}'"
+    if library.exists():
+        mend = f"mv {quoted(library)} {quoted(library)}.aside && {mend}"
+    mend += "; without internet, run this elsewhere and copy its ~/.sapien here"
+    expected = "a library that loads, for --envs; SAPIEN downloads it from GitHub"
+    return [Finding(state, "PhysX on a GPU", got, expected, mend)]
 
 
 def size(number: float) -> str:
@@ -156,18 +192,20 @@ def disk(out: str | Path, need: float) -> list[Finding]:
     out = Path(out).absolute()
     place = next(path for path in (out, *out.parents) if path.exists())
     if not place.is_dir():
-        return [Finding("missing", "--out", f"{place}: a file", "a folder", f"--out {place}-out")]
+        mend = f"--out {quoted(place)}-out"
+        return [Finding("missing", "--out", f"{place}: a file", "a folder", mend)]
     try:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        expected, mend = "a folder that may be written to", f"chmod u+w {place}, or another --out"
+        expected = "a folder that may be written to"
+        mend = f"chmod u+w {quoted(place)}, or another --out"
         return [Finding("missing", "--out", f"{place}: {error.strerror}", expected, mend)]
     held = sum(path.stat().st_size for path in out.glob("step-*/*"))
     got = f"{place}: {size(shutil.disk_usage(place).free)} free"
     if shutil.disk_usage(place).free + held >= need:
         return [Finding("ok", "--out", got)]
-    mend = f"df -h, then --out on a larger disk; or du -xsh {place}/* and remove what is not needed"
+    mend = f"df -h, then --out on a larger disk; du -xsh {quoted(place)}/* names what is large"
     return [Finding("missing", "--out", got, f"{size(need)}", mend)]
 
 
@@ -188,7 +226,8 @@ def shared_memory(
     if total >= need:
         return [Finding("ok", folder, size(total))]
     least = f"{-(-need // 2**30)}g"
-    mend = f"mount -o remount,size={least} {folder} (or docker run --shm-size={least}); --workers 0"
+    mend = f"mount -o remount,size={least} {quoted(folder)}"
+    mend += f" (or docker run --shm-size={least}); --workers 0"
     expected = f"{size(need)} for {workers} loader processes"
     return [Finding("missing", folder, size(total), expected, mend)]
 

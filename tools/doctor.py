@@ -24,17 +24,24 @@ import torch
 import tyro
 from huggingface_hub import constants
 
-from config import PRESETS, TrainConfig, explained, model_config
+from config import PRESETS, TrainConfig, explained, model_config, quoted
 from model import AuxVLA
 from tools import checks
 from tools.check_assets import assets
 from tools.check_files import checkpoint_weights, demonstrations, pretrained_weights
 from tools.checks import ROOT, Finding
 
-MESA = (24, 3)  # what SAPIEN asks of lavapipe, Mesa's renderer for the CPU (tools/setup.sh)
 PATIENCE = 12.0  # seconds for a program that is started
 BUSY = "this machine may be busy"  # what ends the expectation of a check that found no time
-SETUP = f"rm -f {ROOT}/.venv/setup-done && make -C {ROOT} setup"
+SETUP = f"rm -f {quoted(ROOT / '.venv/setup-done')} && make -C {quoted(ROOT)} setup"
+LAVAPIPE = "/usr/share/vulkan/icd.d/lvp_icd.json"  # Mesa's driver file
+# What lets a machine draw whose nvidia-smi works and whose Vulkan does not; setup.sh prints it too.
+DRAW = (
+    "in a container: docker run --gpus all -e NVIDIA_DRIVER_CAPABILITIES=all",
+    "on bare metal: apt-get install libnvidia-gl-N, N as of the driver (Debian: nvidia-vulkan-icd)",
+    "a MIG slice cannot draw: take a whole GPU",
+    f"on the CPU, slowly, in every shell: export VK_ICD_FILENAMES={LAVAPIPE} && {SETUP}",
+)
 RESULTS = 1e9  # bytes of videos, or of some demonstrations
 
 
@@ -80,29 +87,30 @@ def renderer() -> list[Finding]:
         return [Finding("warn", "renderer", got, f"one; {BUSY}", mend)]
     if code == 0:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        return drawn_findings(output.splitlines()[-1], name)
-    _, devices = start("tools/vulkan_devices.py")
-    return renderer_findings(output, devices, os.environ)
+        return drawn_findings(output, name)
+    return renderer_findings(output, os.environ)
 
 
-def drawn_findings(drawn: str, gpu: str | None) -> list[Finding]:
-    """What to say of a frame: a GPU that torch uses should have drawn it."""
+def drawn_findings(output: str, gpu: str | None) -> list[Finding]:
+    """What to say of render_frame.py's output: a GPU that torch uses should have drawn."""
+    drawn = re.search("^drawn by .*", output, re.MULTILINE)[0]  # SAPIEN's warnings stand beside it
     if gpu is None or "llvmpipe" not in drawn:
         return [Finding("ok", "renderer", drawn)]
-    mend = "docker run --gpus all -e NVIDIA_DRIVER_CAPABILITIES=all (or the driver's Vulkan part)"
-    return [Finding("warn", "renderer", drawn, f"by {gpu}, which is many times faster", mend)]
+    expected = f"by {gpu}, which is many times faster"
+    return [Finding("warn", "renderer", drawn, expected, "; ".join(DRAW[:-1]))]
 
 
-def renderer_findings(output: str, devices: str, environment: dict[str, str]) -> list[Finding]:
-    """Why no frame was drawn: render_frame.py's output, vulkan_devices.py's, the environment."""
-    reason = (output.splitlines() or ["it crashed"])[-1]
-    got, expected, mend = f"{reason}; {devices}", "a frame", SETUP
-    if names := [name for name in ("VK_DRIVER_FILES", "VK_ICD_FILENAMES") if name in environment]:
+def renderer_findings(output: str, environment: dict[str, str]) -> list[Finding]:
+    """Why no frame was drawn, by render_frame.py's output and the environment."""
+    got, mend = (output.splitlines() or ["it crashed"])[-1], SETUP
+    variables = ("VK_DRIVER_FILES", "VK_ICD_FILENAMES")
+    if names := [each for each in variables if environment.get(each, LAVAPIPE) != LAVAPIPE]:
         got += f"; {names[0]}={environment[names[0]]}"
         mend = f"unset {' '.join(names)}"
-    version = re.search(r"Mesa (\d+)\.(\d+)", devices)
-    if version and tuple(map(int, version.groups())) < MESA:
-        expected = "Mesa 24.3 or later"
+    elif "NVIDIA's Vulkan driver alone" in output:
+        got += "; SAPIEN looks for NVIDIA's Vulkan driver alone, since nvidia-smi works"
+        mend = "; or ".join(DRAW)
+    expected = "a frame; Mesa's renderer for the CPU draws one from Mesa 24.3 on"
     return [Finding("missing", "renderer", got, expected, mend)]
 
 
@@ -115,9 +123,16 @@ def simulator() -> list[Finding]:
     if code == 0:
         return [Finding("ok", "simulator", "mani_skill and mshab import")]
     reason, libraries = output.splitlines()[-1], ".so" in output
-    mend = f"{sys.executable} -m pip install --force-reinstall -r {ROOT}/requirements.txt"
+    requirements = quoted(ROOT / "requirements.txt")
+    mend = f"{quoted(sys.executable)} -m pip install --force-reinstall -r {requirements}"
     expected = "mani_skill and mshab of requirements.txt"
     return [Finding("missing", "simulator", reason, expected, SETUP if libraries else mend)]
+
+
+def gpu_physics() -> list[Finding]:
+    """What eval.py and collect.py --envs N load."""
+    code, version = start("-c", "from sapien import physx; print(physx.version())")
+    return checks.gpu_physics(version.splitlines()[0]) if code == 0 else []  # see simulator()
 
 
 # --- All of them ---
@@ -147,6 +162,8 @@ def chosen(cfg: Doctor) -> Iterator[Callable[[], list[Finding]]]:
         yield partial(checkpoint_weights, cfg.checkpoint)
     if cfg.part != "train":
         yield assets
+        if torch.cuda.is_available():
+            yield gpu_physics
         yield simulator
         yield renderer
 

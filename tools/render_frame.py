@@ -1,10 +1,18 @@
 """Render one frame of a box with SAPIEN and print the device: `python tools/render_frame.py`.
 
-tools/setup.sh runs it in a process of its own, since a Vulkan driver that is too old can take the
-process with it. Exits with 0 only when the picture shows something.
+tools/setup.sh and tools/doctor.py run it in a process of its own, since a Vulkan driver that is too
+old can take the process with it. Exits with 0 only when the picture shows something.
 """
 
+import os
+import sys
+
 import sapien
+
+# Where nvidia-smi works and NVIDIA's Vulkan driver is not installed, SAPIEN sets this variable to a
+# driver file of its own, and Vulkan then reads no other.
+if "/sapien/" in os.environ.get("VK_ICD_FILENAMES", ""):
+    print("SAPIEN looks for NVIDIA's Vulkan driver alone", file=sys.stderr)
 
 scene = sapien.Scene()
 scene.set_ambient_light([0.5, 0.5, 0.5])

@@ -63,11 +63,13 @@ install_requirements() {
 
 # --- Renderer ---
 
-has_libraries() { "$venv/bin/python" -c 'import cv2, sapien' >/dev/null 2>&1; }
+has_libraries() { # what OpenCV and SAPIEN load, and the libraries that are named
+  "$venv/bin/python" -c 'import ctypes, sys, cv2, sapien; [*map(ctypes.CDLL, sys.argv[1:])]' "$@"
+} >/dev/null 2>&1
 
-library_commands() { # what OpenCV and SAPIEN load
+library_commands() {
   echo "apt-get update"
-  echo "apt-get install -y libvulkan1 libegl1 libgl1 libglib2.0-0 libx11-6"
+  echo "apt-get install -y libvulkan1 libegl1 libgl1 libglib2.0-0 libx11-6 libxext6"
 }
 
 draws_a_frame() {
@@ -100,6 +102,17 @@ renderer_commands() {
 find_renderer() {
   has_libraries || install_as_root "OpenCV and SAPIEN lack system libraries" library_commands
   draws_a_frame && return
+  if nvidia-smi >/dev/null 2>&1; then
+    if ! has_libraries libvulkan.so.1 libEGL.so.1 libX11.so.6 libXext.so.6; then
+      install_as_root "NVIDIA's Vulkan driver lacks system libraries" library_commands
+      draws_a_frame && return
+    fi
+    if grep -q "NVIDIA's Vulkan driver alone" "$venv/render.log"; then
+      # Mesa would not help: SAPIEN does not look for it.
+      stop "nvidia-smi finds a GPU, but its driver draws no frame. One of these helps:" \
+        "$("$venv/bin/python" -c 'from tools.doctor import DRAW; print(*DRAW, sep="\n")')"
+    fi
+  fi
   install_as_root "no Vulkan renderer works here" renderer_commands
   draws_a_frame || stop "still no frame with Mesa's renderer, which must be 24.3 or later:" \
     "$(tail -n 3 "$venv/render.log")"
