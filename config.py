@@ -10,6 +10,7 @@ is small enough for two CPU cores. Presets differ in numbers only: no code asks 
 
 import errno
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -51,7 +52,12 @@ ADVICE |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "it may not be
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """End a program with the error's sentence alone, without a traceback, if it is one of ours."""
+    """End a program with the error's sentence alone, without a traceback, if it is one of ours.
+
+    What it prints is UTF-8 whatever the locale; bytes of a path that are not come out as they are.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         yield
     except (InputError, FileNotFoundError, FileExistsError) as error:
