@@ -44,7 +44,7 @@ MAY_CHANGE = {
 
 
 class CheckpointError(InputError):
-    """A checkpoint that cannot be used here, though its files may be whole; the message names it."""
+    """A checkpoint that cannot be used here, though its files may be whole; it is named."""
 
 
 # --- Writing ---
@@ -230,8 +230,8 @@ def read_manifest(folder: Path, verify: bool = True, moments: bool = True) -> di
     manifest = read_sealed(folder / "manifest.json")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
-            f"{folder}: format {manifest.get('format')}, expected {FORMAT}. Use the version of this "
-            "code that wrote it, or give another --out or --checkpoint"
+            f"{folder}: format {manifest.get('format')}, expected {FORMAT}. Use the version of "
+            "this code that wrote it, or give another --out or --checkpoint"
         )
     sizes = manifest.get("sizes", {})
     for name, expected in manifest["files"].items():

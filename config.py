@@ -47,7 +47,8 @@ FULL = (
     "give the same command again"
 )
 ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), FULL)
-ADVICE |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "it may not be written to")
+ADVICE[errno.EROFS] = "it may not be written to"
+ADVICE |= dict.fromkeys((errno.EACCES, errno.EPERM), "its permissions (ls -l) do not allow that")
 
 
 @contextmanager

@@ -198,7 +198,7 @@ class AuxVLA(nn.Module):
         return [parameter for part in self.trained_parts() for parameter in part]
 
     def trained_parts(self) -> list[list[nn.Parameter]]:
-        """The same by part: VLM, decoders, flow head. Empty parameters (SigLIP's prefix) are out."""
+        """The same by part: VLM, decoders, flow head. SigLIP's prefix is empty and left out."""
         parts = (
             [p for p in part.parameters() if p.requires_grad and p.numel()]
             for part in self.children()

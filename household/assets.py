@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from config import explained
+from config import explained, quoted
 from household import furniture as parts
 from household.episodes import Scene, write_clutter, write_set_table
 from household.robot import write_light_fetch
@@ -55,11 +55,11 @@ def check_marker(out: Path, expected: dict) -> None:
         raise FileExistsError(
             f"{out} is not empty and not a generated apartment; choose another --out"
         )
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_bytes())
     if found != expected:
         raise FileExistsError(
             f"{out} holds the apartment {found}, not {expected} (code: the generator's version). "
-            f"Choose another --out, or remove it: rm -r {out}"
+            f"Choose another --out, or move it aside: mv {quoted(out, f'{out}-aside')}"
         )
 
 

@@ -24,7 +24,7 @@ import torch
 import tyro
 from huggingface_hub import constants
 
-from config import PRESETS, TrainConfig, explained, model_config
+from config import PRESETS, TrainConfig, explained, model_config, quoted
 from model import AuxVLA
 from tools import checks
 from tools.check_assets import assets
@@ -34,7 +34,7 @@ from tools.checks import ROOT, Finding
 MESA = (24, 3)  # what SAPIEN asks of lavapipe, Mesa's renderer for the CPU (tools/setup.sh)
 PATIENCE = 12.0  # seconds for a program that is started
 BUSY = "this machine may be busy"  # what ends the expectation of a check that found no time
-SETUP = f"rm -f {ROOT}/.venv/setup-done && make -C {ROOT} setup"
+SETUP = f"rm -f {quoted(ROOT / '.venv/setup-done')} && make -C {quoted(ROOT)} setup"
 RESULTS = 1e9  # bytes of videos, or of some demonstrations
 
 
@@ -65,8 +65,9 @@ def start(*command: str) -> tuple[int | None, str]:
     """A Python program's exit code, None if it took too long, and its output."""
     try:
         done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
-        )
+            [sys.executable, *command], cwd=ROOT, capture_output=True, encoding="utf-8",
+            timeout=PATIENCE,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return None, ""
     return done.returncode, (done.stdout + done.stderr).strip()
@@ -115,7 +116,8 @@ def simulator() -> list[Finding]:
     if code == 0:
         return [Finding("ok", "simulator", "mani_skill and mshab import")]
     reason, libraries = output.splitlines()[-1], ".so" in output
-    mend = f"{sys.executable} -m pip install --force-reinstall -r {ROOT}/requirements.txt"
+    files = quoted(ROOT / "requirements.txt")
+    mend = f"{quoted(sys.executable)} -m pip install --force-reinstall -r {files}"
     expected = "mani_skill and mshab of requirements.txt"
     return [Finding("missing", "simulator", reason, expected, SETUP if libraries else mend)]
 
