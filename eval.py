@@ -204,7 +204,7 @@ def origin(cfg: EvalConfig) -> dict:
     """Where and with what the results came about."""
     return {
         "checkpoint_path": str(cfg.checkpoint) if cfg.checkpoint else None,
-        "household": json.loads(HOUSEHOLD.read_text()) if HOUSEHOLD.exists() else None,
+        "household": json.loads(HOUSEHOLD.read_bytes()) if HOUSEHOLD.exists() else None,
         "row": cfg.row,
         "command": " ".join(sys.argv),
         "git": code_commit(),

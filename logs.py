@@ -36,7 +36,8 @@ class Log:
         # Lines behind the checkpoint that we resume from will be written again.
         kept = [line for line in read_lines(path) if line["step"] <= step]
         write(path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115  for the whole run
+        # For the whole run.
+        self.file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         self.bar = tqdm(
             total=num_steps, initial=step, desc=f"stage {cfg.stage}",
             disable=not sys.stderr.isatty(),

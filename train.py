@@ -159,7 +159,7 @@ def load_data(
     data = frames.source
     if "action_stats" in origin:
         stats = ActionStats(**{k: tuple(v) for k, v in origin["action_stats"].items()})
-        tokenizer = Tokenizer.from_file(str(Path(origin["folder"]) / "tokenizer.json"))
+        tokenizer = Tokenizer.from_buffer((Path(origin["folder"]) / "tokenizer.json").read_bytes())
     else:
         stats, tokenizer = frames.stats(cfg.action_bounds), build_tokenizer(cfg.model.llm)
     batcher = Batcher(cfg.model, stats, tokenize(data.instructions, tokenizer, cfg.model.llm))

@@ -186,10 +186,12 @@ OPEN = """
 import re, sys, time
 from samples import Frames, Pack, StepOrder
 
-def memory(which):  # kB of now (VmRSS), or of the peak since the reset (VmHWM)
-    return int(re.search(rf"{which}:\\s+(\\d+)", open("/proc/self/status").read())[1])
+STATUS = "/proc/self/status"
 
-open("/proc/self/clear_refs", "w").write("5")  # forget the peak of the imports
+def memory(which):  # kB of now (VmRSS), or of the peak since the reset (VmHWM)
+    return int(re.search(rf"{which}:\\s+(\\d+)".encode(), open(STATUS, "rb").read())[1])
+
+open("/proc/self/clear_refs", "w", encoding="utf-8").write("5")  # forget the peak of the imports
 before, began = memory("VmRSS"), time.perf_counter()
 frames = Frames(Pack(sys.argv[1]), 0.02, train=True)
 StepOrder(len(frames), 512, 0, 0, 10, 0, 8).batch(0)
