@@ -81,7 +81,7 @@ def load_sidecar(path: Path) -> dict:
             "record it again."
         )
     try:
-        content = json.loads(sidecar.read_text())
+        content = json.loads(sidecar.read_bytes())
     except ValueError as error:
         raise DataError(f"{sidecar}: not whole ({error}); download or record it again") from error
     episodes = content.get("episodes") if isinstance(content, dict) else None
@@ -271,6 +271,6 @@ def label_command(file: str, out: Path) -> str:
     task, subtask = task_and_subtask(Path(file))
     where = quoted("--task", task or "TASK", "--subtask", subtask, "--target", Path(file).stem)
     return (
-        f"python collect.py --expert rl {where} --out {quoted(out)} (in the real apartments; "
-        "--expert scripted in a generated one)"
+        f"python collect.py --expert rl {where} --out {quoted(out)}  # in the real apartments; "
+        "--expert scripted in a generated one"
     )

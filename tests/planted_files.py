@@ -151,7 +151,7 @@ def a_json_of_something_else(plant):
     return demonstrations(folder)
 
 
-@fault("none of .*'close'", "mkdir -p .*demos-aside && mv .*shut/fridge.h5 .*shut/fridge.json")
+@fault("names no subtask of .*'close'", "mkdir -p .*demos-aside && mv .*shut/fridge.h5 .*shut/fridge.json")
 def a_file_in_a_wrong_folder(plant):
     folder = plant.copy("demos")
     (folder / "set_table/close").rename(folder / "set_table/shut")
