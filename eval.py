@@ -302,7 +302,7 @@ def prepare(cfg: EvalConfig) -> tuple[EvalConfig, dict]:
     """
     if cfg.checkpoint is not None:
         folder = resolve(cfg.checkpoint)  # one, even if training goes on
-        manifest = read_manifest(folder, verify=False)  # the workers' policies compare it
+        manifest = read_manifest(folder, verify=False, moments=False)  # workers verify it
         row = cfg.row or manifest["config"].get("row")
         cfg = replace(cfg, checkpoint=folder, row=row, columns=heard(cfg, manifest))
     for name in cfg.names:

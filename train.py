@@ -31,7 +31,7 @@ from demonstrations import Demonstrations, label_command
 from distributed import STOPPED, Ranks, join, signals
 from durable import sole_writer
 from flow_head import draw_noise
-from logs import Log
+from logs import Log, Saver
 from memory import describe_plan, memory_plan
 from model import AuxVLA, label_counts
 from pack import Pack
@@ -133,7 +133,8 @@ def choose_decoders(cfg: TrainConfig, frames: Frames, is_main: bool) -> TrainCon
     """
     default = cfg.model.decoders == LABELS and not cfg.row
     if cfg.stage == 3:
-        trained = checkpoint.read_manifest(checkpoint.resolve(cfg.init_from), verify=False)
+        source = checkpoint.resolve(cfg.init_from)
+        trained = checkpoint.read_manifest(source, verify=False, moments=False)
         decoders = checkpoint.model_config_of(trained).decoders if default else cfg.model.decoders
         return replace(cfg, model=replace(cfg.model, decoders=decoders))
     lacking = [name for name in cfg.model.decoders if not frames.labelled[name]]
@@ -287,7 +288,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
         cfg.stage,
     )  # fmt: skip
     log = Log(cfg, step, num_steps, ranks, len(frames), len(held_out), params)
-    saver = checkpoint.Saver(Path(cfg.out), cfg.keep, ranks.is_main, step)
+    saver = Saver(Path(cfg.out), cfg.keep, ranks.is_main, step)
     everywhere = ranks.is_main or (cfg.shard and world > 1)  # shards are validated by all ranks
 
     with signals() as stop, closing(saver):

@@ -129,7 +129,8 @@ def test_a_file_that_may_be_whole_is_named_by_what_keeps_it_from_us(plant):
     if not (shutil.which("cc") and shutil.which("setpriv")):
         pytest.skip("needs a C compiler, and setpriv for root")
     (plant.tmp / "flock.c").write_text(FLOCK)
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", "flock.so", "flock.c"], cwd=plant.tmp, check=True)
+    command = ["cc", "-shared", "-fPIC", "-o", "flock.so", "flock.c"]
+    subprocess.run(command, cwd=plant.tmp, check=True)
     expected = {
         "h5": "chmod u+r {}.h5  # its owner, or root",
         "json": "chmod u+r {}.json  # its owner, or root",

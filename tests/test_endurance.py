@@ -119,68 +119,7 @@ def test_a_folder_that_may_not_be_written_to_ends_in_a_sentence():
     assert done.returncode == 1 and done.stderr.startswith(b"error: ")
 
 
-def test_the_newest_and_the_best_checkpoints_are_kept_and_named(tmp_path):
-    weight = {"weight": torch.ones(2)}
-    for step, score in enumerate((3.0, 1.0, 2.0, None, 2.5), start=1):
-        checkpoint.write(tmp_path, step, weight, weight, {"score": score}, "{}", keep=2)
-    names = [folder.name[-1] for folder in checkpoint.steps_in(tmp_path)]
-    assert names == ["2", "4", "5"]
-    assert (tmp_path / "best").read_text() == "step-00000002"
-    assert (tmp_path / "last").read_text() == "step-00000005"
-
-
-SAVE = r"""
-import sys
-from pathlib import Path
-from torch import nn, optim
-import checkpoint
-from config import explained
-with explained():
-    model, out = nn.Linear(2, 2), Path(sys.argv[1])
-    saver = checkpoint.Saver(out, keep=1, is_main=True, step=0)
-    saver.save(1, model, optim.Adam(model.parameters()), {}, '{"token": "\u0120"}')
-    saver.close()
-    print("\u0120", out)
-"""
-
-
-def test_text_is_utf_8_whatever_the_locale(tmp_path):
-    out = tmp_path / "é"
-    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    printed = subprocess.check_output([sys.executable, "-c", SAVE, out], cwd=ROOT, env=env)
-    assert printed.decode() == f"Ġ {out}\n"
-    assert (checkpoint.newest(out) / "tokenizer.json").read_bytes().decode() == '{"token": "Ġ"}'
-
-
-def test_any_error_of_the_saving_thread_is_told_at_once_and_ends_the_run(tmp_path, capfd):
-    model, nonsense = torch.nn.Linear(2, 2), {"stage": object()}  # which JSON does not know
-    saver = checkpoint.Saver(tmp_path, keep=1, is_main=True, step=0)
-    saver.save(1, model, torch.optim.Adam(model.parameters()), nonsense, "{}")
-    with pytest.raises(TypeError):
-        saver.close()
-    assert "warning: TypeError: " in capfd.readouterr().err and not [*tmp_path.iterdir()]
-
-
-def test_damaged_checkpoints_push_out_no_whole_one_and_are_not_the_best(tmp_path):
-    weight = {"weight": torch.ones(2)}
-    for step in (1, 2, 3):
-        checkpoint.write(tmp_path, step, weight, weight, {"score": step}, "{}", keep=9)
-    for step, name in ((1, "manifest.json"), (3, "model.safetensors")):
-        os.truncate(tmp_path / f"step-0000000{step}" / name, 50)
-    checkpoint.write(tmp_path, 4, weight, weight, {"score": 4}, "{}", keep=2)
-    assert [folder.name[-1] for folder in checkpoint.steps_in(tmp_path)] == ["1", "2", "3", "4"]
-    assert (tmp_path / "best").read_text() == "step-00000002"
-
-
 # --- Flipped bytes ---
-
-
-def test_one_changed_byte_of_a_checkpoint_is_reported_with_the_file(tmp_path):
-    weights = {"weight": torch.randn(1000)}
-    checkpoint.write(tmp_path, 1, weights, weights, {"stage": 1}, '{"a": 1}', keep=1)
-    folder = tmp_path / "step-00000001"
-    check = lambda: checkpoint.read_manifest(folder)  # noqa: E731
-    assert faults.flips(folder, check, 200, random.Random(0)) == 200
 
 
 def test_one_changed_byte_of_a_pack_is_reported_before_its_frame_is_used(data, tmp_path):

@@ -71,7 +71,7 @@ def python(version: tuple[int, ...] = sys.version_info) -> list[Finding]:
 
 def packages(deep: bool = True, requirements: Path = ROOT / "requirements.txt") -> list[Finding]:
     """requirements.txt and, if `deep`, what each of its packages requires in turn."""
-    lines = [line for line in requirements.read_text("utf-8").splitlines() if line.strip()]
+    lines = [line for line in requirements.read_text(encoding="utf-8").splitlines() if line.strip()]
     waiting, found = [(Requirement(line), requirements.name) for line in lines], []
     seen, followed = {}, set()
     while waiting:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import checkpoint
 from config import InputError
 from durable import sole_writer, write_sealed
+from logs import Saver
 from pack import BLOCK, PACKED, Pack, block_name
 
 ROOT = Path(__file__).parent.parent
@@ -216,7 +217,7 @@ def stall(work: Path, parameters: int = 100_000_000) -> dict:
     optimizer = torch.optim.Adam(model.parameters())
     model.weight.grad = torch.ones_like(model.weight)
     optimizer.step()
-    saver = checkpoint.Saver(work / "stall", keep=1, is_main=True, step=0)
+    saver = Saver(work / "stall", keep=1, is_main=True, step=0)
     began = time.perf_counter()
     saver.save(1, model, optimizer, {}, "{}")
     stalled = time.perf_counter() - began
