@@ -6,6 +6,7 @@
                              manifest.json          config, stage, step, action statistics and
                                                     schema, sha256 of each file and of itself
     RUN/stage1/last, best                           names: the newest, the lowest held-out loss
+    RUN/stage1/step-00000500.damaged                moved aside by a run that resumed before it
 
 It is written under a hidden name, fsynced and renamed; the manifest is written last. No pickle
 anywhere.
@@ -16,8 +17,8 @@ import os
 import shutil
 import sys
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
-from threading import Thread
 
 import dacite
 import torch
@@ -26,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import durable
-from config import InputError, ModelConfig, TrainConfig
-from durable import read_sealed, sha256, sync, write_sealed
+from config import InputError, ModelConfig, TrainConfig, quoted
+from durable import DamagedError, read_sealed, sha256, sync, write_sealed
 from sharding import like, whole
 
 FORMAT = 2
@@ -41,7 +42,7 @@ MAY_CHANGE = {
 
 
 class CheckpointError(InputError):
-    """A checkpoint that cannot be used; the message names the file."""
+    """A checkpoint that cannot be used here, though its files may be whole; it is named."""
 
 
 # --- Writing ---
@@ -72,62 +73,16 @@ def snapshot(
     return copies(model.state_dict()), copies(moments)
 
 
-class Saver:
-    """Writes the checkpoints of a run in a thread, one at a time, while training goes on.
-
-    `step` is the one that `out` already has, if any. A failure, of a full disk for one, is told on
-    stderr and training goes on; `close` raises it if no later save has made it good.
-    """
-
-    def __init__(self, out: Path, keep: int, is_main: bool, step: int):
-        self.out, self.keep, self.is_main, self.step = out, keep, is_main, step
-        self.thread: Thread | None = None
-        self.error: CheckpointError | None = None
-
-    def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, manifest: dict,
-        tokenizer: str,
-    ) -> None:  # fmt: skip
-        """Copy the state and return; every rank calls it, the main one writes."""
-        if step == self.step:
-            return
-        self.wait()  # for the one before
-        tensors = snapshot(model, optimizer, self.is_main)
-        self.step = step
-        if self.is_main:
-            self.thread = Thread(target=self._write, args=(step, *tensors, manifest, tokenizer))
-            self.thread.start()
-
-    def _write(self, *args) -> None:
-        try:
-            write(self.out, *args, self.keep)
-            self.error = None
-        except CheckpointError as error:
-            self.error = error
-            print(f"warning: {error}", file=sys.stderr)
-
-    def wait(self) -> None:
-        if self.thread is not None:
-            self.thread.join()
-
-    def close(self) -> None:
-        """Wait for the last save. Raises CheckpointError if it failed."""
-        self.wait()
-        if self.error:
-            raise self.error
-
-
 def write(
     out: Path, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor] | None,
     manifest: dict, tokenizer: str, keep: int,
 ) -> None:  # fmt: skip
-    """Write out/step-NNNNNNNN, then out/last and out/best, and drop all but the newest `keep`.
+    """Write out/step-NNNNNNNN, then out/last; then `prune`.
 
-    The best is kept too: the lowest `score` of those that have one in their manifest. Without
-    moments it drives the robot and starts a stage, but does not resume one. Raises CheckpointError;
-    the older ones are then whole.
+    Without moments it drives the robot and starts a stage, but does not resume one. Raises
+    CheckpointError when the disk fails; the older ones are then as they were.
     """
-    final = out / f"step-{step:08d}"
+    final = folder_of(out, step)
     partial = hidden(final, "partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -135,43 +90,59 @@ def write(
         save_file(weights, partial / "model.safetensors")
         if moments is not None:
             save_file(moments, partial / MOMENTS)
-        (partial / "tokenizer.json").write_text(tokenizer)
+        (partial / "tokenizer.json").write_bytes(tokenizer.encode())
         files, mode = sorted(partial.iterdir()), (partial / "tokenizer.json").stat().st_mode
         for path in files:
             path.chmod(mode)  # safetensors lets nobody else read; this is the umask's
             sync(path)
         hashes = {path.name: sha256(path) for path in files}
-        content = {"format": FORMAT, "step": step, **manifest, "files": hashes}
+        sizes = {path.name: path.stat().st_size for path in files}
+        content = {"format": FORMAT, "step": step, **manifest, "sizes": sizes, "files": hashes}
         write_sealed(partial / "manifest.json", content)
-        if final.exists():  # a damaged one; Saver never writes a step twice
+        if final.exists():  # never in a run: `resumable` has moved damaged ones aside
             discard(final)
         os.replace(partial, final)
         sync(out)
         durable.write(out / "last", final.name.encode())
-        prune(out, keep)
+        prune(out, keep, final)
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
-        shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"{final}: could not be saved ({error}); earlier checkpoints in {out} are whole"
+            f"{final}: could not be saved ({error}); earlier checkpoints in {out} are as they were"
         ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def prune(out: Path, keep: int) -> None:
-    """Name the best in out/best; remove all but the newest `keep` and the best."""
-    steps, scores = steps_in(out), {}
-    for folder in steps:
+def rate(out: Path, step: int, score: float, keep: int) -> None:
+    """Write a step's score into its manifest, then `prune`."""
+    path = folder_of(out, step) / "manifest.json"
+    write_sealed(path, read_sealed(path) | {"score": score})
+    prune(out, keep, path.parent)
+
+
+def prune(out: Path, keep: int, saved: Path) -> None:
+    """Name the best in out/best, the lowest `score`; remove all but it, `saved`, the newest `keep`.
+
+    Damaged ones neither count nor go. The manifest's seal and the files' sizes tell them, in
+    milliseconds: the sha256 of all would take a minute for each save of the paper's model.
+    """
+    scores = {}
+    for folder in steps_in(out):
         try:
-            score = read_sealed(folder / "manifest.json").get("score")
-        except durable.DamagedError:
+            scores[folder] = read_manifest(folder, verify=False).get("score")
+        except InputError:
             continue
-        if score is not None:
-            scores[folder] = score
-    best = min(scores, key=scores.get) if scores else None
+    rated = [folder for folder, score in scores.items() if score is not None]
+    best = min(rated, key=scores.get, default=None)
     if best:
         durable.write(out / "best", best.name.encode())
-    for folder in steps[:-keep]:
-        if folder != best:
+    for folder in [*scores][:-keep]:
+        if folder not in (best, saved):
             discard(folder)
+
+
+def folder_of(out: Path, step: int) -> Path:
+    return out / f"step-{step:08d}"
 
 
 def hidden(folder: Path, what: str) -> Path:
@@ -190,40 +161,75 @@ def discard(folder: Path) -> None:
 
 
 def steps_in(out: Path) -> list[Path]:
-    """The checkpoints of a stage's folder, oldest first."""
-    return sorted(path for path in out.glob("step-*") if path.is_dir())
+    """The checkpoints of a stage's folder, oldest first, without step-NNNNNNNN.damaged."""
+    return sorted(path for path in out.glob("step-*") if path.is_dir() and not path.suffix)
 
 
 def read_manifest(folder: Path, verify: bool = True, moments: bool = True) -> dict:
-    """The manifest of a checkpoint, after comparing every file with its sha256.
+    """The manifest of a checkpoint, after comparing every file with its size and its sha256.
 
+    Without `verify` with its size only, which older manifests lack.
     Without `moments`, which are twice the weights and only resume, their file is left out. Raises
-    DamagedError or CheckpointError, naming the file.
+    DamagedError naming the file, CheckpointError for a manifest of another format.
     """
     manifest = read_sealed(folder / "manifest.json")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
-            f"{folder}: format {manifest.get('format')}, this code reads {FORMAT}"
+            f"{folder}: format {manifest.get('format')}, expected {FORMAT}. Use the version of "
+            "this code that wrote it, or give another --out or --checkpoint"
         )
-    for name, expected in manifest["files"].items() if verify else ():
+    sizes = manifest.get("sizes", {})
+    for name, expected in manifest["files"].items():
+        path = folder / name
         if name == MOMENTS and not moments:
             continue
-        if not (folder / name).is_file() or sha256(folder / name) != expected:
-            raise CheckpointError(
-                f"{folder / name}: missing or damaged, its sha256 differs from the manifest's"
-            )
+        if not path.is_file() or path.stat().st_size != sizes.get(name, path.stat().st_size):
+            raise DamagedError(f"{path}: missing or damaged, its size differs from the manifest's")
+        if verify and sha256(path) != expected:
+            raise DamagedError(f"{path}: damaged, its sha256 differs from the manifest's")
     return manifest
 
 
 def newest(out: Path, moments: bool = True) -> Path | None:
-    """The newest whole checkpoint of a stage's folder; damaged ones are named on stderr."""
+    """The newest whole checkpoint of a stage's folder; damaged ones are named on stderr.
+
+    Raises CheckpointError for one of another format.
+    """
     for folder in reversed(steps_in(out)):
         try:
             read_manifest(folder, moments=moments)
             return folder
-        except InputError as error:
+        except DamagedError as error:
             print(f"warning: skipped {error}", file=sys.stderr)
     return None
+
+
+def resumable(out: Path, resume: str) -> Path | None:
+    """The checkpoint that a run goes on from; None where `out` has none yet.
+
+    Nobody else may be writing to `out`: what killed saves have left is removed, and damaged
+    checkpoints behind the one returned are moved aside, so that none has the number of a later
+    save. Raises CheckpointError when none is whole, FileExistsError when one is and `resume` is
+    "never".
+    """
+    tidy(out)
+    steps, found = steps_in(out), newest(out)
+    if steps and not found:
+        raise CheckpointError(
+            f"{out}: none of its {len(steps)} checkpoints is whole. Nothing was changed. Copy one "
+            f"again, or begin anew in another --out; to begin anew here: mv {quoted(out)} "
+            f"{quoted(f'{out}.damaged')}"
+        )
+    if found and resume == "never":
+        raise FileExistsError(
+            f"{out}: holds {found.name}; choose another --out, or drop --resume never to go on"
+        )
+    for folder in steps[steps.index(found) + 1 :] if found else ():
+        names = (folder.with_name(f"{folder.name}.damaged{n or ''}") for n in count())
+        aside = next(path for path in names if not path.exists())
+        os.replace(folder, aside)
+        print(f"warning: moved {folder} to {aside.name}", file=sys.stderr)
+    return found
 
 
 def tidy(out: Path) -> None:
@@ -245,7 +251,7 @@ def resolve(path: str | Path) -> Path:
     if found is None:
         raise FileNotFoundError(
             f"{path}: no whole checkpoint there; train one: python train.py --stage 1 --data DATA "
-            f"--out {path}"
+            f"--out {quoted(path)}"
         )
     return found
 
@@ -321,7 +327,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
     if not (folder / MOMENTS).is_file():
         raise CheckpointError(
             f"{folder}: has no {MOMENTS}, so that its stage cannot go on. It starts one: "
-            f"--init-from {folder}, and another --out"
+            f"--init-from {quoted(folder)}, and another --out"
         )
     parameters = dict(model.named_parameters())
     with safe_open(folder / MOMENTS, "pt") as file:  # one tensor at a time

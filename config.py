@@ -10,6 +10,7 @@ is small enough for two CPU cores. Presets differ in numbers only: no code asks 
 
 import errno
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -48,12 +49,18 @@ FULL = (
     "give the same command again"
 )
 ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), FULL)
-ADVICE |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "it may not be written to")
+ADVICE[errno.EROFS] = "it may not be written to"
+ADVICE |= dict.fromkeys((errno.EACCES, errno.EPERM), "its permissions (ls -l) do not allow that")
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """End a program with the error's sentence alone, without a traceback, if it is one of ours."""
+    """End a program with the error's sentence alone, without a traceback, if it is one of ours.
+
+    What it prints is UTF-8 whatever the locale; bytes of a path that are not come out as they are.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         yield
     except (InputError, FileNotFoundError, FileExistsError) as error:

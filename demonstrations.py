@@ -24,12 +24,18 @@ import numpy as np
 from einops import rearrange
 
 from config import IMAGE_SIZE, InputError, quoted
+from durable import mend_of
 from tasks import ARTICULATIONS, HUB_DATASETS, OBJECTS, SUBTASKS, TASKS, instruction
 from trajectory import RECORD, SURVEY, DataError, clip, read_actions, read_frames, survey
 
 # Blocks of frames that the order of samples mixes, and that a reader keeps: 1.4 GB of them when
 # episodes have 200 steps.
 SHUFFLE_POOL, READ_AHEAD = 256, 320
+
+
+DESCRIBED = (
+    "what its .json describes in MS-HAB's layout (obs_mode=rgbd). Download or record it again"
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ def load_sidecar(path: Path) -> dict:
             "record it again."
         )
     try:
-        content = json.loads(sidecar.read_text())
+        content = json.loads(sidecar.read_bytes())
     except ValueError as error:
         raise DataError(f"{sidecar}: not whole ({error}); download or record it again") from error
     episodes = content.get("episodes") if isinstance(content, dict) else None
@@ -207,9 +213,10 @@ class Demonstrations:
         try:
             return open_h5(str(path), os.getpid())[entry.trajectory]
         except (OSError, KeyError) as error:
+            mend = mend_of(path, error)
             raise DataError(
-                f"{path}, {entry.trajectory}: cannot be opened ({error}). The file is cut off or "
-                "is not the one its .json describes; download or record it again."
+                f"{path}, {entry.trajectory}: cannot be opened ({error}). "
+                + (f"It may be whole: {mend}" if mend else f"It is cut off, or not {DESCRIBED}")
             ) from error
 
     def _read(self, episode: int, first: int, last: int) -> np.ndarray:
@@ -219,10 +226,10 @@ class Demonstrations:
             group, actions, _ = self._actions(episode)
             out = read_frames(group, actions, first, last, where)
         except (OSError, KeyError) as error:
+            mend = mend_of(self.folder / entry.file, error)
             raise DataError(
-                f"{where}, frames {first}..{last - 1}: "
-                f"{error}. A key is missing or the file is damaged; expected MS-HAB's layout "
-                "recorded with obs_mode=rgbd. Download or record it again."
+                f"{where}, frames {first}..{last - 1}: {error}. "
+                + (f"It may be whole: {mend}" if mend else f"It is damaged, or not {DESCRIBED}")
             ) from error
         out["instruction"], out["episode"] = entry.instruction, episode
         return out
@@ -264,6 +271,6 @@ def label_command(file: str, out: Path) -> str:
     task, subtask = task_and_subtask(Path(file))
     where = quoted("--task", task or "TASK", "--subtask", subtask, "--target", Path(file).stem)
     return (
-        f"python collect.py --expert rl {where} --out {quoted(out)} (in the real apartments; "
-        "--expert scripted in a generated one)"
+        f"python collect.py --expert rl {where} --out {quoted(out)}  # in the real apartments; "
+        "--expert scripted in a generated one"
     )

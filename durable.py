@@ -7,21 +7,40 @@
 Everything that must survive a kill goes through here: checkpoints, packs, demonstrations, episodes.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from config import InputError
+from config import InputError, quoted
 
 
 class DamagedError(InputError):
     """A file whose content is not what was written; the message names it."""
+
+
+# What the system says of a file that may be whole, and the command after which it can be read.
+MENDS = dict.fromkeys((errno.EACCES, errno.EPERM), "chmod u+r {}  # its owner, or root")
+MENDS |= {errno.EAGAIN: "fuser -v {}  # wait until that program has closed it"}
+MENDS |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "ulimit -n 4096")
+LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of a file system that has none
+MENDS |= dict.fromkeys(LOCKS, "export HDF5_USE_FILE_LOCKING=FALSE")
+
+
+def mend_of(path: Path, error: BaseException | None) -> str | None:
+    """The command after which a file can be read; None if it is missing, or damaged.
+
+    HDF5 gives an errno when the system did not give it the content, and only then.
+    """
+    number = getattr(error, "errno", None)
+    if number in (None, errno.ENOENT):
+        return None
+    return MENDS.get(number, "dmesg | tail  # on {}").format(quoted(path))
 
 
 def sync(path: Path) -> None:
@@ -63,7 +82,7 @@ def sole_writer(folder: Path, name: str = "") -> Iterator[None]:
     Raises InputError while another is at it; the lock ends with its process, however that ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / (f".{name}.lock" if name else ".lock"), "a+") as lock:
+    with open(folder / (f".{name}.lock" if name else ".lock"), "a+", encoding="utf-8") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a forked loader does not inherit it
         except (BlockingIOError, PermissionError):
@@ -109,7 +128,7 @@ def read_sealed(path: Path) -> dict:
 def read_json(path: Path) -> dict:
     """A JSON object. Raises DamagedError for anything else."""
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError) as error:
         raise DamagedError(f"{path}: damaged, expected a JSON object ({error})") from error
 
@@ -118,7 +137,7 @@ def read_json(path: Path) -> dict:
 
 
 def append(path: Path, line: dict) -> None:
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -142,6 +161,7 @@ def read_lines(path: Path, mend: bool = False) -> list[dict]:
         except (ValueError, TypeError) as error:
             raise DamagedError(
                 f"{path}, line {number}: damaged, expected a JSON object ({error}). Without that "
-                f"line the file is whole: sed -i {number}d {shlex.quote(str(path))}"
+                f"line the file is whole; this keeps it as it is in {path.name}.damaged: "
+                f"sed -i.damaged {number}d {quoted(path)}"
             ) from error
     return lines

@@ -204,7 +204,7 @@ def origin(cfg: EvalConfig) -> dict:
     """Where and with what the results came about."""
     return {
         "checkpoint_path": str(cfg.checkpoint) if cfg.checkpoint else None,
-        "household": json.loads(HOUSEHOLD.read_text()) if HOUSEHOLD.exists() else None,
+        "household": json.loads(HOUSEHOLD.read_bytes()) if HOUSEHOLD.exists() else None,
         "row": cfg.row,
         "command": " ".join(sys.argv),
         "git": code_commit(),
@@ -302,7 +302,7 @@ def prepare(cfg: EvalConfig) -> tuple[EvalConfig, dict]:
     """
     if cfg.checkpoint is not None:
         folder = resolve(cfg.checkpoint)  # one, even if training goes on
-        manifest = read_manifest(folder, verify=False)  # the workers' policies compare it
+        manifest = read_manifest(folder, verify=False, moments=False)  # workers verify it
         row = cfg.row or manifest["config"].get("row")
         cfg = replace(cfg, checkpoint=folder, row=row, columns=heard(cfg, manifest))
     for name in cfg.names:

@@ -1,13 +1,15 @@
-"""What a training run writes as it goes: log.jsonl, validation.json, a progress line."""
+"""What a training run writes as it goes: log, validation, a progress line, checkpoints."""
 
 import json
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 import checkpoint
@@ -36,7 +38,8 @@ class Log:
         # Lines behind the checkpoint that we resume from will be written again.
         kept = [line for line in read_lines(path) if line["step"] <= step]
         write(path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115  for the whole run
+        # For the whole run.
+        self.file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         self.bar = tqdm(
             total=num_steps, initial=step, desc=f"stage {cfg.stage}",
             disable=not sys.stderr.isatty(),
@@ -159,3 +162,56 @@ def open_tracker(cfg: TrainConfig) -> tuple[Callable[[int, dict], None], Callabl
             writer.add_scalar(name, value, step)
 
     return track, writer.close
+
+
+class Saver:
+    """Writes the checkpoints of a run in a thread, one at a time, while training goes on.
+
+    `step` is the one that `out` already has, if any. A failed save, whatever the error, is told on
+    stderr at once and training goes on; `close` raises the error unless a later save succeeded.
+    """
+
+    def __init__(self, out: Path, keep: int, is_main: bool, step: int):
+        self.out, self.keep, self.is_main, self.step = out, keep, is_main, step
+        self.pool = ThreadPoolExecutor(max_workers=1)
+        self.saving: Future | None = None  # keeps the thread's error, of any class
+
+    def save(
+        self, step: int, model: nn.Module, optimizer: Optimizer, manifest: dict,
+        tokenizer: str,
+    ) -> None:  # fmt: skip
+        """Copy the state and return; every rank calls it, the main one writes."""
+        if step == self.step:
+            return
+        self.failed()  # waits for the save before
+        tensors = checkpoint.snapshot(model, optimizer, self.is_main)
+        self.step = step
+        if self.is_main:
+            self.submit(checkpoint.write, step, *tensors, manifest, tokenizer)
+
+    def rate(self, step: int, score: float) -> None:
+        """Add the held-out loss to the checkpoint of `step`, if that is the one saved last.
+
+        So the save comes before the validation, which may die.
+        """
+        if self.saving and step == self.step and not self.failed():
+            self.submit(checkpoint.rate, step, score)
+
+    def submit(self, job: Callable, *args) -> None:
+        self.saving = self.pool.submit(job, self.out, *args, self.keep)
+        self.saving.add_done_callback(tell)
+
+    def failed(self) -> BaseException | None:
+        """Wait for the last save; the error that ended it, if any."""
+        return self.saving.exception() if self.saving else None
+
+    def close(self) -> None:
+        """Wait for the last save. Raises the error that ended it, if any."""
+        self.pool.shutdown()
+        if error := self.failed():
+            raise error
+
+
+def tell(saving: Future) -> None:
+    if error := saving.exception():
+        print(f"warning: {type(error).__name__}: {error}", file=sys.stderr)

@@ -194,8 +194,16 @@ class AuxVLA(nn.Module):
         return self.trained()
 
     def trained(self) -> list[nn.Parameter]:
-        """What train_stage left to train; some parts have empty parameters (SigLIP's prefix)."""
-        return [p for p in self.parameters() if p.requires_grad and p.numel()]
+        """What train_stage left to train."""
+        return [parameter for part in self.trained_parts() for parameter in part]
+
+    def trained_parts(self) -> list[list[nn.Parameter]]:
+        """The same by part: VLM, decoders, flow head. SigLIP's prefix is empty and left out."""
+        parts = (
+            [p for p in part.parameters() if p.requires_grad and p.numel()]
+            for part in self.children()
+        )
+        return [part for part in parts if part]
 
     def prepare_blocks(self, recompute: bool = False, compile: bool = False) -> None:
         """Recompute or compile the VLM's blocks, nearly all of its work, in place."""

@@ -94,8 +94,7 @@ def check_same_run(path: Path, episodes: list[dict], identity: dict):
             if theirs != now:
                 raise InputError(
                     f"{path} has episodes with {name} = {theirs!r}, this run has "
-                    f"{now!r}: one table cannot mix them. Give another --out, or remove "
-                    f"{path.parent}"
+                    f"{now!r}: one table cannot mix them. Give another --out"
                 )
 
 
@@ -125,7 +124,7 @@ def scenes(plan_file: Path, episodes: list[dict], first_seed: int) -> dict[str, 
 
     MS-HAB's plans lie unevenly over the scenes, and a seed draws a plan: 30 seeds miss some.
     """
-    plans = json.loads(plan_file.read_text())["plans"]
+    plans = json.loads(plan_file.read_bytes())["plans"]
     missing, seed = {plan["build_config_name"] for plan in plans}, first_seed
     of = len(missing)
     while missing:

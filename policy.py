@@ -107,7 +107,7 @@ class Policy:
         model = AuxVLA(model_config_of(manifest), flow_head=manifest["stage"] == 3)
         load_weights(model, folder)
         stats = {key: tuple(value) for key, value in manifest["action_stats"].items()}
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())
         if device.type == "cuda":
             halve(model)
         policy = cls(model.to(device).eval(), ActionStats(**stats), tokenizer, manifest, device)

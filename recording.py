@@ -22,7 +22,7 @@ import h5py
 import numpy as np
 
 from config import InputError
-from durable import append, read_lines, replacing, write
+from durable import append, mend_of, read_lines, replacing, write
 
 COMPRESSED = ("rgb", "depth", "fetch_head", "fetch_hand")  # images, and the masks named by camera
 GZIP = dict(compression="gzip", compression_opts=5)  # (MS-HAB: envs/wrappers/record.py)
@@ -69,7 +69,7 @@ class Recording:
         self.recipe, self.episodes, self.done = recipe, [], {}
         self.check_pair()
         if self.json.exists():
-            sidecar = json.loads(self.json.read_text())
+            sidecar = json.loads(self.json.read_bytes())
             self.check_recipe(self.json, sidecar)
             self.episodes = sidecar["episodes"]
             self.done = dict.fromkeys(sidecar["failed_seeds"], False)
@@ -92,9 +92,11 @@ class Recording:
         wrong = None
         if self.json.exists():
             try:
-                json.loads(self.json.read_text())
+                json.loads(self.json.read_bytes())
                 h5py.File(self.h5).close()
             except (OSError, ValueError) as error:
+                if mend := mend_of(self.h5, error):
+                    raise InputError(f"{self.h5}: {error}. It may be whole: {mend}") from error
                 wrong = f"{self.json} and {self.h5.name} are not both whole ({error})"
         elif self.h5.exists() and not self.parts.exists():  # with parts: killed between the two
             wrong = f"{self.h5}: no {self.json.name} beside it"

@@ -25,7 +25,7 @@ from mshab.agents.ppo.agent import Agent as PPO
 from mshab.agents.sac.agent import Agent as SAC
 from torch import Tensor, nn
 
-from config import ACTION_DIM, IMAGE_SIZE, QPOS_DIM, InputError
+from config import ACTION_DIM, IMAGE_SIZE, QPOS_DIM, InputError, quoted
 from durable import sha256
 
 HUB = "arth-shukla/mshab_checkpoints"
@@ -58,7 +58,7 @@ class RLPolicy:
         """
         folder = Path(root) / "rl" / task / subtask / target
         include = f"rl/{task}/{subtask}/{target}/*"
-        remedy = f'Get it by `hf download {HUB} --include "{include}" --local-dir {root}`'
+        remedy = f'Get it by `hf download {HUB} --include "{include}" --local-dir {quoted(root)}`'
         config, weights = folder / "config.yml", folder / "policy.pt"
         for path in (config, weights):
             if not path.is_file():
@@ -107,7 +107,7 @@ PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
 def read_algo(path: Path) -> dict:
     """The part of MS-HAB's config.yml that names the network and its sizes."""
     try:
-        config = yaml.load(path.read_text(), PlainLoader)
+        config = yaml.load(path.read_bytes(), PlainLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
     algo = config.get("algo") if isinstance(config, dict) else None

@@ -127,7 +127,7 @@ class Frames(Dataset):
 
 
 class StepOrder:
-    """Which frames a step trains on: a pure function of seed and step, on any number of ranks.
+    """Which frames a step trains on: a pure function of seed, stage and step, on any rank count.
 
     Every epoch is a new permutation of all frames, of which an incomplete last batch is left out.
     Iterating gives a rank's share of the batches `first`..`last` - 1. With `blocks`, the block of
@@ -136,17 +136,18 @@ class StepOrder:
 
     def __init__(
         self, num_frames: int, batch_size: int, seed: int, first: int, last: int, rank: int,
-        world: int, blocks: np.ndarray | None = None,
+        world: int, blocks: np.ndarray | None = None, stage: int = 1,
     ):  # fmt: skip
         self.num_frames, self.batch_size, self.seed = num_frames, batch_size, seed
         self.first, self.last, self.rank, self.world = first, last, rank, world
-        self.blocks, self.epoch = blocks, None
+        self.blocks, self.epoch, self.stage = blocks, None, stage
 
     def batch(self, step: int) -> np.ndarray:
         """The global batch of a step, rows of Frames [batch_size]."""
         epoch, step = divmod(step, self.num_frames // self.batch_size)
         if epoch != self.epoch:
-            self.order, self.epoch = self.shuffled(np.random.default_rng((self.seed, epoch))), epoch
+            seeds = (self.seed, epoch) if self.stage == 1 else (self.seed, epoch, self.stage)
+            self.order, self.epoch = self.shuffled(np.random.default_rng(seeds)), epoch
         return self.order[step * self.batch_size : (step + 1) * self.batch_size]
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:

@@ -14,7 +14,7 @@ import hashlib
 import sys
 import time
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from demonstrations import Demonstrations, label_command
 from distributed import STOPPED, Ranks, join, signals
 from durable import sole_writer
 from flow_head import draw_noise
-from logs import Log
+from logs import Log, Saver
 from memory import describe_plan, memory_plan
 from model import AuxVLA, label_counts
 from pack import Pack
@@ -86,16 +86,8 @@ def prepare(cfg: TrainConfig, ranks: Ranks) -> tuple[AuxVLA, dict, Path | None]:
     torch.manual_seed(cfg.seed)  # the same weights on every rank
     model = AuxVLA(cfg.model, flow_head=cfg.stage == 3)
     # One rank looks, and hashes the files; what it finds holds for all.
-    found = None
-    if ranks.is_main:
-        checkpoint.tidy(Path(cfg.out))
-        found = checkpoint.newest(Path(cfg.out))
-    resumed = Path(name) if (name := ranks.from_main(str(found or ""))) else None
-    if resumed and cfg.resume == "never":
-        raise FileExistsError(
-            f"{cfg.out}: holds {resumed.name}; choose another --out, or drop --resume never to go "
-            "on"
-        )
+    found = ranks.decided(lambda: str(checkpoint.resumable(Path(cfg.out), cfg.resume) or ""))
+    resumed = Path(found) if found else None
     source = resumed or (checkpoint.resolve(cfg.init_from) if cfg.init_from else None)
     if source is None:
         if cfg.stage == 2 and not cfg.row and ranks.is_main:
@@ -103,7 +95,7 @@ def prepare(cfg: TrainConfig, ranks: Ranks) -> tuple[AuxVLA, dict, Path | None]:
         build_tokenizer(cfg.model.llm)  # better missed now than after all weights were read
         hashes = load_pretrained(model.vlm, source_of(cfg.pretrained)) if cfg.pretrained else {}
         return model, {"pretrained": hashes}, None
-    manifest = checkpoint.read_manifest(source, verify=not resumed)  # newest() has compared it
+    manifest = checkpoint.read_manifest(source, verify=not resumed)  # resumable() has
     checkpoint.check_config(cfg, manifest, source, bool(resumed))
     checkpoint.load_weights(model, source, new=() if resumed else ("flow_head.",))
     if ranks.is_main:
@@ -141,7 +133,8 @@ def choose_decoders(cfg: TrainConfig, frames: Frames, is_main: bool) -> TrainCon
     """
     default = cfg.model.decoders == LABELS and not cfg.row
     if cfg.stage == 3:
-        trained = checkpoint.read_manifest(checkpoint.resolve(cfg.init_from), verify=False)
+        source = checkpoint.resolve(cfg.init_from)
+        trained = checkpoint.read_manifest(source, verify=False, moments=False)
         decoders = checkpoint.model_config_of(trained).decoders if default else cfg.model.decoders
         return replace(cfg, model=replace(cfg.model, decoders=decoders))
     lacking = [name for name in cfg.model.decoders if not frames.labelled[name]]
@@ -167,7 +160,7 @@ def load_data(
     data = frames.source
     if "action_stats" in origin:
         stats = ActionStats(**{k: tuple(v) for k, v in origin["action_stats"].items()})
-        tokenizer = Tokenizer.from_file(str(Path(origin["folder"]) / "tokenizer.json"))
+        tokenizer = Tokenizer.from_buffer((Path(origin["folder"]) / "tokenizer.json").read_bytes())
     else:
         stats, tokenizer = frames.stats(cfg.action_bounds), build_tokenizer(cfg.model.llm)
     batcher = Batcher(cfg.model, stats, tokenize(data.instructions, tokenizer, cfg.model.llm))
@@ -224,8 +217,13 @@ def take_step(
     """
     before = [buffer.clone() for buffer in moving]
     losses = accumulate(ddp, batch, cfg)
-    params = optimizer.param_groups[0]["params"]
-    grad_norm = whole(nn.utils.clip_grad_norm_(params, cfg.grad_clip)).to(ranks.device)
+    # GAP-24: each part is clipped alone, so that in stage 1 the decoders' gradients, which end at
+    # the latents (Sec. 5.2), do not scale the VLM's step either.
+    norms = [
+        whole(nn.utils.clip_grad_norm_(part["params"], cfg.grad_clip)).to(ranks.device)
+        for part in optimizer.param_groups
+    ]
+    grad_norm = torch.stack(norms).norm()
     # One number that is finite only if all are: all ranks take the step, or none does.
     finite = ranks.sum(sum(losses.values()) + grad_norm).isfinite()
     if finite:
@@ -273,7 +271,8 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
     model.prepare_blocks(cfg.recompute, cfg.compile)
     ddp = distribute(model, cfg, ranks)
     params, moving = model.trained(), moving_buffers(model)
-    optimizer = torch.optim.Adam(params, lr=cfg.lr, betas=cfg.betas, fused=True)  # Sec. 6.1
+    parts = [{"params": part} for part in model.trained_parts()]
+    optimizer = torch.optim.Adam(parts, lr=cfg.lr, betas=cfg.betas, fused=True)  # Sec. 6.1
     if resumed:
         checkpoint.load_optimizer(model, optimizer, resumed)
     step, skipped, stopped = origin["step"] if resumed else 0, 0, False
@@ -285,13 +284,14 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
             "another --out"
         )
     order = StepOrder(
-        len(frames), cfg.batch_size, cfg.seed, step, num_steps, rank, world, frames.blocks
-    )
+        len(frames), cfg.batch_size, cfg.seed, step, num_steps, rank, world, frames.blocks,
+        cfg.stage,
+    )  # fmt: skip
     log = Log(cfg, step, num_steps, ranks, len(frames), len(held_out), params)
-    saver = checkpoint.Saver(Path(cfg.out), cfg.keep, ranks.is_main, step)
+    saver = Saver(Path(cfg.out), cfg.keep, ranks.is_main, step)
     everywhere = ranks.is_main or (cfg.shard and world > 1)  # shards are validated by all ranks
 
-    with signals() as stop:
+    with signals() as stop, closing(saver):
         for raw in loader(frames, order, cfg.workers):
             log.data_arrived()
             batch = batcher(raw, device)
@@ -313,25 +313,24 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
                 skipped += 1
             step += 1
 
-            last, score = step == num_steps, None
+            last = step == num_steps
             if step % cfg.log_every == 0 or last:
                 log.write(step, lr)
+            if step % cfg.save_every == 0 or last:
+                saver.save(step, model, optimizer, manifest, tokenizer.to_str())
             if everywhere and len(held_out) and (step % cfg.val_every == 0 or last):
                 began = time.perf_counter()
                 figures = validate(model, held_out, batcher, cfg, device)
-                score = figures[0]["flow" if cfg.stage == 3 else "action"]
+                saver.rate(step, figures[0]["flow" if cfg.stage == 3 else "action"])
                 if ranks.is_main:
                     log.write_validation(step, *figures, time.perf_counter() - began)
-            if step % cfg.save_every == 0 or last:
-                saver.save(step, model, optimizer, manifest | {"score": score}, tokenizer.to_str())
             if skipped == cfg.max_skipped:
                 break
             log.waiting()
 
         gave_up = skipped == cfg.max_skipped
         if stopped or gave_up:
-            saver.save(step, model, optimizer, manifest | {"score": None}, tokenizer.to_str())
-        saver.close()
+            saver.save(step, model, optimizer, manifest, tokenizer.to_str())
     log.close(step, stopped, gave_up)
     return STOPPED if stopped else int(gave_up)
 

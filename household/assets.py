@@ -54,11 +54,11 @@ def check_marker(out: Path, expected: dict) -> None:
         raise FileExistsError(
             f"{out} is not empty and not a generated apartment; choose another --out"
         )
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_bytes())
     if found != expected:
         raise FileExistsError(
             f"{out} holds the apartment {found}, not {expected} (code: the generator's version). "
-            f"Choose another --out, or move it away: mv {quoted(out, f'{out}-before')}"
+            f"Choose another --out, or move it aside: mv {quoted(out, f'{out}-aside')}"
         )
 
 

@@ -210,7 +210,7 @@ def table_boxes(color) -> list[Box]:
 
 def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, data: dict) -> None:

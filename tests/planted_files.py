@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 from config import TINY_MODEL
 from data import build_tokenizer
-from durable import sha256, write_sealed
+from durable import read_sealed, sha256, write_sealed
 from tools.check_assets import assets
 from tools.check_files import checkpoint_weights, demonstrations, pretrained_weights
 from tools.checks import Finding
@@ -141,14 +141,14 @@ def a_plan_that_is_cut_off(plant):
 # --- Demonstrations ---
 
 
-@fault("fridge.h5.*truncated", "data.py download .* --targets fridge")
+@fault("fridge.h5.*truncated", "mv .*fridge.h5.damaged && .* --targets fridge")
 def an_h5_that_is_cut_off(plant):
     folder = plant.copy("demos")
     cut(folder / "set_table/close/fridge.h5")
     return demonstrations(folder)
 
 
-@fault("no fridge.json beside it", "rm -f .*fridge.json && python data.py download")
+@fault("no fridge.json beside it", "^python data.py download")
 def an_h5_without_its_json(plant):
     folder = plant.copy("demos")
     (folder / "set_table/close/fridge.json").unlink()
@@ -169,7 +169,7 @@ def a_json_of_something_else(plant):
     return demonstrations(folder)
 
 
-@fault("none of .*'close'", "mkdir -p .*demos-aside && mv .*shut/fridge.h5 .*shut/fridge.json")
+@fault("names no subtask", "mkdir -p .*demos-aside && mv .*shut/fridge.h5 .*shut/fridge.json")
 def a_file_in_a_wrong_folder(plant):
     folder = plant.copy("demos")
     (folder / "set_table/close").rename(folder / "set_table/shut")
@@ -190,13 +190,13 @@ def demonstrations_under_another_name(plant):
     return demonstrations(plant.tmp / "rearrange")
 
 
-@fault("frames-00000.bin: .*sha256 differs", "rm -r .* && python data.py pack")
+@fault("frames-00000.bin: .*sha256 differs", "mv (.*) .*damaged && python data.py pack .* \\1$")
 def a_changed_byte_in_a_pack(plant):
     flip(plant.copy("pack") / "frames-00000.bin")
     return demonstrations(plant.tmp / "pack")
 
 
-@fault("no pack.json", "python data.py pack")
+@fault("no pack.json", "^python data.py pack")
 def a_pack_that_was_not_finished(plant):
     (plant.copy("pack") / "pack.json").unlink()
     return demonstrations(plant.tmp / "pack")
@@ -208,8 +208,9 @@ def a_pack_that_was_not_finished(plant):
 def resealed(folder: Path) -> list[Finding]:
     """Findings on a step whose files were changed, and its manifest with them."""
     step = checkpoint.steps_in(folder)[-1]
-    manifest = checkpoint.read_manifest(step, verify=False)
+    manifest = read_sealed(step / "manifest.json")
     manifest["files"] = {name: sha256(step / name) for name in manifest["files"]}
+    manifest["sizes"] = {name: (step / name).stat().st_size for name in manifest["files"]}
     write_sealed(step / "manifest.json", manifest)
     return checkpoint_weights(folder)
 
@@ -235,7 +236,7 @@ def a_cut_checkpoint_with_a_manifest_to_it(plant):
     return resealed(plant.tmp / "stage1")
 
 
-@fault("optimizer.safetensors: missing or damaged", "--checkpoint .*step-00000000$")
+@fault("optimizer.safetensors: damaged", "--checkpoint .*step-00000000$")
 def a_changed_byte_in_a_checkpoint(plant):
     step = checkpoint.steps_in(plant.copy("stage1"))[-1]
     shutil.copytree(step, step.with_name("step-00000000"))

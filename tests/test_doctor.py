@@ -3,8 +3,10 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -116,12 +118,83 @@ def test_setup_stops_at_a_GPU_without_Vulkan_until_the_CPU_is_chosen(plant):
     assert "mesa" not in (plant.tmp / "ran").read_text()
 
 
-def test_what_mends_a_file_is_right_for_a_path_with_a_space(tmp_path):
-    path = write_demos(tmp_path / "my demos/set_table/close/fridge")
-    path.write_bytes(path.read_bytes()[:5000])
-    broken = [each for each in demonstrations(tmp_path / "my demos") if each.mend]
-    words = [shlex.split(each.mend.partition("  #")[0]) for each in broken]
-    assert any(word[:3] == ["rm", "-f", str(path)] for word in words), broken
+CHECKS = {"demonstrations", "checkpoint_weights", "resealed"}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (plant, *_) in FAULTS.items() if CHECKS & {*plant.__code__.co_names}]
+)
+def test_a_mend_that_is_pasted_loses_no_file(name, plant):
+    """In a folder whose name a shell divides; unquoted, the command would be about neighbours."""
+    top, plant.tmp = plant.tmp, plant.tmp / "my data (é)"
+    for folder in (plant.tmp, top / "my", top / "data", top / "(é)", top / "bin"):
+        folder.mkdir()
+        (folder / "neighbour").write_text(str(folder))
+    for program in ("python", "hf"):
+        (top / "bin" / program).write_text("#!/bin/sh\n")
+        (top / "bin" / program).chmod(0o755)
+    found = [each for each in FAULTS[name][0](plant) if each.mend]
+    before = Counter(path.read_bytes() for path in top.rglob("*") if path.is_file())
+    for mend in [each.mend for each in found]:
+        if mend.startswith("--"):
+            assert Path(shlex.split(mend)[1]).is_dir()
+        else:
+            path = f"{top / 'bin'}:{os.environ['PATH']}"
+            subprocess.run(["bash", "-c", mend], cwd=top, env={"PATH": path}, check=True)
+    assert found and before <= Counter(p.read_bytes() for p in top.rglob("*") if p.is_file())
+
+
+FLOCK = """
+#include <errno.h>
+#include <stdlib.h>
+int flock(int fd, int operation) {
+    char *number = getenv("FLOCK_ERRNO");
+    return number ? (errno = atoi(number), -1) : 0;
+}
+"""
+LOOK = """
+import os, resource, sys
+from tools.check_files import demonstrations
+for folder in sys.argv[1:]:
+    if "errno" in folder:
+        os.environ["FLOCK_ERRNO"] = folder[-2:]
+    if folder.endswith("files"):
+        del os.environ["FLOCK_ERRNO"]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (os.dup(0) + 4, 999))
+    (mend,) = {each.mend for each in demonstrations(folder) if each.mend}
+    print(mend)
+"""
+
+
+def test_a_file_that_may_be_whole_is_named_by_what_keeps_it_from_us(plant):
+    if not (shutil.which("cc") and shutil.which("setpriv")):
+        pytest.skip("needs a C compiler, and setpriv for root")
+    (plant.tmp / "flock.c").write_text(FLOCK)
+    command = ["cc", "-shared", "-fPIC", "-o", "flock.so", "flock.c"]
+    subprocess.run(command, cwd=plant.tmp, check=True)
+    expected = {
+        "h5": "chmod u+r {}.h5  # its owner, or root",
+        "json": "chmod u+r {}.json  # its owner, or root",
+        "errno-11": "fuser -v {}.h5  # wait until that program has closed it",  # a writer's lock
+        "errno-37": "export HDF5_USE_FILE_LOCKING=FALSE",  # no locks, like 95; HDF5 ignores 38
+        "errno-95": "export HDF5_USE_FILE_LOCKING=FALSE",
+        "files": "ulimit -n 4096",
+    }
+    for name in expected:
+        for number in range(9 if name == "files" else 1):
+            file = write_demos(plant.tmp / name / f"{number}/close/fridge", lengths=(2, 2))
+        if name in ("h5", "json"):
+            file.with_suffix(f".{name}").chmod(0)
+    root = ["setpriv", "--bounding-set", "-all"] * (os.geteuid() == 0)
+    done = subprocess.run(
+        [*root, sys.executable, "-c", LOOK, *(plant.tmp / name for name in expected)],
+        cwd=ROOT, env=os.environ | {"LD_PRELOAD": str(plant.tmp / "flock.so")},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    wanted = [
+        text.format(plant.tmp / name / "0/close/fridge") for name, text in expected.items()
+    ]
+    assert done.stdout.splitlines() == wanted, done.stderr
 
 
 def test_a_demonstration_in_a_wrong_folder_is_moved_aside_and_not_lost(plant):

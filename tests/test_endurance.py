@@ -119,25 +119,7 @@ def test_a_folder_that_may_not_be_written_to_ends_in_a_sentence():
     assert done.returncode == 1 and done.stderr.startswith(b"error: ")
 
 
-def test_the_newest_and_the_best_checkpoints_are_kept_and_named(tmp_path):
-    weight = {"weight": torch.ones(2)}
-    for step, score in enumerate((3.0, 1.0, 2.0, None, 2.5), start=1):
-        checkpoint.write(tmp_path, step, weight, weight, {"score": score}, "{}", keep=2)
-    names = [folder.name[-1] for folder in checkpoint.steps_in(tmp_path)]
-    assert names == ["2", "4", "5"]
-    assert (tmp_path / "best").read_text() == "step-00000002"
-    assert (tmp_path / "last").read_text() == "step-00000005"
-
-
 # --- Flipped bytes ---
-
-
-def test_one_changed_byte_of_a_checkpoint_is_reported_with_the_file(tmp_path):
-    weights = {"weight": torch.randn(1000)}
-    checkpoint.write(tmp_path, 1, weights, weights, {"stage": 1}, '{"a": 1}', keep=1)
-    folder = tmp_path / "step-00000001"
-    check = lambda: checkpoint.read_manifest(folder)  # noqa: E731
-    assert faults.flips(folder, check, 200, random.Random(0)) == 200
 
 
 def test_one_changed_byte_of_a_pack_is_reported_before_its_frame_is_used(data, tmp_path):
@@ -215,6 +197,10 @@ def test_bad_steps_in_a_row_stop_the_run_with_a_saved_state(data, tmp_path, caps
     assert code == 1 and "3 steps in a row" in capsys.readouterr().err
     saved = checkpoint.newest(tmp_path / "out")
     assert saved.name == "step-00000003"
+    # Stage 2 does not see stage 1's batches again.
+    main(parse(flags(tmp_path / "pack", tmp_path / "1", "--stage", "1", "--max-skipped", "1")))
+    one, two = (read_lines(tmp_path / name / "log.jsonl")[0]["skipped"] for name in ("1", "out"))
+    assert {*one} != {*two}
     assert all(t.isfinite().all() for t in load_file(saved / "model.safetensors").values())
 
 

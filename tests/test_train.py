@@ -19,8 +19,10 @@ import checkpoint
 from checkpoint import CheckpointError
 from config import InputError, explained
 from data import Batcher, build_tokenizer, pack, tokenize
+from demonstrations import DataError
 from durable import read_sealed, write_sealed
 from model import AuxVLA
+from pack import PACKED
 from samples import Frames, open_data
 from train import main, parse
 from validation import validate
@@ -57,6 +59,12 @@ def weights(out, name="model"):
     return load_file(checkpoint.newest(Path(out)) / f"{name}.safetensors")
 
 
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+
+
 def log(out):
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
@@ -77,6 +85,32 @@ def test_the_three_stages_follow_each_other_and_stage_3_keeps_the_vlm(data, stag
     names = {"action", "pos", "grasp", "qpos", "obj", "seg"}
     assert names <= log(tmp_path / "stage2")[0].keys() and "flow" in log(tmp_path / "stage3")[0]
     assert {"samples_per_s", "data_wait", "lr", "grad_norm"} <= log(stage1)[0].keys()
+    score = checkpoint.read_manifest(checkpoint.newest(stage1))["score"]
+    assert [score] == [line["val_action"] for line in log(stage1) if "val_action" in line]
+    assert (stage1 / "best").read_text() == "step-00000004"
+
+
+def test_stage_1_moves_the_vlm_bit_for_bit_as_without_decoders(data, tmp_path):
+    """Though gradients are clipped at each step: those of the decoders do not scale the VLM's."""
+    outs = {tmp_path / "with": ["pos", "grasp", "qpos", "obj", "seg"], tmp_path / "without": []}
+
+    def train(steps):
+        given = dict(steps=steps, grad_clip=0.1, cooldown=0, warmup=0)
+        for out, names in outs.items():
+            main(parse([*flags(data, out, **given), "--model.decoders", *names]))
+
+    train(steps=1)
+    ours, bare = map(checkpoint.newest, outs)
+    vlm = [
+        {key: tensor for key, tensor in load_file(ours / name).items() if key.startswith("vlm.")}
+        for name in ("model.safetensors", "optimizer.safetensors")
+    ]
+    tokenizer = (bare / "tokenizer.json").read_text()
+    checkpoint.write(bare.parent, 1, *vlm, checkpoint.read_manifest(bare), tokenizer, keep=1)
+    train(steps=4)
+    ours, bare = map(weights, outs)
+    assert all(torch.equal(ours[key], value) for key, value in bare.items())
+    assert min(line["grad_norm"] for line in log(tmp_path / "without") if "lr" in line) > 0.1
 
 
 @pytest.fixture(scope="module")
@@ -257,30 +291,45 @@ def test_fewer_steps_than_are_done_are_refused_and_change_nothing(data, stage1, 
     run(data, tmp_path / "out", steps=4)  # finished; not an error
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(data, tmp_path, capsys):
-    run(data, tmp_path, steps=4, save_every=2)
+def test_a_damaged_checkpoint_is_named_and_moved_aside_and_what_is_saved_next_stays(
+    data, tmp_path, capsys
+):
+    run(data, tmp_path, steps=4, save_every=2, cooldown=0)
     newest = checkpoint.newest(tmp_path)
-    content = bytearray((newest / "model.safetensors").read_bytes())
-    content[-7] ^= 1
-    (newest / "model.safetensors").write_bytes(content)
+    flip(newest / "model.safetensors")
     assert checkpoint.newest(tmp_path).name == "step-00000002"
+    run(data, tmp_path, steps=3, keep=1, cooldown=0)
     assert f"{newest.name}/model.safetensors" in capsys.readouterr().err
+    assert [path.name for path in checkpoint.steps_in(tmp_path)] == ["step-00000003"]
+    assert (tmp_path / "last").read_text() == "step-00000003"
+    assert (tmp_path / "step-00000004.damaged/manifest.json").is_file()
 
 
-def test_a_full_disk_leaves_the_older_checkpoint_whole(small_disk, capsys):
-    model = torch.nn.Linear(8, 8)
-    optimizer = torch.optim.Adam(model.parameters())
-    saver = checkpoint.Saver(small_disk, keep=2, is_main=True, step=0)
-    saver.save(1, model, optimizer, {}, "{}")
-    saver.save(2, torch.nn.Linear(1000, 1000), optimizer, {}, "{}")
-    with pytest.raises(CheckpointError, match=r"earlier checkpoints .* are whole"):
-        saver.close()
-    assert "warning" in capsys.readouterr().err  # training would have gone on
-    assert checkpoint.newest(small_disk).name == "step-00000001"
-    assert not list(small_disk.glob(".*partial"))
-    saver.save(3, model, optimizer, {}, "{}")  # there is room again: the failure is made good
-    saver.close()
-    assert checkpoint.newest(small_disk).name == "step-00000003"
+@pytest.mark.parametrize("fault", ["none of its 1 checkpoints is whole", "format 9, expected 2"])
+def test_where_no_checkpoint_can_be_used_nothing_is_begun_anew(fault, data, stage1, tmp_path):
+    out = shutil.copytree(stage1, tmp_path / "out")
+    (folder,) = checkpoint.steps_in(out)
+    if fault.startswith("format"):
+        manifest = read_sealed(folder / "manifest.json")
+        write_sealed(folder / "manifest.json", manifest | {"format": 9})
+    else:
+        flip(folder / "model.safetensors")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=fault):
+        run(data, out)
+    before |= {out / ".lock": (out / ".lock").read_bytes()}  # the process that looked
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_step_is_saved_before_the_validation_that_dies(data, tmp_path):
+    shutil.copytree(data, tmp_path / "pack")
+    source = open_data(data)
+    last = Frames(source, 0.1, train=False).frames[-1]
+    block = np.memmap(tmp_path / "pack/frames-00000.bin", PACKED, "r+")
+    block["record"]["rgb"][last] ^= 1
+    with pytest.raises(DataError, match=f"record {last}: damaged"):
+        run(tmp_path / "pack", tmp_path / "out", steps=2, val_frames=999)
+    assert checkpoint.newest(tmp_path / "out").name == "step-00000002"
 
 
 def test_a_full_disk_ends_packing_without_half_a_block(data, small_disk):

@@ -62,11 +62,13 @@ def main(cfg: Verb) -> None:
         about = {"torch": torch.__version__, "platform": platform.platform()}
         about["device"] = torch.cuda.get_device_name() if device.type == "cuda" else processor()
         about["date"] = time.strftime("%Y-%m-%d")
-        cfg.json.write_text(json.dumps({"about": about, **result}, indent=1, default=str) + "\n")
+        text = json.dumps({"about": about, **result}, indent=1, default=str) + "\n"
+        cfg.json.write_text(text, encoding="utf-8")
 
 
 def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return next((line.partition(": ")[2] for line in lines if "model name" in line), "CPU")
 
 

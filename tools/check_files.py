@@ -21,6 +21,7 @@ import pretrained
 from config import LABELS, PRESETS, InputError, LLMConfig, TrainConfig, model_config, quoted
 from data import build_tokenizer
 from demonstrations import Demonstrations, h5_files, label_command, load_sidecar
+from durable import mend_of
 from model import VLM, AuxVLA
 from pack import Pack
 from tools.checks import Finding, brief, size
@@ -46,15 +47,17 @@ def demonstrations(folder: str | Path, seconds: float = SECONDS) -> list[Finding
             folder.with_name(name) for name in get_close_matches(folder.name, names, cutoff=0.5)
         ]
         near = [path for path in near if h5_files(path)]
-        mend = f"--data {near[0]}" if near else f"python data.py download --out {folder}"
+        mend = f"--data {quoted(near[0])}" if near else (
+            f"python data.py download --out {quoted(folder)}"
+        )
         got = f"{folder}: {'no .h5 below it' if folder.is_dir() else 'not there'}"
         return [Finding("missing", "--data", got, "<task>/<subtask>/<target>.h5 and .json", mend)]
     found = []
     for path in files:
         try:
             load_sidecar(path)
-        except DataError as error:
-            found.append(damaged(path.with_suffix(".json"), error))
+        except (DataError, OSError) as error:
+            found.append(unreadable(path.with_suffix(".json"), error))
     if found:
         return found
     try:
@@ -77,7 +80,7 @@ def read_samples(demos: Demonstrations, deadline: float) -> list[Finding]:
             ends = [demos.starts[row[file] + 1] - 1 for row in (first_of, last_of)]
             has = demos.read(ends)["has"].max(0)  # [labels]
         except InputError as error:
-            found.append(damaged(demos.folder / file, error))
+            found.append(unreadable(demos.folder / file, error))
             continue
         for label, there in zip(LABELS, has):
             if not there and (label != "obj" or Path(file).parent.name in WITH_OBJECT):
@@ -101,13 +104,19 @@ def misplaced(folder: Path, error: InputError) -> Finding:
     return Finding("missing", "--data", brief(error), "files of one robot in MS-HAB's tree", mend)
 
 
-def damaged(path: Path, error: Exception) -> Finding:
-    task, subtask = ("", "", *path.absolute().parts)[-3:-1]
-    mend = (
-        f"rm -f {quoted(path)} && python data.py download --out {quoted(path.parents[2])} "
-        f"--tasks {task} --subtasks {subtask} --targets {path.stem}  # or collect.py again"
+def unreadable(path: Path, error: Exception) -> Finding:
+    """A file that is damaged, or that the system kept from us though it may be whole."""
+    *out, task, subtask, _ = ("", "", *path.absolute().parts)
+    mend = mend_of(path, error if isinstance(error, OSError) else error.__cause__) or (
+        f"{aside(path)}python data.py download --out {quoted(Path(*out))} --tasks {quoted(task)} "
+        f"--subtasks {quoted(subtask)} --targets {quoted(path.stem)}  # or collect.py again"
     )
     return Finding("missing", "--data", brief(error), "a whole .h5 and its .json", mend)
+
+
+def aside(path: Path) -> str:
+    """The beginning of a command that makes what is there anew."""
+    return f"mv {quoted(path, f'{path}.damaged')} && " if path.exists() else ""
 
 
 def pack_findings(folder: Path, seconds: float) -> list[Finding]:
@@ -120,11 +129,15 @@ def pack_findings(folder: Path, seconds: float) -> list[Finding]:
                 break
             pack.verify(name)
             compared += 1
-    except (InputError, FileNotFoundError) as error:
-        mend = f"rm -r {folder} && python data.py pack --data DATA --out {folder}"
+    except (InputError, OSError) as error:
+        again = f"python data.py pack --data DATA --out {quoted(folder)}"
+        if isinstance(error, FileNotFoundError):  # no pack.json: packing was stopped, and goes on
+            mend = again
+        else:
+            mend = mend_of(getattr(error, "filename", folder), error) or f"{aside(folder)}{again}"
         return [Finding("missing", "--data", brief(error), "a whole pack", mend)]
     got = f"{len(pack):,} frames; sha256 of {compared} of {len(pack.hashes)} files compared"
-    rest = "" if compared == len(pack.hashes) else f" (all: python data.py verify {folder})"
+    rest = "" if compared == len(pack.hashes) else f" (all: python data.py verify {quoted(folder)})"
     return [Finding("ok", "--data", got + rest)]
 
 
@@ -156,21 +169,24 @@ def checkpoint_weights(path: str | Path) -> list[Finding]:
     steps = checkpoint.steps_in(path)
     folder = path if (path / "manifest.json").is_file() or not steps else steps[-1]
     older = [step for step in steps or checkpoint.steps_in(path.parent) if step.name < folder.name]
-    again = f"mv {folder} {folder}.damaged  # then copy it again, or train it again"
-    mend = f"--checkpoint {older[-1]}" if older else again
+    again = f"mv {quoted(folder, f'{folder}.damaged')}  # then copy it again, or train it again"
+    mend = f"--checkpoint {quoted(older[-1])}" if older else again
 
     def lacking(got: str, expected: str) -> list[Finding]:
         return [Finding("missing", "--checkpoint", got, expected, mend)]
 
     if not folder.is_dir():
-        mend = f"python train.py --stage 1 --data DATA --out {path}"
+        mend = f"python train.py --stage 1 --data DATA --out {quoted(path)}"
         return lacking(f"{path}: no checkpoint", "RUN/stageN or a step in it")
     total = sum(file.stat().st_size for file in folder.iterdir())
     try:
         manifest = checkpoint.read_manifest(folder, verify=total < HASHED)
         theirs = shapes_in(folder / "model.safetensors")
-        tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text())
+        tokenizer = Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())
     except (InputError, OSError, SafetensorError) as error:
+        if isinstance(error, checkpoint.CheckpointError):  # of another format
+            mend = "git log --oneline -- checkpoint.py  # one of these versions reads it"
+        mend = mend_of(getattr(error, "filename", folder), error) or mend
         return lacking(f"{folder}: {brief(error)}", "a whole checkpoint")
     cfg = checkpoint.model_config_of(manifest)
     with torch.device("meta"):

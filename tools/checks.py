@@ -74,7 +74,7 @@ def python(version: tuple[int, ...] = sys.version_info) -> list[Finding]:
 
 def packages(deep: bool = True, requirements: Path = ROOT / "requirements.txt") -> list[Finding]:
     """requirements.txt and, if `deep`, what each of its packages requires in turn."""
-    lines = [line for line in requirements.read_text().splitlines() if line.strip()]
+    lines = [line for line in requirements.read_text(encoding="utf-8").splitlines() if line.strip()]
     waiting, found = [(Requirement(line), requirements.name) for line in lines], []
     seen, followed = {}, set()
     while waiting:
@@ -116,7 +116,7 @@ def gpu(device: str | None = None) -> list[Finding]:
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     output = ""
     if shutil.which(query[0]):
-        answer = subprocess.run(query, capture_output=True, text=True)
+        answer = subprocess.run(query, capture_output=True, encoding="utf-8")
         output = answer.stdout.strip() or answer.stderr.strip()
     usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return cuda_findings(output, torch.__version__, torch.version.cuda, usable, device)
@@ -192,20 +192,20 @@ def disk(out: str | Path, need: float) -> list[Finding]:
     out = Path(out).absolute()
     place = next(path for path in (out, *out.parents) if path.exists())
     if not place.is_dir():
-        mend = f"--out {quoted(place)}-out"
+        mend = f"--out {quoted(f'{place}-out')}"
         return [Finding("missing", "--out", f"{place}: a file", "a folder", mend)]
     try:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         expected = "a folder that may be written to"
-        mend = f"chmod u+w {quoted(place)}, or another --out"
+        mend = f"chmod u+w {quoted(place)}  # or another --out"
         return [Finding("missing", "--out", f"{place}: {error.strerror}", expected, mend)]
     held = sum(path.stat().st_size for path in out.glob("step-*/*"))
     got = f"{place}: {size(shutil.disk_usage(place).free)} free"
     if shutil.disk_usage(place).free + held >= need:
         return [Finding("ok", "--out", got)]
-    mend = f"df -h, then --out on a larger disk; du -xsh {quoted(place)}/* names what is large"
+    mend = f"df -h  # for an --out on a larger disk; du -xsh {quoted(place)}/* says what is here"
     return [Finding("missing", "--out", got, f"{size(need)}", mend)]
 
 

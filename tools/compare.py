@@ -14,7 +14,7 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
-from config import InputError, explained
+from config import InputError, explained, quoted
 from durable import read_lines
 from outcomes import IMPLIED, address, part
 from tasks import COLUMNS, wilson
@@ -108,7 +108,7 @@ def read(folder: Path) -> Episodes:
     if not episodes:
         raise InputError(
             f"no episodes in {path}: expected the --out of an evaluation. This makes one: "
-            f"python eval.py --checkpoint RUN/stage2 --out {folder}"
+            f"python eval.py --checkpoint RUN/stage2 --out {quoted(folder)}"
         )
     return episodes
 

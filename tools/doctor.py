@@ -72,8 +72,9 @@ def start(*command: str) -> tuple[int | None, str]:
     """A Python program's exit code, None if it took too long, and its output."""
     try:
         done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
-        )
+            [sys.executable, *command], cwd=ROOT, capture_output=True, encoding="utf-8",
+            timeout=PATIENCE,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return None, ""
     return done.returncode, (done.stdout + done.stderr).strip()

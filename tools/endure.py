@@ -217,7 +217,7 @@ def main(cfg: EndureConfig) -> None:
         "flipped bytes, checkpoint": checkpoint_flips,
         "flipped bytes, pack": lambda: flips(pack, lambda: read_all(pack), cfg.flips, rng),
     }
-    figures = json.loads(cfg.out.read_text()) if cfg.out.exists() else {}
+    figures = json.loads(cfg.out.read_bytes()) if cfg.out.exists() else {}
     cfg.out.parent.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         if name not in figures:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import checkpoint
 from config import InputError
 from durable import sole_writer, write_sealed
+from logs import Saver
 from pack import BLOCK, PACKED, Pack, block_name
 
 ROOT = Path(__file__).parent.parent
@@ -186,10 +187,12 @@ OPEN = """
 import re, sys, time
 from samples import Frames, Pack, StepOrder
 
-def memory(which):  # kB of now (VmRSS), or of the peak since the reset (VmHWM)
-    return int(re.search(rf"{which}:\\s+(\\d+)", open("/proc/self/status").read())[1])
+STATUS = "/proc/self/status"
 
-open("/proc/self/clear_refs", "w").write("5")  # forget the peak of the imports
+def memory(which):  # kB of now (VmRSS), or of the peak since the reset (VmHWM)
+    return int(re.search(rf"{which}:\\s+(\\d+)".encode(), open(STATUS, "rb").read())[1])
+
+open("/proc/self/clear_refs", "w", encoding="utf-8").write("5")  # forget the peak of the imports
 before, began = memory("VmRSS"), time.perf_counter()
 frames = Frames(Pack(sys.argv[1]), 0.02, train=True)
 StepOrder(len(frames), 512, 0, 0, 10, 0, 8).batch(0)
@@ -214,7 +217,7 @@ def stall(work: Path, parameters: int = 100_000_000) -> dict:
     optimizer = torch.optim.Adam(model.parameters())
     model.weight.grad = torch.ones_like(model.weight)
     optimizer.step()
-    saver = checkpoint.Saver(work / "stall", keep=1, is_main=True, step=0)
+    saver = Saver(work / "stall", keep=1, is_main=True, step=0)
     began = time.perf_counter()
     saver.save(1, model, optimizer, {}, "{}")
     stalled = time.perf_counter() - began

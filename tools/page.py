@@ -145,7 +145,7 @@ def chosen_films(run: Path) -> list[Path]:
         of_evaluation.setdefault(path.parent, []).append(path)
 
     def has_object(path: Path) -> bool:
-        return "obj" in json.loads(path.read_text())["steps"][0]["true"]
+        return "obj" in json.loads(path.read_bytes())["steps"][0]["true"]
 
     return [max(paths, key=has_object) for paths in of_evaluation.values()]
 
@@ -154,7 +154,7 @@ def moving(run: Path) -> list[str]:
     """Both sections, within the page's budget: first the steps, then films in order."""
     budget = Budget()
     walks = [
-        walk(json.loads(path.read_text()), title_of(path), number)
+        walk(json.loads(path.read_bytes()), title_of(path), number)
         for number, path in enumerate(chosen_films(run))
         if budget.fits(path, run, path.stat().st_size)
     ]
@@ -255,7 +255,7 @@ def write_page(
     manifests: dict,
 ) -> Path:
     """Write RUN/report.html from what report.py read, and from the run's films and tables."""
-    tables = [json.loads(path.read_text()) for path in sorted(run.glob("table-*.json"))]
+    tables = [json.loads(path.read_bytes()) for path in sorted(run.glob("table-*.json"))]
     sections = {made["title"]: miniature(made) for made in tables}
     if not tables or manifests or validation or curves:  # a folder of tables alone is not a run
         listing = escape(json.dumps(manifests, indent=2))
@@ -272,7 +272,7 @@ def write_page(
         }  # fmt: skip
     title, here = escape(run.resolve().name), Path(__file__)
     links = "".join(f'<a href="#{anchor(name)}">{escape(name)}</a>' for name in sections)
-    style, code = (here.with_suffix(kind).read_text() for kind in (".css", ".js"))
+    style, code = (here.with_suffix(kind).read_text(encoding="utf-8") for kind in (".css", ".js"))
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

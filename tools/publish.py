@@ -35,7 +35,7 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file
 
 from checkpoint import MOMENTS, hidden, read_manifest, resolve, write
-from config import ADVICE, InputError, explained
+from config import ADVICE, InputError, explained, quoted
 from durable import sha256, sync, write_sealed
 from rows import ROWS
 from tools.report import code_commit, success_table
@@ -102,7 +102,7 @@ def push(
         manifest |= {"files": left, "published_from": original}
     with TemporaryDirectory() as made, reaching(repo):
         write_sealed(Path(made) / "manifest.json", manifest)
-        (Path(made) / "README.md").write_text(card(repo, manifest, evaluation))
+        (Path(made) / "README.md").write_bytes(card(repo, manifest, evaluation).encode())
         paths = {name: folder / name for name in manifest["files"]}
         paths |= {path.name: path for path in Path(made).iterdir()}
         api = HfApi()
@@ -127,7 +127,7 @@ def pull(repo: str, out: Path) -> None:
         out: the checkpoint's folder, which is not there yet
     """
     if out.exists():
-        raise FileExistsError(f"{out}: is there already; give another --out, or remove it")
+        raise FileExistsError(f"{out}: is there already; give another --out")
     partial = hidden(out, "partial")
     with reaching(repo):
         one = HfApi().model_info(repo).sha
@@ -155,7 +155,7 @@ def lighten(checkpoint: Path, out: Path) -> None:
         out: the copy's stage folder, which is not there yet
     """
     if out.exists():
-        raise FileExistsError(f"{out}: is there already; give another --out, or remove it")
+        raise FileExistsError(f"{out}: is there already; give another --out")
     folder = resolve(checkpoint)
     manifest = read_manifest(folder)
     weights = {
@@ -164,7 +164,7 @@ def lighten(checkpoint: Path, out: Path) -> None:
     }
     about = {key: manifest[key] for key in manifest.keys() - {"format", "step", "files"}}
     about |= {"published_from": sha256(folder / "manifest.json")}
-    tokenizer = (folder / "tokenizer.json").read_text()
+    tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
     write(out, manifest["step"], weights, None, about, tokenizer, keep=1)
     for log in ("config.json", "log.jsonl", "validation.json"):
         if (folder.parent / log).is_file():
@@ -174,10 +174,11 @@ def lighten(checkpoint: Path, out: Path) -> None:
 
 def read_results(folder: Path, original: str, checkpoint: Path) -> dict:
     """The results.json of an evaluation. Raises InputError unless it is of that manifest."""
-    path, mend = folder / "results.json", f"python eval.py --checkpoint {checkpoint} --out FOLDER"
+    path = folder / "results.json"
+    mend = f"python eval.py --checkpoint {quoted(checkpoint)} --out FOLDER"
     if not path.is_file():
         raise InputError(f"{path}: not there; {mend} writes it")
-    results = json.loads(path.read_text())
+    results = json.loads(path.read_bytes())
     if results.get("manifest", {}).get("checkpoint") != original:
         raise InputError(f"{path}: is not of {checkpoint}, by the sha256 of its manifest; {mend}")
     return results

@@ -15,7 +15,7 @@ from pathlib import Path
 import tyro
 from matplotlib.figure import Figure
 
-from config import LOSSES, InputError, explained
+from config import LOSSES, InputError, explained, quoted
 from durable import read_json, read_lines
 from outcomes import IMPLIED
 from rows import DEFAULT_ROW, ROWS
@@ -192,9 +192,9 @@ def write_report(run: Path) -> Path:
             *section("Videos", [f"- [{name}]({name})" for name in videos]),
             *section("Manifests", listing if manifests else []),
         ]
-    (run / "report.md").write_text("\n".join(lines) + "\n")
+    (run / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     results = {"evaluations": evaluations, "validation": validation, "videos": videos}
-    (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (run / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     note = "".join(different).replace("**", "")
     write_page(run, columns, papers, note, validation, curves, manifests)
     return run / "report.md"
@@ -205,16 +205,16 @@ def main(run: Path):
     if not run.is_dir():
         raise FileNotFoundError(
             f"{run}: no such run. One begins with: "
-            f"python train.py --stage 1 --data DATA --out {run}/stage1"
+            f"python train.py --stage 1 --data DATA --out {quoted(run / 'stage1')}"
         )
     if (run / "episodes.jsonl").exists():
         raise InputError(
             f"{run}: is one evaluation, expected the folder of the run that holds it: "
-            f"python -m tools.report --run {run.resolve().parent}"
+            f"python -m tools.report --run {quoted(run.resolve().parent)}"
         )
     report = write_report(run)
     print(
-        report.read_text().partition("## Losses")[0]
+        report.read_text(encoding="utf-8").partition("## Losses")[0]
         + f"All of it: {report}, {report.with_suffix('.html')}"
     )
 

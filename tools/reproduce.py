@@ -28,7 +28,7 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-from config import InputError, explained
+from config import InputError, explained, quoted
 from durable import read_lines, sole_writer, write
 from outcomes import address
 from rows import ROWS, Row, preset_of
@@ -139,16 +139,16 @@ class Runner:
         """
         words = [word for name, value in flags.items() for word in flag(name, value)]
         log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a") as file:
+        with open(log, "a", encoding="utf-8") as file:
             print("$", program, *words, file=file, flush=True)
             done = subprocess.run(
                 [sys.executable, *program.split(), *words],
                 env=self.environment, stdout=file, stderr=subprocess.STDOUT,
             )  # fmt: skip
         if done.returncode:
-            last = log.read_text().strip().splitlines()[-1]
+            last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
             raise InputError(
-                f"`python {program} {' '.join(words)}` ended with {done.returncode}: {last}\n"
+                f"`python {program} {quoted(*words)}` ended with {done.returncode}: {last}\n"
                 f"All it printed is in {log}. The same command goes on from here"
             )
 
@@ -251,8 +251,9 @@ def check_recipe(cfg: ReproduceConfig, folder: Path):
     """Raise InputError when OUT, or WORK with its demonstrations, was made with other numbers."""
     path, ours = folder / "recipe.json", (json.dumps(cfg.recipe, indent=2) + "\n").encode()
     if path.exists() and path.read_bytes() != ours:
+        theirs = " ".join(path.read_text(encoding="utf-8").split())
         raise InputError(
-            f"{path} is of {' '.join(path.read_text().split())}, this command of {cfg.recipe}: one "
+            f"{path} is of {theirs}, this command of {cfg.recipe}: one "
             "table cannot mix them. Give the same flags, or another --out and --work"
         )
     if cfg.run and not path.exists():
@@ -298,7 +299,7 @@ def main(cfg: ReproduceConfig):
     elif not (cfg.results / "recipe.json").exists():
         raise InputError(
             f"{cfg.results}: no results to make a table from; expected what this leaves there: "
-            f"python -m tools.reproduce --table {cfg.table} --out {cfg.results}"
+            f"python -m tools.reproduce --table {cfg.table} --out {quoted(cfg.results)}"
         )
     else:
         check_recipe(cfg, cfg.results)

@@ -1,0 +1,107 @@
+"""What is written and kept of checkpoints, and told when a disk or a file is bad."""
+
+import ast
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import CheckpointError
+from logs import Saver
+from tools import faults
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept_and_named(tmp_path):
+    weight = {"weight": torch.ones(2)}
+    for step, score in enumerate((3.0, 1.0, 2.0, None, 2.5), start=1):
+        checkpoint.write(tmp_path, step, weight, weight, {"score": score}, "{}", keep=2)
+    names = [folder.name[-1] for folder in checkpoint.steps_in(tmp_path)]
+    assert names == ["2", "4", "5"]
+    assert (tmp_path / "best").read_text() == "step-00000002"
+    assert (tmp_path / "last").read_text() == "step-00000005"
+
+
+SAVE = r"""
+import sys
+from pathlib import Path
+from torch import nn, optim
+from config import explained
+from logs import Saver
+with explained():
+    model, out = nn.Linear(2, 2), Path(sys.argv[1])
+    saver = Saver(out, keep=1, is_main=True, step=0)
+    saver.save(1, model, optim.Adam(model.parameters()), {}, '{"token": "\u0120"}')
+    saver.close()
+    print("\u0120", out)
+"""
+
+
+def test_text_is_utf_8_whatever_the_locale(tmp_path):
+    out = tmp_path / "é"
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    printed = subprocess.check_output([sys.executable, "-c", SAVE, out], cwd=ROOT, env=env)
+    assert printed.decode() == f"Ġ {out}\n"
+    assert (checkpoint.newest(out) / "tokenizer.json").read_bytes().decode() == '{"token": "Ġ"}'
+
+
+def test_any_error_of_the_saving_thread_is_told_at_once_and_ends_the_run(tmp_path, capfd):
+    model, nonsense = torch.nn.Linear(2, 2), {"stage": object()}  # which JSON does not know
+    saver = Saver(tmp_path, keep=1, is_main=True, step=0)
+    saver.save(1, model, torch.optim.Adam(model.parameters()), nonsense, "{}")
+    with pytest.raises(TypeError):
+        saver.close()
+    assert "warning: TypeError: " in capfd.readouterr().err and not [*tmp_path.iterdir()]
+
+
+def test_damaged_checkpoints_push_out_no_whole_one_and_are_not_the_best(tmp_path):
+    weight = {"weight": torch.ones(2)}
+    for step in (1, 2, 3):
+        checkpoint.write(tmp_path, step, weight, weight, {"score": step}, "{}", keep=9)
+    for step, name in ((1, "manifest.json"), (3, "model.safetensors")):
+        os.truncate(tmp_path / f"step-0000000{step}" / name, 50)
+    checkpoint.write(tmp_path, 4, weight, weight, {"score": 4}, "{}", keep=2)
+    assert [folder.name[-1] for folder in checkpoint.steps_in(tmp_path)] == ["1", "2", "3", "4"]
+    assert (tmp_path / "best").read_text() == "step-00000002"
+
+
+def test_every_text_file_is_opened_as_utf_8():
+    """Without an encoding Python takes the locale's."""
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("household/*.py"), *ROOT.glob("tools/*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if not re.fullmatch(r"open|.*[.](open|read_text|write_text)", name):
+                continue
+            given = ast.unparse([*node.args, *node.keywords])
+            binary = name in ("os.open", "Image.open") or re.search(r"'[rwa][+]?b[+]?'", given)
+            assert binary or "encoding='utf-8'" in given, f"{path}, line {node.lineno}"
+
+
+def test_one_changed_byte_of_a_checkpoint_is_reported_with_the_file(tmp_path):
+    weights = {"weight": torch.randn(1000)}
+    checkpoint.write(tmp_path, 1, weights, weights, {"stage": 1}, '{"a": 1}', keep=1)
+    folder = tmp_path / "step-00000001"
+    check = lambda: checkpoint.read_manifest(folder)  # noqa: E731
+    assert faults.flips(folder, check, 200, random.Random(0)) == 200
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_whole(small_disk, capsys):
+    model = torch.nn.Linear(8, 8)
+    optimizer = torch.optim.Adam(model.parameters())
+    saver = Saver(small_disk, keep=2, is_main=True, step=0)
+    saver.save(1, model, optimizer, {}, "{}")
+    saver.save(2, torch.nn.Linear(1000, 1000), optimizer, {}, "{}")
+    assert re.search("earlier checkpoints .* are as they were", str(saver.failed()))
+    assert "warning" in capsys.readouterr().err  # training would have gone on
+    assert checkpoint.newest(small_disk).name == "step-00000001"
+    assert not list(small_disk.glob(".*partial"))
+    saver.save(3, model, optimizer, {}, "{}")  # there is room again: the failure is made good
+    saver.close()
+    assert checkpoint.newest(small_disk).name == "step-00000003"
