@@ -200,7 +200,7 @@ def pretrained_weights(name: str, preset: str, tokenizer: str | None = None) -> 
         pretrained.load_pretrained(vlm, pretrained.source_of(name), headers=True)
         found = [Finding("ok", "--pretrained", f"{name}: all keys and shapes of --preset {preset}")]
     except InputError as error:
-        hubs = (pretrained.DINO_HUB, pretrained.SIGLIP_HUB, pretrained.QWEN_HUB)
+        hubs = (DINO_HUB, SIGLIP_HUB, QWEN_HUB)
         part = next((hub for hub in hubs if Path(hub).name in str(error)), None)
         whole = PRESETS[preset].get("pretrained") or TrainConfig.pretrained
         mend = f"hf download {part or whole}"
