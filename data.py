@@ -168,10 +168,10 @@ def build_tokenizer(cfg: LLMConfig) -> Tokenizer:
     Raises InputError when it is not to be had or is not this LLM's.
     """
     if cfg.tokenizer != "words":
-        file, fetch = Path(cfg.tokenizer) / "tokenizer.json", quoted("hf", "download", cfg.tokenizer)
+        file = Path(cfg.tokenizer) / "tokenizer.json"
         mend = (
-            f"Where there is a network: {fetch} tokenizer.json --local-dir FOLDER; then give "
-            "--model.llm.tokenizer FOLDER"
+            f"Where there is a network: {quoted('hf', 'download', cfg.tokenizer, file.name)} "
+            "--local-dir FOLDER; then give --model.llm.tokenizer FOLDER"
         )
         with reachable(cfg.tokenizer, mend):
             found = file if file.is_file() else hf_hub_download(cfg.tokenizer, file.name)
@@ -207,7 +207,8 @@ def check_tokenizer(tokenizer: Tokenizer, cfg: LLMConfig, source: object) -> Non
         fits, special = size <= first, []
     if not fits:
         place = "" if extra is None else f", <|extra_0|> is {extra}"
-        found.append(f"{size} tokens, {base} of them its own{place}; the action ids begin at {first}")
+        own = f"{size} tokens, {base} of them its own"
+        found.append(f"{own}{place}; the action ids begin at {first}")
     found += [f"no token {name}" for name in special if tokenizer.token_to_id(name) is None]
     ends = {id: tokenizer.id_to_token(id) for id in cfg.prompt_end}
     found += [f"{id} is {token!r}, no lone space" for id, token in ends.items() if token != "▁"]

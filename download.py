@@ -156,9 +156,9 @@ def reachable(name: str, mend: str) -> Iterator[None]:
         status = next((answer.status_code for answer in answers if answer is not None), None)
         why = f"not to be had from the hub ({' '.join(str(error).split())})"
         if isinstance(error, OfflineModeIsEnabled):
-            why = "HF_HUB_OFFLINE is set, so the hub is not asked. Unset it where there is a network"
+            why = "HF_HUB_OFFLINE is set: the hub is not asked. Unset it where there is a network"
         elif status in (401, 403, 404):  # the hub does not say which of the two
-            why += ". Look at the name; if it is right: hf auth login, with a token that may do this"
+            why += ". Look at the name; if it is right: hf auth login, with a token that may"
         raise InputError(f"{name}: {why}. {mend}") from error
 
 

@@ -85,12 +85,12 @@ def files_in(folder: Path) -> list[Path]:
     return [path for path in paths if path.suffix == ".json" or path.name in named]
 
 
-def fetching(name: str, folder: object) -> str:
-    """The command that puts into a folder what is read of a hub model, and not more."""
+def fetching(name: str, folder: str | Path | None = None) -> str:
+    """The command that puts what is read of a hub model into a folder or the cache; no more."""
     last = [f"checkpoints/step-{LAST_STEPS[name]}.pt"] if name in LAST_STEPS else []
     patterns = ["config.json", *last] if last else FETCHED
     include = [part for pattern in patterns for part in ("--include", pattern)]
-    return quoted("hf", "download", name, *include, "--local-dir", folder)
+    return quoted("hf", "download", name, *include, *(("--local-dir", folder) if folder else ()))
 
 
 def folder_of(name: str, cached: bool = False) -> Path:
