@@ -21,6 +21,7 @@ Everything that turns recorded numbers into these, and back, is in this file and
 and acting alike.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,6 @@ import torch
 import tyro
 from einops import rearrange, repeat
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,8 +47,9 @@ from config import (
     LLMConfig,
     ModelConfig,
     explained,
+    quoted,
 )  # fmt: skip
-from download import download
+from download import download, reachable
 from pack import pack, verify
 from tasks import ARTICULATIONS, OBJECTS, SUBTASKS, instruction
 from trajectory import RECORD
@@ -176,19 +177,19 @@ def build_tokenizer(cfg: LLMConfig) -> Tokenizer:
     """The LLM's tokenizer: from a folder, or from the hub or its cache.
 
     "words" makes one from the words of the prompt and of every instruction, without download.
-    Raises InputError when it is not to be had.
+    Raises InputError when it is not to be had or is not this LLM's.
     """
     if cfg.tokenizer != "words":
         file = Path(cfg.tokenizer) / "tokenizer.json"
-        try:
+        mend = (
+            f"Where there is a network: {quoted('hf', 'download', cfg.tokenizer, file.name)} "
+            "--local-dir FOLDER; then give --model.llm.tokenizer FOLDER"
+        )
+        with reachable(cfg.tokenizer, mend):
             found = file if file.is_file() else hf_hub_download(cfg.tokenizer, file.name)
-        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
-            raise InputError(
-                f"{cfg.tokenizer}: no folder with a tokenizer.json, nor to be had from the hub "
-                f"({error}). Where there is a network: hf download {cfg.tokenizer} "
-                "tokenizer.json --local-dir FOLDER; then give --model.llm.tokenizer FOLDER"
-            ) from error
-        return Tokenizer.from_file(str(found))
+        tokenizer = Tokenizer.from_file(str(found))
+        check_tokenizer(tokenizer, cfg, cfg.tokenizer)
+        return tokenizer
     names = sorted({name for objects in OBJECTS.values() for name in objects} | set(ARTICULATIONS))
     text = " ".join(
         [cfg.prompt.format("")]
@@ -197,14 +198,37 @@ def build_tokenizer(cfg: LLMConfig) -> Tokenizer:
     split = pre_tokenizers.Whitespace()
     words = sorted({word for word, _ in split.pre_tokenize_str(text.lower())})
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *words])}
-    if len(vocabulary) > cfg.first_action_id:
-        raise ValueError(
-            f"{len(vocabulary)} words do not fit below the action ids, which start at "
-            f"{cfg.first_action_id}"
-        )
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = split
+    check_tokenizer(tokenizer, cfg, cfg.tokenizer)
     return tokenizer
+
+
+def check_tokenizer(tokenizer: Tokenizer, cfg: LLMConfig, source: object) -> None:
+    """Raise InputError, naming what was found, unless action ids and prompt fit the tokenizer.
+
+    The action ids follow its tokens (Qwen2.5), begin at <|extra_0|> (Prismatic's Qwen) or are the
+    last of its vocabulary (Llama), as in Prismatic's ActionTokenizer; those of "words" lie anywhere
+    above. A special token of the prompt is one id; the prompt's end is a lone space.
+    """
+    size, base = tokenizer.get_vocab_size(), tokenizer.get_vocab_size(with_added_tokens=False)
+    first, extra = cfg.first_action_id, tokenizer.token_to_id("<|extra_0|>")
+    fits = first in ((size, base - ModelConfig.bins) if extra is None else (extra,))
+    found, special = [], re.findall(r"<\|.*?\|>", cfg.prompt)
+    if cfg.tokenizer == "words":
+        fits, special = size <= first, []
+    if not fits:
+        place = "" if extra is None else f", <|extra_0|> is {extra}"
+        own = f"{size} tokens, {base} of them its own"
+        found.append(f"{own}{place}; the action ids begin at {first}")
+    found += [f"no token {name}" for name in special if tokenizer.token_to_id(name) is None]
+    ends = {id: tokenizer.id_to_token(id) for id in cfg.prompt_end}
+    found += [f"{id} is {token!r}, no lone space" for id, token in ends.items() if token != "▁"]
+    if found:
+        raise InputError(
+            f"{source}: the tokenizer of another model: {'; '.join(dict.fromkeys(found))}. Give "
+            "the LLM's own, --model.llm.tokenizer HUB-NAME or FOLDER"
+        )
 
 
 def tokenize(

@@ -16,6 +16,7 @@ from typing import Literal
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
+    HFValidationError,
     HTTPError,  # of the library it makes its requests with
     OfflineModeIsEnabled,
     XetDownloadError,
@@ -81,7 +82,7 @@ def download(
 
 def listed(task: str, subtasks: tuple[str, ...], targets: tuple[str, ...]) -> Wanted:
     """The files of a task that the hub has and that are asked for."""
-    with reachable(task):
+    with reachable(HUB_DATASETS[task], GO_ON):
         info = HfApi().dataset_info(HUB_DATASETS[task], files_metadata=True)
     sizes = {
         file.rfilename: file.size
@@ -120,7 +121,7 @@ def check_space(chosen: list[Wanted], out: Path) -> None:
 def fetch(wanted: Wanted, out: Path, workers: int) -> None:
     names = list(wanted.missing(out))
     if names:
-        with reachable(wanted.task):
+        with reachable(HUB_DATASETS[wanted.task], GO_ON):
             snapshot_download(
                 HUB_DATASETS[wanted.task], repo_type="dataset", revision=wanted.commit,
                 local_dir=out / wanted.task, allow_patterns=names, max_workers=workers,
@@ -130,26 +131,28 @@ def fetch(wanted: Wanted, out: Path, workers: int) -> None:
     print(f"{out / wanted.task}: {len(wanted.sizes)} files, whole")
 
 
-GO_ON = "Files that are whole are kept: the same command goes on"
+GO_ON = (
+    "Files that are whole are kept: the same command goes on, once there is a network (HF_ENDPOINT "
+    "names a mirror)"
+)
 
 
 @contextmanager
-def reachable(task: str) -> Iterator[None]:
-    """Turn what the hub and the way to it may raise into an InputError."""
+def reachable(name: str, mend: str) -> Iterator[None]:
+    """Turn what the hub and the way to it may raise into an InputError that ends in `mend`."""
     try:
         yield
-    except OfflineModeIsEnabled as error:
-        raise InputError(
-            f"{HUB_DATASETS[task]}: HF_HUB_OFFLINE is set, so nothing can be fetched. Unset it, or "
-            "give the same command on a machine with a network and copy --out"
-        ) from error
-    except (HTTPError, OSError, XetDownloadError) as error:
+    except (HTTPError, HFValidationError, OSError, RuntimeError, XetDownloadError) as error:
         if getattr(error, "errno", None) in ADVICE:  # the disk, not the hub
             raise
-        raise InputError(
-            f"{HUB_DATASETS[task]}: not to be had from the hub ({error}). {GO_ON}, once there is a "
-            "network (HF_ENDPOINT names a mirror)"
-        ) from error
+        answers = (getattr(each, "response", None) for each in (error, error.__cause__))
+        status = next((answer.status_code for answer in answers if answer is not None), None)
+        why = f"not to be had from the hub ({' '.join(str(error).split())})"
+        if isinstance(error, OfflineModeIsEnabled):
+            why = "HF_HUB_OFFLINE is set: the hub is not asked. Unset it where there is a network"
+        elif status in (401, 403, 404):  # the hub does not say which of the two
+            why += ". Look at the name; if it is right: hf auth login, with a token that may"
+        raise InputError(f"{name}: {why}. {mend}") from error
 
 
 def gb(size: int) -> str:

@@ -324,14 +324,14 @@ class AuxVLA(nn.Module):
 
     @torch.no_grad()
     def teacher_forced(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Predicted bins [B, A] given the true earlier ones, and the decoders' predictions."""
+        """Logits of the bins [B, A, bins] given the true earlier ones; decoders' predictions."""
         bins = actions_to_bins(batch["actions"][:, 0], self.cfg.bins)
         hidden = self.vlm.encode(batch, self.cfg.llm.first_action_id + bins[:, :-1]).hidden
         logits = self.vlm.llm.logits(
             hidden[:, -ACTION_DIM:], self.cfg.llm.first_action_id, self.cfg.bins
         )
         latents = self.latents(hidden[:, : 1 - ACTION_DIM], hidden[:, 1 - ACTION_DIM :])
-        return logits.argmax(-1), self.predict(latents)
+        return logits, self.predict(latents)
 
     def predict(self, latents: Tensor) -> dict[str, Tensor]:
         """What the decoders read in the latents; grasp and seg as probabilities."""

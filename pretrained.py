@@ -2,7 +2,7 @@
 
     python train.py --pretrained PRISM ...  # a Prismatic folder (or hub name), vision towers from
                                             # the hub if it has none
-    python train.py --preset openvla ...    # openvla-7b: its three components from safetensors
+    python train.py --preset openvla ...    # openvla-7b, or its Prismatic form openvla-7b-prismatic
     python train.py --pretrained hub ...    # DINOv2, SigLIP and Qwen2.5 each from its own hub
                                             # model; a new projector
     python train.py --pretrained DIR ...    # the same from DIR/dinov2-with-registers-large,
@@ -14,7 +14,6 @@ respected: files must then be in the cache or in folders.
 """
 
 import math
-import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,15 +21,23 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from config import InputError, ModelConfig
+from config import ModelConfig
 from durable import sha256
 from model import VLM
+from weight_files import (
+    DINO_HUB,
+    QWEN_HUB,
+    SIGLIP_HUB,
+    PretrainedError,
+    files_in,
+    folder_of,
+    read_prismatic,
+    read_safetensors,
+    trained_on_actions,
+)
 from weight_names import (
     DINO_HF,
     DINO_HF_DEAD,
@@ -45,14 +52,7 @@ from weight_names import (
     TIMM_DEAD,
 )  # fmt: skip
 
-DINO_HUB = "facebook/dinov2-with-registers-large"
-SIGLIP_HUB = "google/siglip-so400m-patch14-224"
-QWEN_HUB = "Qwen/Qwen2.5-0.5B"
 NEW = {"latent_queries"}  # in no public checkpoint (GAP-2)
-
-
-class PretrainedError(InputError):
-    """Weights that are not what their name says; the message lists keys and shapes."""
 
 
 def translate(
@@ -125,53 +125,10 @@ def vision_tower(tensors: dict[str, Tensor], hub_format: bool, patches: int) -> 
 class Source:
     """Where the weights are: hub names or local folders."""
 
-    # folder with checkpoints/latest-checkpoint.pt (Prismatic) or *.safetensors (openvla-7b)
-    vlm: str | None = None
+    vlm: str | None = None  # Prismatic's, openvla-7b or its Prismatic form
     dino: str = DINO_HUB
     siglip: str = SIGLIP_HUB
     qwen: str = QWEN_HUB
-
-
-def folder_of(name: str, patterns: list[str], cached: bool = False) -> Path:
-    """A local folder as it is; anything else is a hub name, downloaded or found in the cache."""
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=cached))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
-        raise PretrainedError(
-            f"{name}: neither a folder nor to be had from the hub ({error}). Where there is a "
-            f"network: hf download {name} --local-dir DIR/{Path(name).name}; then --pretrained "
-            "DIR for the hub models, or that folder itself for a whole VLM. --pretrained None "
-            "starts from random weights"
-        ) from error
-
-
-def read_safetensors(folder: Path, headers: bool = False) -> dict[str, Tensor]:
-    """All tensors of a folder's .safetensors files; of `headers`, without their content.
-
-    Raises PretrainedError when there are none.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise PretrainedError(
-            f"{folder}: no .safetensors file in it; it has "
-            f"{sorted(p.name for p in folder.iterdir())[:8]}"
-        )
-    out = {}
-    for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118  no dict
-                    shape = file.get_slice(key).get_shape()
-                    out[key] = (
-                        torch.empty(shape, device="meta") if headers else file.get_tensor(key)
-                    )
-        except SafetensorError as error:
-            raise PretrainedError(
-                f"{path}: cut off or not a safetensors file ({error}); download it again"
-            ) from error
-    return out
 
 
 def split(tensors: dict[str, Tensor], names: dict[str, str], source: str) -> dict[str, dict]:
@@ -185,19 +142,22 @@ def split(tensors: dict[str, Tensor], names: dict[str, str], source: str) -> dic
 
 def read_vlm(folder: Path, cfg: ModelConfig, headers: bool) -> dict[str, dict[str, Tensor]]:
     """The parts of whichever of the two formats the folder holds."""
-    if list(folder.glob("*.safetensors")) and not (folder / "checkpoints").is_dir():
-        parts = split(read_safetensors(folder, headers), OPENVLA, str(folder))
-        return parts | {"llm": rising(parts["llm"], cfg)}
-    parts = split(read_prismatic(folder, headers), PRISMATIC, str(folder))
+    *_, path = files = files_in(folder)
+    if path.suffix == ".pt":
+        parts = split(read_prismatic(path, headers), PRISMATIC, str(folder))
+    else:
+        parts = split(read_safetensors(files, headers), OPENVLA, str(folder))
+    if trained_on_actions(folder):
+        parts["llm"] = rising(parts["llm"], cfg)
     # A Prismatic VLM that was trained on frozen encoders is stored without them.
     kept = parts if parts["dino"] or parts["siglip"] else ("projector", "llm")
     return {part: parts[part] for part in kept}
 
 
 def rising(llm: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
-    """openvla-7b's LLM with its action tokens in our order (GAP-3).
+    """The LLM of a VLA with its action tokens in our order (GAP-3).
 
-    It was trained on actions: there a larger one has a smaller id (prismatic's ActionTokenizer).
+    There a larger action has a smaller id (Prismatic's ActionTokenizer).
     """
     first, end = cfg.llm.first_action_id, cfg.llm.first_action_id + cfg.bins
     tables = ("model.embed_tokens.weight", "lm_head.weight")  # [vocabulary, width]
@@ -205,36 +165,6 @@ def rising(llm: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
         key: torch.cat([llm[key][:first], llm[key][first:end].flip(0), llm[key][end:]])
         for key in tables
         if key in llm
-    }
-
-
-def read_prismatic(folder: Path, headers: bool = False) -> dict[str, Tensor]:
-    """A Prismatic checkpoint's tensors as component/name; vision_backbone may be absent."""
-    path = folder / "checkpoints/latest-checkpoint.pt"
-    if not path.is_file():
-        hubs = ", ".join(Path(name).name for name in (DINO_HUB, SIGLIP_HUB, QWEN_HUB))
-        raise PretrainedError(
-            f"{path}: not there, and no .safetensors in {folder} either; expected the folder of a "
-            f"Prismatic checkpoint, of openvla-7b, or one that holds the folders {hubs}. Give "
-            "another --pretrained"
-        )
-    try:
-        # A pickle, Prismatic's format: only tensors and containers are ever built from it.
-        components = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["model"]
-    except (
-        RuntimeError, OSError, EOFError, LookupError, TypeError, pickle.UnpicklingError
-    ) as error:  # fmt: skip
-        raise PretrainedError(
-            f"{path}: cut off or not a Prismatic checkpoint ({error}); download it again"
-        ) from error
-    if missing := {"projector", "llm_backbone"} - set(components):
-        raise PretrainedError(
-            f"{path}: lacks the components {sorted(missing)}; it has {sorted(components)[:8]}"
-        )
-    return {
-        f"{component}/{key}": tensor.to("meta") if headers else tensor
-        for component, tensors in components.items()
-        for key, tensor in tensors.items()
     }
 
 
@@ -246,21 +176,19 @@ def parts_of(
     `hashes` gets the sha256 of every file read; of `headers`, which are not hashed, none.
     """
 
-    def folder(name: str, *patterns: str) -> Path:
-        found = folder_of(name, list(patterns), cached=headers)
-        read = sorted(path for pattern in patterns for path in found.glob(pattern))
-        for path in () if headers else read:
+    def folder(name: str) -> Path:
+        found = folder_of(name, cached=headers)
+        for path in () if headers else files_in(found):
             hashes[f"{name}/{path.relative_to(found)}"] = sha256(path)
         return found
 
     whole = {}
     if source.vlm:
-        files = ("config.json", "checkpoints/latest-checkpoint.pt", "*.safetensors")
-        whole = read_vlm(folder(source.vlm, *files), vlm.cfg, headers)
+        whole = read_vlm(folder(source.vlm), vlm.cfg, headers)
         yield "projector.", whole["projector"]
         llm = whole["llm"]
     else:
-        llm = read_safetensors(folder(source.qwen, "*.safetensors"), headers)
+        llm = read_safetensors(files_in(folder(source.qwen)), headers)
     names, dead = (LLM_HF, LLM_HF_DEAD) if vlm.cfg.llm.tied else (LLM_HF_UNTIED, ())
     yield "llm.", translate(llm, names, dead, "llm")
     for name, hub, names, dead in (
@@ -270,7 +198,7 @@ def parts_of(
         if name in whole:
             tensors = translate(whole[name], TIMM, TIMM_DEAD, name)
         else:
-            tensors = read_safetensors(folder(hub, "*.safetensors"), headers)
+            tensors = read_safetensors(files_in(folder(hub)), headers)
             tensors = translate(tensors, names, dead, hub)
         tensors = vision_tower(tensors, name not in whole, vlm.cfg.patches)
         built = len(getattr(vlm.vision, name).blocks)

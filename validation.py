@@ -39,9 +39,10 @@ def validate(
             for name, loss in model(batch, cfg.stage).items():
                 sums[name] = sums.get(name, 0.0) + loss.item() * counts[name].item()
                 labels[name] = labels.get(name, 0.0) + counts[name].item()
-            bins, predictions = model.teacher_forced(batch)
+            logits, predictions = model.teacher_forced(batch)
             chunk = model.act(batch, batch["noise"])[0] if cfg.stage == 3 else None
-        keep = {"bins": bins, "true_bins": actions_to_bins(batch["actions"][:, 0], cfg.model.bins)}
+        true = actions_to_bins(batch["actions"][:, 0], cfg.model.bins)
+        keep = {"bins": logits.argmax(-1), "true_bins": true}
         if cfg.stage == 3:
             keep |= {
                 "chunk": chunk,

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 COMMIT = "c0ffee" + "0" * 34
 TOKEN = "hf_writes"  # may write to repositories of USER
@@ -16,7 +17,8 @@ class Hub(ThreadingHTTPServer):
     """Serves `repositories`: bytes by name, by owner/name of the dataset or model.
 
     `fetched` are the names whose content was sent, in order. The content of a name in `stalled`
-    stops half way until it is taken out; one in `refused` is listed, but not to be had.
+    stops half way until it is taken out; one in `refused` is listed, but not to be had. A
+    repository in `gated` is for those whom the hub knows.
     """
 
     daemon_threads = True
@@ -24,7 +26,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, repositories: dict[str, dict[str, bytes]]):
         super().__init__(("127.0.0.1", 0), Answer)
         self.repositories, self.fetched = repositories, []
-        self.stalled, self.refused = set(), set()
+        self.stalled, self.refused, self.gated = set(), set(), set()
         self.uploaded: dict[str, bytes] = {}  # large files by sha256, until a commit names them
         self.requests: list[dict] = []  # of repositories to be made
         self.halfway = threading.Event()  # set when a stalled name has stopped
@@ -48,8 +50,10 @@ class Answer(BaseHTTPRequestHandler):
         self.end_headers()
 
     def answer(self, send: bool):
-        path = self.path.partition("?")[0]
-        if found := re.fullmatch(
+        path = unquote(self.path.partition("?")[0])
+        if any(name in path for name in self.server.gated):
+            self.head(401, 0, {"X-Error-Code": "GatedRepo"})
+        elif found := re.fullmatch(
             r"/api/(?:dataset|model)s/([^/]+/[^/]+)(/tree/\w+|/revision/\w+)?", path
         ):
             self.listing(self.server.repositories.get(found[1]), "/tree/" in (found[2] or ""))

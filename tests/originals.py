@@ -3,6 +3,7 @@
 transformers writes the hub's own names and shapes, so these are the formats of the real files.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from config import ModelConfig
 from model import VLM
-from pretrained import DINO_HUB, QWEN_HUB, SIGLIP_HUB
 from tools.naive import causal_lm
+from weight_files import DINO_HUB, INDEX, QWEN_HUB, SIGLIP_HUB
 
 DINO, SIGLIP, QWEN = (Path(name).name for name in (DINO_HUB, SIGLIP_HUB, QWEN_HUB))
 
@@ -125,10 +126,15 @@ def prismatic_components(originals: Originals, cfg: ModelConfig, folder: Path) -
     }
 
 
-def save_prismatic(components: dict[str, dict], folder: Path) -> Path:
+# As the hub's repositories name them: the last of their steps.
+STEP = "checkpoints/step-020792-epoch-01-loss=0.5268.pt"
+
+
+def save_prismatic(components: dict[str, dict], folder: Path, config: str = "model") -> Path:
+    """A repository as Prismatic uploads it; `config` is "vla" for a model trained on actions."""
     (folder / "checkpoints").mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    torch.save({"model": components}, folder / "checkpoints/latest-checkpoint.pt")
+    (folder / "config.json").write_text(json.dumps({config: {}, "seed": 7}))
+    torch.save({"model": components}, folder / STEP)
     return folder
 
 
@@ -150,10 +156,20 @@ def save_openvla(components: dict[str, dict], folder: Path) -> Path:
         if key.startswith(old)
     }
     folder.mkdir(parents=True)
-    for i in (0, 1):
-        shard = {name: tensors[name] for name in sorted(tensors)[i::2]}
-        save_file(shard, folder / f"model-{i + 1:05d}-of-00002.safetensors")
+    (folder / "config.json").write_text('{"norm_stats": {"bridge_orig": {}}}')
+    save_shards(tensors, folder, 2)
     return folder
+
+
+def save_shards(tensors: dict[str, Tensor], folder: Path, count: int) -> None:
+    """`count` shards and the index that names them; every count-th tensor is in the same one."""
+    shards = {}
+    for i in range(count):
+        part = {name: tensors[name] for name in sorted(tensors)[i::count]}
+        name = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        save_file(part, folder / name)
+        shards |= dict.fromkeys(part, name)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
 
 
 @torch.no_grad()

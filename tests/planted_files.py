@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
+import numpy as np
 import torch
 from files import write_demos
 from originals import save_prismatic
@@ -14,10 +16,12 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from config import TINY_MODEL
-from data import build_tokenizer
+from data import Batcher, build_tokenizer, to_tensors, tokenize
+from demonstrations import Demonstrations
 from durable import read_sealed, sha256, write_sealed
+from policy import Policy
 from tools.check_assets import assets
-from tools.check_files import checkpoint_weights, demonstrations, pretrained_weights
+from tools.check_files import acting, checkpoint_weights, demonstrations, pretrained_weights
 from tools.checks import Finding
 
 REPLICA = "data/scene_datasets/replica_cad_dataset"
@@ -205,10 +209,10 @@ def a_pack_that_was_not_finished(plant):
 # --- Weights ---
 
 
-def resealed(folder: Path) -> list[Finding]:
-    """Findings on a step whose files were changed, and its manifest with them."""
+def resealed(folder: Path, **change) -> list[Finding]:
+    """Findings on a step whose files were changed, and its manifest with them and in `change`."""
     step = checkpoint.steps_in(folder)[-1]
-    manifest = read_sealed(step / "manifest.json")
+    manifest = read_sealed(step / "manifest.json") | change
     manifest["files"] = {name: sha256(step / name) for name in manifest["files"]}
     manifest["sizes"] = {name: (step / name).stat().st_size for name in manifest["files"]}
     write_sealed(step / "manifest.json", manifest)
@@ -249,7 +253,7 @@ def a_checkpoint_that_is_not_there(plant):
     return checkpoint_weights(plant.tmp / "stage1")
 
 
-@fault("601 tokens; expected 1 to 256", "copy .* again")
+@fault("601 tokens, .*; the action ids begin at 256", "copy .* again")
 def a_tokenizer_of_another_checkpoint(plant):
     step = checkpoint.steps_in(plant.copy("stage1"))[-1]
     tokenizer = json.loads((step / "tokenizer.json").read_text())
@@ -258,7 +262,7 @@ def a_tokenizer_of_another_checkpoint(plant):
     return resealed(plant.tmp / "stage1")
 
 
-@fault(r"llm.layers.3.*\[4, 4\]", "hf download Stanford-ILIAD")
+@fault(r"llm.layers.3.*\[4, 4\]", "mv .* && hf download Stanford-ILIAD.*step-020792-.* --local-dir")
 def pre_trained_weights_of_another_model(plant):
     def change(components):
         key = "llm.model.layers.3.mlp.down_proj.weight"
@@ -268,7 +272,12 @@ def pre_trained_weights_of_another_model(plant):
     return pretrained_weights(str(plant.tmp / "prism"), "paper")
 
 
-@fault("model.safetensors: cut off", "hf download Qwen/Qwen2.5-0.5B --force")
+@fault("7b-prismatic: not to be had", "hf download openvla/.* --include .*step-295000-[^*]*$")
+def a_repository_that_is_not_in_the_cache(plant):
+    return pretrained_weights("openvla/openvla-7b-prismatic", "openvla")
+
+
+@fault("model.safetensors: cut off", "mv .*0.5B-aside && hf download Qwen/Qwen2.5-0.5B --include")
 def a_cut_safetensors(plant):
     file = plant.tmp / "weights/Qwen2.5-0.5B/model.safetensors"
     file.parent.mkdir(parents=True)
@@ -277,7 +286,69 @@ def a_cut_safetensors(plant):
     return pretrained_weights(str(plant.tmp / "weights"), "paper")
 
 
-@fault("tokens; expected 151665", "hf download .* tokenizer.json")
+@fault(r"no token <\|im_start\|>", "hf download .* tokenizer.json")
 def a_wrong_tokenizer(plant):
     build_tokenizer(TINY_MODEL.llm).save(str(plant.tmp / "tokenizer.json"))
     return pretrained_weights(str(plant.whole / "prism"), "paper", str(plant.tmp))
+
+
+# --- A checkpoint beside its data ---
+
+
+def write_known(policy: Policy, folder: Path) -> None:
+    """FOLDER/known: demonstrations of the policy's robot whose actions are those that it takes."""
+    for seed, target in enumerate(("fridge", "kitchen_counter")):
+        path = write_demos(folder / "known/set_table/close" / target, (9, 8), False, seed, False)
+        about = json.loads(path.with_suffix(".json").read_text())
+        about |= {key: policy.manifest[key] for key in ("action_schema", "qpos_names")}
+        path.with_suffix(".json").write_text(json.dumps(about))
+    raw = Demonstrations(shutil.copytree(folder / "known", folder / "pictures"))
+    cfg, records = policy.model.cfg, raw.read(np.arange(len(raw)))
+    prompts = tokenize(raw.instructions, policy.tokenizer, cfg.llm)
+    batch = Batcher(cfg, policy.stats, prompts)(to_tensors(records), policy.device)
+    actions = policy.stats.denormalize(policy.model.act(batch)[0][:, 0]).numpy()
+    for begin, episode in zip(raw.starts, raw.episodes):
+        with h5py.File(folder / "known" / episode.file, "r+") as file:
+            file[f"{episode.trajectory}/actions"][:] = actions[begin : begin + episode.length]
+
+
+def beside(plant, **change) -> list[Finding]:
+    """Findings on the copy of weights/stage2 in tmp, with `change` in its manifest."""
+    resealed(plant.tmp / "stage2", **change)
+    return acting(plant.tmp / "stage2", plant.whole / "known", "cpu")
+
+
+@fault("black and white pictures: equal logits", "pip install -r .*requirements.txt")
+def pictures_that_no_longer_reach_the_llm(plant):
+    file = checkpoint.steps_in(plant.copy("stage2"))[-1] / "model.safetensors"
+    tensors = load_file(file)
+    for key in (key for key in tensors if key.startswith("vlm.projector.")):
+        tensors[key] *= 0
+    save_file(tensors, file)
+    return beside(plant)
+
+
+@fault("slot 0 shoulder_pan_joint: 0.2 to 0.2, 100% of .* outside; expected a width", "--stage 1")
+def statistics_without_a_width(plant):
+    plant.copy("stage2")
+    return beside(plant, action_stats={"low": [0.2] * 13, "high": [0.2] * 13})
+
+
+@fault("slot 4 .*: 0.9 to 1, .* outside; expected at most 10%", "train.py --stage 1")
+def statistics_that_clip_the_actions(plant):
+    plant.copy("stage2")
+    return beside(plant, action_stats={"low": [0.9] * 13, "high": [1.0] * 13})
+
+
+@fault("slot 1.name: shoulder_lift_joint here, wrist there", "collect.py")
+def a_checkpoint_of_another_robot(plant):
+    step = checkpoint.steps_in(plant.copy("stage2"))[-1]
+    schema = checkpoint.read_manifest(step)["action_schema"]
+    schema[1]["name"] = "wrist"
+    return beside(plant, action_schema=schema)
+
+
+@fault("of the tokens right on .*; expected above the best constant's", "train.py --stage 2")
+def demonstrations_that_the_checkpoint_does_not_know(plant):
+    plant.copy("stage2")
+    return acting(plant.tmp / "stage2", plant.whole / "demos", "cpu")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from files import write_demos
+from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 
-from config import CAMERAS, LABELS, model_config
+from config import CAMERAS, LABELS, InputError, model_config
 from data import (
     ActionStats,
     Batcher,
@@ -151,6 +153,39 @@ with explained():
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "hf download nobody/nothing tokenizer.json" in done.stderr
+
+
+CHAT = ("<|im_start|>", "<|im_end|>")
+QWEN = replace(model_config("paper").llm, first_action_id=12)
+LLAMA = replace(model_config("openvla").llm, first_action_id=44, prompt_end=(29,))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "own", "added", "named"),
+    [
+        (QWEN, 10, CHAT, None),
+        (QWEN, 10, (*CHAT, "<|extra_0|>", "<|extra_1|>"), None),
+        (QWEN, 10, (*CHAT, "<think>"), "13 tokens, 10 of them its own; the action ids begin at 12"),
+        (QWEN, 10, (*CHAT, "<think>", "<|extra_0|>"), "<|extra_0|> is 13; the action ids begin at"),
+        (QWEN, 12, (), "no token <|im_start|>; no token <|im_end|>"),
+        (LLAMA, 300, ("<PAD>",), None),
+        (LLAMA, 299, ("<PAD>",), "300 tokens, 299 of them its own; the action ids begin at 44"),
+        (replace(LLAMA, prompt_end=(30,)), 300, (), "30 is 'word 30', no lone space"),
+    ],
+)
+def test_a_tokenizer_of_another_model_is_refused_naming_its_tokens(
+    cfg, own, added, named, tmp_path
+):
+    words = {"▁" if i == 29 else f"word {i}": i for i in range(own)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="word 0"))
+    tokenizer.add_special_tokens(list(added))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    cfg = replace(cfg, tokenizer=str(tmp_path))
+    if named is None:
+        assert build_tokenizer(cfg).get_vocab_size() == own + len(added)
+    else:
+        with pytest.raises(InputError, match=re.escape(named)):
+            build_tokenizer(cfg)
 
 
 def test_a_prompt_begins_with_the_tokenizers_own_token_and_ends_in_the_configured_ids():

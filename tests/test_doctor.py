@@ -12,21 +12,25 @@ from pathlib import Path
 import pytest
 from files import write_demos
 from planted import FAULTS, ROOT, Plant, program
-from planted_files import write_prismatic  # and its faults
+from planted_files import resealed, write_known, write_prismatic  # and its faults
 
 from config import InputError
 from data import pack
+from policy import Policy
 from tools import checks
 from tools.check_assets import assets as asset_findings
 from tools.check_assets import mixed
-from tools.check_files import checkpoint_weights, demonstrations, pretrained_weights
-from tools.doctor import DRAW, LAVAPIPE
+from tools.check_files import acting, checkpoint_weights, demonstrations, pretrained_weights
+from tools.doctor import DRAW, LAVAPIPE, Doctor, chosen
 from train import main, parse
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """Demonstrations, a pack, a checkpoint, and Prismatic's file without its numbers."""
+    """Demonstrations, a pack, a checkpoint, and Prismatic's file without its numbers.
+
+    And the checkpoint that README shows, beside demonstrations that it knows.
+    """
     folder = tmp_path_factory.mktemp("whole")
     write_demos(folder / "demos/set_table/pick/013_apple", lengths=(30, 8))
     write_demos(folder / "demos/set_table/close/fridge", lengths=(12, 8), has_object=False)
@@ -34,6 +38,8 @@ def whole(tmp_path_factory) -> Path:
     flags = f"--preset tiny --data {folder / 'pack'} --out {folder / 'stage1'} --steps 1 "
     main(parse((flags + "--batch-size 8 --device cpu --val-frames 8").split()))
     write_prismatic(folder / "prism")
+    shutil.copytree(ROOT / "weights/stage2", folder / "stage2")
+    write_known(Policy.from_checkpoint(folder / "stage2", "cpu"), folder)
     return folder
 
 
@@ -212,7 +218,7 @@ def test_nothing_is_found_where_nothing_is_missing(whole, assets, monkeypatch):
         *checks.shared_memory(1, 1), *demonstrations(whole / "demos"),
         *demonstrations(whole / "pack"), *checkpoint_weights(whole / "stage1"),
         *pretrained_weights(str(whole / "prism"), "paper")[:1],  # its tokenizer is not here
-        *asset_findings(assets),
+        *asset_findings(assets), *acting(whole / "stage2", whole / "known", "cpu"),
     ]  # fmt: skip
     assert {each.state for each in found} == {"ok"}, "\n".join(map(str, found))
 
@@ -221,6 +227,30 @@ def test_reading_samples_ends_at_its_time_and_says_how_far_it_came(whole):
     (found,) = demonstrations(whole / "pack", seconds=0)
     assert "sha256 of 1 of 2 files compared (all: python data.py verify" in found.got
     assert "read in 0 files" in demonstrations(whole / "demos", seconds=0)[0].got
+
+
+def test_the_program_looks_at_a_checkpoint_beside_its_data_whatever_it_is_for(whole):
+    given = {"checkpoint": str(whole / "stage2"), "data": str(whole / "known")}
+    for part in ("all", "eval", "collect"):
+        checks_of = [getattr(check, "func", None) for check in chosen(Doctor(part, **given))]
+        assert acting in checks_of
+    flags = ("--for", "train", "--preset", "tiny", "--device", "cpu")
+    _, output = doctor(*flags, *(f"--{name}={value}" for name, value in given.items()))
+    for text in ("black and white pictures", "depths of 0.5 and 2 m", "two instructions"):
+        assert re.search(rf"^ok +acting +{text}: logits up to \S+ differ by", output, re.M), output
+    told = "of the tokens right on 16 of 16 held-out frames, .* above the best constant's"
+    assert re.search(rf"^ok +accuracy +0.9\d+ {told}", output, re.M), output
+
+
+def test_a_checkpoint_of_one_instruction_is_not_compared_with_another(whole):
+    resealed(shutil.copytree(whole / "stage2", whole / "one"), instructions=["close the fridge"])
+    found = acting(whole / "one", whole / "known", "cpu")
+    assert "no second instruction to compare: the checkpoint knows 'close the fridge'" in str(found)
+
+
+def test_a_checkpoint_that_is_slow_acts_on_one_frame_and_says_so(whole):
+    *_, found = acting(whole / "stage2", whole / "known", "cpu", seconds=0)
+    assert "right on 1 of 16 held-out frames" in found.got
 
 
 def test_the_program_ends_with_0_where_nothing_is_missing(whole, assets, tmp_path):

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from originals import build_originals, compare, save_hub, save_prismatic
+from originals import STEP, build_originals, compare, save_hub, save_prismatic
 from test_flow_head import compare_with_joint_pass
 from test_model import (
     ROOT,
@@ -70,7 +70,7 @@ def test_a_prismatic_file_of_5_gb_loads_within_a_minute_and_12_gb(tmp_path):
     }
     folder = save_prismatic(components, tmp_path / "prism")
     del components
-    path = folder / "checkpoints/latest-checkpoint.pt"
+    path = folder / STEP
     assert path.stat().st_size > 5e9
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)

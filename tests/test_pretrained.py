@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,25 +12,39 @@ from pathlib import Path
 import pytest
 import torch
 from files import write_demos
+from hub_server import Hub
 from originals import (
     DINO,
     QWEN,
     SIGLIP,
+    STEP,
     build_originals,
     compare,
     prismatic_components,
     save_hub,
     save_openvla,
     save_prismatic,
+    save_shards,
 )
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from config import model_config
+from config import InputError, model_config
+from data import build_tokenizer
+from download import DATASETS, download
 from durable import sha256
 from model import VLM
-from pretrained import DINO_HUB, QWEN_HUB, SIGLIP_HUB, PretrainedError, load_pretrained, source_of
+from pretrained import load_pretrained, source_of
 from train import main, parse
+from weight_files import (
+    DINO_HUB,
+    INDEX,
+    QWEN_HUB,
+    SIGLIP_HUB,
+    PretrainedError,
+    chosen,
+    fetching,
+)  # fmt: skip
 
 TESTS = Path(__file__).parent
 TINY = model_config("tiny")
@@ -53,12 +68,14 @@ def files(tmp_path_factory):
     components = prismatic_components(vlm, CFG, folder / "of-vlm")
     save_hub(hub, folder / "hub")
     save_prismatic(components, folder / "prismatic")
-    save_openvla(prismatic_components(llama, LLAMA, folder / "of-llama"), folder / "openvla")
+    vla = prismatic_components(llama, LLAMA, folder / "of-llama")
+    save_openvla(vla, folder / "openvla")
+    save_prismatic(vla, folder / "openvla-prismatic", config="vla")
     actions = slice(LLAMA.llm.first_action_id, LLAMA.llm.first_action_id + LLAMA.bins)
-    with torch.no_grad():  # openvla-7b counts its actions down, we count up
+    with torch.no_grad():  # both forms of openvla-7b count its actions down, we count up
         for table in (llama.llm.get_input_embeddings(), llama.llm.get_output_embeddings()):
             table.weight[actions] = table.weight[actions].flip(0)
-    originals = {"hub": hub, "prismatic": vlm, "openvla": llama}
+    originals = {"hub": hub, "prismatic": vlm, "openvla": llama, "openvla-prismatic": llama}
     return folder, originals, components
 
 
@@ -67,17 +84,18 @@ def load(folder, cfg=CFG):
     return vlm, load_pretrained(vlm, source_of(str(folder)))
 
 
-@pytest.mark.parametrize("source", ["hub", "prismatic", "openvla"])
+@pytest.mark.parametrize("source", ["hub", "prismatic", "openvla", "openvla-prismatic"])
 def test_each_source_gives_the_features_and_logits_of_transformers(source, files):
     folder, originals, _ = files
-    cfg = LLAMA if source == "openvla" else CFG
+    cfg = LLAMA if "openvla" in source else CFG
     vlm, hashes = load(folder / source, cfg)
     compare(vlm, originals[source], cfg, tolerance=1e-5)
     names = {
-        "hub": [f"{name}/model.safetensors" for name in (QWEN, DINO, SIGLIP)],
-        "prismatic": ["checkpoints/latest-checkpoint.pt", "config.json"],
-        "openvla": ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
-    }
+        "hub": [f"{name}/{file}" for name in (QWEN, DINO, SIGLIP)
+                for file in ("config.json", "model.safetensors")],
+        "prismatic": ["config.json", STEP], "openvla-prismatic": ["config.json", STEP],
+        "openvla": ["config.json", *(f"model-0000{i}-of-00002.safetensors" for i in (1, 2)), INDEX],
+    }  # fmt: skip
     assert list(hashes) == [f"{folder / source}/{name}" for name in names[source]]
     assert all(sha256(Path(path)) == value for path, value in hashes.items())
 
@@ -100,7 +118,7 @@ def test_a_prismatic_file_without_encoders_takes_them_from_folders_beside_it(fil
     vlm, hashes = load(tmp_path / "bare")
     mixed = replace(originals["hub"], llm=originals["prismatic"].llm)
     compare(vlm, mixed, CFG, tolerance=1e-5)
-    assert len(hashes) == 4
+    assert len(hashes) == 6
 
 
 # --- The real files' keys and shapes ---
@@ -122,8 +140,9 @@ def test_the_openvla_preset_is_filled_exactly_by_openvla_7bs_keys_and_shapes(mon
         vlm = VLM(model_config("openvla"))
         tensors = {key: torch.empty(shape) for key, shape in manifest.items()}
     # A safetensors file, unlike a Prismatic one, cannot hold meta tensors: 15 GB on the disk.
-    monkeypatch.setattr("pretrained.read_safetensors", lambda folder, headers: tensors)
+    monkeypatch.setattr("pretrained.read_safetensors", lambda files, headers: tensors)
     (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text('{"norm_stats": {}}')
     assert len(tensors) == 982
     load_pretrained(vlm, source_of(str(tmp_path)))
 
@@ -145,7 +164,7 @@ def edit(path, change):
 
 SOURCES = {  # file, a key in it, ours
     "prismatic": (
-        "checkpoints/latest-checkpoint.pt", "llm.model.layers.2.mlp.down_proj.weight",
+        STEP, "llm.model.layers.2.mlp.down_proj.weight",
         "llm.layers.2.down.weight", "[192, 512]",
     ),
     "openvla": (
@@ -206,7 +225,9 @@ def test_a_file_that_is_not_there_is_named_or_what_it_should_hold(damaged):
     folder, path, *_, cfg = damaged
     path.unlink()
     message = refusal(folder, cfg)
-    assert str(path.parent) in message or "are missing: llm.embed.weight [512, 192]" in message
+    lacking = [f"{each}: neither checkpoints/latest" for each in (folder, path.parent)]
+    assert any(text in message for text in (*lacking, f"names ['{path.name}'], which are not"))
+    assert "it has " in message or INDEX in message
 
 
 def test_the_parts_of_one_tensor_that_do_not_go_together_are_named(files, tmp_path):
@@ -232,10 +253,102 @@ def test_a_prismatic_file_is_refused_whole_when_a_part_of_it_is_foreign(files, t
     bare = {"projector": components["projector"]}
     message = refusal(save_prismatic(bare, tmp_path / "bare"), CFG)
     assert "lacks the components ['llm_backbone']; it has ['projector']" in message
-    path = save_prismatic({}, tmp_path / "other") / "checkpoints/latest-checkpoint.pt"
+    path = save_prismatic({}, tmp_path / "other") / STEP
     for content in ({"model": Path("a foreign object")}, {"weights": {}}, [torch.zeros(3)]):
         torch.save(content, path)
         assert "cut off or not a Prismatic checkpoint" in refusal(tmp_path / "other", CFG)
+
+
+def test_shards_of_an_older_save_beside_new_ones_are_not_read(files, tmp_path):
+    folder = shutil.copytree(files[0] / "openvla", tmp_path / "openvla")
+    tensors = {key: value for path in folder.glob("*.safetensors") for key, value in
+               load_file(path).items()}  # fmt: skip
+    zero = {key: torch.zeros_like(value) for key, value in tensors.items()}
+    save_shards(zero, folder, 3)
+    save_shards(tensors, folder, 2)  # the newest save, which the index names
+    vlm, hashes = load(folder, LLAMA)
+    compare(vlm, files[1]["openvla"], LLAMA, tolerance=1e-5)
+    assert not any("of-00003" in name for name in hashes)
+
+    save_file(zero, folder / "model.safetensors")
+    assert "model.safetensors beside model.safetensors.index.json" in refusal(folder, LLAMA)
+    (folder / INDEX).unlink()
+    assert re.search(r"is in model-00001-of-00002.safetensors too", refusal(folder, LLAMA))
+
+
+@pytest.mark.parametrize("source", ["prismatic", "openvla"])
+def test_a_vlm_of_which_nothing_says_whether_it_was_trained_on_actions_is_refused(
+    source, files, tmp_path
+):
+    folder = shutil.copytree(files[0] / source, tmp_path / "vlm")
+    (folder / "config.json").unlink()
+    message = refusal(folder, LLAMA if source == "openvla" else CFG)
+    assert f"{folder / 'config.json'}: it tells whether the model was trained on act" in message
+
+
+# --- The hub ---
+
+PRISM = "Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b"
+
+
+@pytest.fixture
+def hub(files, monkeypatch, tmp_path):
+    """The hub's repository of PRISM as it is, three steps, for its real client."""
+    folder, step = files[0] / "prismatic", (files[0] / "prismatic" / STEP).read_bytes()
+    older = ("step-000000-epoch-00-loss=9.1.pt", "step-010396-epoch-00-loss=0.6.pt")
+    names = ("README.md", "config.yaml", "prism-qwen25-x7.jsonl", "run-metrics.jsonl")
+    repository = {f"checkpoints/{name}": b"an older step" for name in older} | {STEP: step}
+    repository |= {"config.json": (folder / "config.json").read_bytes()}
+    server = Hub({PRISM: dict.fromkeys(names, b"") | repository})
+    template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    given = {"ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": template}
+    given |= {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": False}
+    for name, value in given.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_of_a_repository_with_three_steps_the_last_alone_is_fetched(
+    hub, files, monkeypatch, tmp_path
+):
+    vlm, hashes = load(PRISM)
+    compare(vlm, files[1]["prismatic"], CFG, tolerance=1e-5)
+    assert sorted(hub.fetched) == [STEP, "config.json"]
+    assert list(hashes) == [f"{PRISM}/config.json", f"{PRISM}/{STEP}"]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert load(PRISM)[1] == hashes  # from the cache
+
+    latest = hub.repositories[PRISM] | {"checkpoints/latest-checkpoint.pt": b""}
+    assert chosen(latest, PRISM)[-1] == "checkpoints/latest-checkpoint.pt"
+
+
+def test_the_command_that_fetches_a_repository_leads_to_a_folder_that_loads(hub, files, tmp_path):
+    command = f"{Path(sys.executable).parent}/{fetching(PRISM, tmp_path / 'my prism')}"
+    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    subprocess.run(["bash", "-c", command], env=env, check=True)
+    assert sorted(hub.fetched) == [STEP, "config.json"]
+    compare(load(tmp_path / "my prism")[0], files[1]["prismatic"], CFG, tolerance=1e-5)
+
+
+def test_a_repository_without_weights_is_refused_naming_its_files(hub):
+    del hub.repositories[PRISM][STEP]
+    names = [name for name in hub.repositories[PRISM] if not name.startswith("checkpoints/")]
+    hub.repositories[PRISM] = {name: b"" for name in names}
+    assert f"{PRISM}: neither checkpoints/latest-checkpoint.pt" in refusal(PRISM, CFG)
+    assert all(name in refusal(PRISM, CFG) for name in names) and hub.fetched == []
+
+
+def test_what_the_hub_gives_to_those_whom_it_knows_names_the_login(hub, tmp_path):
+    hub.gated = {PRISM, DATASETS["set_table"]}
+    for ask in (
+        lambda: load(PRISM),
+        lambda: build_tokenizer(replace(model_config("paper").llm, tokenizer=PRISM)),
+        lambda: download(tmp_path / "data", tasks=("set_table",)),
+    ):
+        with pytest.raises(InputError, match="401 .*hf auth login"):
+            ask()
 
 
 # --- From the command line ---
@@ -254,7 +367,7 @@ def test_a_checkpoint_records_source_and_sha256_of_the_public_weights(files, tmp
     main(parse(args))
     saved = checkpoint.newest(tmp_path / "stage1")
     manifest, source = checkpoint.read_manifest(saved), files[0] / "prismatic"
-    expected = ("checkpoints/latest-checkpoint.pt", "config.json")
+    expected = ("config.json", STEP)
     assert manifest["config"]["pretrained"] == str(source)
     assert manifest["pretrained"] == {
         f"{source}/{name}": sha256(source / name) for name in expected
@@ -287,13 +400,14 @@ def test_offline_the_hub_models_come_from_the_cache(files, tmp_path):
         (model / "refs/main").write_text("0" * 40)
     done = python("-c", HUB_SCRIPT, cache=tmp_path)
     assert done.returncode == 0, done.stderr
-    expected = [f"{name}/model.safetensors" for name in (QWEN_HUB, DINO_HUB, SIGLIP_HUB)]
-    assert done.stdout.split() == expected
+    names = (QWEN_HUB, DINO_HUB, SIGLIP_HUB)
+    files = ("config.json", "model.safetensors")
+    assert done.stdout.split() == [f"{name}/{file}" for name in names for file in files]
 
 
 def test_offline_and_without_a_cache_the_error_says_what_to_do(tmp_path):
     flags = ("--preset", "tiny", "--pretrained", "hub", "--data", "none", "--out", tmp_path / "out")
     done = python("train.py", *map(str, flags), cache=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.startswith(f"error: {QWEN_HUB}: neither a folder nor to be had from the hub")
-    assert f"hf download {QWEN_HUB} --local-dir DIR/{QWEN}" in done.stderr
+    assert done.stderr.startswith(f"error: {QWEN_HUB}: not to be had from the hub")
+    assert f"hf download {QWEN_HUB} --include" in done.stderr and f"DIR/{QWEN}" in done.stderr

@@ -189,10 +189,10 @@ def test_a_folder_that_is_there_is_left_alone(pushed, publish, tmp_path):
     ("repo", "setting", "sentence"),
     [
         ("nobody", {}, "--repo nobody: expected USER/NAME"),
-        ("user/a--b", {}, "--repo user/a--b: not a name on the hub"),
+        ("user/a--b", {}, "user/a--b: not to be had from the hub"),
         ("user/new", {"token": ""}, "no token for the hub: hf auth login"),
         ("user/new", {"token": "hf_old"}, "hf auth login"),
-        ("other/new", {}, "hf auth login with a token that may write there"),
+        ("other/new", {}, "hf auth login, with a token that may"),
         ("user/new", {"offline": True}, "HF_HUB_OFFLINE is set"),
         ("user/new", {"url": NOWHERE}, "once there is a network"),
     ],
@@ -206,8 +206,8 @@ def test_a_push_that_cannot_be_ends_in_a_sentence(repo, setting, sentence, hub, 
 @pytest.mark.parametrize(
     ("repo", "setting", "sentence"),
     [
-        ("user/gone", {}, "user/gone: not on the hub, or not for this token"),
-        ("user/a--b", {}, "--repo user/a--b: not a name on the hub"),
+        ("user/gone", {}, "user/gone: not to be had .*Look at the name"),
+        ("user/a--b", {}, "user/a--b: not to be had from the hub"),
         (REPO, {"offline": True}, "HF_HUB_OFFLINE is set"),
         (REPO, {"url": NOWHERE}, "once there is a network"),
     ],

@@ -3,6 +3,7 @@
     python -m tools.doctor
     python -m tools.doctor --for train --data DATA --pretrained PRISM --out RUN/stage1
     python -m tools.doctor --for eval --checkpoint RUN/stage2 --out RUN/eval
+    python -m tools.doctor --checkpoint RUN/stage2 --data PACK  # and does it look, is it right?
     torchrun --nproc_per_node=8 -m tools.doctor --for train   # and do the ranks reach each other?
 
 One line per check: ok, warn or missing; what was got, what was expected; below it the command that
@@ -28,7 +29,7 @@ from config import PRESETS, TrainConfig, explained, model_config, quoted
 from model import AuxVLA
 from tools import checks
 from tools.check_assets import assets
-from tools.check_files import checkpoint_weights, demonstrations, pretrained_weights
+from tools.check_files import acting, checkpoint_weights, demonstrations, pretrained_weights
 from tools.checks import ROOT, Finding
 
 PATIENCE = 12.0  # seconds for a program that is started
@@ -161,6 +162,8 @@ def chosen(cfg: Doctor) -> Iterator[Callable[[], list[Finding]]]:
             yield partial(pretrained_weights, cfg.pretrained, cfg.preset, cfg.tokenizer)
     if cfg.checkpoint and cfg.part != "collect":
         yield partial(checkpoint_weights, cfg.checkpoint)
+    if cfg.checkpoint and cfg.data:
+        yield partial(acting, cfg.checkpoint, cfg.data, cfg.device)
     if cfg.part != "train":
         yield assets
         if torch.cuda.is_available():

@@ -24,18 +24,11 @@ from huggingface_hub import (
     get_token,
     snapshot_download,
 )
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,  # of the library it makes its requests with
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    XetDownloadError,
-)
 from safetensors.torch import load_file
 
 from checkpoint import MOMENTS, hidden, read_manifest, resolve, write
-from config import ADVICE, InputError, explained, quoted
+from config import InputError, explained, quoted
+from download import GO_ON, reachable
 from durable import sha256, sync, write_sealed
 from rows import ROWS
 from tools.report import code_commit, success_table
@@ -214,30 +207,11 @@ def card(repo: str, manifest: dict, evaluation: dict | None) -> str:
 
 @contextmanager
 def reaching(repo: str) -> Iterator[None]:
-    """Turn what the hub and the way to it may raise into an InputError."""
+    """download.reachable, for a name that --repo gives."""
     if repo.count("/") != 1:
         raise InputError(f"--repo {repo}: expected USER/NAME")
-    try:
+    with reachable(repo, GO_ON):
         yield
-    except HFValidationError as error:
-        raise InputError(f"--repo {repo}: not a name on the hub ({error})") from error
-    except OfflineModeIsEnabled as error:
-        raise InputError(
-            f"{repo}: HF_HUB_OFFLINE is set, so the hub is not asked. Unset it, or give the same "
-            "command on a machine with a network"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"{repo}: not on the hub, or not for this token: look at the name, then hf auth login"
-        ) from error
-    except (HTTPError, OSError, RuntimeError, XetDownloadError) as error:
-        if getattr(error, "errno", None) in ADVICE:  # the disk, not the hub
-            raise
-        denied = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
-        mend = "hf auth login with a token that may write there" if denied else (
-            "the same command goes on, once there is a network (HF_ENDPOINT names a mirror)"
-        )  # fmt: skip
-        raise InputError(f"{repo}: the hub said no, or nothing ({error}); {mend}") from error
 
 
 if __name__ == "__main__":
