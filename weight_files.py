@@ -142,8 +142,9 @@ def read_safetensors(files: list[Path], headers: bool = False) -> dict[str, Tens
                             "one of them: move the files of the older save into another folder"
                         )
                     shape = file.get_slice(key).get_shape()
-                    file_of[key], out[key] = path, (
-                        torch.empty(shape, device="meta") if headers else file.get_tensor(key)
+                    file_of[key], out[key] = (
+                        path,
+                        (torch.empty(shape, device="meta") if headers else file.get_tensor(key)),
                     )
         except SafetensorError as error:
             raise PretrainedError(

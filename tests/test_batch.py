@@ -345,7 +345,7 @@ def test_without_a_gpu_several_environments_are_refused_with_a_way_out(tmp_path)
 def test_what_a_gpu_simulation_loads_is_looked_for_before_any_worker_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(rollout, "device_of", lambda device: torch.device("cuda"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(InputError, match="libcuda.so: cannot open.*\n.*mend: sudo ln -s"):
+    with pytest.raises(InputError, match=r"libcuda.so: cannot open.*\n.*mend: sudo ln -s"):
         main(EvalConfig(tmp_path / "eval", policy="random", envs=4))
     assert not (tmp_path / "eval").exists()
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import CheckpointError
 from logs import Saver
 from tools import faults
 

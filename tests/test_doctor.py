@@ -197,9 +197,7 @@ def test_a_file_that_may_be_whole_is_named_by_what_keeps_it_from_us(plant):
         cwd=ROOT, env=os.environ | {"LD_PRELOAD": str(plant.tmp / "flock.so")},
         capture_output=True, text=True,
     )  # fmt: skip
-    wanted = [
-        text.format(plant.tmp / name / "0/close/fridge") for name, text in expected.items()
-    ]
+    wanted = [text.format(plant.tmp / name / "0/close/fridge") for name, text in expected.items()]
     assert done.stdout.splitlines() == wanted, done.stderr
 
 

@@ -245,7 +245,7 @@ def test_a_download_has_the_real_robot_and_is_refused_under_a_marker(assets, tmp
     assert (env.apartment(), Fetch.urdf_path) == (None, env.REAL_FETCH_URDF)
     shutil.copy(assets / "household.json", env.HOUSEHOLD)
     (tmp_path / "data/assets/mani_skill2_ycb/models/077_rubiks_cube").mkdir(parents=True)
-    with pytest.raises(InputError, match="household.json .*077_rubiks_cube of a download"):
+    with pytest.raises(InputError, match=r"household.json .*077_rubiks_cube of a download"):
         env.apartment()
 
 

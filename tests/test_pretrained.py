@@ -31,10 +31,11 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 from config import InputError, model_config
 from data import build_tokenizer
-from download import DATASETS, download
+from download import download
 from durable import sha256
 from model import VLM
 from pretrained import load_pretrained, source_of
+from tasks import HUB_DATASETS
 from train import main, parse
 from weight_files import (
     DINO_HUB,
@@ -341,13 +342,13 @@ def test_a_repository_without_weights_is_refused_naming_its_files(hub):
 
 
 def test_what_the_hub_gives_to_those_whom_it_knows_names_the_login(hub, tmp_path):
-    hub.gated = {PRISM, DATASETS["set_table"]}
+    hub.gated = {PRISM, HUB_DATASETS["set_table"]}
     for ask in (
         lambda: load(PRISM),
         lambda: build_tokenizer(replace(model_config("paper").llm, tokenizer=PRISM)),
         lambda: download(tmp_path / "data", tasks=("set_table",)),
     ):
-        with pytest.raises(InputError, match="401 .*hf auth login"):
+        with pytest.raises(InputError, match=r"401 .*hf auth login"):
             ask()
 
 

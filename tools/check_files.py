@@ -57,8 +57,10 @@ def demonstrations(folder: str | Path, seconds: float = SECONDS) -> list[Finding
             folder.with_name(name) for name in get_close_matches(folder.name, names, cutoff=0.5)
         ]
         near = [path for path in near if h5_files(path)]
-        mend = f"--data {quoted(near[0])}" if near else (
-            f"python data.py download --out {quoted(folder)}"
+        mend = (
+            f"--data {quoted(near[0])}"
+            if near
+            else (f"python data.py download --out {quoted(folder)}")
         )
         got = f"{folder}: {'no .h5 below it' if folder.is_dir() else 'not there'}"
         return [Finding("missing", "--data", got, "<task>/<subtask>/<target>.h5 and .json", mend)]
