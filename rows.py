@@ -104,7 +104,7 @@ ROWS = {
     # Table 3: segmentation and object pose, on pick and place of three tasks (Sec. 6.3)
     # GAP-13: such models train for 5 epochs (Sec. 6.1) or for 6 = 2 + 4 (Sec. 6.3); 6, which says
     # how they divide.
-    # SG-VLA prints 0.16 and 0.56 for SetTable in the first of these rows, and the same average.
+    # SG-VLA (its Table 4) prints 0.16 and 0.56, not 0.20 and 0.50, in the first of these rows.
     "auxvla-pick-place": _table_3(
         "AuxVLA (pick, place)", (), (6, 0, 0), 0.20, 0.50, 0.10, 0.33, 0.07, 0.40
     ),
