@@ -29,7 +29,8 @@ from config import PRESETS, TrainConfig, explained, model_config
 from model import AuxVLA
 from tools import checks
 from tools.check_assets import assets
-from tools.check_files import acting, checkpoint_weights, demonstrations, pretrained_weights
+from tools.check_files import checkpoint_weights, demonstrations, pretrained_weights
+from tools.check_policy import acting
 from tools.checks import ROOT, Finding
 
 MESA = (24, 3)  # what SAPIEN asks of lavapipe, Mesa's renderer for the CPU (tools/setup.sh)
