@@ -21,7 +21,8 @@ from demonstrations import Demonstrations
 from durable import read_sealed, sha256, write_sealed
 from policy import Policy
 from tools.check_assets import assets
-from tools.check_files import acting, checkpoint_weights, demonstrations, pretrained_weights
+from tools.check_files import checkpoint_weights, demonstrations, pretrained_weights
+from tools.check_policy import acting
 from tools.checks import Finding
 
 REPLICA = "data/scene_datasets/replica_cad_dataset"

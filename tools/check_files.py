@@ -3,17 +3,15 @@
     require(demonstrations("DATA"), checkpoint_weights("RUN/stage1"))
 
 Of demonstrations and packs as much is read as SECONDS allow, of weights the headers only; a finding
-says how much that was. A checkpoint beside its data is loaded, and acts for up to a minute.
+says how much that was.
 """
 
 import random
-import sys
 import time
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
@@ -21,24 +19,17 @@ from tokenizers import Tokenizer
 import checkpoint
 import pretrained
 from config import LABELS, PRESETS, InputError, TrainConfig, model_config, quoted
-from data import Batcher, build_tokenizer, check_tokenizer, tokenize
+from data import build_tokenizer, check_tokenizer
 from demonstrations import Demonstrations, h5_files, label_command, load_sidecar
 from durable import mend_of
-from model import VLM, AuxVLA, actions_to_bins
+from model import VLM, AuxVLA
 from pack import Pack
-from policy import Policy
-from samples import Frames, open_data
-from tools.checks import ROOT, Finding, brief, size
+from tools.checks import Finding, brief, size
 from trajectory import DataError
-from validation import action_accuracy
 from weight_files import DINO_HUB, LAST_STEPS, QWEN_HUB, SIGLIP_HUB, fetching
 
 SECONDS = 4.0  # for samples of demonstrations or a pack
 HASHED = 2e9  # bytes of a checkpoint, up to which it is compared with its sha256
-ACTING = 60.0  # seconds in which a checkpoint is looked at beside its data
-HELD_OUT = 256  # its frames, and episodes, at most
-EQUAL = 1e-5  # of the largest logit: what fp32 rounds
-CLIPPED = 0.1  # share of a dimension's actions outside the statistics: 0.02 in training
 
 WITH_OBJECT = ("pick", "place")  # the others move a part of the furniture (GAP-8)
 
@@ -228,122 +219,3 @@ def pretrained_weights(name: str, preset: str, tokenizer: str | None = None) -> 
         mend = f"{quoted('hf', 'download', cfg.llm.tokenizer)} tokenizer.json --local-dir FOLDER"
         expected = f"tokenizer.json of the LLM of --preset {preset}"
         return [*found, Finding("missing", "tokenizer", brief(error), expected, mend)]
-
-
-# --- A checkpoint beside its data ---
-
-
-def acting(
-    path: str | Path, data: str | Path, device: str | None = None, seconds: float = ACTING
-) -> list[Finding]:
-    """--checkpoint on --data: is it of this robot, does it look, is it right on held-out frames?"""
-    deadline = time.monotonic() + seconds
-    try:
-        policy = Policy.from_checkpoint(path, device)
-        cfg, of = policy.model.cfg, {"val_episodes": TrainConfig.val_episodes}
-        of |= policy.manifest["config"]
-        only = of.get("tasks", ()), of.get("subtasks", ())
-        frames = Frames(open_data(data), of["val_episodes"], False, cfg.history, *only)
-    except (InputError, FileNotFoundError) as error:
-        mend = f"python -m tools.doctor --for train --data {quoted(data)}"
-        return [Finding("missing", "acting", brief(error), "a checkpoint and its data", mend)]
-    known = policy.manifest["instructions"]
-    texts = [*frames.source.instructions, known[0], known[-1]]
-    batcher = Batcher(cfg, policy.stats, tokenize(texts, policy.tokenizer, cfg.llm))
-    on_gpu = policy.device.type == "cuda"
-    with torch.autocast(policy.device.type, torch.bfloat16, enabled=on_gpu):
-        return [
-            *name_findings(policy.manifest, frames.source), *statistics_findings(policy, frames),
-            *sight_findings(policy, frames, batcher),
-            *accuracy_findings(policy, frames, batcher, deadline),
-        ]  # fmt: skip
-
-
-def name_findings(manifest: dict, data: Demonstrations | Pack) -> list[Finding]:
-    """Do checkpoint and data name the same actions and joints, slot by slot?"""
-    found = []
-    for key in ("action_schema", "qpos_names"):
-        trained, here = manifest[key], getattr(data, key)
-        if None in (trained, here):  # MS-HAB's released files name neither
-            got = f"not named by the {'checkpoint' if trained is None else 'data'}, not compared"
-            found.append(Finding("ok", key, got))
-        elif wrong := checkpoint.differences(*(dict(enumerate(each)) for each in (here, trained))):
-            slots = "; slot ".join([*wrong.values()][:3])
-            got = f"data (here) and checkpoint (there) differ: slot {slots}"
-            mend = "python collect.py  # demonstrations of the checkpoint's robot"
-            found.append(Finding("missing", key, got, "the same in both", mend))
-        else:
-            found.append(Finding("ok", key, f"{len(here)} slots, the same in data and checkpoint"))
-    return found
-
-
-def statistics_findings(policy: Policy, frames: Frames) -> list[Finding]:
-    """Has each dimension a width, and do the held-out actions lie in it?"""
-    actions = frames.source.actions_of(frames.episode_ids[:HELD_OUT])  # [n, 13]
-    low, high = np.array(policy.stats.low), np.array(policy.stats.high)
-    outside = ((actions < low - 1e-6) | (actions > high + 1e-6)).mean(0)  # [13]
-    wide, constant = np.isfinite(high - low) & (high > low), (high == low) & (outside == 0)
-    schema = policy.manifest["action_schema"] or [{"name": ""}] * len(low)
-    mend = f"python train.py --stage 1 --data {quoted(frames.source.folder)} --out RUN/stage1"
-    found = []
-    for slot in np.flatnonzero(~constant & (~wide | (outside > CLIPPED))):
-        got = f"slot {slot} {schema[slot]['name']}: {low[slot]:.3g} to {high[slot]:.3g}, "
-        got += f"{outside[slot]:.0%} of {len(actions)} held-out actions outside"
-        state, expected = "missing", "a width, as the data have"
-        if wide[slot]:
-            state, expected = "warn", f"at most {CLIPPED:.0%}, which are clipped"
-        found.append(Finding(state, "action_stats", got, expected, mend))
-    got = f"{len(actions)} held-out actions, at most {outside.max():.1%} clipped in a dimension"
-    return found or [Finding("ok", "action_stats", f"{got}; {constant.sum()} are constant")]
-
-
-def sight_findings(policy: Policy, frames: Frames, batcher: Batcher) -> list[Finding]:
-    """Do pictures, depth and instruction change the logits of the action tokens?"""
-    raw, known = frames[np.array([0])], policy.manifest["instructions"]
-    *_, one, other = range(len(batcher.prompts[0]))
-    same = torch.ones_like(raw["instruction"])
-    raw |= {"rgb": raw["rgb"] * 0, "depth": raw["depth"] * 0 + 500, "instruction": same * one}
-    changes = {"black and white pictures": {"rgb": raw["rgb"] + 255}}
-    if policy.model.cfg.depth:
-        changes["depths of 0.5 and 2 m"] = {"depth": raw["depth"] * 4}
-    if known[0] != known[-1]:
-        changes["two instructions"] = {"instruction": same * other}
-    logits, _ = policy.model.teacher_forced(batcher(raw, policy.device))
-    found = []
-    for what, change in changes.items():
-        changed, _ = policy.model.teacher_forced(batcher(raw | change, policy.device))
-        differ, largest = ((x.abs().max().item()) for x in (changed - logits, logits))
-        if differ > EQUAL * largest:
-            got = f"{what}: logits up to {largest:.2g} differ by up to {differ:.2g}"
-            found.append(Finding("ok", "acting", got))
-            continue
-        expected = (
-            "others: weights are lost, or a newer library leaves them out (openvla's issue 346)"
-        )
-        mend = f"{sys.executable} -m pip install -r {quoted(ROOT / 'requirements.txt')}"
-        found.append(Finding("missing", "acting", f"{what}: equal logits", expected, mend))
-    if known[0] == known[-1]:
-        got = f"no second instruction to compare: the checkpoint knows {known[0]!r} alone"
-        found.append(Finding("ok", "acting", got))
-    return found
-
-
-def accuracy_findings(
-    policy: Policy, frames: Frames, batcher: Batcher, deadline: float
-) -> list[Finding]:
-    """The share of held-out action tokens that are right, on the frames that there is time for."""
-    rows, began = np.random.default_rng(0).permutation(len(frames))[:HELD_OUT], time.monotonic()
-    bins, true, each, count = [], [], 0.0, 1
-    while len(true) < len(rows) and (not true or time.monotonic() + count * each < deadline):
-        batch = batcher(frames[rows[len(true) : len(true) + count]], policy.device)
-        bins += policy.model.teacher_forced(batch)[0].argmax(-1).cpu()
-        true += actions_to_bins(batch["actions"][:, 0], policy.model.cfg.bins).cpu()
-        each, count = (time.monotonic() - began) / len(true), min(16, 2 * count)
-    figure = action_accuracy({"bins": torch.stack(bins), "true_bins": torch.stack(true)}, batcher)
-    got = f"{figure['ours']:.3f} of the tokens right on {len(true)} of {len(frames)} held-out "
-    got += f"frames, {each:.2g} s each"
-    better = f"above the best constant's {figure['trivial']:.3f}"
-    if figure["ours"] > figure["trivial"]:
-        return [Finding("ok", "accuracy", f"{got}, {better}")]
-    mend = f"python train.py --stage {policy.manifest['stage']} --data DATA  # its data, longer"
-    return [Finding("warn", "accuracy", got, better, mend)]

@@ -29,7 +29,8 @@ from config import PRESETS, TrainConfig, explained, model_config, quoted
 from model import AuxVLA
 from tools import checks
 from tools.check_assets import assets
-from tools.check_files import acting, checkpoint_weights, demonstrations, pretrained_weights
+from tools.check_files import checkpoint_weights, demonstrations, pretrained_weights
+from tools.check_policy import acting
 from tools.checks import ROOT, Finding
 
 PATIENCE = 12.0  # seconds for a program that is started
