@@ -107,10 +107,10 @@ class CollectConfig:
 def attempts(cfg: CollectConfig, jobs: Iterator[Job]) -> Iterator[list[tuple]]:
     """Attempt each job's seeds; one simulator, kept while the target stays the same."""
     several = SubtaskEnv if cfg.envs == 1 else SubtaskEnvs
-    for (target, cupboard), same in groupby(jobs, attrgetter("column", "cupboard")):
+    for target, same in groupby(jobs, attrgetter("column")):
         envs = several(
             cfg.task, cfg.subtask, target, cfg.split, real_meshes=cfg.real_meshes,
-            simulation=simulation_of(cfg.envs), num_envs=cfg.envs, cupboard=cupboard,
+            simulation=simulation_of(cfg.envs), num_envs=cfg.envs,
         )  # fmt: skip
         expert = cfg.policy(target, envs.mshab.device) or ScriptedExpert(envs)
         for job in same:
@@ -243,7 +243,7 @@ def collect(cfg: CollectConfig, recording: Recording, target: str, workers: Work
     def next_job(running: list[Job]) -> Job | None:
         busy = [seed for job in running for seed in job.seeds]
         seeds = next_seeds(recording, busy, episodes, cfg.envs, cupboard_of)
-        return Job(target, seeds, cupboard=cupboard_of(seeds[0])) if seeds else None
+        return Job(target, seeds) if seeds else None
 
     recording.start()
     bar = tqdm(total=episodes, initial=recording.successes, desc=target, disable=None)

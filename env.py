@@ -11,6 +11,8 @@ ReplicaCAD. MS_ASSET_DIR is read when mani_skill is imported, so it must be set 
 """
 
 import os
+import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from einops import rearrange
 from mani_skill import ASSET_DIR
 from mani_skill.agents.robots.fetch.fetch import Fetch
 from mani_skill.utils import common, sapien_utils
-from mshab.envs.planner import Subtask, plan_data_from_file
+from mshab.envs.planner import Subtask, TaskPlan, plan_data_from_file
 
 import tasks
 from config import ACTION_DIM
@@ -48,9 +50,9 @@ class SubtaskEnvs:
 
     `target` is an object, an articulation or "all", as MS-HAB names its task plans. With
     `obs_mode="state_dict"` there are no images. ManiSkill simulates several on a GPU alone, by
-    `simulation="physx_cuda"`, and only where all have the same `cupboard` (`cupboard_of`): it
-    cannot view a fridge and a drawer as one. `mshab` is the unwrapped MS-HAB environment,
-    `episodes` says what each was started with. Observations are on the simulation's device.
+    `simulation="physx_cuda"`, and only episodes of one cupboard (`cupboards`) at once: it cannot
+    view a fridge and a drawer as one. `mshab` is the unwrapped MS-HAB environment, `episodes` says
+    what each was started with. Observations are on the simulation's device.
 
     Raises FileNotFoundError when MS_ASSET_DIR is not set or lacks the files.
     """
@@ -65,20 +67,21 @@ class SubtaskEnvs:
         real_meshes: bool = False,
         simulation: str = "physx_cpu",
         num_envs: int = 1,
-        cupboard: str | None = None,  # None: any
     ):
         plan_file, spawn_file = plan_files(task, subtask, target, split)
         self._address = dict(task=task, subtask=subtask, target=target, split=split)
         plan_data = plan_data_from_file(plan_file)
         self._plans, self.num_envs = plan_data.plans, num_envs
-        kinds = enumerate(cupboard_of(plan.subtasks[0]) for plan in self._plans)
-        self._given = [i for i, kind in kinds if cupboard in (None, kind)]  # those MS-HAB has
-        spawns = torch.load(spawn_file, map_location="cpu", weights_only=True)
-        self._starts = {uid: len(spawn["robot_qpos"]) for uid, spawn in spawns.items()}
+        self._starts = torch.load(spawn_file, map_location="cpu", weights_only=True)
+        # The file has no name, so that a killed process leaves none behind.
+        self._unnamed = tempfile.TemporaryFile()
+        self._start_file = f"/proc/self/fd/{self._unnamed.fileno()}"
+        self._write_starts(self._plans[:1])
         light = apartment() is not None and not real_meshes
         Fetch.urdf_path = str(LIGHT_FETCH_URDF) if light else REAL_FETCH_URDF
         # MS-HAB's own arguments (mshab/envs/make.py) without its wrappers, which drop the colours,
-        # and without gymnasium's: the horizon is the caller's.
+        # and without gymnasium's: the horizon is the caller's. It gets one plan here, the others
+        # below: at each reset it reads the episode file and the start poses of every plan it has.
         self.mshab = gymnasium.make(
             f"{subtask.capitalize()}SubtaskTrain-v0",
             num_envs=num_envs,
@@ -90,33 +93,43 @@ class SubtaskEnvs:
             reward_mode="normalized_dense",
             render_mode="rgb_array",
             max_episode_steps=tasks.HORIZON,
-            task_plans=[self._plans[i] for i in self._given],
+            task_plans=self._plans[:1],
             scene_builder_cls=plan_data.dataset,
-            spawn_data_fp=spawn_file,
+            spawn_data_fp=self._start_file,
             require_build_configs_repeated_equally_across_envs=False,
             add_event_tracker_info=True,
             reconfiguration_freq=0,
             human_render_camera_configs=VIDEO_CAMERA,
         ).unwrapped
+        self.mshab.base_task_plans = {(plan.subtasks[0].uid,): plan for plan in self._plans}
+        self.mshab.bc_to_task_plans = defaultdict(list)
+        for plan in self._plans:
+            self.mshab.bc_to_task_plans[plan.build_config_name].append(plan)
+        # A set, as MS-HAB's own: its order decides init_config_idx and the order of the objects.
+        self._episode_files = {plan.init_config_name for plan in self._plans}
+        self._scene_of = {plan.init_config_name: plan.build_config_name for plan in self._plans}
         self.episodes, self.elapsed = [], 0
 
     def start(self, seeds: Sequence[int]) -> dict:
         """Start an episode in each environment; its seed names a plan and a start (`choose`)."""
         chosen = [self.choose(seed) for seed in seeds]
-        scenes = [self._plans[plan].build_config_name for plan, _ in chosen]
-        names, places = self.mshab.scene_builder.build_configs, []
-        for (plan, _), scene in zip(chosen, scenes, strict=True):  # counted within the scene
-            of_scene = [i for i in self._given if self._plans[i].build_config_name == scene]
-            places.append(of_scene.index(plan))
+        plans = [self._plans[plan] for plan, _ in chosen]
+        scenes = [plan.build_config_name for plan in plans]
+        of_scene, names = self.mshab.bc_to_task_plans, self.mshab.scene_builder.build_configs
         options = dict(
             # Rebuilt every time. On its own, one environment would only ever build the first scene
             # of its plans; and a scene kept from the episode before shows through in a few pixels
             # of the first picture.
             reconfigure=True,
             build_config_idxs=[names.index(scene) for scene in scenes],
-            task_plan_idxs=torch.tensor(places),
+            task_plan_idxs=torch.tensor([of_scene[p.build_config_name].index(p) for p in plans]),
             spawn_selection_idxs=[spawn for _, spawn in chosen],
         )
+        self._write_starts(plans)
+        # Every episode file of these scenes: a scene is built with the objects of all its episodes.
+        self.mshab._init_config_names = [
+            file for file in self._episode_files if self._scene_of[file] in scenes
+        ]
         obs, _ = self.mshab.reset(seed=list(seeds), options=options)
         self.elapsed = 0
         self.episodes = [
@@ -125,7 +138,7 @@ class SubtaskEnvs:
                 seed=seed,
                 plan=plan,
                 spawn=spawn,
-                subtask_uid=self._plans[plan].subtasks[0].uid,
+                subtask_uid=plans[i].subtasks[0].uid,
                 scene=scenes[i],
                 build_config_idx=self.mshab.build_config_idxs[i],
                 task_plan_idx=int(self.mshab.task_plan_idxs[i]),
@@ -141,7 +154,12 @@ class SubtaskEnvs:
         """The indices of the plan in its file and of its start pose: a pure function of `seed`."""
         plan, rng = tasks.draw_plan(seed, len(self._plans))
         uid = self._plans[plan].subtasks[0].uid
-        return plan, int(rng.integers(self._starts[uid]))
+        return plan, int(rng.integers(len(self._starts[uid]["robot_qpos"])))
+
+    def _write_starts(self, plans: Sequence[TaskPlan]) -> None:
+        """Write the file of start poses that MS-HAB reads at its next reset: those of `plans`."""
+        uids = [plan.subtasks[0].uid for plan in plans]
+        torch.save({uid: self._starts[uid] for uid in uids}, self._start_file)
 
     def move(self, actions: np.ndarray) -> tuple[dict, dict]:
         """Apply to each environment its action, [N, 13] in [-1, 1], 1/20 s.

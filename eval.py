@@ -50,7 +50,7 @@ from tools.film import Film
 from tools.report import code_commit, success_table
 from workers import Workers
 
-ALIKE = ("column", "filmed", "cupboard")  # jobs for which a simulator is kept
+ALIKE = ("column", "filmed")  # jobs for which a simulator is kept
 LIBRARIES = ("torch", "mani_skill", "praxis-mshab", "sapien", "numpy")
 
 
@@ -146,14 +146,14 @@ POLICIES = {
 # --- In a worker ---
 
 
-def simulator(cfg: EvalConfig, column: str, filmed: bool, cupboard: str | None) -> SubtaskEnvs:
+def simulator(cfg: EvalConfig, column: str, filmed: bool) -> SubtaskEnvs:
     """Only what is read is rendered: segmentation, which a film shows, takes a third of a step."""
     what, alone = COLUMNS[column], filmed or cfg.envs == 1
     return (SubtaskEnv if alone else SubtaskEnvs)(
         cfg.task, what.subtask, what.target_in(cfg.task), cfg.split,
         obs_mode=Film.obs_mode if filmed else POLICIES[cfg.policy].obs_mode,
         real_meshes=cfg.real_meshes, simulation=cfg.simulation,
-        num_envs=1 if alone else cfg.envs, cupboard=cupboard,
+        num_envs=1 if alone else cfg.envs,
     )  # fmt: skip
 
 
@@ -169,8 +169,8 @@ def film_of(cfg: EvalConfig, column: str, seed: int) -> list[Path]:
 def run_jobs(cfg: EvalConfig, jobs: Iterable[Job]) -> Iterator[list[dict]]:
     """Yield each job's episodes; one simulator at a time, kept while it renders the same."""
     learned = Policy.from_checkpoint(cfg.checkpoint, cfg.device) if cfg.checkpoint else None
-    for (column, filmed, cupboard), same in groupby(jobs, attrgetter(*ALIKE)):
-        envs = simulator(cfg, column, filmed, cupboard)
+    for (column, filmed), same in groupby(jobs, attrgetter(*ALIKE)):
+        envs = simulator(cfg, column, filmed)
         if learned is not None:
             check_schema(envs, learned.manifest)
             learned.predict = filmed  # what the decoders read is only drawn

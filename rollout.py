@@ -57,17 +57,19 @@ class Job(NamedTuple):
     column: str
     seeds: list[int]
     filmed: bool = False
-    cupboard: str | None = None  # that of all its episodes (env.cupboard_of); None: any
 
 
 def batches(episodes: Iterable[tuple[str, int, bool, str | None]], envs: int) -> list[Job]:
-    """Episodes (column, seed, filmed, cupboard) as jobs of at most `envs`; a film has its own."""
+    """Episodes (column, seed, filmed, cupboard) as jobs of at most `envs`, alike but in the seed.
+
+    A filmed episode has a job of its own.
+    """
     alike: dict[tuple, list[int]] = {}
     for column, seed, filmed, cupboard in episodes:
         alike.setdefault((column, filmed, cupboard), []).append(seed)
     return [
-        Job(column, seeds[i : i + size], filmed, cupboard)
-        for (column, filmed, cupboard), seeds in alike.items()
+        Job(column, seeds[i : i + size], filmed)
+        for (column, filmed, _), seeds in alike.items()
         for size in [1 if filmed else envs]
         for i in range(0, len(seeds), size)
     ]

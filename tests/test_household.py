@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from mani_skill.agents.robots.fetch.fetch import Fetch
+from processes import start
 
 import env
 import tasks
@@ -225,6 +226,14 @@ def test_a_seed_is_an_episode(reports, assets):
 def test_every_scene_of_the_split_is_built(reports):
     assert len({e["scene"] for r in reports for e in r["episodes"] if r["split"] == "train"}) == 3
     assert len({e["scene"] for r in reports for e in r["episodes"] if r["split"] == "val"}) > 1
+
+
+def test_a_reset_reads_the_episodes_of_its_scene_alone_however_many_plans_there_are(
+    assets, tmp_path
+):
+    output, errors = start("tests/crowded.py", assets, tmp_path / "many", 60, 20).communicate()
+    assert output, errors
+    assert set(json.loads(output)["files"]) == {2 * 60 // 20}  # MS-HAB opens each twice
 
 
 def test_a_missing_asset_folder_is_named_with_the_command_that_mends_it(tmp_path):

@@ -26,6 +26,7 @@ from validation import action_accuracy
 ACTING = 60.0  # seconds in which a checkpoint is looked at beside its data
 HELD_OUT = 256  # its frames, and episodes, at most
 EQUAL = 1e-5  # of the largest logit: what fp32 rounds
+RARE = 3  # tokens in a dimension of the data, up to which one predicted token is no surprise
 CLIPPED = 0.1  # share of a dimension's actions outside the statistics: 0.02 in training
 
 
@@ -147,11 +148,24 @@ def accuracy_findings(
         bins += policy.model.teacher_forced(batch)[0].argmax(-1).cpu()
         true += actions_to_bins(batch["actions"][:, 0], policy.model.cfg.bins).cpu()
         each, count = (time.monotonic() - began) / len(true), min(16, 2 * count)
+    found = [token_finding(policy, torch.stack(bins), torch.stack(true))]
     figure = action_accuracy({"bins": torch.stack(bins), "true_bins": torch.stack(true)}, batcher)
     got = f"{figure['ours']:.3f} of the tokens right on {len(true)} of {len(frames)} held-out "
     got += f"frames, {each:.2g} s each"
     better = f"above the best constant's {figure['trivial']:.3f}"
     if figure["ours"] > figure["trivial"]:
-        return [Finding("ok", "accuracy", f"{got}, {better}")]
+        return [*found, Finding("ok", "accuracy", f"{got}, {better}")]
     mend = f"python train.py --stage {policy.manifest['stage']} --data DATA  # its data, longer"
-    return [Finding("warn", "accuracy", got, better, mend)]
+    return [*found, Finding("warn", "accuracy", got, better, mend)]
+
+
+def token_finding(policy: Policy, bins: torch.Tensor, true: torch.Tensor) -> Finding:
+    """How many different tokens each action dimension has, predicted and recorded [n, 13]."""
+    schema = policy.manifest["action_schema"] or [{"name": f"action {i}"} for i in range(13)]
+    used = [(len(p.unique()), len(t.unique())) for p, t in zip(bins.T, true.T)]
+    texts = [f"{slot['name']} {p} of {t}" for slot, (p, t) in zip(schema, used)]
+    got = f"different tokens, predicted of recorded: {', '.join(texts)}"
+    if all(p > 1 or t <= RARE for p, t in used):
+        return Finding("ok", "tokens", got)
+    expected = "more than one where the data have many: longer training, or --action-bounds"
+    return Finding("warn", "tokens", got, expected)
