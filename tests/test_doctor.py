@@ -137,9 +137,9 @@ def test_a_mend_that_is_pasted_loses_no_file(name, plant):
     for folder in (plant.tmp, top / "my", top / "data", top / "(é)", top / "bin"):
         folder.mkdir()
         (folder / "neighbour").write_text(str(folder))
-    for program in ("python", "hf"):
-        (top / "bin" / program).write_text("#!/bin/sh\n")
-        (top / "bin" / program).chmod(0o755)
+    for name in ("python", "hf"):
+        (top / "bin" / name).write_text("#!/bin/sh\n")
+        (top / "bin" / name).chmod(0o755)
     found = [each for each in FAULTS[name][0](plant) if each.mend]
     before = Counter(path.read_bytes() for path in top.rglob("*") if path.is_file())
     for mend in [each.mend for each in found]:
@@ -224,7 +224,7 @@ def test_nothing_is_found_where_nothing_is_missing(whole, assets, monkeypatch):
 
 def test_reading_samples_ends_at_its_time_and_says_how_far_it_came(whole):
     (found,) = demonstrations(whole / "pack", seconds=0)
-    assert "sha256 of 1 of 2 files compared (all: python data.py verify" in found.got
+    assert "sha256 of 1 of 3 files compared (all: python data.py verify" in found.got
     assert "read in 0 files" in demonstrations(whole / "demos", seconds=0)[0].got
 
 

@@ -1,25 +1,33 @@
 """The README's way from clone to a row of Table 2, its commands as they are printed.
 
-Tiny where the real thing is large: a server of the hub's protocol that serves recorded files of two
-task types, the generated apartment in the real folders, a tiny model for a few steps.
+Tiny where the real thing is large, and with the real things' quirks: a server of the hub's protocol
+that has three steps of the VLM and no latest-checkpoint.pt, demonstrations of 200 steps that stand
+still after their success, without masks, base position or names, with actions beyond [-1, 1]; the
+apartment in a folder of its own beside the generated one; a few steps of training.
 """
 
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import h5py
+import numpy as np
 from hub_server import Hub
+from originals import STEP, build_originals, prismatic_components, save_prismatic
+from test_pretrained import CFG, PRISM
 
-from tasks import HUB_DATASETS
+from tasks import HORIZON, HUB_DATASETS
 
 ROOT = Path(__file__).parents[1]
 SECTION = (ROOT / "README.md").read_text().split("## The real benchmark")[1].split("\n## ")[0]
 SMALLER = {
     "train.py": "--preset tiny --steps 3 --batch-size 8 --micro-batch 8 --workers 0 --device cpu "
-    "--val-frames 8",
+    f"--val-frames 8 --pretrained {PRISM} --model.dino.depth 3 --model.dino.registers 4 "
+    "--model.siglip.depth 3 --model.llm.kv-heads 2",
     "eval.py": "--episodes 3 --horizon 3 --columns close_drawer open_fridge --device cpu "
     "--workers 2",
 }
@@ -28,7 +36,8 @@ SMALLER = {
 def printed() -> list[list[str]]:
     """The section's first commands; the one that downloads the apartments is not run here."""
     lines = SECTION.split("```")[1].strip().splitlines()
-    assert len(lines) == 6 and "MS_ASSET_DIR" in lines[0] and "download_asset" in lines[1]
+    assert lines[0] == "export MS_ASSET_DIR=$PWD/replica_cad" and "download_asset" in lines[1]
+    assert len(lines) == 6
     return [shlex.split(line) for line in lines[2:]]
 
 
@@ -40,30 +49,77 @@ def smaller(command: list[str]) -> list[str]:
     return [*start, *command[1:], *SMALLER.get(program, "").split()]
 
 
-def test_five_commands_lead_from_the_released_files_to_a_filled_row(assets, tmp_path):
-    released, served = tmp_path / "released", {}
+def release(path: Path) -> None:
+    """Make of a recording what MS-HAB released: 201 observations, raw actions, no labels."""
+    with h5py.File(path, "r+") as file:
+        for group in file.values():
+            steps, sets = len(group["actions"]), []
+            del group["labels"]
+            group.visititems(lambda key, at, sets=sets: sets.append((key, at)))
+            for key, at in sets:
+                if isinstance(at, h5py.Dataset):
+                    last = at[-1:] * (0 if key == "actions" else 1)
+                    value = np.concatenate([at[:], *[last] * (HORIZON - steps)])
+                    del group[key]
+                    group.create_dataset(key, data=value, compression="gzip")
+            group["actions"][3, 12] = 12.5
+    sidecar = path.with_suffix(".json")
+    content = json.loads(sidecar.read_text())
+    content = {"env_info": content["env_info"], "episodes": content["episodes"]}
+    for episode in content["episodes"]:
+        del episode["instruction"]
+        episode["elapsed_steps"] = HORIZON
+    sidecar.write_text(json.dumps(content))
+
+
+def repositories(folder: Path) -> dict[str, dict[str, bytes]]:
+    """The hub's: recorded demonstrations of two subtasks, and the VLM as it was uploaded."""
+    served = {}
     for subtask, target in (("close", "kitchen_counter"), ("open", "fridge")):
         flags = f"--task set_table --subtask {subtask} --target {target} --episodes 2"
-        command = [sys.executable, "collect.py", *flags.split(), "--out", released]
+        command = [sys.executable, "collect.py", *flags.split(), "--out", folder]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    folder = released / "set_table"
-    for path in folder.rglob("*.*"):
-        if path.suffix in (".h5", ".json"):
-            served[str(path.relative_to(folder))] = path.read_bytes()
-    hub = Hub({HUB_DATASETS["set_table"]: served})
+        path = folder / f"set_table/{subtask}/{target}.h5"
+        release(path)
+        for file in (path, path.with_suffix(".json")):
+            served[f"{subtask}/{file.name}"] = file.read_bytes()
+    vlm = prismatic_components(build_originals(CFG, CFG.image_size), CFG, folder / "parts")
+    prism = save_prismatic(vlm, folder / "prism")
+    files = {name: (prism / name).read_bytes() for name in ("config.json", STEP)}
+    files |= {"README.md": b"", "checkpoints/step-010396-epoch-00-loss=0.6.pt": b"an older step"}
+    return {HUB_DATASETS["set_table"]: served, PRISM: files}
+
+
+def test_five_commands_lead_from_the_released_files_to_a_filled_row(assets, tmp_path):
+    hub = Hub(repositories(tmp_path / "released"))
+    (tmp_path / "replica_cad").symlink_to(assets)
+    shutil.copytree(assets, tmp_path / "assets")
     environment = os.environ | {
         "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf-home"), "HF_HUB_OFFLINE": "0",
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+        "MS_ASSET_DIR": str(tmp_path / "replica_cad"),
     }  # fmt: skip
     for path in ROOT.glob("*.py"):
         (tmp_path / path.name).symlink_to(path)
+    said = ""
     for command in map(smaller, printed()):
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
+        said += done.stdout
+        if "download" in command:  # as `hf download` names the folder
+            (tmp_path / "DATA/set_table").rename(tmp_path / "DATA/MS-HAB-SetTable")
     hub.shutdown()
     hub.server_close()
+    assert "of action values clipped to [-1, 1], as the controller does" in said
+    assert [name for name in hub.fetched if name.endswith(".pt")] == [STEP]
+    trained = json.loads((tmp_path / "RUN/stage2/config.json").read_text())
+    assert trained["pretrained"] == PRISM and trained["model"]["decoders"] == [
+        "pos",
+        "grasp",
+        "qpos",
+    ]
     columns = json.loads((tmp_path / "RUN/eval/results.json").read_text())["columns"]
     assert {name: column["n"] for name, column in columns.items()} == {
         "close_drawer": 3, "open_fridge": 3

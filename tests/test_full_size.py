@@ -82,7 +82,7 @@ def test_a_prismatic_file_of_5_gb_loads_within_a_minute_and_12_gb(tmp_path):
     assert figures["build_s"] + figures["load_s"] <= 60 and figures["peak_gb"] <= 12
 
 
-STEP = """
+ONE_STEP = """
 import json, time, torch
 from test_full_size import PAPER, AuxVLA, make_batch
 model = AuxVLA(PAPER)
@@ -98,7 +98,7 @@ assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters)
 
 
 def test_one_stage_2_step_with_all_five_decoders_runs():
-    figures = measure(STEP)
+    figures = measure(ONE_STEP)
     assert all(0 < figures[name] < 100 for name in ("action", *LABELS))
 
 

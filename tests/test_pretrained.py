@@ -408,7 +408,9 @@ def test_offline_the_hub_models_come_from_the_cache(files, tmp_path):
 
 
 def test_offline_and_without_a_cache_the_error_says_what_to_do(tmp_path):
-    flags = ("--preset", "tiny", "--pretrained", "hub", "--data", "none", "--out", tmp_path / "out")
+    write_demos(tmp_path / "data/set_table/close/fridge", lengths=(40, 8))
+    flags = ("--preset", "tiny", "--pretrained", "hub", "--data", tmp_path / "data")
+    flags += ("--out", tmp_path / "out")
     done = python("train.py", *map(str, flags), cache=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith(f"error: {QWEN_HUB}: not to be had from the hub")

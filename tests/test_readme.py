@@ -20,10 +20,11 @@ from tools.tables import lines_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```\w*\n(.*?)```", README, re.S)
-COMMANDS = [
-    line for block in BLOCKS for line in block.splitlines() if re.match(r"(python|torchrun) ", line)
-]
+PAGES = "\n".join([README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))])
+BLOCKS = re.findall(r"```\w*\n(.*?)```", PAGES, re.S)
+LINES = [line for block in BLOCKS for line in block.splitlines()]
+LINES += re.findall(r"^\| \d+ \| `(.*?)`", PAGES, re.M)  # the commands of a numbered table
+COMMANDS = [line for line in LINES if re.match(r"(python|torchrun) (?!-c)", line)]
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("household/*.py"), *ROOT.glob("tools/*.py")]
 
 
