@@ -137,9 +137,9 @@ def test_a_mend_that_is_pasted_loses_no_file(name, plant):
     for folder in (plant.tmp, top / "my", top / "data", top / "(é)", top / "bin"):
         folder.mkdir()
         (folder / "neighbour").write_text(str(folder))
-    for name in ("python", "hf"):
-        (top / "bin" / name).write_text("#!/bin/sh\n")
-        (top / "bin" / name).chmod(0o755)
+    for tool in ("python", "hf"):
+        (top / "bin" / tool).write_text("#!/bin/sh\n")
+        (top / "bin" / tool).chmod(0o755)
     found = [each for each in FAULTS[name][0](plant) if each.mend]
     before = Counter(path.read_bytes() for path in top.rglob("*") if path.is_file())
     for mend in [each.mend for each in found]:
