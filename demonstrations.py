@@ -15,6 +15,8 @@ or that can be derived. A frame that cannot be read is a DataError naming file, 
 import io
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -148,19 +150,23 @@ class Demonstrations:
                 self.instructions.index(text),
             )  # fmt: skip
             self.recorded.append(episode.length)
-            if self.truncate:
-                episode = replace(episode, length=self._first_success(episode))
             self.episodes.append(episode)
+            if self.truncate:
+                length = self._first_success(len(self.episodes) - 1)
+                self.episodes[-1] = replace(episode, length=length)
 
-    def _first_success(self, entry: Episode) -> int:
+    def _first_success(self, episode: int) -> int:
         """Steps up to the first success, that one included; all if there is none."""
-        success = self._group(entry).get("success")
+        entry = self.episodes[episode]
+        group, _, where = self._open(episode)
+        with self._reading(episode):
+            success = group["success"][:] if "success" in group else None
         if success is None or success.shape != (entry.length,):
             raise DataError(
-                f"{self.folder / entry.file}, {entry.trajectory}: success is {success}, expected "
-                f"one for each of {entry.length} steps. Read it untruncated, or record it again."
+                f"{where}: success is {success}, expected one for each of {entry.length} steps. "
+                "Read it whole (--no-truncate-at-success), or record it again"
             )
-        return int(np.argmax(success[:])) + 1 if np.any(success[:]) else entry.length
+        return int(np.argmax(success)) + 1 if success.any() else entry.length
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -194,45 +200,47 @@ class Demonstrations:
         """All frames of an episode, [T] of RECORD."""
         return self._read(episode, 0, self.episodes[episode].length)
 
-    def _actions(self, episode: int) -> tuple[h5py.Group, np.ndarray, str]:
-        """A trajectory's group, its actions [T, 13] as recorded, and its name for errors."""
-        entry = self.episodes[episode]
-        where, group = f"{self.folder / entry.file}, {entry.trajectory}", self._group(entry)
-        return group, read_actions(group, self.recorded[episode], where)[: entry.length], where
-
     def actions_of(self, episodes: np.ndarray) -> np.ndarray:
         """All actions of these episodes, [n, 13] in [-1, 1]."""
-        return clip(np.concatenate([self._actions(episode)[1] for episode in episodes]))
+        return clip(np.concatenate([self._open(episode)[1] for episode in episodes]))
 
     def survey(self, episodes: np.ndarray) -> np.ndarray:
         """Labels and ranges of these episodes, [n] of SURVEY."""
-        return np.array([survey(*self._actions(episode)) for episode in episodes], SURVEY)
+        out = np.zeros(len(episodes), SURVEY)
+        for row, episode in enumerate(episodes):
+            with self._reading(episode):
+                out[row] = survey(*self._open(episode))
+        return out
 
-    def _group(self, entry: Episode) -> h5py.Group:
+    def _open(self, episode: int) -> tuple[h5py.Group, np.ndarray, str]:
+        """A trajectory's group, its actions [T, 13] as recorded, and its name for errors."""
+        entry = self.episodes[episode]
+        where = f"{self.folder / entry.file}, {entry.trajectory}"
+        with self._reading(episode):
+            group = open_h5(str(self.folder / entry.file), os.getpid())[entry.trajectory]
+            actions = read_actions(group, self.recorded[episode], where)
+        return group, actions[: entry.length], where
+
+    def _read(self, episode: int, first: int, last: int) -> np.ndarray:
+        with self._reading(episode, f", frames {first}..{last - 1}"):
+            group, actions, where = self._open(episode)
+            out = read_frames(group, actions, first, last, where)
+        out["instruction"], out["episode"] = self.episodes[episode].instruction, episode
+        return out
+
+    @contextmanager
+    def _reading(self, episode: int, frames: str = "") -> Iterator[None]:
+        """Turn what h5py raises into a DataError that names the place and what mends it."""
+        entry = self.episodes[episode]
         path = self.folder / entry.file
         try:
-            return open_h5(str(path), os.getpid())[entry.trajectory]
+            yield
         except (OSError, KeyError) as error:
             mend = mend_of(path, error)
             raise DataError(
-                f"{path}, {entry.trajectory}: cannot be opened ({error}). "
-                + (f"It may be whole: {mend}" if mend else f"It is cut off, or not {DESCRIBED}")
-            ) from error
-
-    def _read(self, episode: int, first: int, last: int) -> np.ndarray:
-        entry = self.episodes[episode]
-        where = f"{self.folder / entry.file}, {entry.trajectory}"
-        try:
-            group, actions, _ = self._actions(episode)
-            out = read_frames(group, actions, first, last, where)
-        except (OSError, KeyError) as error:
-            mend = mend_of(self.folder / entry.file, error)
-            raise DataError(
-                f"{where}, frames {first}..{last - 1}: {error}. "
+                f"{path}, {entry.trajectory}{frames}: cannot be read ({error}). "
                 + (f"It may be whole: {mend}" if mend else f"It is damaged, or not {DESCRIBED}")
             ) from error
-        out["instruction"], out["episode"] = entry.instruction, episode
-        return out
 
 
 def instruction_of(path: Path, entry: dict) -> str:

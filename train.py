@@ -132,12 +132,14 @@ def choose_decoders(cfg: TrainConfig, frames: Frames, is_main: bool) -> TrainCon
     Stage 3 keeps its VLM's decoders. Raises InputError for a decoder that was asked for.
     """
     default = cfg.model.decoders == LABELS and not cfg.row
-    if cfg.stage == 3:
+    if cfg.stage == 3 and default:
         source = checkpoint.resolve(cfg.init_from)
         trained = checkpoint.read_manifest(source, verify=False, moments=False)
-        decoders = checkpoint.model_config_of(trained).decoders if default else cfg.model.decoders
+        decoders = checkpoint.model_config_of(trained).decoders
         return replace(cfg, model=replace(cfg.model, decoders=decoders))
-    lacking = [name for name in cfg.model.decoders if not frames.labelled[name]]
+    lacking = (
+        [] if cfg.stage == 3 else [name for name in cfg.model.decoders if not frames.labelled[name]]
+    )
     if not lacking:
         return cfg
     lacks = f"no training frame of {cfg.data} has a label for: {', '.join(lacking)}"

@@ -457,7 +457,7 @@ def test_bad_demonstrations_are_refused_naming_file_trajectory_and_cause(fault, 
 def test_a_truncated_h5_is_refused_naming_the_file(tmp_path):
     path = write_demos(tmp_path / "set_table/close/kitchen_counter")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(DataError, match=r"kitchen_counter.h5, traj_0: cannot be opened"):
+    with pytest.raises(DataError, match=r"kitchen_counter.h5, traj_0: cannot be read"):
         Demonstrations(tmp_path).read([0])
 
 
