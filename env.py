@@ -125,7 +125,7 @@ class SubtaskEnvs:
         )
         self._write_starts(plans)
         # Every episode file of these scenes: a scene is built with the objects of all its episodes.
-        self.mshab._init_config_names = [
+        self.mshab.unwrapped._init_config_names = [
             file for file in self._episode_files if self._scene_of[file] in scenes
         ]
         obs, _ = self.mshab.reset(seed=list(seeds), options=options)
