@@ -78,8 +78,8 @@ class SubtaskEnvs:
         light = LIGHT_FETCH_URDF.is_file() and not real_meshes
         Fetch.urdf_path = str(LIGHT_FETCH_URDF) if light else REAL_FETCH_URDF
         # MS-HAB's own arguments (mshab/envs/make.py) without its wrappers, which drop the colours,
-        # and without gymnasium's: the horizon is the caller's. It gets one plan, since at each reset it
-        # reads the episode files of all its plans and all start poses: seconds with the real data.
+        # and without gymnasium's: the horizon is the caller's. It gets one plan: at each reset it
+        # reads the episode files of all its plans, and all start poses, seconds with real data.
         self.mshab = gymnasium.make(
             f"{subtask.capitalize()}SubtaskTrain-v0",
             num_envs=num_envs,
