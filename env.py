@@ -80,8 +80,8 @@ class SubtaskEnvs:
         light = apartment() is not None and not real_meshes
         Fetch.urdf_path = str(LIGHT_FETCH_URDF) if light else REAL_FETCH_URDF
         # MS-HAB's own arguments (mshab/envs/make.py) without its wrappers, which drop the colours,
-        # and without gymnasium's: the horizon is the caller's. It gets one plan here, the others
-        # below: at each reset it reads the episode file and the start poses of every plan it has.
+        # and without gymnasium's: the horizon is the caller's. It gets one plan: at each reset it
+        # reads the episode files of all its plans, and all start poses, seconds with real data.
         self.mshab = gymnasium.make(
             f"{subtask.capitalize()}SubtaskTrain-v0",
             num_envs=num_envs,
@@ -101,6 +101,7 @@ class SubtaskEnvs:
             reconfiguration_freq=0,
             human_render_camera_configs=VIDEO_CAMERA,
         ).unwrapped
+        # The other plans, as its constructor would keep them.
         self.mshab.base_task_plans = {(plan.subtasks[0].uid,): plan for plan in self._plans}
         self.mshab.bc_to_task_plans = defaultdict(list)
         for plan in self._plans:
@@ -126,8 +127,8 @@ class SubtaskEnvs:
             spawn_selection_idxs=[spawn for _, spawn in chosen],
         )
         self._write_starts(plans)
-        # Every episode file of these scenes: a scene is built with the objects of all its episodes.
-        self.mshab._init_config_names = [
+        # All the episode files of these scenes: a scene has the objects of all its episodes.
+        self.mshab.unwrapped._init_config_names = [
             file for file in self._episode_files if self._scene_of[file] in scenes
         ]
         obs, _ = self.mshab.reset(seed=list(seeds), options=options)
