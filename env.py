@@ -74,7 +74,7 @@ class SubtaskEnvs:
         self._plans, self.num_envs = plan_data.plans, num_envs
         self._starts = torch.load(spawn_file, map_location="cpu", weights_only=True)
         # The file has no name, so that a killed process leaves none behind.
-        self._unnamed = tempfile.TemporaryFile()
+        self._unnamed = tempfile.TemporaryFile()  # noqa: SIM115  as long as we live
         self._start_file = f"/proc/self/fd/{self._unnamed.fileno()}"
         self._write_starts(self._plans[:1])
         light = apartment() is not None and not real_meshes

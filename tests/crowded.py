@@ -14,6 +14,7 @@ import resource
 import shutil
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 RESETS = 10
@@ -58,7 +59,7 @@ def measure(rearrange: Path) -> dict:
         env.reset(seed)
         files.append(sum(name.startswith(str(rearrange)) for name in opened))
     seconds.append(time.perf_counter())
-    make, *resets = [round(end - start, 3) for start, end in zip(seconds, seconds[1:])]
+    make, *resets = [round(end - start, 3) for start, end in pairwise(seconds)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     return {"make": make, "resets": resets, "files": files, "peak": peak}
 
