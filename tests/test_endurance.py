@@ -183,8 +183,8 @@ def test_a_frame_with_nan_skips_its_step_on_all_ranks_and_changes_no_byte(
     )
     endure.finish(process, out)
     (skip,) = [line for line in read_lines(out / "log.jsonl") if "skipped" in line]
-    (name,) = [name for name in skip["skipped"] if name.endswith("traj_0 frame 17")]
-    assert name.startswith("set_table/close/kitchen_counter.h5") and len(skip["skipped"]) == 8
+    assert "set_table/close/kitchen_counter.h5 traj_0 frame 17" in skip["skipped"]
+    assert len(skip["skipped"]) == 8
     after = out / f"step-{skip['step']:08d}"
     assert same_files(out / f"step-{skip['step'] - 1:08d}", after)
     assert not same_files(after, out / f"step-{skip['step'] + 1:08d}")

@@ -158,9 +158,10 @@ def flips(folder: Path, check: Callable[[], None], count: int, rng: random.Rando
 
 
 def read_all(folder: Path) -> None:
-    """As training reads a pack: statistics, then every record."""
+    """As training reads a pack: survey and statistics, then every record."""
     pack = Pack(folder)
-    pack.actions_of(np.arange(len(pack.episodes)))
+    every = np.arange(len(pack.episodes))
+    pack.survey(every), pack.actions_of(every)
     pack.read(np.arange(len(pack)))
 
 
@@ -170,8 +171,8 @@ def read_all(folder: Path) -> None:
 def write_large_index(folder: Path, episodes: int, length: int) -> None:
     """A pack whose index is real and whose blocks are holes of the right size."""
     entries = [
-        {"file": f"set_table/pick/{i % 9}.h5", "trajectory": f"traj_{i}", "length": length,
-         "instruction": 0} for i in range(episodes)
+        {"file": f"set_table/pick/{i % 9}.h5", "task": "set_table", "subtask": "pick",
+         "trajectory": f"traj_{i}", "length": length, "instruction": 0} for i in range(episodes)
     ]  # fmt: skip
     frames = episodes * length
     names = [block_name(number) for number in range(-(-frames // BLOCK))]
@@ -179,7 +180,8 @@ def write_large_index(folder: Path, episodes: int, length: int) -> None:
         with open(folder / name, "wb") as file:
             file.truncate(min(BLOCK, frames - number * BLOCK) * PACKED.itemsize)
     about = {"instructions": [""], "action_schema": None, "qpos_names": None}
-    content = {"files": dict.fromkeys(names, "0" * 64), "record": PACKED.itemsize} | about
+    files = dict.fromkeys([*names, "survey.npy"], "0" * 64)
+    content = {"files": files, "record": PACKED.itemsize} | about
     write_sealed(folder / "pack.json", content | {"sizes": {}, "episodes": entries})
 
 
