@@ -207,6 +207,17 @@ def test_actions_beyond_the_controllers_bounds_are_clipped_and_counted(tmp_path,
     assert packed.survey([0, 2]).tobytes() == source.survey([0, 2]).tobytes()
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_base_that_moves_less_than_its_action_commands_is_remarked(share, tmp_path):
+    path = write_demos(tmp_path / DRAWER, lengths=(30,))
+    with h5py.File(path, "r+") as file:
+        group = file["traj_0"]
+        group["actions"][:, 11] = 0.5  # m/s, at 20 Hz
+        group["labels/pos"][:, 0], group["labels/pos"][:, 1] = np.arange(31) * share * 0.025, 0
+    said = "".join(remarks(Demonstrations(tmp_path).survey([0]), [DRAWER]))
+    assert ("the base moves 0.50 of what action 11 commands" in said) == (share == 0.5)
+
+
 def test_a_base_that_rises_a_little_is_remarked_and_by_two_centimetres_refused(tmp_path):
     for rise in (0.0, 0.005, 0.03):
         path = write_demos(tmp_path / f"{rise}" / DRAWER, lengths=(9,), labels=False)
