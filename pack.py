@@ -67,11 +67,10 @@ class Pack:
         try:
             meta = read_sealed(self.folder / "pack.json")
         except DamagedError as error:
-            raise DataError(f"{error}; {again(self.folder)}") from None
+            raise DataError(f"{error}; delete the pack and pack it again") from None
         if meta["record"] != PACKED.itemsize or "survey.npy" not in meta["files"]:
             raise DataError(
-                f"{self.folder}: packed with other records than this code reads; "
-                + again(self.folder)
+                f"{self.folder}: packed with other records than this code reads; pack it again"
             )
         self.episodes = [Episode(**episode) for episode in meta["episodes"]]
         self.instructions, self.hashes = meta["instructions"], meta["files"]
@@ -84,9 +83,7 @@ class Pack:
             expected = min(BLOCK, len(self) - number * BLOCK) * PACKED.itemsize
             if (size := sizes.get(block_name(number), 0)) != expected:
                 path = self.folder / block_name(number)
-                raise DataError(
-                    f"{path}: {size} bytes, expected {expected}; the same `data.py pack` mends it"
-                )
+                raise DataError(f"{path}: {size} bytes, expected {expected}; pack it again")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -109,8 +106,8 @@ class Pack:
             number, record = divmod(int(frames[bad[0]]), BLOCK)
             raise DataError(
                 f"{self.folder / block_name(number)}, record {record}: damaged, its checksum "
-                f"differs. `python data.py verify {quoted(self.folder)}` looks at all; "
-                + again(self.folder)
+                f"differs. `python data.py verify {self.folder}` looks at all; delete the pack "
+                "and pack it again"
             )
         return out["record"]
 
@@ -132,15 +129,9 @@ class Pack:
         """Raise DataError unless a file is what its sha256 says."""
         path = self.folder / name
         if not path.is_file() or sha256(path) != self.hashes[name]:
-            raise DataError(f"{path}: missing or damaged, its sha256 differs; {again(self.folder)}")
-
-
-def again(folder: Path) -> str:
-    """What to do about a pack that cannot be used."""
-    return (
-        f"move it aside and pack again: mv {quoted(folder, f'{folder}.damaged')} && python data.py "
-        f"pack --data DATA --out {quoted(folder)}"
-    )
+            raise DataError(
+                f"{path}: missing or damaged, its sha256 differs; delete the pack and pack it again"
+            )
 
 
 def block_name(number: int) -> str:
