@@ -6,10 +6,9 @@
                              manifest.json          config, stage, step, action statistics and
                                                     schema, sha256 of each file and of itself
     RUN/stage1/last, best                           names: the newest, the lowest held-out loss
-    RUN/stage1/step-00000500.damaged                moved aside by a run that resumed before it
+    RUN/stage1/step-00000500.damaged                moved aside: the run resumed from an older one
 
-It is written under a hidden name, fsynced and renamed; the manifest is written last. No pickle
-anywhere.
+A checkpoint is written under a hidden name, its manifest last, fsynced and renamed. No pickles.
 """
 
 import json
@@ -121,10 +120,10 @@ def rate(out: Path, step: int, score: float, keep: int) -> None:
 
 
 def prune(out: Path, keep: int, saved: Path) -> None:
-    """Name the best in out/best, the lowest `score`; remove all but it, `saved`, the newest `keep`.
+    """Name the one of the lowest `score` in out/best; keep it, `saved` and the newest `keep`.
 
-    Damaged ones neither count nor go. The manifest's seal and the files' sizes tell them, in
-    milliseconds: the sha256 of all would take a minute for each save of the paper's model.
+    Damaged checkpoints are not counted and not removed. Only the manifest's seal and the files'
+    sizes are compared: hashing all files would take a minute at each save of the paper's model.
     """
     scores = {}
     for folder in steps_in(out):
@@ -168,9 +167,9 @@ def steps_in(out: Path) -> list[Path]:
 def read_manifest(folder: Path, verify: bool = True, moments: bool = True) -> dict:
     """The manifest of a checkpoint, after comparing every file with its size and its sha256.
 
-    Without `verify` with its size only, which older manifests lack.
-    Without `moments`, which are twice the weights and only resume, their file is left out. Raises
-    DamagedError naming the file, CheckpointError for a manifest of another format.
+    Without `verify` the sizes alone are compared (older manifests have none). Without `moments`
+    Adam's file, twice the weights and needed to resume only, is not looked at. Raises DamagedError
+    naming the file, CheckpointError for a manifest of another format.
     """
     manifest = read_sealed(folder / "manifest.json")
     if manifest.get("format") != FORMAT:
@@ -278,10 +277,10 @@ def plain(config) -> dict:
 
 
 def check_config(cfg: TrainConfig, manifest: dict, source: Path, resumed: bool):
-    """Raise CheckpointError, naming the fields, when `source` is not this run's to go on from.
+    """Raise CheckpointError, naming the fields, unless the run may go on from `source`.
 
-    Or, if it is not `resumed`, when its weights are another model's. Fields that are newer than the
-    checkpoint count with their defaults.
+    A stage that starts from it (not `resumed`) needs the same model only. A field that is newer
+    than the checkpoint has its default there.
     """
     theirs = plain(TrainConfig(data="", out="")) | manifest["config"]
     fields = differences(plain(cfg), theirs | {"model": plain(model_config_of(manifest))})
@@ -307,14 +306,11 @@ def check_config(cfg: TrainConfig, manifest: dict, source: Path, resumed: bool):
 
 
 def load_weights(model: nn.Module, folder: Path, new: tuple[str, ...] = ()) -> None:
-    """Weights into the model.
-
-    Parts named in `new` may be absent from the file, parts unknown to the model are an error.
-    """
+    """Weights into the model. Parts named in `new` may be absent from the file, others not."""
     missing, unexpected = model.load_state_dict(
         load_file(folder / "model.safetensors"), strict=False
     )
-    missing = [key for key in missing if not key.startswith(new)] if new else missing
+    missing = [key for key in missing if not key.startswith(new)]
     if missing or unexpected:
         raise CheckpointError(
             f"{folder}: lacks {missing[:5]} and has unknown {unexpected[:5]}; "

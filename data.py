@@ -149,20 +149,15 @@ class ActionStats:
         return ActionStats(tuple(low.tolist()), tuple(high.tolist()))
 
     def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            torch.tensor(self.low, device=like.device),
-            torch.tensor(self.high, device=like.device),
-        )
+        low, high = torch.tensor([self.low, self.high], device=like.device)
+        return low, high
 
     def normalize(self, actions: Tensor) -> Tensor:
         """Robot units [..., 13] -> [-1, 1], clipped; a constant dimension becomes 0."""
         low, high = self._tensors(actions)
         span = high - low
-        return torch.where(
-            span > 0,
-            2 * (actions - low) / span.clamp(min=1e-8) - 1,
-            0.0,
-        ).clamp(-1, 1)
+        scaled = 2 * (actions - low) / span.clamp(min=1e-8) - 1
+        return torch.where(span > 0, scaled, 0.0).clamp(-1, 1)
 
     def denormalize(self, actions: Tensor) -> Tensor:
         """[-1, 1] -> robot units; a constant dimension becomes its constant regardless."""
@@ -188,18 +183,15 @@ def build_tokenizer(cfg: LLMConfig) -> Tokenizer:
         with reachable(cfg.tokenizer, mend):
             found = file if file.is_file() else hf_hub_download(cfg.tokenizer, file.name)
         tokenizer = Tokenizer.from_file(str(found))
-        check_tokenizer(tokenizer, cfg, cfg.tokenizer)
-        return tokenizer
-    names = sorted({name for objects in OBJECTS.values() for name in objects} | set(ARTICULATIONS))
-    text = " ".join(
-        [cfg.prompt.format("")]
-        + [instruction(subtask, name) for subtask in SUBTASKS for name in names]
-    )
-    split = pre_tokenizers.Whitespace()
-    words = sorted({word for word, _ in split.pre_tokenize_str(text.lower())})
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = split
+    else:
+        names = {name for objects in OBJECTS.values() for name in objects} | set(ARTICULATIONS)
+        texts = [instruction(subtask, name) for subtask in SUBTASKS for name in names]
+        split = pre_tokenizers.Whitespace()
+        text = " ".join([cfg.prompt.format(""), *texts]).lower()
+        words = sorted({word for word, _ in split.pre_tokenize_str(text)})
+        vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *words])}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = split
     check_tokenizer(tokenizer, cfg, cfg.tokenizer)
     return tokenizer
 
@@ -207,20 +199,22 @@ def build_tokenizer(cfg: LLMConfig) -> Tokenizer:
 def check_tokenizer(tokenizer: Tokenizer, cfg: LLMConfig, source: object) -> None:
     """Raise InputError, naming what was found, unless action ids and prompt fit the tokenizer.
 
-    The action ids follow its tokens (Qwen2.5), begin at <|extra_0|> (Prismatic's Qwen) or are the
-    last of its vocabulary (Llama), as in Prismatic's ActionTokenizer; those of "words" lie anywhere
-    above. A special token of the prompt is one id; the prompt's end is a lone space.
+    The action ids follow all its tokens (Qwen2.5), begin at <|extra_0|> (Prismatic's Qwen) or are
+    the last of its own vocabulary (Llama), as in Prismatic's ActionTokenizer; those of "words" lie
+    anywhere above its tokens. A special token of the prompt is one id; the prompt ends in a space.
     """
-    size, base = tokenizer.get_vocab_size(), tokenizer.get_vocab_size(with_added_tokens=False)
+    size, own = tokenizer.get_vocab_size(), tokenizer.get_vocab_size(with_added_tokens=False)
     first, extra = cfg.first_action_id, tokenizer.token_to_id("<|extra_0|>")
-    fits = first in ((size, base - ModelConfig.bins) if extra is None else (extra,))
-    found, special = [], re.findall(r"<\|.*?\|>", cfg.prompt)
+    special, found = re.findall(r"<\|.*?\|>", cfg.prompt), []
     if cfg.tokenizer == "words":
-        fits, special = size <= first, []
+        special, fits = [], first >= size
+    elif extra is None:
+        fits = first in (size, own - ModelConfig.bins)
+    else:
+        fits = first == extra
     if not fits:
         place = "" if extra is None else f", <|extra_0|> is {extra}"
-        own = f"{size} tokens, {base} of them its own"
-        found.append(f"{own}{place}; the action ids begin at {first}")
+        found = [f"{size} tokens, {own} of them its own{place}; the action ids begin at {first}"]
     found += [f"no token {name}" for name in special if tokenizer.token_to_id(name) is None]
     ends = {id: tokenizer.id_to_token(id) for id in cfg.prompt_end}
     found += [f"{id} is {token!r}, no lone space" for id, token in ends.items() if token != "▁"]

@@ -35,11 +35,6 @@ from trajectory import RECORD, SURVEY, DataError, clip, read_actions, read_frame
 SHUFFLE_POOL, READ_AHEAD = 256, 320
 
 
-DESCRIBED = (
-    "what its .json describes in MS-HAB's layout (obs_mode=rgbd). Download or record it again"
-)
-
-
 @dataclass(frozen=True)
 class Episode:
     file: str  # relative to the folder
@@ -120,7 +115,7 @@ class Demonstrations:
             try:
                 self._index(path)
             except InputError as error:
-                error.file = path  # what doctor tells to move aside
+                error.file = path  # doctor's command moves it aside
                 raise
         self.starts = np.cumsum([0] + [e.length for e in self.episodes])
         rows = [
@@ -237,9 +232,14 @@ class Demonstrations:
             yield
         except (OSError, KeyError) as error:
             mend = mend_of(path, error)
+            why = (
+                f"It may be whole: {mend}"
+                if mend
+                else "It is damaged, or not what its .json describes in MS-HAB's layout "
+                "(obs_mode=rgbd). Download or record it again"
+            )
             raise DataError(
-                f"{path}, {entry.trajectory}{frames}: cannot be read ({error}). "
-                + (f"It may be whole: {mend}" if mend else f"It is damaged, or not {DESCRIBED}")
+                f"{path}, {entry.trajectory}{frames}: cannot be read ({error}). {why}"
             ) from error
 
 

@@ -24,7 +24,7 @@ class DamagedError(InputError):
     """A file whose content is not what was written; the message names it."""
 
 
-# What the system says of a file that may be whole, and the command after which it can be read.
+# For an errno after which the file may still be whole: the command after which it can be read.
 MENDS = dict.fromkeys((errno.EACCES, errno.EPERM), "chmod u+r {}  # its owner, or root")
 MENDS |= {errno.EAGAIN: "fuser -v {}  # wait until that program has closed it"}
 MENDS |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "ulimit -n 4096")
@@ -35,7 +35,7 @@ MENDS |= dict.fromkeys(LOCKS, "export HDF5_USE_FILE_LOCKING=FALSE")
 def mend_of(path: Path, error: BaseException | None) -> str | None:
     """The command after which a file can be read; None if it is missing, or damaged.
 
-    HDF5 gives an errno when the system did not give it the content, and only then.
+    h5py's errors have an errno only where the system refused the content, not for damage.
     """
     number = getattr(error, "errno", None)
     if number in (None, errno.ENOENT):

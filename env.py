@@ -127,7 +127,7 @@ class SubtaskEnvs:
             spawn_selection_idxs=[spawn for _, spawn in chosen],
         )
         self._write_starts(plans)
-        # All the episode files of these scenes: a scene has the objects of all its episodes.
+        # A scene has the objects of all its episodes. `unwrapped`: a wrapper would keep the names.
         self.mshab.unwrapped._init_config_names = [
             file for file in self._episode_files if self._scene_of[file] in scenes
         ]
@@ -148,7 +148,7 @@ class SubtaskEnvs:
             )
             for i, (seed, (plan, spawn)) in enumerate(zip(seeds, chosen, strict=True))
         ]
-        # Also the pictures, which a GPU renders for a simulation on the CPU.
+        # A GPU may have rendered the pictures of a simulation on the CPU.
         return common.to_tensor(obs, device=self.mshab.device)
 
     def choose(self, seed: int) -> tuple[int, int]:

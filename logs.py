@@ -101,12 +101,8 @@ class Log:
     def write_validation(self, step: int, losses: dict, metrics: dict, seconds: float) -> None:
         """`seconds` it took, which are neither training nor waiting."""
         flat = {f"val_{name}": value for name, value in losses.items()}
-        self.emit(
-            step,
-            {"step": step, "stage": self.cfg.stage}
-            | flat
-            | {f"val_{k}": m["ours"] for k, m in metrics.items()},
-        )
+        flat |= {f"val_{name}": figure["ours"] for name, figure in metrics.items()}
+        self.emit(step, {"step": step, "stage": self.cfg.stage} | flat)
         scores = {"step": step, "losses": losses, "metrics": metrics}
         write(self.out / "validation.json", json.dumps(scores, indent=1).encode())
         tqdm.write(

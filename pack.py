@@ -25,7 +25,7 @@ import tyro
 from einops import rearrange, reduce
 from tqdm import tqdm
 
-from config import ACTION_DIM
+from config import ACTION_DIM, quoted
 from demonstrations import Demonstrations, Episode
 from durable import (
     DamagedError,
@@ -62,15 +62,16 @@ class Pack:
         if not (self.folder / "pack.json").is_file():
             raise FileNotFoundError(
                 f"{self.folder}: not a whole pack, it has no pack.json; make one: "
-                "python data.py pack --data DATA --out PACK"
+                f"python data.py pack --data DATA --out {quoted(self.folder)}"
             )
         try:
             meta = read_sealed(self.folder / "pack.json")
         except DamagedError as error:
-            raise DataError(f"{error}; delete the pack and pack it again") from None
+            raise self.damaged(str(error)) from None
         if meta["record"] != PACKED.itemsize or "survey.npy" not in meta["files"]:
             raise DataError(
-                f"{self.folder}: packed with other records than this code reads; pack it again"
+                f"{self.folder}: packed with other records than this code reads; pack it again: "
+                f"python data.py pack --data DATA --out {quoted(self.folder)}"
             )
         self.episodes = [Episode(**episode) for episode in meta["episodes"]]
         self.instructions, self.hashes = meta["instructions"], meta["files"]
@@ -83,7 +84,12 @@ class Pack:
             expected = min(BLOCK, len(self) - number * BLOCK) * PACKED.itemsize
             if (size := sizes.get(block_name(number), 0)) != expected:
                 path = self.folder / block_name(number)
-                raise DataError(f"{path}: {size} bytes, expected {expected}; pack it again")
+                raise self.damaged(f"{path}: {size} bytes, expected {expected}")
+
+    def damaged(self, what: str) -> DataError:
+        aside = quoted(self.folder, f"{self.folder}.damaged")
+        again = f"python data.py pack --data DATA --out {quoted(self.folder)}"
+        return DataError(f"{what}. Pack again: mv {aside} && {again}")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -104,11 +110,8 @@ class Pack:
         bad = np.flatnonzero(sums(out) != out["sum"])
         if len(bad):
             number, record = divmod(int(frames[bad[0]]), BLOCK)
-            raise DataError(
-                f"{self.folder / block_name(number)}, record {record}: damaged, its checksum "
-                f"differs. `python data.py verify {self.folder}` looks at all; delete the pack "
-                "and pack it again"
-            )
+            path = self.folder / block_name(number)
+            raise self.damaged(f"{path}, record {record}: damaged, its checksum differs")
         return out["record"]
 
     def actions_of(self, episodes: np.ndarray) -> np.ndarray:
@@ -129,9 +132,7 @@ class Pack:
         """Raise DataError unless a file is what its sha256 says."""
         path = self.folder / name
         if not path.is_file() or sha256(path) != self.hashes[name]:
-            raise DataError(
-                f"{path}: missing or damaged, its sha256 differs; delete the pack and pack it again"
-            )
+            raise self.damaged(f"{path}: missing or damaged, its sha256 differs")
 
 
 def block_name(number: int) -> str:

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from config import HISTORY, LABELS, InputError, quoted
+from config import HISTORY, LABELS, InputError, TrainConfig, quoted
 from data import ActionStats, to_tensors
 from demonstrations import SHUFFLE_POOL, Demonstrations
 from pack import Pack
@@ -146,6 +146,7 @@ class StepOrder:
         """The global batch of a step, rows of Frames [batch_size]."""
         epoch, step = divmod(step, self.num_frames // self.batch_size)
         if epoch != self.epoch:
+            # Each stage has its own order; stage 1 keeps the one it had before stages differed.
             seeds = (self.seed, epoch) if self.stage == 1 else (self.seed, epoch, self.stage)
             self.order, self.epoch = self.shuffled(np.random.default_rng(seeds)), epoch
         return self.order[step * self.batch_size : (step + 1) * self.batch_size]
@@ -158,9 +159,7 @@ class StepOrder:
         """
         if self.blocks is None:
             return rng.permutation(np.arange(self.num_frames, dtype=np.int32))
-        _, block = np.unique(
-            self.blocks, return_inverse=True
-        )  # [num_frames], numbered without gaps
+        _, block = np.unique(self.blocks, return_inverse=True)  # [num_frames], without gaps
         place = rng.permutation(block.max() + 1)[block]
         return np.argsort(place + SHUFFLE_POOL * rng.random(self.num_frames)).astype(np.int32)
 
@@ -189,9 +188,10 @@ def loader(frames: Frames, order, workers: int) -> DataLoader:
 
 
 def open_data(folder: str | Path, truncate: bool = False) -> Demonstrations | Pack:
-    """A pack if the folder is one, else the demonstrations below it, up to their success or whole.
+    """A pack if the folder is one, else the demonstrations below it.
 
-    Raises FileNotFoundError when it is neither, InputError when it is a pack of whole ones.
+    `truncate` ends demonstrations at their success. Raises FileNotFoundError when the folder has
+    neither, InputError when its pack is of whole demonstrations and `truncate` is asked for.
     """
     if not (Path(folder) / "pack.json").is_file():
         return Demonstrations(folder, truncate)
@@ -203,3 +203,18 @@ def open_data(folder: str | Path, truncate: bool = False) -> Demonstrations | Pa
             "train on the whole ones with --no-truncate-at-success"
         )
     return pack
+
+
+def open_frames(cfg: TrainConfig) -> tuple[Frames, Frames]:
+    """Training and held-out frames."""
+    data = open_data(cfg.data, cfg.truncate_at_success)
+    frames, held_out = (
+        Frames(data, cfg.val_episodes, train, cfg.model.history, cfg.tasks, cfg.subtasks)
+        for train in (True, False)
+    )
+    if len(frames) < cfg.batch_size:
+        raise InputError(
+            f"{cfg.data}: {len(frames)} training frames ({len(held_out)} more are held out) are "
+            f"less than one batch of {cfg.batch_size}; record more, or give a smaller --batch-size"
+        )
+    return frames, held_out

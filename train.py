@@ -37,7 +37,7 @@ from model import AuxVLA, label_counts
 from pack import Pack
 from pretrained import load_pretrained, source_of
 from rows import parse
-from samples import Frames, StepOrder, loader, open_data
+from samples import Frames, StepOrder, loader, open_frames
 from sharding import shard, whole
 from tools.checks import disk, packages, require, shared_memory
 from validation import validate
@@ -85,14 +85,14 @@ def prepare(cfg: TrainConfig, ranks: Ranks) -> tuple[AuxVLA, dict, Path | None]:
     """The model, its manifest (statistics, tokenizer), the checkpoint to resume from, if any."""
     torch.manual_seed(cfg.seed)  # the same weights on every rank
     model = AuxVLA(cfg.model, flow_head=cfg.stage == 3)
-    # One rank looks, and hashes the files; what it finds holds for all.
+    # The main rank alone hashes the files.
     found = ranks.decided(lambda: str(checkpoint.resumable(Path(cfg.out), cfg.resume) or ""))
     resumed = Path(found) if found else None
     source = resumed or (checkpoint.resolve(cfg.init_from) if cfg.init_from else None)
     if source is None:
         if cfg.stage == 2 and not cfg.row and ranks.is_main:
             print("stage 2 without --init-from RUN/stage1: naive co-training (Table 2)")
-        build_tokenizer(cfg.model.llm)  # better missed now than after all weights were read
+        build_tokenizer(cfg.model.llm)  # fails now rather than after all weights were read
         hashes = load_pretrained(model.vlm, source_of(cfg.pretrained)) if cfg.pretrained else {}
         return model, {"pretrained": hashes}, None
     manifest = checkpoint.read_manifest(source, verify=not resumed)  # resumable() has
@@ -111,21 +111,6 @@ def moving_buffers(model: AuxVLA) -> list[Tensor]:
     return [buffer for norm in norms if norm.training for buffer in norm.buffers()]
 
 
-def open_frames(cfg: TrainConfig) -> tuple[Frames, Frames]:
-    """Training and held-out frames."""
-    data = open_data(cfg.data, cfg.truncate_at_success)
-    frames, held_out = (
-        Frames(data, cfg.val_episodes, train, cfg.model.history, cfg.tasks, cfg.subtasks)
-        for train in (True, False)
-    )
-    if len(frames) < cfg.batch_size:
-        raise InputError(
-            f"{cfg.data}: {len(frames)} training frames ({len(held_out)} more are held out) are "
-            f"less than one batch of {cfg.batch_size}; record more, or give a smaller --batch-size"
-        )
-    return frames, held_out
-
-
 def choose_decoders(cfg: TrainConfig, frames: Frames, is_main: bool) -> TrainConfig:
     """Leave out, of the default five decoders, those whose label no training frame has.
 
@@ -137,9 +122,7 @@ def choose_decoders(cfg: TrainConfig, frames: Frames, is_main: bool) -> TrainCon
         trained = checkpoint.read_manifest(source, verify=False, moments=False)
         decoders = checkpoint.model_config_of(trained).decoders
         return replace(cfg, model=replace(cfg.model, decoders=decoders))
-    lacking = (
-        [] if cfg.stage == 3 else [name for name in cfg.model.decoders if not frames.labelled[name]]
-    )
+    lacking = [d for d in cfg.model.decoders if cfg.stage < 3 and not frames.labelled[d]]
     if not lacking:
         return cfg
     lacks = f"no training frame of {cfg.data} has a label for: {', '.join(lacking)}"
@@ -226,7 +209,7 @@ def take_step(
         for part in optimizer.param_groups
     ]
     grad_norm = torch.stack(norms).norm()
-    # One number that is finite only if all are: all ranks take the step, or none does.
+    # This sum is finite only if all its terms are: all ranks take the step, or none does.
     finite = ranks.sum(sum(losses.values()) + grad_norm).isfinite()
     if finite:
         optimizer.step()

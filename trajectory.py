@@ -33,14 +33,14 @@ RECORD = np.dtype(
     ]
 )
 
-# An episode in numbers: enough to choose decoders and action statistics before training.
+# An episode in numbers, of which decoders and action statistics are chosen before training.
 VECTORS = {"actions": (ACTION_DIM,), "pos": (2,), "grasp": (), "qpos": (QPOS_DIM,), "obj": (7,)}
 SURVEY = np.dtype(
     [
         ("frames", np.int32),
         ("clipped", np.int32),  # values of actions outside [-1, 1], of frames x 13
         ("rise", np.float32),  # metres by which the derived base position rises
-        ("speed", np.float32),  # base's displacement over the commanded one, median; NaN: it stood
+        ("speed", np.float32),  # base's displacement / commanded one, median; NaN: never commanded
         ("labelled", np.int32, (len(LABELS),)),  # frames that have each of config.LABELS
         *((name, np.float32, (2, *shape)) for name, shape in VECTORS.items()),  # lowest, highest
     ]
@@ -69,9 +69,9 @@ FIELDS = {
 HAND_CAMERA = np.array([-0.1, 0, 0.1])
 # Links look along x with z up, an OpenGL camera along -z with y up.
 GL_FROM_LINK = np.array([[0, -1, 0], [0, 0, 1], [-1, 0, 0]])
-# Metres that a base on a floor may seem to rise. Generated files stay under 2e-6; files recorded on
-# a GPU were never at hand, so a rise above LEVEL is a warning.
-LEVEL, TOO_STEEP = 1e-3, 2e-2
+# Rise of the derived base, metres: warned of, refused. A base on a floor does not rise; generated
+# files stay under 2e-6, the release's, recorded on a GPU, were never at hand.
+RISE_WARNED, RISE_REFUSED = 1e-3, 2e-2
 BASE_FORWARD, CONTROL_HZ = 11, 20  # action 11 is the base's forward velocity, -1 to 1 m/s (GAP-1)
 SETTLED = 8  # steps in one direction, after which the base has the commanded velocity
 
@@ -194,7 +194,7 @@ def base_position(camera: np.ndarray, gripper: np.ndarray, where: str) -> tuple[
     from_base = (from_base + HAND_CAMERA) @ GL_FROM_LINK.T  # base to camera, camera's axes [n, 3]
     base = camera[:, :3, 3] - np.einsum("nij,nj->ni", camera[:, :3, :3], from_base)  # [n, 3]
     rise = float(np.ptp(base[:, 2]))
-    if rise >= TOO_STEEP:
+    if rise >= RISE_REFUSED:
         raise DataError(
             f"{where}: base x, y cannot be derived from {CAMERA_POSE} and {GRIPPER_POSE}: the base "
             f"would rise by {rise:.3f} m. Expected Fetch's hand camera at {HAND_CAMERA} m of its "
@@ -209,13 +209,18 @@ def survey(group: h5py.Group, actions: np.ndarray, where: str) -> np.ndarray:
     values, has, out["rise"] = read_labels(group, 0, count, count, where)
     out["frames"], out["labelled"] = count, has.sum(0)
     out["clipped"] = (np.abs(actions) > 1 + 1e-5).sum()
-    told, out["speed"] = clip(actions)[:-1, BASE_FORWARD] / CONTROL_HZ, np.nan  # [T - 1] metres
+    commanded, out["speed"] = (
+        clip(actions)[:-1, BASE_FORWARD] / CONTROL_HZ,
+        np.nan,
+    )  # [T - 1] metres
     # The base reaches its speed after some steps: the last of SETTLED in one direction.
-    drives = [np.convolve(told * sign > 0.2 / CONTROL_HZ, np.ones(SETTLED)) for sign in (1, -1)]
-    steady = np.maximum(*drives)[: len(told)] == SETTLED
+    drives = [
+        np.convolve(commanded * sign > 0.2 / CONTROL_HZ, np.ones(SETTLED)) for sign in (1, -1)
+    ]
+    steady = np.maximum(*drives)[: len(commanded)] == SETTLED
     if "pos" in values and steady.any():
         moved = np.linalg.norm(np.diff(values["pos"], axis=0), axis=-1)
-        out["speed"] = np.median(moved[steady] / np.abs(told[steady]))
+        out["speed"] = np.median(moved[steady] / np.abs(commanded[steady]))
     for name in VECTORS:
         seen = clip(actions) if name == "actions" else values.get(name, np.zeros(0))
         if name == "obj" and len(seen):
@@ -235,7 +240,7 @@ def remarks(surveys: np.ndarray, files: list[str]) -> list[str]:
             out.append(
                 f"{file}: {share:.1%} of action values clipped to [-1, 1], as the controller does"
             )
-        if (rise := part["rise"].max()) > LEVEL:
+        if (rise := part["rise"].max()) > RISE_WARNED:
             out.append(
                 f"{file}: the derived base rises by up to {1000 * rise:.1f} mm, expected under 1"
             )

@@ -20,10 +20,7 @@ from samples import Frames
 def validate(
     model: AuxVLA, frames: Frames, batcher: Batcher, cfg: TrainConfig, device: torch.device
 ) -> tuple[dict, dict]:
-    """Losses and metrics over the held-out frames.
-
-    {name: mean} and {name: {ours, trivial, unit, higher_is_better, n}}
-    """
+    """Losses {name: mean} and metrics {name: `figure`} over the held-out frames."""
     model.eval()
     rows = np.unique(np.linspace(0, len(frames) - 1, min(cfg.val_frames, len(frames))).astype(int))
     sums: dict[str, float] = {}
@@ -44,11 +41,7 @@ def validate(
         true = actions_to_bins(batch["actions"][:, 0], cfg.model.bins)
         keep = {"bins": logits.argmax(-1), "true_bins": true}
         if cfg.stage == 3:
-            keep |= {
-                "chunk": chunk,
-                "true_chunk": batch["actions"],
-                "mask": batch["action_mask"],
-            }
+            keep |= {"chunk": chunk, "true_chunk": batch["actions"], "mask": batch["action_mask"]}
         keep |= {f"pred_{name}": value for name, value in predictions.items()}
         keep |= {
             key: value for key, value in batch.items() if key.removeprefix("has_") in predictions
@@ -65,18 +58,15 @@ def metrics(seen: dict[str, Tensor], batcher: Batcher) -> dict[str, dict]:
     if "chunk" in seen:
         out["flow_action_error"] = chunk_error(seen)
     per_label = {
-        "pos": position_error,
-        "grasp": grasp_accuracy,
-        "qpos": qpos_r2,
-        "obj": object_error,
+        "pos": position_error, "grasp": grasp_accuracy, "qpos": qpos_r2, "obj": object_error,
         "seg": mask_iou,
-    }
+    }  # fmt: skip
     for name, metric in per_label.items():
         if f"pred_{name}" in seen and seen[f"has_{name}"].any():
             has = seen[f"has_{name}"]
             true = seen[name][has]
             figures = metric(seen[f"pred_{name}"][has], true)
-            constant = bool((true == true[0]).all())  # then the figure says nothing
+            constant = bool((true == true[0]).all())  # any predictor that knows it is right
             out |= {key: value | {"constant": constant} for key, value in figures.items()}
     return out
 
@@ -84,6 +74,7 @@ def metrics(seen: dict[str, Tensor], batcher: Batcher) -> dict[str, dict]:
 def figure(
     ours: float | Tensor, trivial: float | Tensor, unit: str, higher_is_better: bool, n: int
 ) -> dict:
+    """A metric of n values, and that of the best constant; of labels also `constant` (metrics)."""
     return dict(
         ours=float(ours), trivial=float(trivial), unit=unit, higher_is_better=higher_is_better, n=n
     )

@@ -39,10 +39,10 @@ class PretrainedError(InputError):
 
 
 def chosen(names: Iterable[str], source: object) -> list[str]:
-    """Of the files of a folder or repository those that hold the weights, and config.json.
+    """The names of the files that hold the weights, and config.json, in a folder or repository.
 
-    Of Prismatic checkpoints, checkpoints/latest-checkpoint.pt or else the last step's, alone.
-    Raises PretrainedError, naming the files seen, if there are no weights.
+    Of several Prismatic checkpoints latest-checkpoint.pt, or else the last step's. Raises
+    PretrainedError, naming the files seen, if there are no weights.
     """
     names = sorted(names)
     steps = {
@@ -65,7 +65,7 @@ def chosen(names: Iterable[str], source: object) -> list[str]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """What is read of a folder: `chosen`, of the shards those that the index names."""
+    """The files of a folder that are read: `chosen`; of shards those that the index names."""
     found = [*folder.glob("*"), *folder.glob("checkpoints/*")]
     paths = [folder / name for name in chosen((str(p.relative_to(folder)) for p in found), folder)]
     if folder / INDEX not in paths:
@@ -77,7 +77,7 @@ def files_in(folder: Path) -> list[Path]:
     there = {path.name for path in paths}
     if lacking := sorted(named - there):
         raise PretrainedError(f"{folder}: {INDEX} names {lacking}, which are not there")
-    if "model.safetensors" in there - named:  # which transformers would read
+    if "model.safetensors" in there - named:  # transformers would read this one
         raise PretrainedError(
             f"{folder}: model.safetensors beside {INDEX}, which names {sorted(named)}: two saves; "
             "move the files of the older one into another folder"
@@ -86,7 +86,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def fetching(name: str, folder: str | Path | None = None) -> str:
-    """The command that puts what is read of a hub model into a folder or the cache; no more."""
+    """The command that downloads what is read of a hub model, to a folder or to the cache."""
     last = [f"checkpoints/step-{LAST_STEPS[name]}.pt"] if name in LAST_STEPS else []
     patterns = ["config.json", *last] if last else FETCHED
     include = [part for pattern in patterns for part in ("--include", pattern)]
@@ -106,23 +106,22 @@ def folder_of(name: str, cached: bool = False) -> Path:
         try:
             wanted = [] if cached else chosen(HfApi().list_repo_files(name), name)
         except (HTTPError, OSError):
-            wanted = []  # not to be asked now: what the cache has
+            wanted = []  # the hub does not answer: the cache may have it
         return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=cached))
 
 
 def trained_on_actions(folder: Path) -> bool:
-    """Its config.json tells: Prismatic's has `vla`, that of a VLM without actions `model` instead;
-    openvla-7b's has `norm_stats`, the statistics of its actions.
+    """Was the VLM trained on actions? Then its config.json has `vla` (Prismatic) or `norm_stats`.
 
-    Raises PretrainedError where it is not to be read: nothing else tells the two apart.
+    Raises PretrainedError where config.json cannot be read: nothing else tells.
     """
     try:
         config = json.loads((folder / "config.json").read_bytes())
         return bool({"vla", "norm_stats"} & set(config))
     except (OSError, ValueError, TypeError) as error:
         raise PretrainedError(
-            f"{folder / 'config.json'}: it tells whether the model was trained on actions, and is "
-            f"not to be read ({error}); download it too, from where the weights are"
+            f"{folder / 'config.json'}: it tells whether the model was trained on actions, and "
+            f"cannot be read ({error}); download it from where the weights are"
         ) from error
 
 
@@ -141,11 +140,11 @@ def read_safetensors(files: list[Path], headers: bool = False) -> dict[str, Tens
                             f"{path}: {key} is in {file_of[key].name} too, and no {INDEX} names "
                             "one of them: move the files of the older save into another folder"
                         )
-                    shape = file.get_slice(key).get_shape()
-                    file_of[key], out[key] = (
-                        path,
-                        (torch.empty(shape, device="meta") if headers else file.get_tensor(key)),
-                    )
+                    file_of[key] = path
+                    if headers:
+                        out[key] = torch.empty(file.get_slice(key).get_shape(), device="meta")
+                    else:
+                        out[key] = file.get_tensor(key)
         except SafetensorError as error:
             raise PretrainedError(
                 f"{path}: cut off or not a safetensors file ({error}); download it again"

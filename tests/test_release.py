@@ -15,7 +15,7 @@ from config import LABELS, InputError
 from data import cameras, normalize_depth, pack, verify
 from demonstrations import Demonstrations, h5_files
 from samples import Frames, open_data
-from trajectory import CAMERA_POSE, GRIPPER_POSE, LEVEL, DataError, base_position, remarks
+from trajectory import CAMERA_POSE, GRIPPER_POSE, RISE_WARNED, DataError, base_position, remarks
 
 DRAWER = "set_table/close/kitchen_counter"
 POS, SEG = LABELS.index("pos"), LABELS.index("seg")
@@ -96,7 +96,7 @@ def test_a_camera_that_sits_elsewhere_is_remarked_and_far_off_gives_no_positions
     position, rise = base_position(camera, gripper, "here")
     assert position.shape == (len(camera), 2) and rise < 1e-5
     camera[:, :3, 3] += 0.1 * camera[:, :3, 2]
-    assert base_position(camera, gripper, "here")[1] > LEVEL
+    assert base_position(camera, gripper, "here")[1] > RISE_WARNED
     camera[:, :3, 3] += camera[:, :3, 2]
     with pytest.raises(DataError, match=r"^here: base x, y cannot be derived"):
         base_position(camera, gripper, "here")

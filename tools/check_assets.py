@@ -58,18 +58,16 @@ def assets(name: str | None = None, tasks: tuple[str, ...] = TASKS) -> list[Find
             got = f"{len(faults)} files of a sample: {'; '.join(faults[:3])}"
             found.append(Finding("missing", asset, got, "whole files", fetch(root, asset)))
         else:
-            count = len([*(root / where).iterdir()])
-            found.append(
-                Finding("ok", asset, f"{root / where}: {count} entries; a sample is whole")
-            )
+            got = f"{root / where}: {len([*(root / where).iterdir()])} entries; a sample is whole"
+            found.append(Finding("ok", asset, got))
     return found
 
 
 def mixed(root: Path) -> list[Finding]:
     """Downloaded scenes or objects in the folder of a generated apartment.
 
-    Its household.json and its simplified robot would count for them. Generated scenes have names of
-    real ones, but name a table that no real one has.
+    There the simulator would put the generated apartment's simplified robot into real scenes.
+    Generated scenes have file names of real ones, but name a table that no real one has.
     """
     marker, ycb = root / "household.json", root / ASSETS["ycb"]
     if not marker.is_file():

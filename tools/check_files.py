@@ -30,7 +30,6 @@ from weight_files import DINO_HUB, LAST_STEPS, QWEN_HUB, SIGLIP_HUB, fetching
 
 SECONDS = 4.0  # for samples of demonstrations or a pack
 HASHED = 2e9  # bytes of a checkpoint, up to which it is compared with its sha256
-
 WITH_OBJECT = ("pick", "place")  # the others move a part of the furniture (GAP-8)
 
 # --- Demonstrations ---
@@ -44,15 +43,9 @@ def demonstrations(folder: str | Path, seconds: float = SECONDS) -> list[Finding
     files = h5_files(folder)
     if not files:
         names = [path.name for path in folder.parent.glob("*/") if path.name != folder.name]
-        near = [
-            folder.with_name(name) for name in get_close_matches(folder.name, names, cutoff=0.5)
-        ]
-        near = [path for path in near if h5_files(path)]
-        mend = (
-            f"--data {quoted(near[0])}"
-            if near
-            else (f"python data.py download --out {quoted(folder)}")
-        )
+        close = map(folder.with_name, get_close_matches(folder.name, names, cutoff=0.5))
+        near = next((f"--data {quoted(path)}" for path in close if h5_files(path)), None)
+        mend = near or f"python data.py download --out {quoted(folder)}"
         got = f"{folder}: {'no .h5 below it' if folder.is_dir() else 'not there'}"
         return [Finding("missing", "--data", got, "<task>/<subtask>/<target>.h5 and .json", mend)]
     found = []
@@ -101,14 +94,14 @@ def read_samples(demos: Demonstrations, deadline: float) -> list[Finding]:
 
 
 def misplaced(folder: Path, error: InputError) -> Finding:
-    """A file that may be whole, and is not to be lost: it does not fit those it lies beside."""
-    pair, aside = error.file.with_suffix(""), f"{folder}-aside"
-    mend = f"mkdir -p {quoted(aside)} && mv {quoted(f'{pair}.h5', f'{pair}.json', f'{aside}/')}"
+    """A file that does not fit those beside it. It may be whole, so it is moved aside."""
+    pair, other = error.file.with_suffix(""), f"{folder}-aside"
+    mend = f"mkdir -p {quoted(other)} && mv {quoted(f'{pair}.h5', f'{pair}.json', f'{other}/')}"
     return Finding("missing", "--data", brief(error), "files of one robot in MS-HAB's tree", mend)
 
 
 def unreadable(path: Path, error: Exception) -> Finding:
-    """A file that is damaged, or that the system kept from us though it may be whole."""
+    """A file that is damaged, or whole and not readable (permissions, locks)."""
     *out, task, subtask, _ = ("", "", *path.absolute().parts)
     mend = mend_of(path, error if isinstance(error, OSError) else error.__cause__) or (
         f"{aside(path)}python data.py download --out {quoted(Path(*out))} --tasks {quoted(task)} "
@@ -118,7 +111,7 @@ def unreadable(path: Path, error: Exception) -> Finding:
 
 
 def aside(path: Path) -> str:
-    """The beginning of a command that makes what is there anew."""
+    """What goes before a command that makes a file anew: the old one is moved aside."""
     return f"mv {quoted(path, f'{path}.damaged')} && " if path.exists() else ""
 
 
@@ -134,10 +127,9 @@ def pack_findings(folder: Path, seconds: float) -> list[Finding]:
             compared += 1
     except (InputError, OSError) as error:
         again = f"python data.py pack --data DATA --out {quoted(folder)}"
+        mend = mend_of(getattr(error, "filename", folder), error) or f"{aside(folder)}{again}"
         if isinstance(error, FileNotFoundError):  # no pack.json: packing was stopped, and goes on
             mend = again
-        else:
-            mend = mend_of(getattr(error, "filename", folder), error) or f"{aside(folder)}{again}"
         return [Finding("missing", "--data", brief(error), "a whole pack", mend)]
     got = f"{len(pack):,} frames; sha256 of {compared} of {len(pack.hashes)} files compared"
     rest = "" if compared == len(pack.hashes) else f" (all: python data.py verify {quoted(folder)})"

@@ -5,7 +5,6 @@
 The checkpoint is loaded, as the robot loads it, and reads as many frames as ACTING allows.
 """
 
-import sys
 import time
 from pathlib import Path
 
@@ -20,14 +19,14 @@ from model import actions_to_bins
 from pack import Pack
 from policy import Policy
 from samples import Frames, open_data
-from tools.checks import ROOT, Finding, brief
+from tools.checks import PIP, ROOT, Finding, brief
 from validation import action_accuracy
 
 ACTING = 60.0  # seconds in which a checkpoint is looked at beside its data
-HELD_OUT = 256  # its frames, and episodes, at most
-EQUAL = 1e-5  # of the largest logit: what fp32 rounds
-RARE = 3  # tokens in a dimension of the data, up to which one predicted token is no surprise
-CLIPPED = 0.1  # share of a dimension's actions outside the statistics: 0.02 in training
+HELD_OUT = 256  # held-out frames, and held-out episodes, at most
+EQUAL = 1e-5  # logits that differ by less, relative to the largest, differ by rounding only
+RARE = 3  # where the data have so few tokens in a dimension, a policy may use one
+CLIPPED = 0.1  # of a dimension's actions may lie outside; percentiles leave 0.02 of training's
 
 
 def acting(
@@ -90,8 +89,9 @@ def statistics_findings(policy: Policy, frames: Frames) -> list[Finding]:
         if wide[slot]:
             state, expected = "warn", f"at most {CLIPPED:.0%}, which are clipped"
         found.append(Finding(state, "action_stats", got, expected, mend))
-    got = f"{len(actions)} held-out actions, at most {outside.max():.1%} clipped in a dimension"
-    return found or [Finding("ok", "action_stats", f"{got}; {constant.sum()} are constant")]
+    got = f"{len(actions)} held-out actions, at most {outside.max():.1%} clipped in a dimension; "
+    got += f"{constant.sum()} dimensions are constant"
+    return found or [Finding("ok", "action_stats", got)]
 
 
 def too_slow(what: str) -> Finding:
@@ -119,15 +119,13 @@ def sight_findings(
             found.append(too_slow(what))
             continue
         changed, _ = policy.model.teacher_forced(batcher(raw | change, policy.device))
-        differ, largest = ((x.abs().max().item()) for x in (changed - logits, logits))
+        differ, largest = (x.abs().max().item() for x in (changed - logits, logits))
         if differ > EQUAL * largest:
             got = f"{what}: logits up to {largest:.2g} differ by up to {differ:.2g}"
             found.append(Finding("ok", "acting", got))
             continue
-        expected = (
-            "others: weights are lost, or a newer library leaves them out (openvla's issue 346)"
-        )
-        mend = f"{sys.executable} -m pip install -r {quoted(ROOT / 'requirements.txt')}"
+        expected = "different ones: a library may ignore the pictures (openvla issue 346)"
+        mend = f"{PIP} -r {quoted(ROOT / 'requirements.txt')}"
         found.append(Finding("missing", "acting", f"{what}: equal logits", expected, mend))
     if known[0] == known[-1]:
         got = f"no second instruction to compare: the checkpoint knows {known[0]!r} alone"

@@ -34,10 +34,10 @@ from tools.check_policy import acting
 from tools.checks import ROOT, Finding
 
 PATIENCE = 12.0  # seconds for a program that is started
-BUSY = "this machine may be busy"  # what ends the expectation of a check that found no time
+BUSY = "this machine may be busy"  # ends `expected` of a check that had too little time
 SETUP = f"rm -f {quoted(ROOT / '.venv/setup-done')} && make -C {quoted(ROOT)} setup"
 LAVAPIPE = "/usr/share/vulkan/icd.d/lvp_icd.json"  # Mesa's driver file
-# What lets a machine draw whose nvidia-smi works and whose Vulkan does not; setup.sh prints it too.
+# For a machine whose nvidia-smi works and whose Vulkan does not; setup.sh prints it too.
 DRAW = (
     "in a container: docker run --gpus all -e NVIDIA_DRIVER_CAPABILITIES=all",
     "on bare metal: apt-get install libnvidia-gl-N, N as of the driver (Debian: nvidia-vulkan-icd)",
@@ -127,7 +127,7 @@ def simulator() -> list[Finding]:
         return [Finding("ok", "simulator", "mani_skill and mshab import")]
     reason, libraries = output.splitlines()[-1], ".so" in output
     requirements = quoted(ROOT / "requirements.txt")
-    mend = f"{quoted(sys.executable)} -m pip install --force-reinstall -r {requirements}"
+    mend = f"{checks.PIP} --force-reinstall -r {requirements}"
     expected = "mani_skill and mshab of requirements.txt"
     return [Finding("missing", "simulator", reason, expected, SETUP if libraries else mend)]
 

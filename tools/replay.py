@@ -72,14 +72,9 @@ def replay(path: Path, episodes: int) -> Iterator[tuple[str, bool, bool]]:
                 obs, info = env.step(action)
                 success.append(info["success"])
             before = group["success"][:].astype(bool)
-            yield (
-                (
-                    f"{group.name[1:]}: {told(before)} when recorded, {told(success)} here; joints "
-                    f"differ by up to {drift:.2g}"
-                ),
-                bool(before.any()),
-                any(success),
-            )
+            text = f"{group.name[1:]}: {told(before)} when recorded, {told(success)} here; "
+            text += f"joints differ by up to {drift:.2g}"
+            yield text, bool(before.any()), any(success)
     env.close()
 
 
