@@ -209,15 +209,11 @@ def survey(group: h5py.Group, actions: np.ndarray, where: str) -> np.ndarray:
     values, has, out["rise"] = read_labels(group, 0, count, count, where)
     out["frames"], out["labelled"] = count, has.sum(0)
     out["clipped"] = (np.abs(actions) > 1 + 1e-5).sum()
-    commanded, out["speed"] = (
-        clip(actions)[:-1, BASE_FORWARD] / CONTROL_HZ,
-        np.nan,
-    )  # [T - 1] metres
-    # The base reaches its speed after some steps: the last of SETTLED in one direction.
-    drives = [
-        np.convolve(commanded * sign > 0.2 / CONTROL_HZ, np.ones(SETTLED)) for sign in (1, -1)
-    ]
-    steady = np.maximum(*drives)[: len(commanded)] == SETTLED
+    commanded, out["speed"] = clip(actions)[:-1, BASE_FORWARD] / CONTROL_HZ, np.nan  # [T - 1] m
+    # The base needs some steps to reach its speed: take the last of SETTLED in one direction.
+    forth, back = commanded > 0.2 / CONTROL_HZ, commanded < -0.2 / CONTROL_HZ
+    steps = [np.convolve(each, np.ones(SETTLED))[: len(each)] for each in (forth, back)]
+    steady = np.maximum(*steps) == SETTLED
     if "pos" in values and steady.any():
         moved = np.linalg.norm(np.diff(values["pos"], axis=0), axis=-1)
         out["speed"] = np.median(moved[steady] / np.abs(commanded[steady]))
