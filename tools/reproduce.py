@@ -36,6 +36,9 @@ from tasks import COLUMNS, PAPER_COLUMNS, SUBTASKS
 from tools.tables import differs_text, lines_of, write_table
 
 KEPT = ("config.json", "log.jsonl", "validation.json")  # of each stage
+# Readings of GAP-23 and GAP-5 in the trainings of results/set_table.
+COMMITTED = {"action_bounds": "percentiles"}
+COMMITTED_HISTORY = {"model.history": "frames"}
 HEAD_LR = {"tiny": {"lr": 1e-3}}  # of stage 3 by preset, else that of the other stages
 EPISODE = 12  # training steps of the tiny model that take as long as one of its episodes
 BOUNDS = ("random", "expert")
@@ -180,6 +183,8 @@ class Runner:
                 start = {"init_from": cfg.workshop / earlier}
             if stage == 3:
                 start |= HEAD_LR.get(cfg.preset, {})
+            if cfg.preset == "tiny":
+                start |= COMMITTED | (COMMITTED_HISTORY if row.history != "none" else {})
             out = cfg.workshop / where / f"stage{stage}"
             self.command(
                 cfg.workshop / where / "log.txt", "train.py", row=name,
