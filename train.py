@@ -6,8 +6,7 @@
     python train.py --row auxvla-grasp ...  # a row of the paper's tables, see python config.py
     python train.py --preset tiny ...       # one process, CPU or GPU; the same run
 
-The same command goes on where the last one stopped. --data is a folder of MS-HAB's files or,
-faster, a pack of them.
+The same command goes on where the last one stopped. --data: MS-HAB's files or, faster, a pack.
 """
 
 import hashlib
@@ -95,7 +94,7 @@ def prepare(cfg: TrainConfig, ranks: Ranks) -> tuple[AuxVLA, dict, Path | None]:
         build_tokenizer(cfg.model.llm)  # fails now rather than after all weights were read
         hashes = load_pretrained(model.vlm, source_of(cfg.pretrained)) if cfg.pretrained else {}
         return model, {"pretrained": hashes}, None
-    manifest = checkpoint.read_manifest(source, verify=not resumed)  # resumable() has
+    manifest = checkpoint.read_manifest(source, verify=not resumed)  # resumable() did
     checkpoint.check_config(cfg, manifest, source, bool(resumed))
     checkpoint.load_weights(model, source, new=() if resumed else ("flow_head.",))
     if ranks.is_main:
@@ -127,6 +126,7 @@ def choose_decoders(cfg: TrainConfig, frames: Frames, is_main: bool) -> TrainCon
         return cfg
     lacks = f"no training frame of {cfg.data} has a label for: {', '.join(lacking)}"
     mend = label_command(frames.source.episodes[0].file, f"{cfg.data}-labelled")
+    mend += "; only pick and place have obj (GAP-8)" * ("obj" in lacking)
     if not default:
         raise InputError(f"{lacks}. Record labels: {mend}; or train without these decoders")
     if is_main:

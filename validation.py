@@ -66,7 +66,7 @@ def metrics(seen: dict[str, Tensor], batcher: Batcher) -> dict[str, dict]:
             has = seen[f"has_{name}"]
             true = seen[name][has]
             figures = metric(seen[f"pred_{name}"][has], true)
-            constant = bool((true == true[0]).all())  # any predictor that knows it is right
+            constant = bool((true == true[0]).all())  # the figure then says nothing of the model
             out |= {key: value | {"constant": constant} for key, value in figures.items()}
     return out
 

@@ -27,7 +27,7 @@ from household.robot import write_light_fetch
 
 # The names must be in mani_skill's metadata/scene_configs.json.
 SCENES = [f"v3_sc0_staging_0{i}.scene_instance.json" for i in range(3)]
-# Raise by hand when a generated file changes: results name the apartment by it.
+# Change by hand when a generated file changes: results name the apartment by it.
 VERSION = "d9abd2d0bb1c"
 
 

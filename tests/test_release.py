@@ -79,6 +79,11 @@ def test_truncated_at_its_success_a_longer_episode_is_the_one_that_ended_there(c
     np.testing.assert_array_equal(theirs.actions_of(np.array([1])), ours.actions_of(np.array([0])))
 
 
+def test_recorded_actions_succeed_again_in_the_apartment_where_they_were_recorded(collected):
+    said = finish(start("-m", "tools.replay", "--data", collected))
+    assert "differ by up to 0\n1 of 1 recorded successes succeed again" in said
+
+
 def test_mshabs_own_training_reads_what_we_wrote_and_learns(collected, tmp_path):
     command = ("tests/mshab_bc.py", tmp_path, collected / f"{DRAWER}.h5")
     shown = finish(start(*command, PYTHONHASHSEED="0"))

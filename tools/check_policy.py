@@ -1,4 +1,4 @@
-"""A checkpoint beside its data: is it of their robot, does it look, is it right on held-out frames?
+"""Is a checkpoint sound: the data's robot, inputs that change its output, right held-out tokens?
 
     print(*acting("RUN/stage2", "PACK"), sep="\\n")
 
@@ -22,7 +22,7 @@ from samples import Frames, open_data
 from tools.checks import PIP, ROOT, Finding, brief
 from validation import action_accuracy
 
-ACTING = 60.0  # seconds in which a checkpoint is looked at beside its data
+ACTING = 60.0  # seconds for all checks of a checkpoint
 HELD_OUT = 256  # held-out frames, and held-out episodes, at most
 EQUAL = 1e-5  # logits that differ by less, relative to the largest, differ by rounding only
 RARE = 3  # where the data have so few tokens in a dimension, a policy may use one
@@ -32,7 +32,7 @@ CLIPPED = 0.1  # of a dimension's actions may lie outside; percentiles leave 0.0
 def acting(
     path: str | Path, data: str | Path, device: str | None = None, seconds: float = ACTING
 ) -> list[Finding]:
-    """--checkpoint on --data: is it of this robot, does it look, is it right on held-out frames?"""
+    """--checkpoint on --data: names, statistics, sensitivity to each input, held-out tokens."""
     deadline = time.monotonic() + seconds
     try:
         policy = Policy.from_checkpoint(path, device)

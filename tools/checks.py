@@ -52,7 +52,8 @@ class Finding:
 
 def brief(error: Exception) -> str:
     """An error's first sentence; what mends it is said apart."""
-    return str(error).splitlines()[0].partition(". ")[0]
+    sentence = str(error).splitlines()[0].partition(". ")[0]
+    return sentence + ")" * (sentence.count("(") - sentence.count(")"))
 
 
 def require(*findings: list[Finding]) -> None:

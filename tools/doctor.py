@@ -3,7 +3,7 @@
     python -m tools.doctor
     python -m tools.doctor --for train --data DATA --pretrained PRISM --out RUN/stage1
     python -m tools.doctor --for eval --checkpoint RUN/stage2 --out RUN/eval
-    python -m tools.doctor --checkpoint RUN/stage2 --data PACK  # and does it look, is it right?
+    python -m tools.doctor --checkpoint RUN/stage2 --data PACK  # is the policy sound?
     torchrun --nproc_per_node=8 -m tools.doctor --for train   # and do the ranks reach each other?
 
 One line per check: ok, warn or missing; what was got, what was expected; below it the command that
