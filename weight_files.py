@@ -71,7 +71,7 @@ def files_in(folder: Path) -> list[Path]:
     if folder / INDEX not in paths:
         return paths
     try:
-        named = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+        named = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise PretrainedError(f"{folder / INDEX}: no index of shards ({error!r})") from error
     there = {path.name for path in paths}
@@ -117,7 +117,7 @@ def trained_on_actions(folder: Path) -> bool:
     Raises PretrainedError where it is not to be read: nothing else tells the two apart.
     """
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return bool({"vla", "norm_stats"} & set(config))
     except (OSError, ValueError, TypeError) as error:
         raise PretrainedError(

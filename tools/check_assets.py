@@ -75,7 +75,11 @@ def mixed(root: Path) -> list[Finding]:
     if not marker.is_file():
         return []
     scenes = [path for path in (root / ASSETS["ReplicaCAD"]).glob("*.json") if content(path)]
-    made = [p for p in scenes if f"objects/table_{p.name.partition('.')[0]}" in p.read_text()]
+    made = [
+        path
+        for path in scenes
+        if f"objects/table_{path.name.partition('.')[0]}" in path.read_text(encoding="utf-8")
+    ]
     models = [path for path in ycb.glob("*/") if path.name not in sum(OBJECTS.values(), ())]
     real = [*(set(scenes) - set(made)), *models]
     if not real:
@@ -146,7 +150,7 @@ def fault_of(path: Path) -> str | None:
 
 def content(path: Path) -> dict:
     """A JSON file; {} when it is broken, which fault_of says."""
-    return {} if fault_of(path) else json.loads(path.read_text())
+    return {} if fault_of(path) else json.loads(path.read_text(encoding="utf-8"))
 
 
 def sampled(root: Path, tasks: tuple[str, ...]) -> Iterator[tuple[str, Path]]:

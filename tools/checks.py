@@ -168,7 +168,7 @@ def gpu_physics(version: str, fetch: bool = False) -> list[Finding]:
     got, load = f"no {library}", "import sapien.physx as p; p.enable_gpu()"
     if fetch or library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
-        with open(library.with_suffix(".lock"), "w") as lock:
+        with open(library.with_suffix(".lock"), "w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             command = [sys.executable, "-W", "ignore", "-c", load]  # a damaged library may crash it
             done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
