@@ -1,11 +1,10 @@
-"""What a run survives, in full counts: kill -9, failing disks, flipped bytes, changed GPU counts.
+"""What a run survives, counted: kill -9, failing disks, flipped bytes, other numbers of processes.
 
-    python -m tools.endure --data PACK --work FOLDER --out results/endure.json
-
-Takes an hour and a half on two cores; the tests run a few of each. Every figure is "n of n": the
-first that is not ends the program with an error that says what was lost.
+test_endurance.py does a few of each; `measure` does all, for results/endure.json. Each function
+returns its figures, or fails saying what was lost.
 """
 
+import errno
 import json
 import os
 import random
@@ -14,21 +13,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
-import tyro
-from tqdm import tqdm
+import torch
+from processes import REPOSITORY
+from safetensors.torch import load_file
 
 import checkpoint
-from config import explained
-from durable import read_lines, sha256, write
-from tools.faults import Lost, faults, flips, open_large_index, read_all, stall
+from config import InputError
+from durable import read_lines, sha256, sole_writer, write, write_sealed
+from logs import Saver
+from pack import BLOCK, PACKED, Pack, block_name
+from trajectory import SURVEY
 
-ROOT = Path(__file__).parent.parent
+KILLED = 100  # exit code of an injected kill
 
 # --- Training as a user starts it ---
 
@@ -42,29 +44,28 @@ def start(out: Path, processes: int, *flags, restarts: int = 0) -> subprocess.Po
     command += ["--val-frames", "8", "--save-every", "1", "--out", out, *flags]
     with open(f"{out}.txt", "ab") as log:
         return subprocess.Popen(
-            [str(word) for word in command], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=log, stderr=log,
+            [str(word) for word in command], cwd=REPOSITORY,
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log,
         )  # fmt: skip
 
 
-def finish(process: subprocess.Popen, out: Path, code: int = 0) -> None:
-    """Wait for the end. Raises Lost if it is not the one expected."""
-    if (got := process.wait(timeout=900)) != code:
-        raise Lost(f"{out}: ended with {got}, expected {code}; its output is in {out}.txt")
+def finish(process: subprocess.Popen, out: Path) -> None:
+    got = process.wait(timeout=900)
+    assert got == 0, f"{out}: ended with {got}; its output is in {out}.txt"
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds=300) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"{process.args}: ended early"
+        assert time.monotonic() < deadline, f"{process.args}: nothing happened in {seconds} s"
+        time.sleep(0.02)
 
 
 def processes_of(out: Path, what: str = "train.py") -> list[int]:
     """torchrun, the ranks and their loaders, found by their command line."""
     found = subprocess.run(["pgrep", "-f", "--", f"{what} .*--out {out} "], capture_output=True)
     return [int(pid) for pid in found.stdout.split()]
-
-
-def kill_all(process: subprocess.Popen, out: Path) -> None:
-    """kill -9 everything that the run consists of, at once."""
-    for pid in processes_of(out):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
 
 
 def fingerprint(out: Path) -> tuple[str, str, str]:
@@ -74,10 +75,10 @@ def fingerprint(out: Path) -> tuple[str, str, str]:
     return folder.name, *hashes
 
 
-# --- kill -9 ---
+# --- Signals ---
 
 
-def kills(data: Path, work: Path, count: int, stage: int, init_from: Path | None, steps=30) -> dict:
+def kills(data: Path, work: Path, count: int, stage: int, init_from=None, steps=30) -> dict:
     """Kill runs of two processes at random instants; each ends with the uninterrupted one's bytes.
 
     The instant is uniform over the time that an uninterrupted run takes, start-up included.
@@ -88,54 +89,42 @@ def kills(data: Path, work: Path, count: int, stage: int, init_from: Path | None
     finish(start(straight, 2, *flags), straight)
     takes, expected = time.monotonic() - began, fingerprint(straight)
     rng, done, runs, reached = random.Random(stage), 0, 0, []
-    bar = tqdm(total=count, desc=f"kill -9, stage {stage}", disable=None)
     while True:
         process = start(out, 2, *flags)
         try:
             process.wait(timeout=rng.uniform(0, takes) if done < count else 900)
         except subprocess.TimeoutExpired:
-            if done == count:
-                raise Lost(f"{out}: does not end") from None
-            kill_all(process, out)
+            assert done < count, f"{out}: does not end"
+            for pid in processes_of(out):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
             done += 1
-            bar.update()
             reached.append(len(read_lines(out / "log.jsonl")))
             continue
-        if process.returncode or fingerprint(out) != expected:
-            raise Lost(f"{out}: after {done} kills it ended with {process.returncode} and other "
-                       f"bytes than {straight}; its output is in {out}.txt")  # fmt: skip
+        assert process.returncode == 0, f"{out}: after {done} kills, see {out}.txt"
+        assert fingerprint(out) == expected, f"{out}: other bytes than {straight}"
         runs += 1
         shutil.rmtree(out)
         if done == count:
-            bar.close()
             return {"kills": done, "runs completed": runs, "equal": runs,
                     "in training": sum(lines > 0 for lines in reached)}  # fmt: skip
 
 
-def rank_deaths(data: Path, work: Path, count: int) -> dict:
-    """Kill one rank of two: torchrun starts both again, and the bytes are the same."""
-    flags = ["--data", data, "--stage", 2, "--steps", 12, "--seed", "3"]
+def rank_deaths(data: Path, work: Path, count: int, processes=2, steps=12) -> dict:
+    """Kill one rank: torchrun starts all again, and the bytes are the same."""
+    flags = ["--data", data, "--stage", 2, "--steps", steps, "--seed", "3"]
     straight, rng = work / "straight-rank", random.Random(0)
-    finish(start(straight, 2, *flags), straight)
+    finish(start(straight, processes, *flags), straight)
     for number in range(count):
         out = work / f"rank{number}"
-        process = start(out, 2, *flags, restarts=1)
+        process = start(out, processes, *flags, restarts=1)
         wait_for(lambda out=out: (out / "step-00000003").exists(), process)
-        ranks = [pid for pid in processes_of(out, "-u train.py")]
-        os.kill(rng.choice(ranks), signal.SIGKILL)
+        os.kill(rng.choice(processes_of(out, "-u train.py")), signal.SIGKILL)
         finish(process, out)
-        if fingerprint(out) != fingerprint(straight):
-            raise Lost(f"{out}: other bytes than {straight}")
+        assert fingerprint(out) == fingerprint(straight), f"{out}: other bytes than {straight}"
         shutil.rmtree(out)
     return {"rank deaths": count, "equal": count}
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds=300) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise Lost(f"{process.args}: ended early, or nothing happened in {seconds} s")
-        time.sleep(0.02)
 
 
 def sigterm(data: Path, work: Path, count: int) -> dict:
@@ -150,8 +139,8 @@ def sigterm(data: Path, work: Path, count: int) -> dict:
         process.wait(timeout=60)
         slowest = max(slowest, time.monotonic() - began)
         trained = [line["step"] for line in read_lines(out / "log.jsonl") if "action" in line]
-        if checkpoint.newest(out).name != f"step-{trained[-1]:08d}":
-            raise Lost(f"{out}: step {trained[-1]} was taken, {checkpoint.newest(out)} is saved")
+        saved = checkpoint.newest(out).name
+        assert saved == f"step-{trained[-1]:08d}", f"{out}: step {trained[-1]} was taken"
         shutil.rmtree(out)
     return {"signals": count, "saved the last step": count, "slowest exit (s)": round(slowest, 1)}
 
@@ -171,61 +160,222 @@ def order(data: Path, work: Path, epochs: int = 2) -> dict:
                 flags += ["--steps", i * per_epoch // 2]
             finish(start(out, processes, *flags), out)
         lines = [line for line in read_lines(out / "log.jsonl") if "action" in line]
-        curves[name] = np.array(
-            [[line[key] for key in ("action", "qpos", "seg")] for line in lines]
-        )
-        per_epoch = len(lines) // epochs
+        losses = [[line[key] for key in ("action", "qpos", "seg")] for line in lines]
+        curves[name], per_epoch = np.array(losses), len(lines) // epochs
     worst = {name: float(np.abs(curve / curves["1"] - 1).max()) for name, curve in curves.items()}
     return {"steps": len(curves["1"]), "largest relative difference of a loss": worst}
 
 
-@dataclass(frozen=True)
-class EndureConfig:
-    data: Path  # a small pack: some hundred frames
-    work: Path  # an empty folder, for the runs
-    out: Path  # the figures, JSON
-    kills: int = 200  # over the three stages
-    deaths: int = 20  # of one rank
-    signals: int = 20
-    flips: int = 1000  # of a checkpoint, and of a pack
+# --- A disk that fails ---
 
 
-def main(cfg: EndureConfig) -> None:
-    """Every part that is not in --out yet; each is written there when it is done."""
-    cfg.work.mkdir(parents=True, exist_ok=True)
-    pack, rng = cfg.work / "pack", random.Random(0)
-    shutil.copytree(cfg.data, pack, dirs_exist_ok=True)
-    straight = {stage: cfg.work / f"straight{stage}" for stage in (1, 2, 3)}
+@contextmanager
+def fault(number: int, effect: Callable[[], None]) -> Iterator[list]:
+    """Under every file call of a save: at the `number`-th one, half of it happens, then `effect`.
 
-    def checkpoint_flips() -> dict:
+    Yields the calls that were made so far.
+    """
+    made = []
+
+    def around(call, half=lambda *_: None):
+        def faulty(*args, **kwargs):
+            made.append(call)
+            if len(made) - 1 == number:
+                half(*args)
+                effect()
+            return call(*args, **kwargs)
+
+        return faulty
+
+    def half_of_tensors(tensors, path):
+        save_file(tensors, path)
+        os.truncate(path, path.stat().st_size // 2)
+
+    def half_of_bytes(path, content):
+        write_bytes(path, content[: len(content) // 2])
+
+    save_file, write_bytes = checkpoint.save_file, Path.write_bytes
+    with ExitStack() as patches:
+        for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
+            patches.enter_context(patch(f"os.{name}", around(getattr(os, name))))
+        patches.enter_context(patch("checkpoint.save_file", around(save_file, half_of_tensors)))
+        patches.enter_context(patch.object(Path, "write_bytes", around(write_bytes, half_of_bytes)))
+        yield made
+
+
+def raise_error():
+    raise OSError(errno.EIO, "injected: input/output error")
+
+
+def faults(work: Path) -> dict:
+    """At each file call of a save: an error, or the end of the process. A checkpoint always loads.
+
+    The save is the hardest: it names a new best, and the checkpoint before it goes (--keep 1).
+    """
+    tensors = [{"weight": torch.full((1000,), float(step))} for step in range(4)]
+
+    def save(out, step):
+        manifest = {"score": 1.0 / step}
+        checkpoint.write(out, step, tensors[step], tensors[step], manifest, "{}", keep=1)
+
+    counts = {}
+    for name, effect in (("error", raise_error), ("kill", lambda: os._exit(KILLED))):
+        for number in range(1000):
+            out, at = work / f"fault-{name}", f"{name} at call {number}"
+            shutil.rmtree(out, ignore_errors=True)
+            save(out, 1)
+            pid = os.fork()
+            if pid == 0:  # the run; it ends with the number of the calls it made
+                with suppress(checkpoint.CheckpointError), fault(number, effect) as made:
+                    save(out, 2)
+                os._exit(min(len(made), 99))
+            made = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            survivor = checkpoint.newest(out)
+            assert survivor, f"{out}: no checkpoint loads after {at}"
+            step = int(load_file(survivor / "model.safetensors")["weight"][0])
+            assert survivor.name == f"step-{step:08d}", f"{survivor}: of step {step} after {at}"
+            with sole_writer(out):  # the next run
+                checkpoint.tidy(out)
+                save(out, 3)
+            whole = checkpoint.newest(out).name == "step-00000003" and not [*out.glob(".step-*")]
+            assert whole, f"{out}: the next save after {at} is not whole"
+            if 0 <= made <= number and made != KILLED:
+                counts[name] = number
+                break
+    return {"file calls of a save": counts["error"], "with an error": counts["error"],
+            "with a kill": counts["kill"], "a checkpoint loads": sum(counts.values())}  # fmt: skip
+
+
+def stall(work: Path, parameters: int = 100_000_000) -> dict:
+    """What a save costs training, and what it takes in its thread, for 1.2 GB of state."""
+    model = torch.nn.Linear(1000, parameters // 1000, bias=False)
+    optimizer = torch.optim.Adam(model.parameters())
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    saver = Saver(work / "stall", keep=1, is_main=True, step=0)
+    began = time.perf_counter()
+    saver.save(1, model, optimizer, {}, "{}")
+    stalled = time.perf_counter() - began
+    saver.close()
+    took = time.perf_counter() - began
+    shutil.rmtree(work / "stall")
+    figures = {"GB": 12 * parameters / 1e9}
+    return figures | {"stalled (s)": round(stalled, 2), "took (s)": round(took, 2)}
+
+
+# --- Flipped bytes ---
+
+
+def flips(folder: Path, check: Callable[[], None], count: int) -> int:
+    """Change one byte at a time; `check` must raise an InputError that names the file."""
+    rng, files = random.Random(0), sorted(folder.glob("[!.]*"))
+    sizes = [path.stat().st_size for path in files]
+    for number in range(count):
+        # Every file in turn first, then where a byte is likeliest: in the large ones.
+        path = files[number] if number < len(files) else rng.choices(files, sizes)[0]
+        place = rng.randrange(path.stat().st_size)
+        with open(path, "r+b") as file:
+            byte = os.pread(file.fileno(), 1, place)
+            os.pwrite(file.fileno(), bytes([byte[0] ^ rng.randrange(1, 256)]), place)
+            try:
+                check()
+            except InputError as error:
+                assert path.name in str(error), f"{path}, byte {place}: reported as {error}"
+            else:
+                raise AssertionError(f"{path}, byte {place}: changed, and not noticed")
+            os.pwrite(file.fileno(), byte, place)
+    check()
+    return count
+
+
+def read_all(folder: Path) -> None:
+    """As training reads a pack: what is known of the episodes, then every record."""
+    pack = Pack(folder)
+    every = np.arange(len(pack.episodes))
+    pack.survey(every)
+    pack.actions_of(every)
+    pack.read(np.arange(len(pack)))
+
+
+# --- Size ---
+
+
+def write_large_index(folder: Path, episodes: int, length: int) -> None:
+    """A pack whose index is real and whose blocks are holes of the right size."""
+    entries = [
+        {"file": f"set_table/pick/{i % 9}.h5", "trajectory": f"traj_{i}", "length": length,
+         "instruction": 0, "task": "set_table", "subtask": "pick"} for i in range(episodes)
+    ]  # fmt: skip
+    frames = episodes * length
+    names = [block_name(number) for number in range(-(-frames // BLOCK))]
+    for number, name in enumerate(names):
+        with open(folder / name, "wb") as file:
+            file.truncate(min(BLOCK, frames - number * BLOCK) * PACKED.itemsize)
+    np.save(folder / "survey.npy", np.zeros(episodes, SURVEY))
+    hashes = dict.fromkeys(names, "0" * 64) | {"survey.npy": sha256(folder / "survey.npy")}
+    about = {"instructions": [""], "action_schema": None, "qpos_names": None, "sizes": {}}
+    content = {"files": hashes, "record": PACKED.itemsize, "episodes": entries} | about
+    write_sealed(folder / "pack.json", content)
+
+
+OPEN = """
+import re, sys, time
+from samples import Frames, Pack, StepOrder
+
+STATUS = "/proc/self/status"
+
+def memory(which):  # kB of now (VmRSS), or of the peak since the reset (VmHWM)
+    return int(re.search(rf"{which}:\\s+(\\d+)".encode(), open(STATUS, "rb").read())[1])
+
+open("/proc/self/clear_refs", "w", encoding="utf-8").write("5")  # forget the peak of the imports
+before, began = memory("VmRSS"), time.perf_counter()
+frames = Frames(Pack(sys.argv[1]), 0.02, train=True)
+StepOrder(len(frames), 512, 0, 0, 10, 0, 8).batch(0)
+print(len(frames), time.perf_counter() - began, (memory("VmHWM") - before) / 1024)
+"""
+
+
+def open_large_index(folder: Path) -> dict:
+    """The paper's 44,000 episodes: opened, and the first epoch's order drawn, in a new process."""
+    folder.mkdir(exist_ok=True)
+    write_large_index(folder, episodes=44_000, length=182)
+    command = [sys.executable, "-c", OPEN, folder]
+    said = subprocess.check_output(command, cwd=REPOSITORY).split()
+    frames, seconds, megabytes = map(float, said)
+    shutil.rmtree(folder)
+    return {"frames": int(frames), "seconds": round(seconds, 2), "MB": round(megabytes)}
+
+
+# --- All of it ---
+
+
+def measure(data: Path, work: Path, out: Path, kill=66, deaths=20, signals=20, flip=1000) -> None:
+    """Every part that `out` does not have yet; each is written there when it is done."""
+    straight = {stage: work / f"straight{stage}" for stage in (1, 2, 3)}
+
+    def checkpoint_flips() -> int:
         saved = checkpoint.newest(straight[3])
-        return flips(saved, lambda: checkpoint.read_manifest(saved), cfg.flips, rng)
+        return flips(saved, lambda: checkpoint.read_manifest(saved), flip)
 
     parts = {
-        "index": lambda: open_large_index(cfg.work / "index"),
-        "stall": lambda: stall(cfg.work),
-        "faults": lambda: faults(cfg.work),
-        "order": lambda: order(pack, cfg.work),
-        "SIGTERM": lambda: sigterm(pack, cfg.work, cfg.signals),
+        "index": lambda: open_large_index(work / "index"),
+        "stall": lambda: stall(work),
+        "faults": lambda: faults(work),
+        "order": lambda: order(data, work),
+        "SIGTERM": lambda: sigterm(data, work, signals),
     }
-    for stage, share in zip((1, 2, 3), np.diff(np.linspace(0, cfg.kills, 4).astype(int))):
-        parts[f"kill -9, stage {stage}"] = lambda stage=stage, share=int(share): kills(
-            pack, cfg.work, share, stage, straight.get(stage - 1)
+    for stage in straight:
+        parts[f"kill -9, stage {stage}"] = lambda stage=stage: kills(
+            data, work, kill, stage, straight.get(stage - 1)
         )
     parts |= {
-        "rank deaths": lambda: rank_deaths(pack, cfg.work, cfg.deaths),
+        "rank deaths": lambda: rank_deaths(data, work, deaths),
         "flipped bytes, checkpoint": checkpoint_flips,
-        "flipped bytes, pack": lambda: flips(pack, lambda: read_all(pack), cfg.flips, rng),
+        "flipped bytes, pack": lambda: flips(data, lambda: read_all(data), flip),
     }
-    figures = json.loads(cfg.out.read_bytes()) if cfg.out.exists() else {}
-    cfg.out.parent.mkdir(parents=True, exist_ok=True)
+    figures = json.loads(out.read_bytes()) if out.exists() else {}
     for name, part in parts.items():
         if name not in figures:
             figures[name] = part()
-            write(cfg.out, (json.dumps(figures, indent=1) + "\n").encode())
+            write(out, (json.dumps(figures, indent=1) + "\n").encode())
             print(f"{name}: {figures[name]}", flush=True)
-
-
-if __name__ == "__main__":
-    with explained():
-        main(tyro.cli(EndureConfig, description=__doc__))
