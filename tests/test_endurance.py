@@ -1,6 +1,6 @@
 """Nothing is lost: kills, failing disks, flipped bytes, bad numbers.
 
-    ENDURE=results/endure.json python -m pytest -m slow tests/test_endurance.py  # in full counts
+In full counts: ENDURE=results/endure.json python -m pytest -m slow tests/test_endurance.py
 """
 
 import os

@@ -100,7 +100,7 @@ def test_any_instruction_is_taken_when_told_unless_too_long(stage):
 
 def test_what_serving_needs_is_named_with_its_command(stage, monkeypatch):
     monkeypatch.setattr("tools.serve.serve", None)  # as where it is not installed
-    with pytest.raises(InputError, match="needs vla-eval, .*: pip install vla-eval"):
+    with pytest.raises(InputError, match=r"needs vla-eval, .*: pip install vla-eval"):
         main(ServeConfig(stage))
 
 

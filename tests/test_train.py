@@ -186,9 +186,9 @@ def test_a_checkpoint_downloaded_without_moments_acts_and_starts_a_stage_if_whol
     run(data, tmp_path / "stage2", stage=2, steps=1, init_from=shared)
     assert log(tmp_path / "stage2")[0]["step"] == 1
     flip(shared / "model.safetensors")
-    with pytest.raises(InputError, match="model.safetensors: damaged, its sha256 differs"):
+    with pytest.raises(InputError, match=r"model\.safetensors: damaged, its sha256"):
         Policy.from_checkpoint(shared, "cpu")
-    with pytest.raises(InputError, match="model.safetensors: damaged, its sha256 differs"):
+    with pytest.raises(InputError, match=r"model\.safetensors: damaged, its sha256"):
         run(data, tmp_path / "again", stage=2, steps=1, init_from=shared)
 
 
