@@ -125,9 +125,9 @@ def test_training_ends_in_a_sentence_that_names_the_damaged_block(data, tmp_path
     block = np.memmap(tmp_path / "pack/frames-00000.bin", PACKED, "r+")
     block["record"]["rgb"][:, 0, 5, 5, 0] ^= 1
     args = parse([*flags(tmp_path / "pack", tmp_path / "out"), "--workers", "1"])
-    with pytest.raises(SystemExit, match=r"^error: .*frames-00000\.bin, record \d+: damaged.*$"):
-        with explained():
-            main(args)
+    told = r"^error: .*frames-00000\.bin, record \d+: damaged.*$"
+    with pytest.raises(SystemExit, match=told), explained():
+        main(args)
 
 
 def test_sealed_json_reads_back_and_keeps_any_text(tmp_path):

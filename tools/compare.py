@@ -137,4 +137,4 @@ def comparison(a: Positional[Path], b: Positional[Path]) -> str:
 
 if __name__ == "__main__":
     with explained():
-        print(tyro.cli(comparison))
+        print(tyro.cli(comparison, description=__doc__))
