@@ -9,6 +9,9 @@
     RUN/stage1/step-00000500.damaged                moved aside: the run resumed from an older one
 
 A checkpoint is written under a hidden name, its manifest last, fsynced and renamed. No pickles.
+Without optimizer.safetensors it still drives the robot and starts the next stage:
+
+    python checkpoint.py export --checkpoint RUN/stage2 --out RUN/light  # half of fp32, to share
 """
 
 import json
@@ -21,12 +24,13 @@ from pathlib import Path
 
 import dacite
 import torch
+import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import durable
-from config import InputError, ModelConfig, TrainConfig, quoted
+from config import InputError, ModelConfig, TrainConfig, explained, quoted
 from durable import DamagedError, read_sealed, sha256, sync, write_sealed
 from sharding import like, whole
 
@@ -334,3 +338,32 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
             optimizer.state[parameter][moment] = (
                 value.to(parameter.device) if moment == "step" else like(value, parameter)
             )
+
+
+def export(checkpoint: Path, out: Path) -> None:
+    """Copy a checkpoint to share: matrices in bf16, no moments, the training logs beside it.
+
+    Args:
+        checkpoint: RUN/stageN (its newest) or RUN/stageN/step-NNNNNNNN
+        out: a new folder, which --checkpoint and --init-from take like RUN/stageN
+    """
+    if out.exists():
+        raise FileExistsError(f"{out}: is there already; give another --out")
+    folder = resolve(checkpoint)
+    manifest = read_manifest(folder, moments=False)
+    weights = {
+        name: weight.bfloat16() if weight.is_floating_point() and weight.ndim > 1 else weight
+        for name, weight in load_file(folder / "model.safetensors").items()
+    }
+    about = manifest | {"published_from": sha256(folder / "manifest.json")}
+    tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    write(out, manifest["step"], weights, None, about, tokenizer, keep=1)
+    for log in ("config.json", "log.jsonl", "validation.json"):
+        if (folder.parent / log).is_file():
+            shutil.copyfile(folder.parent / log, out / log)
+    print(f"{out}: stage {manifest['stage']}, step {manifest['step']}, matrices in bf16")
+
+
+if __name__ == "__main__":
+    with explained():
+        tyro.extras.subcommand_cli_from_dict({"export": export}, description=__doc__)

@@ -5,12 +5,11 @@
     python eval.py --policy rl --policies mshab_checkpoints --out RUN/eval-rl   # MS-HAB's own
     torchrun --nproc_per_node=8 eval.py --checkpoint RUN/stage2 --out RUN/eval  # a GPU each
     python eval.py --checkpoint RUN/stage2 --envs 16 --out RUN/eval-gpu  # simulated on a GPU
-    python eval.py --compare RUN/eval-a RUN/eval-b   # two checkpoints on equal seeds
 
 A finished episode is one line of OUT/episodes.jsonl, on disk before the next one counts. A killed
 run goes on with the missing episodes, and the table is always computed from that file.
 OUT/results.json has the columns and what it takes to repeat them. tools/report.py puts all
-evaluations of a run side by side.
+evaluations of a run side by side, tools/compare.py compares two on equal seeds.
 """
 
 import json
@@ -19,7 +18,7 @@ import platform
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import groupby
@@ -45,7 +44,6 @@ from rows import DEFAULT_ROW, ROWS
 from tasks import COLUMNS, EACH, HORIZON, OBJECTS, PAPER_COLUMNS, TASKS, sentences, targets
 from tools.check_assets import assets
 from tools.checks import disk, packages, require
-from tools.compare import compare
 from tools.film import Film
 from tools.report import code_commit, success_table
 from workers import Workers
@@ -56,9 +54,7 @@ LIBRARIES = ("torch", "mani_skill", "praxis-mshab", "sapien", "numpy")
 
 @dataclass(frozen=True)
 class EvalConfig:
-    out: Path | None = None  # folder of the results; a run that was cut short goes on there
-    # instead of a run: two such folders, the paired difference B - A on the seeds of both
-    compare: tuple[Path, Path] | None = None
+    out: Path  # folder of the results; a run that was cut short goes on there
     checkpoint: Path | None = None  # RUN/stageN (its newest) or RUN/stageN/step-NNNNNNNN
     # only learned takes a checkpoint; rl are MS-HAB's, each column by that of its target or "all"
     policy: Literal["learned", "expert", "random", "rl"] = "learned"
@@ -84,16 +80,6 @@ class EvalConfig:
     )
 
     def __post_init__(self):
-        if (self.out is None) == (self.compare is None):
-            raise InputError(
-                f"got --out {self.out}, --compare {self.compare}: expected one of the two, --out "
-                "RUN/eval (to run episodes) or --compare RUN/eval-a RUN/eval-b (of runs there are)"
-            )
-        if self.compare:
-            given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
-            if others := " ".join(f"--{name}" for name in given if name != "compare"):
-                raise InputError(f"--compare runs nothing and takes no more flags: drop {others}")
-            return
         if (self.policy == "learned") != (self.checkpoint is not None):
             raise InputError(
                 f"--policy {self.policy} with --checkpoint {self.checkpoint}: the learned policy "
@@ -311,8 +297,6 @@ def prepare(cfg: EvalConfig) -> tuple[EvalConfig, dict]:
 
 
 def main(cfg: EvalConfig):
-    if cfg.compare:
-        return compare(*cfg.compare)
     check_envs(cfg.envs, cfg.policy == "expert", cfg.device)
     require(packages(deep=False), assets(tasks=(cfg.task,)), disk(cfg.out, 0))
     path, ranks = cfg.out / "episodes.jsonl", join("cpu")

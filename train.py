@@ -94,7 +94,8 @@ def prepare(cfg: TrainConfig, ranks: Ranks) -> tuple[AuxVLA, dict, Path | None]:
         build_tokenizer(cfg.model.llm)  # fails now rather than after all weights were read
         hashes = load_pretrained(model.vlm, source_of(cfg.pretrained)) if cfg.pretrained else {}
         return model, {"pretrained": hashes}, None
-    manifest = checkpoint.read_manifest(source, verify=not resumed)  # resumable() did
+    # resumable() has compared the hashes of what we resume; a stage starts without the moments.
+    manifest = checkpoint.read_manifest(source, verify=not resumed, moments=bool(resumed))
     checkpoint.check_config(cfg, manifest, source, bool(resumed))
     checkpoint.load_weights(model, source, new=() if resumed else ("flow_head.",))
     if ranks.is_main:

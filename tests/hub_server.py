@@ -1,6 +1,5 @@
 """A small server of the Hugging Face hub's protocol, for its real client (HF_ENDPOINT)."""
 
-import base64
 import hashlib
 import json
 import re
@@ -9,8 +8,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
 COMMIT = "c0ffee" + "0" * 34
-TOKEN = "hf_writes"  # may write to repositories of USER
-USER = "user"
 
 
 class Hub(ThreadingHTTPServer):
@@ -27,8 +24,6 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.repositories, self.fetched = repositories, []
         self.stalled, self.refused, self.gated = set(), set(), set()
-        self.uploaded: dict[str, bytes] = {}  # large files by sha256, until a commit names them
-        self.requests: list[dict] = []  # of repositories to be made
         self.halfway = threading.Event()  # set when a stalled name has stopped
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -76,9 +71,9 @@ class Answer(BaseHTTPRequestHandler):
             content = {"id": "x/y", "sha": COMMIT, "siblings": siblings}
         self.json(content)
 
-    def json(self, content: dict | list, status: int = 200):
+    def json(self, content: dict | list):
         body = json.dumps(content).encode()
-        self.head(status, len(body), {"Content-Type": "application/json"})
+        self.head(200, len(body), {"Content-Type": "application/json"})
         self.wfile.write(body)
 
     def file(self, data: bytes, name: str, send: bool):
@@ -102,73 +97,3 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.answer(send=True)
-
-    # --- Uploads ---
-
-    def body(self) -> bytes:
-        if "Content-Length" in self.headers:
-            return self.rfile.read(int(self.headers["Content-Length"]))
-        out = b""
-        while size := int(self.rfile.readline(), 16):  # chunked
-            out += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return out
-
-    def do_PUT(self):
-        sha = self.path.removeprefix("/upload/")
-        content = self.body()
-        same = hashlib.sha256(content).hexdigest() == sha
-        if same:
-            self.server.uploaded[sha] = content
-        self.head(200 if same else 400, 0)
-
-    def do_POST(self):
-        path, body = self.path.partition("?")[0], self.body()
-        if self.headers["Authorization"] != f"Bearer {TOKEN}":
-            self.head(401, 0)
-        elif path == "/api/validate-yaml":
-            self.json({"errors": [], "warnings": []})
-        elif path == "/api/repos/create":
-            self.create(json.loads(body))
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
-            names = [file["path"] for file in json.loads(body)["files"]]
-            modes = ["lfs" if name.endswith(".safetensors") else "regular" for name in names]
-            files = [
-                {"path": name, "uploadMode": mode, "shouldIgnore": False}
-                for name, mode in zip(names, modes)
-            ]
-            self.json({"files": files})
-        elif path.endswith(".git/info/lfs/objects/batch"):
-            objects = [
-                each | {"actions": {"upload": {"href": f"{self.server.url}/upload/{each['oid']}"}}}
-                for each in json.loads(body)["objects"]
-            ]
-            self.json({"transfer": "basic", "objects": objects})
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
-            self.commit(found[1], body)
-        else:
-            self.head(404, 0)
-
-    def create(self, wanted: dict):
-        self.server.requests.append(wanted)
-        name = f"{wanted['organization']}/{wanted['name']}"
-        if wanted["organization"] != USER:
-            self.head(403, 0)
-        else:
-            there = name in self.server.repositories
-            self.server.repositories.setdefault(name, {".gitattributes": b""})
-            self.json({"url": f"{self.server.url}/{name}"}, 409 if there else 200)
-
-    def commit(self, name: str, body: bytes):
-        files = self.server.repositories[name]
-        for line in map(json.loads, body.splitlines()):
-            value = line["value"]
-            if line["key"] == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
-                files[value["path"]] = self.server.uploaded.pop(value["oid"])
-            elif line["key"] == "deletedFile":
-                del files[value["path"]]
-        about = {"commitUrl": f"{self.server.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT}
-        self.json(about | {"pullRequestUrl": None})

@@ -54,8 +54,8 @@ def test_a_command_parses_with_its_values(command):
         parsers[program](rest)
         return
     name = rest[:1] if program == "-m" else []
-    verb = rest[:1] if program == "data.py" else []
-    verb = rest[1:2] if name and name[0] in ("tools.bench", "tools.publish") else verb
+    verb = rest[:1] if program in ("data.py", "checkpoint.py") else []
+    verb = rest[1:2] if name == ["tools.bench"] else verb
     python = [sys.executable, program, *name, *verb, "--help"]
     shown = subprocess.run(python, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for flag in (word for word in rest if word.startswith("--")):

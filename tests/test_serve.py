@@ -1,70 +1,30 @@
-"""`tools.serve` as a user starts it, driven by vla-eval's own client from PyPI."""
+"""`tools.serve`: what it answers, and as a user starts it, driven by vla-eval's own client."""
 
 import asyncio
 import os
 import re
 import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import REPOSITORY, start
-from tiny_run import SCHEMA, observation, train_tiny
+from processes import start
+from tiny_run import observation, train_tiny
 
 from config import InputError
 from policy import Policy
-from tools.serve import ServeConfig, main
+from tools.serve import AuxVLAServer, ServeConfig, main
 
 TEXT = "close the kitchen drawer"
-CLIENT = ["vla-eval==0.8.0", "websockets==17.4", "msgpack==1.2.4", "anyio==4.16.0"]
-CLIENT += ["idna==3.20", "sniffio==1.3.1"]  # what its connection imports; ours has numpy and PIL
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory) -> Iterator[Path]:
-    """A folder with vla-eval, importable meanwhile."""
-    folder = tmp_path_factory.mktemp("client")
-    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", folder, *CLIENT]
-    done = subprocess.run(["timeout", "60", *pip], capture_output=True, text=True)
-    if done.returncode != 0:
-        pytest.skip(f"vla-eval is not to be had from PyPI: {done.stderr[-300:]}")
-    sys.path.append(str(folder))
-    yield folder
-    sys.path.remove(str(folder))
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory) -> Path:
     """Of a policy that acts on what it saw before, too."""
     return train_tiny(tmp_path_factory.mktemp("run"), "base-history")
-
-
-@contextmanager
-def serving(client: Path, stage: Path, *flags: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    """A server's process and address; Ctrl-C must end it without a traceback."""
-    command = ("-m", "tools.serve", "--checkpoint", stage, "--port", "0", "--device", "cpu", *flags)
-    process = start(*command, PYTHONPATH=os.pathsep.join([str(REPOSITORY), str(client)]))
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("serving on ws://"), process.communicate()
-        yield process, line.split()[-1]
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
-        assert process.returncode == 0 and "Traceback" not in errors, errors
-    finally:
-        process.kill()
-
-
-@pytest.fixture(scope="module")
-def address(client, stage) -> Iterator[str]:
-    """Of one server for all who come, whatever they do to it."""
-    with serving(client, stage) as (_, address):
-        yield address
 
 
 def wire(seed: int, text: str = TEXT) -> dict:
@@ -80,145 +40,100 @@ def expected(stage: Path, seeds: list[int]) -> list[np.ndarray]:
     return [policy.act(observation(seed), TEXT)[0] for seed in seeds]
 
 
-def talk(address: str, conversation):
-    """Run `conversation(connection)` with vla-eval's client."""
-    from vla_eval.connection import Connection
+class Episode:
+    """What vla-eval gives a server for an episode of a connection: it keeps what is sent."""
 
-    async def run():
-        async with Connection(address, max_retries=1) as connection:
-            return await conversation(connection)
+    def __init__(self, server: AuxVLAServer):
+        self.server, self.sent = server, []
 
-    return asyncio.run(run())
+    async def send_action(self, action: dict):
+        self.sent.append(action["actions"])
 
-
-async def episode(connection, seeds: list[int]) -> list[np.ndarray]:
-    await connection.start_episode({"task": {"name": TEXT}})
-    actions = [(await connection.act(wire(seed)))["actions"] for seed in seeds]
-    await connection.end_episode({"success": False})
-    return actions
+    def see(self, observation: dict):
+        asyncio.run(self.server.on_observation(observation, self))
 
 
-def test_the_client_gets_the_policys_actions_episode_by_episode(address, stage):
-    from vla_eval.protocol.numpy_codec import set_image_format
-
-    seeds = [3, 4, 5]
-    own = expected(stage, seeds)
-    assert (own[1] != expected(stage, seeds[1:])[0]).any()  # what it saw before matters
-
-    async def two_episodes(connection):
-        return await episode(connection, seeds), await episode(connection, seeds)
-
-    for pictures in ("raw", "png"):  # one client after the other
-        set_image_format(pictures)
-        for actions in talk(address, two_episodes):
-            assert all(a.dtype == np.float32 and a.shape == (13,) for a in actions)
-            np.testing.assert_array_equal(actions, own)
+def test_several_episodes_at_once_get_the_policys_actions_each_its_own(stage):
+    server = AuxVLAServer(ServeConfig(stage, device="cpu"))
+    episodes = {(1, 2): Episode(server), (7, 8): Episode(server)}
+    assert (expected(stage, [1, 7])[1] != expected(stage, [7])[0]).any()  # the past matters
+    for step in range(2):
+        for seeds, episode in episodes.items():
+            episode.see(wire(seeds[step]))
+    for seeds, episode in episodes.items():
+        assert all(a.dtype == np.float32 and a.shape == (13,) for a in episode.sent)
+        np.testing.assert_array_equal(episode.sent, expected(stage, seeds))
+    episodes.clear()
+    del episode
+    assert not server.episodes
 
 
-def test_a_client_learns_what_it_talks_to(address):
-    async def about(connection):
-        return connection.server_info
-
-    told = talk(address, about)
-    assert told["instructions"] == [TEXT] and told["action_schema"] == SCHEMA
-    assert (told["stage"], told["step"], told["protocol_version"]) == (1, 1, 1)
-
-
-def test_several_clients_at_once_have_their_own_episodes(address, stage):
-    seeds = ([1, 2], [7, 8])
-    assert (expected(stage, [1, 7])[1] != expected(stage, [7])[0]).any()
-
-    async def both(one):
-        from vla_eval.connection import Connection
-
-        async with Connection(address, max_retries=1) as two:
-            got = ([], [])
-            for step in range(2):
-                for connection, own, actions in zip((one, two), seeds, got):
-                    actions.append((await connection.act(wire(own[step])))["actions"])
-            return got
-
-    for actions, own in zip(talk(address, both), seeds):
-        np.testing.assert_array_equal(actions, expected(stage, own))
-
-
-def test_what_cannot_be_acted_on_is_told_and_the_episode_goes_on(address, stage):
+def test_what_cannot_be_acted_on_is_told_and_the_episode_goes_on(stage):
     head = wire(3)["sensor_data"]["fetch_head"]
     metres, batched = np.ones((128, 128, 1), np.float32), head["rgb"][None]
     broken = {  # what is told of it: what is sent in the place of the head's pictures
-        "rgb: got NoneType, expected an array uint8 [128, 128, 3]": None,
+        "rgb: got None, expected an array uint8 [128, 128, 3]": None,
         "depth: got float32 [128, 128, 1], expected an array int16": head | {"depth": metres},
         "rgb: got uint8 [1, 128, 128, 3]": head | {"rgb": batched},
-        "(64, 64) pixels": head | {"rgb": np.zeros((64, 64, 3), np.uint8)},
+        "rgb: got uint8 [64, 64, 3]": head | {"rgb": np.zeros((64, 64, 3), np.uint8)},
     }
-
-    async def conversation(connection):
-        bad = [(told, {"sensor_data": {"fetch_head": sent}}) for told, sent in broken.items()]
-        for text in ("wash up", None):
-            told = f"task_description: got {text!r}, expected one of ['{TEXT}']"
-            bad.append((told, {"task_description": text}))
-        for told, change in bad:
-            with pytest.raises(RuntimeError, match=re.escape(told)):
-                await connection.act(wire(3) | change)
-        return [(await connection.act(wire(seed)))["actions"] for seed in (3, 4)]
-
-    np.testing.assert_array_equal(talk(address, conversation), expected(stage, [3, 4]))
-
-
-def test_bytes_that_are_no_message_are_told_and_the_next_one_is_answered(address):
-    import msgpack
-    from websockets.sync.client import connect
-
-    array = {"__ndarray__": True, "data": b"12", "dtype": "<i2", "shape": [5]}
-    picture = {"__image__": True, "data": b"12", "format": "png"}
-    wild = [b"", b"\xc1", "text", msgpack.packb(3), msgpack.packb({"type": "hello"})]
-    for payload in (array, array | {"dtype": "O"}, array | {"data": None}, picture):
-        wild.append(msgpack.packb({"type": "observation", "payload": payload, "seq": 1}))
-    with connect(address, compression=None) as connection:
-        for message in wild:
-            connection.send(message)
-            answer = msgpack.unpackb(connection.recv())
-            assert answer["type"] == "error" and "cannot be read" in answer["payload"]["error"]
-        connection.send(msgpack.packb({"type": "sing", "payload": {}, "seq": 2}))
-        answer = msgpack.unpackb(connection.recv())
-        assert "'sing'" in answer["payload"]["error"] and answer["seq"] == 2
+    bad = [(told, {"sensor_data": {"fetch_head": sent}}) for told, sent in broken.items()]
+    for text in ("wash up", None):
+        told = f"task_description: got {text!r}, expected one of ['{TEXT}']"
+        bad.append((told, {"task_description": text}))
+    episode = Episode(AuxVLAServer(ServeConfig(stage, device="cpu")))
+    for told, change in bad:
+        with pytest.raises(InputError, match=re.escape(told)):
+            episode.see(wire(3) | change)
+    for seed in (3, 4):
+        episode.see(wire(seed))
+    np.testing.assert_array_equal(episode.sent, expected(stage, [3, 4]))
 
 
-def test_whoever_speaks_no_websocket_or_dies_leaves_the_server_to_the_next(address, client, stage):
-    host, port = address.removeprefix("ws://").split(":")
-    for line in (b"", b"GET / HTTP/1.1\r\n\r\n"):
-        with socket.create_connection((host, int(port))) as plain:
-            plain.sendall(line)
-    code = "import os, signal; from websockets.sync.client import connect; "
-    code += f"connection = connect({address!r}); os.kill(os.getpid(), signal.SIGKILL)"
-    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(client)})
-    actions = talk(address, lambda connection: episode(connection, [1]))
-    np.testing.assert_array_equal(actions, expected(stage, [1]))
-
-
-def test_any_instruction_is_taken_when_told_unless_too_long_and_ctrl_c_ends_it(client, stage):
-    async def conversation(connection):
-        action = (await connection.act(wire(0, "open the fridge")))["actions"]
-        with pytest.raises(RuntimeError, match="too long"):
-            await connection.act(wire(0, "open " * 30))
-        process.send_signal(signal.SIGINT)  # while a client is connected
-        await asyncio.to_thread(process.wait, 30)
-        return action
-
-    with serving(client, stage, "--any-instruction") as (process, address):
-        assert talk(address, conversation).shape == (13,)
-
-
-def test_a_port_that_is_taken_is_said(address, stage):
-    port = int(address.split(":")[-1])
-    with pytest.raises(InputError, match=rf"127.0.0.1, port {port}: not .*; give another --port"):
-        main(ServeConfig(stage, port=port, device="cpu"))
+def test_any_instruction_is_taken_when_told_unless_too_long(stage):
+    episode = Episode(AuxVLAServer(ServeConfig(stage, device="cpu", any_instruction=True)))
+    episode.see(wire(0, "open the fridge"))
+    with pytest.raises(ValueError, match="needs 38 tokens"):
+        episode.see(wire(0, "open " * 30))
+    assert len(episode.sent) == 1
 
 
 def test_what_serving_needs_is_named_with_its_command(stage, monkeypatch):
-    for name in ("websockets", "msgpack"):
-        monkeypatch.setitem(sys.modules, name, None)  # as if not installed
-    with pytest.raises(
-        InputError, match=r"needs websockets and .*: pip install websockets msgpack"
-    ):
+    monkeypatch.setattr("tools.serve.serve", None)  # as where it is not installed
+    with pytest.raises(InputError, match=r"needs vla-eval, .*: pip install vla-eval"):
         main(ServeConfig(stage))
+
+
+def test_vla_evals_client_drives_episode_by_episode_and_ctrl_c_ends_the_server(stage):
+    connections = pytest.importorskip("vla_eval.connection")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    seeds = [3, 4, 5]
+
+    async def drive():
+        async with connections.Connection(f"ws://127.0.0.1:{port}") as policy:
+            episodes = []
+            for _ in range(2):
+                await policy.start_episode({"task": {"name": TEXT}})
+                episodes.append([(await policy.act(wire(seed)))["actions"] for seed in seeds])
+                await policy.end_episode({"success": False})
+            with pytest.raises(RuntimeError, match="expected one of"):
+                await policy.act(wire(3, "wash up"))
+            return policy.server_info, episodes
+
+    flags = ("--checkpoint", stage, "--port", port, "--device", "cpu")
+    process = start("-m", "tools.serve", *flags, PYTHONPATH=os.pathsep.join(sys.path))
+    try:
+        while socket.socket().connect_ex(("127.0.0.1", port)) and process.poll() is None:
+            time.sleep(0.1)
+        assert process.poll() is None, process.communicate()
+        about, episodes = asyncio.run(drive())
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    for actions in episodes:
+        np.testing.assert_array_equal(actions, expected(stage, seeds))
+    assert about["observation_spec"]["task_description"]["description"] == TEXT
+    assert about["action_spec"]["actions"]["description"].startswith("joint_0 (rad), joint_1 (rad)")

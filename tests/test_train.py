@@ -14,15 +14,17 @@ import pytest
 import torch
 from files import write_demos
 from safetensors.torch import load_file
+from tiny_run import observation
 
 import checkpoint
 from checkpoint import CheckpointError
 from config import InputError, explained
 from data import Batcher, build_tokenizer, pack, tokenize
 from demonstrations import DataError
-from durable import read_sealed, write_sealed
+from durable import read_sealed, sha256, write_sealed
 from model import AuxVLA
 from pack import PACKED
+from policy import Policy
 from samples import Frames, open_data
 from train import main, parse
 from validation import validate
@@ -171,6 +173,43 @@ def test_a_resumed_run_says_what_its_weights_began_with_and_all_its_files_have_o
     assert checkpoint.read_manifest(newest)["config"]["init_from"] == str(stage1)
     assert json.loads((tmp_path / "out/config.json").read_text())["init_from"] == str(stage1)
     assert len({path.stat().st_mode for path in newest.iterdir()}) == 1
+
+
+def test_a_checkpoint_downloaded_without_moments_acts_and_starts_a_stage_if_whole(
+    data, stage1, tmp_path
+):
+    shared, moments = tmp_path / "shared", shutil.ignore_patterns("optimizer.safetensors")
+    shutil.copytree(checkpoint.newest(stage1), shared, ignore=moments)
+    text = "close the kitchen drawer"
+    ours, theirs = (Policy.from_checkpoint(path, "cpu") for path in (shared, stage1))
+    assert (ours.act(observation(0), text) == theirs.act(observation(0), text)).all()
+    run(data, tmp_path / "stage2", stage=2, steps=1, init_from=shared)
+    assert log(tmp_path / "stage2")[0]["step"] == 1
+    flip(shared / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.safetensors: damaged, its sha256"):
+        Policy.from_checkpoint(shared, "cpu")
+    with pytest.raises(InputError, match=r"model\.safetensors: damaged, its sha256"):
+        run(data, tmp_path / "again", stage=2, steps=1, init_from=shared)
+
+
+def test_an_export_is_half_as_large_starts_a_stage_but_does_not_resume(data, stage1, tmp_path):
+    out = tmp_path / "weights/stage1"
+    checkpoint.export(stage1, out)
+    theirs, ours = checkpoint.newest(stage1), checkpoint.newest(out)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (ours, theirs)]
+    assert sizes[0] < 0.55 * sizes[1] and not (ours / "optimizer.safetensors").exists()
+    model, original = Policy.from_checkpoint(out, "cpu").model, weights(stage1)
+    for name, weight in model.state_dict().items():
+        expected = original[name].bfloat16() if weight.ndim > 1 else original[name]
+        assert weight.dtype == original[name].dtype and (weight == expected).all(), name
+    original = sha256(theirs / "manifest.json")
+    assert checkpoint.read_manifest(ours)["published_from"] == original
+    assert (out / "log.jsonl").read_bytes() == (stage1 / "log.jsonl").read_bytes()
+    run(data, tmp_path / "stage2", stage=2, steps=1, init_from=out)
+    with pytest.raises(FileExistsError, match="is there already"):
+        checkpoint.export(stage1, out)
+    with pytest.raises(InputError, match=r"has no optimizer.safetensors.* --init-from"):
+        checkpoint.load_optimizer(model, torch.optim.Adam(model.parameters()), ours)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

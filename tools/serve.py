@@ -1,9 +1,9 @@
 """A checkpoint behind vla-eval's websocket protocol: its clients drive with the policy.
 
+    pip install vla-eval  # here and where the robot is; nothing else needs it
     python -m tools.serve --checkpoint RUN/stage2 --port 8000
 
-Of the clients at hand, vla-eval's: it says when an episode starts and takes numpy 2, openpi-client
-does neither. Where the robot is, `pip install vla-eval` and, in an async function:
+The client, in an async function:
 
     async with vla_eval.connection.Connection("ws://localhost:8000") as policy:
         await policy.start_episode({})
@@ -18,175 +18,101 @@ An observation is MS-HAB's own, of one environment, and the instruction; other k
 Each connection has its own episode; several at once take turns at the model.
 """
 
-import io
-import sys
-import time
+import logging
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
-from threading import Lock
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 import tyro
-from PIL import Image
 
-from config import CAMERAS, IMAGE_SIZE, InputError, explained
-from data import tokenize
+from config import ACTION_DIM, CAMERAS, IMAGE_SIZE, InputError, explained
 from policy import Policy
 
+try:
+    from vla_eval.model_servers.base import ModelServer
+    from vla_eval.model_servers.serve import serve
+    from vla_eval.specs import LANGUAGE, RAW, DimSpec
+except ImportError:  # main says how to install it
+    ModelServer, serve = object, None
+
 PICTURES = {
-    "rgb": (np.uint8, (IMAGE_SIZE, IMAGE_SIZE, 3), ""),
-    "depth": (np.int16, (IMAGE_SIZE, IMAGE_SIZE, 1), ", millimetres"),
+    "rgb": (np.uint8, (IMAGE_SIZE, IMAGE_SIZE, 3)),
+    "depth": (np.int16, (IMAGE_SIZE, IMAGE_SIZE, 1)),  # millimetres
 }
-LARGEST = 2**22  # bytes of a message; an observation has 0.2 million
 
 
 @dataclass(frozen=True)
 class ServeConfig:
     checkpoint: Path  # RUN/stageN (its newest) or RUN/stageN/step-NNNNNNNN
     host: str = "127.0.0.1"  # 0.0.0.0 lets other machines in, whoever they are
-    port: int = 8000  # 0: any that is free
+    port: int = 8000
     device: Literal["cpu", "cuda"] | None = None  # default: cuda if there is one
     any_instruction: bool = False  # also those that the checkpoint was not trained on
 
 
-def from_wire(value: dict):
-    """An array or PNG picture of vla-eval's -> numpy; any other dict as it is."""
-    if "__image__" in value and value["format"] != "raw":
-        picture = Image.open(io.BytesIO(value["data"]), formats=["PNG"])
-        if picture.size != (IMAGE_SIZE, IMAGE_SIZE):  # before it is inflated
-            raise ValueError(f"a picture of {picture.size} pixels")
-        return np.array(picture)
-    if "__image__" in value or "__ndarray__" in value:
-        flat = np.frombuffer(value["data"], np.dtype(value["dtype"]))
-        return flat.reshape(value["shape"]).copy()
-    return value
-
-
-def to_wire(value: np.ndarray) -> dict:
-    about = {"__ndarray__": True, "dtype": value.dtype.str, "shape": list(value.shape)}
-    return about | {"data": value.tobytes()}
-
-
-def read(message: bytes | str) -> tuple[str, dict, int]:
-    """Type, payload and number of a message. Raises InputError when it is not vla-eval's."""
-    import msgpack
-
-    try:
-        content = msgpack.unpackb(message, object_hook=from_wire)
-        return content["type"], dict(content["payload"]), content["seq"]
-    except (ValueError, TypeError, KeyError, OSError, SyntaxError) as error:  # two of them PIL's
-        raise InputError(
-            f"a message that cannot be read ({error!r}); expected msgpack of type, payload, seq, "
-            f"timestamp, its arrays raw or PNG of {IMAGE_SIZE} x {IMAGE_SIZE} pixels (vla-eval, "
-            "version 1 of its protocol)"
-        ) from None
-
-
-def cameras_of(payload: dict) -> dict:
+def cameras_of(observation: dict) -> dict:
     """An observation for Policy.act, B = 1. Raises InputError, naming the key."""
     sensors = {}
     for camera in (f"fetch_{camera}" for camera in CAMERAS):
         sensors[camera] = {}
-        for name, (dtype, shape, unit) in PICTURES.items():
-            got = payload
-            for key in ("sensor_data", camera, name):
-                got = got.get(key) if isinstance(got, dict) else None
-            array = isinstance(got, np.ndarray)
-            if not array or got.dtype != dtype or got.shape != shape:
-                shown = f"{got.dtype} {list(got.shape)}" if array else type(got).__name__
+        for name, (dtype, shape) in PICTURES.items():
+            try:
+                got = observation["sensor_data"][camera][name]
+            except (KeyError, TypeError):  # a dict without the key, or no dict
+                got = None
+            if getattr(got, "dtype", None) != dtype or got.shape != shape:
+                shown = f"{got.dtype} {list(got.shape)}" if hasattr(got, "dtype") else repr(got)
                 raise InputError(
                     f"observation, sensor_data/{camera}/{name}: got {shown}, expected an array "
-                    f"{np.dtype(dtype)} {list(shape)}{unit}"
+                    f"{np.dtype(dtype)} {list(shape)}"
                 )
             sensors[camera][name] = torch.from_numpy(got)[None]
     return {"sensor_data": sensors}
 
 
-class Server:
-    """Answers messages; the model is shared, what an episode remembers is the connection's."""
+class AuxVLAServer(ModelServer):
+    """One model for all clients. vla-eval answers an observation that raises with the error."""
 
     def __init__(self, cfg: ServeConfig):
         self.policy = replace(Policy.from_checkpoint(cfg.checkpoint, cfg.device), predict=False)
-        self.turn = Lock()
-        manifest = self.policy.manifest
-        self.known = () if cfg.any_instruction else manifest["instructions"]
-        keys = ("stage", "step", "action_schema", "instructions")
-        self.about = {key: manifest[key] for key in keys}
-        self.about |= {"protocol_version": 1, "model_server": "AuxVLA", "capabilities": {}}
+        self.known = None if cfg.any_instruction else self.policy.manifest["instructions"]
+        # vla-eval makes a context for each episode of each connection.
+        self.episodes: WeakKeyDictionary = WeakKeyDictionary()
 
-    def instruction_of(self, payload: dict) -> str:
-        """Raise InputError unless it is one that the model was trained on, or that fits."""
-        text = payload.get("task_description")
+    async def on_observation(self, obs: dict, ctx) -> None:
+        """Answer with the next action. Raises InputError for what cannot be acted on."""
+        text = obs.get("task_description")
         if not isinstance(text, str) or (self.known and text not in self.known):
             raise InputError(
-                f"observation, task_description: got {text!r}, expected one of "
-                f"{list(self.known)}; tools.serve --any-instruction takes every text"
+                f"observation, task_description: got {text!r}, expected one of {self.known}; "
+                "tools.serve --any-instruction takes every text"
             )
-        try:
-            tokenize([text], self.policy.tokenizer, self.policy.model.cfg.llm)
-        except ValueError as error:
-            raise InputError(f"observation, task_description: too long, {error}") from None
-        return text
+        if ctx not in self.episodes:
+            self.episodes[ctx] = replace(self.policy)
+            self.episodes[ctx].reset()
+        action = self.episodes[ctx].act(cameras_of(obs), text)[0]
+        await ctx.send_action({"actions": action})
 
-    def answer(self, policy: Policy, kind: str, payload: dict) -> tuple[str, dict] | None:
-        """Type and payload of the answer; None where none is due. Raises InputError."""
-        if kind == "hello":
-            return "hello", self.about
-        if kind == "episode_start":
-            policy.reset()
-        elif kind == "observation":
-            obs, text = cameras_of(payload), self.instruction_of(payload)
-            with self.turn:
-                return "action", {"actions": to_wire(policy.act(obs, text)[0])}
-        elif kind not in ("episode_end", "error"):
-            raise InputError(f"a message of type {kind!r}, which vla-eval's protocol has not")
-        return None
+    def get_action_spec(self) -> dict:
+        parts = self.policy.manifest["action_schema"] or ()
+        names = ", ".join(f"{part['name']} ({part['unit']})" for part in parts)
+        format_ = "pd_joint_delta_pos"
+        return {"actions": DimSpec("actions", ACTION_DIM, format_, (-1, 1), description=names)}
 
-    def drive(self, connection) -> None:
-        """One connection, from its beginning to its end."""
-        import msgpack
-        from websockets.exceptions import ConnectionClosed
-
-        policy = replace(self.policy)
-        policy.reset()
-        with suppress(ConnectionClosed):
-            for message in connection:
-                number = 0
-                try:
-                    kind, payload, number = read(message)
-                    answer = self.answer(policy, kind, payload)
-                except InputError as error:
-                    print(f"error: {error}", file=sys.stderr)
-                    answer = "error", {"error": str(error)}
-                if answer:
-                    reply = dict(
-                        zip(("type", "payload"), answer), seq=number, timestamp=time.time()
-                    )
-                    connection.send(msgpack.packb(reply))
+    def get_observation_spec(self) -> dict:
+        known = "; ".join(self.policy.manifest["instructions"])
+        return {"sensor_data": RAW, "task_description": replace(LANGUAGE, description=known)}
 
 
-def main(cfg: ServeConfig):
-    if missing := [name for name in ("websockets", "msgpack") if find_spec(name) is None]:
-        raise InputError(
-            f"serving needs {' and '.join(missing)}, as nothing else here: "
-            "pip install websockets msgpack"
-        )
-    from websockets.sync.server import serve
-
-    server = Server(cfg)
-    try:
-        listener = serve(server.drive, cfg.host, cfg.port, compression=None, max_size=LARGEST)
-    except OSError as error:
-        raise InputError(
-            f"{cfg.host}, port {cfg.port}: not to be had ({error}); give another --port"
-        ) from None
-    with listener:
-        print(f"serving on ws://{cfg.host}:{listener.socket.getsockname()[1]}", flush=True)
-        listener.serve_forever()
+def main(cfg: ServeConfig) -> None:
+    if serve is None:
+        raise InputError("serving needs vla-eval, as nothing else here: pip install vla-eval")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    serve(AuxVLAServer(cfg), cfg.host, cfg.port)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,381 @@
+"""What a run survives, counted: kill -9, failing disks, flipped bytes, other numbers of processes.
+
+test_endurance.py does a few of each; `measure` does all, for results/endure.json. Each function
+returns its figures, or fails saying what was lost.
+"""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from processes import REPOSITORY
+from safetensors.torch import load_file
+
+import checkpoint
+from config import InputError
+from durable import read_lines, sha256, sole_writer, write, write_sealed
+from logs import Saver
+from pack import BLOCK, PACKED, Pack, block_name
+from trajectory import SURVEY
+
+KILLED = 100  # exit code of an injected kill
+
+# --- Training as a user starts it ---
+
+
+def start(out: Path, processes: int, *flags, restarts: int = 0) -> subprocess.Popen:
+    """Start train.py, small, on the CPU, saving at every step."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    torchrun += [f"--max-restarts={restarts}"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), "train.py", "--preset", "tiny"]
+    command += ["--device", "cpu", "--batch-size", "8", "--micro-batch", "8", "--log-every", "1"]
+    command += ["--val-frames", "8", "--save-every", "1", "--out", out, *flags]
+    with open(f"{out}.txt", "ab") as log:
+        return subprocess.Popen(
+            [str(word) for word in command], cwd=REPOSITORY,
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log,
+        )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, out: Path) -> None:
+    got = process.wait(timeout=900)
+    assert got == 0, f"{out}: ended with {got}; its output is in {out}.txt"
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds=300) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"{process.args}: ended early"
+        assert time.monotonic() < deadline, f"{process.args}: nothing happened in {seconds} s"
+        time.sleep(0.02)
+
+
+def processes_of(out: Path, what: str = "train.py") -> list[int]:
+    """torchrun, the ranks and their loaders, found by their command line."""
+    found = subprocess.run(["pgrep", "-f", "--", f"{what} .*--out {out} "], capture_output=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def fingerprint(out: Path) -> tuple[str, str, str]:
+    """Step, weights and optimizer of the newest whole checkpoint."""
+    folder = checkpoint.newest(out)
+    hashes = [sha256(folder / f"{name}.safetensors") for name in ("model", "optimizer")]
+    return folder.name, *hashes
+
+
+# --- Signals ---
+
+
+def kills(data: Path, work: Path, count: int, stage: int, init_from=None, steps=30) -> dict:
+    """Kill runs of two processes at random instants; each ends with the uninterrupted one's bytes.
+
+    The instant is uniform over the time that an uninterrupted run takes, start-up included.
+    """
+    flags = ["--data", data, "--stage", stage, "--steps", steps, "--workers", "1", "--seed", "3"]
+    flags += ["--init-from", init_from] if init_from else []
+    straight, out, began = work / f"straight{stage}", work / f"killed{stage}", time.monotonic()
+    finish(start(straight, 2, *flags), straight)
+    takes, expected = time.monotonic() - began, fingerprint(straight)
+    rng, done, runs, reached = random.Random(stage), 0, 0, []
+    while True:
+        process = start(out, 2, *flags)
+        try:
+            process.wait(timeout=rng.uniform(0, takes) if done < count else 900)
+        except subprocess.TimeoutExpired:
+            assert done < count, f"{out}: does not end"
+            for pid in processes_of(out):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+            done += 1
+            reached.append(len(read_lines(out / "log.jsonl")))
+            continue
+        assert process.returncode == 0, f"{out}: after {done} kills, see {out}.txt"
+        assert fingerprint(out) == expected, f"{out}: other bytes than {straight}"
+        runs += 1
+        shutil.rmtree(out)
+        if done == count:
+            return {"kills": done, "runs completed": runs, "equal": runs,
+                    "in training": sum(lines > 0 for lines in reached)}  # fmt: skip
+
+
+def rank_deaths(data: Path, work: Path, count: int, processes=2, steps=12) -> dict:
+    """Kill one rank: torchrun starts all again, and the bytes are the same."""
+    flags = ["--data", data, "--stage", 2, "--steps", steps, "--seed", "3"]
+    straight, rng = work / "straight-rank", random.Random(0)
+    finish(start(straight, processes, *flags), straight)
+    for number in range(count):
+        out = work / f"rank{number}"
+        process = start(out, processes, *flags, restarts=1)
+        wait_for(lambda out=out: (out / "step-00000003").exists(), process)
+        os.kill(rng.choice(processes_of(out, "-u train.py")), signal.SIGKILL)
+        finish(process, out)
+        assert fingerprint(out) == fingerprint(straight), f"{out}: other bytes than {straight}"
+        shutil.rmtree(out)
+    return {"rank deaths": count, "equal": count}
+
+
+def sigterm(data: Path, work: Path, count: int) -> dict:
+    """SIGTERM to torchrun: every rank saves the step it is in and ends."""
+    slowest, flags = 0.0, ["--data", data, "--stage", 1, "--steps", 10_000, "--seed", "3"]
+    for number in range(count):
+        out = work / f"term{number}"
+        process = start(out, 2, *flags)
+        wait_for(lambda out=out: (out / "step-00000002").exists(), process)
+        os.kill(process.pid, signal.SIGTERM)
+        began = time.monotonic()
+        process.wait(timeout=60)
+        slowest = max(slowest, time.monotonic() - began)
+        trained = [line["step"] for line in read_lines(out / "log.jsonl") if "action" in line]
+        saved = checkpoint.newest(out).name
+        assert saved == f"step-{trained[-1]:08d}", f"{out}: step {trained[-1]} was taken"
+        shutil.rmtree(out)
+    return {"signals": count, "saved the last step": count, "slowest exit (s)": round(slowest, 1)}
+
+
+# --- Other numbers of processes ---
+
+
+def order(data: Path, work: Path, epochs: int = 2) -> dict:
+    """1, 2, 4, 8 processes, and 8 -> 2 -> 4, over two epochs: the same losses."""
+    curves, per_epoch = {}, 0
+    for name, plan in {"1": [1], "2": [2], "4": [4], "8": [8], "8 -> 2 -> 4": [8, 2, 4]}.items():
+        out = work / f"order-{name.replace(' -> ', '-')}"
+        for i, processes in enumerate(plan, 1):
+            flags = ["--data", data, "--stage", 2, "--warmup", 0, "--cooldown", 0, "--seed", 3]
+            flags += ["--epochs", 0, epochs, 0, "--val-every", 1000, "--save-every", 1000]
+            if i < len(plan):
+                flags += ["--steps", i * per_epoch // 2]
+            finish(start(out, processes, *flags), out)
+        lines = [line for line in read_lines(out / "log.jsonl") if "action" in line]
+        losses = [[line[key] for key in ("action", "qpos", "seg")] for line in lines]
+        curves[name], per_epoch = np.array(losses), len(lines) // epochs
+    worst = {name: float(np.abs(curve / curves["1"] - 1).max()) for name, curve in curves.items()}
+    return {"steps": len(curves["1"]), "largest relative difference of a loss": worst}
+
+
+# --- A disk that fails ---
+
+
+@contextmanager
+def fault(number: int, effect: Callable[[], None]) -> Iterator[list]:
+    """Under every file call of a save: at the `number`-th one, half of it happens, then `effect`.
+
+    Yields the calls that were made so far.
+    """
+    made = []
+
+    def around(call, half=lambda *_: None):
+        def faulty(*args, **kwargs):
+            made.append(call)
+            if len(made) - 1 == number:
+                half(*args)
+                effect()
+            return call(*args, **kwargs)
+
+        return faulty
+
+    def half_of_tensors(tensors, path):
+        save_file(tensors, path)
+        os.truncate(path, path.stat().st_size // 2)
+
+    def half_of_bytes(path, content):
+        write_bytes(path, content[: len(content) // 2])
+
+    save_file, write_bytes = checkpoint.save_file, Path.write_bytes
+    with ExitStack() as patches:
+        for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
+            patches.enter_context(patch(f"os.{name}", around(getattr(os, name))))
+        patches.enter_context(patch("checkpoint.save_file", around(save_file, half_of_tensors)))
+        patches.enter_context(patch.object(Path, "write_bytes", around(write_bytes, half_of_bytes)))
+        yield made
+
+
+def raise_error():
+    raise OSError(errno.EIO, "injected: input/output error")
+
+
+def faults(work: Path) -> dict:
+    """At each file call of a save: an error, or the end of the process. A checkpoint always loads.
+
+    The save is the hardest: it names a new best, and the checkpoint before it goes (--keep 1).
+    """
+    tensors = [{"weight": torch.full((1000,), float(step))} for step in range(4)]
+
+    def save(out, step):
+        manifest = {"score": 1.0 / step}
+        checkpoint.write(out, step, tensors[step], tensors[step], manifest, "{}", keep=1)
+
+    counts = {}
+    for name, effect in (("error", raise_error), ("kill", lambda: os._exit(KILLED))):
+        for number in range(1000):
+            out, at = work / f"fault-{name}", f"{name} at call {number}"
+            shutil.rmtree(out, ignore_errors=True)
+            save(out, 1)
+            pid = os.fork()
+            if pid == 0:  # the run; it ends with the number of the calls it made
+                with suppress(checkpoint.CheckpointError), fault(number, effect) as made:
+                    save(out, 2)
+                os._exit(min(len(made), 99))
+            made = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            survivor = checkpoint.newest(out)
+            assert survivor, f"{out}: no checkpoint loads after {at}"
+            step = int(load_file(survivor / "model.safetensors")["weight"][0])
+            assert survivor.name == f"step-{step:08d}", f"{survivor}: of step {step} after {at}"
+            with sole_writer(out):  # the next run
+                checkpoint.tidy(out)
+                save(out, 3)
+            whole = checkpoint.newest(out).name == "step-00000003" and not [*out.glob(".step-*")]
+            assert whole, f"{out}: the next save after {at} is not whole"
+            if 0 <= made <= number and made != KILLED:
+                counts[name] = number
+                break
+    return {"file calls of a save": counts["error"], "with an error": counts["error"],
+            "with a kill": counts["kill"], "a checkpoint loads": sum(counts.values())}  # fmt: skip
+
+
+def stall(work: Path, parameters: int = 100_000_000) -> dict:
+    """What a save costs training, and what it takes in its thread, for 1.2 GB of state."""
+    model = torch.nn.Linear(1000, parameters // 1000, bias=False)
+    optimizer = torch.optim.Adam(model.parameters())
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    saver = Saver(work / "stall", keep=1, is_main=True, step=0)
+    began = time.perf_counter()
+    saver.save(1, model, optimizer, {}, "{}")
+    stalled = time.perf_counter() - began
+    saver.close()
+    took = time.perf_counter() - began
+    shutil.rmtree(work / "stall")
+    figures = {"GB": 12 * parameters / 1e9}
+    return figures | {"stalled (s)": round(stalled, 2), "took (s)": round(took, 2)}
+
+
+# --- Flipped bytes ---
+
+
+def flips(folder: Path, check: Callable[[], None], count: int) -> int:
+    """Change one byte at a time; `check` must raise an InputError that names the file."""
+    rng, files = random.Random(0), sorted(folder.glob("[!.]*"))
+    sizes = [path.stat().st_size for path in files]
+    for number in range(count):
+        # Every file in turn first, then where a byte is likeliest: in the large ones.
+        path = files[number] if number < len(files) else rng.choices(files, sizes)[0]
+        place = rng.randrange(path.stat().st_size)
+        with open(path, "r+b") as file:
+            byte = os.pread(file.fileno(), 1, place)
+            os.pwrite(file.fileno(), bytes([byte[0] ^ rng.randrange(1, 256)]), place)
+            try:
+                check()
+            except InputError as error:
+                assert path.name in str(error), f"{path}, byte {place}: reported as {error}"
+            else:
+                raise AssertionError(f"{path}, byte {place}: changed, and not noticed")
+            os.pwrite(file.fileno(), byte, place)
+    check()
+    return count
+
+
+def read_all(folder: Path) -> None:
+    """As training reads a pack: what is known of the episodes, then every record."""
+    pack = Pack(folder)
+    every = np.arange(len(pack.episodes))
+    pack.survey(every)
+    pack.actions_of(every)
+    pack.read(np.arange(len(pack)))
+
+
+# --- Size ---
+
+
+def write_large_index(folder: Path, episodes: int, length: int) -> None:
+    """A pack whose index is real and whose blocks are holes of the right size."""
+    entries = [
+        {"file": f"set_table/pick/{i % 9}.h5", "trajectory": f"traj_{i}", "length": length,
+         "instruction": 0, "task": "set_table", "subtask": "pick"} for i in range(episodes)
+    ]  # fmt: skip
+    frames = episodes * length
+    names = [block_name(number) for number in range(-(-frames // BLOCK))]
+    for number, name in enumerate(names):
+        with open(folder / name, "wb") as file:
+            file.truncate(min(BLOCK, frames - number * BLOCK) * PACKED.itemsize)
+    np.save(folder / "survey.npy", np.zeros(episodes, SURVEY))
+    hashes = dict.fromkeys(names, "0" * 64) | {"survey.npy": sha256(folder / "survey.npy")}
+    about = {"instructions": [""], "action_schema": None, "qpos_names": None, "sizes": {}}
+    content = {"files": hashes, "record": PACKED.itemsize, "episodes": entries} | about
+    write_sealed(folder / "pack.json", content)
+
+
+OPEN = """
+import re, sys, time
+from samples import Frames, Pack, StepOrder
+
+STATUS = "/proc/self/status"
+
+def memory(which):  # kB of now (VmRSS), or of the peak since the reset (VmHWM)
+    return int(re.search(rf"{which}:\\s+(\\d+)".encode(), open(STATUS, "rb").read())[1])
+
+open("/proc/self/clear_refs", "w", encoding="utf-8").write("5")  # forget the peak of the imports
+before, began = memory("VmRSS"), time.perf_counter()
+frames = Frames(Pack(sys.argv[1]), 0.02, train=True)
+StepOrder(len(frames), 512, 0, 0, 10, 0, 8).batch(0)
+print(len(frames), time.perf_counter() - began, (memory("VmHWM") - before) / 1024)
+"""
+
+
+def open_large_index(folder: Path) -> dict:
+    """The paper's 44,000 episodes: opened, and the first epoch's order drawn, in a new process."""
+    folder.mkdir(exist_ok=True)
+    write_large_index(folder, episodes=44_000, length=182)
+    command = [sys.executable, "-c", OPEN, folder]
+    said = subprocess.check_output(command, cwd=REPOSITORY).split()
+    frames, seconds, megabytes = map(float, said)
+    shutil.rmtree(folder)
+    return {"frames": int(frames), "seconds": round(seconds, 2), "MB": round(megabytes)}
+
+
+# --- All of it ---
+
+
+def measure(data: Path, work: Path, out: Path, kill=66, deaths=20, signals=20, flip=1000) -> None:
+    """Every part that `out` does not have yet; each is written there when it is done."""
+    straight = {stage: work / f"straight{stage}" for stage in (1, 2, 3)}
+
+    def checkpoint_flips() -> int:
+        saved = checkpoint.newest(straight[3])
+        return flips(saved, lambda: checkpoint.read_manifest(saved), flip)
+
+    parts = {
+        "index": lambda: open_large_index(work / "index"),
+        "stall": lambda: stall(work),
+        "faults": lambda: faults(work),
+        "order": lambda: order(data, work),
+        "SIGTERM": lambda: sigterm(data, work, signals),
+    }
+    for stage in straight:
+        parts[f"kill -9, stage {stage}"] = lambda stage=stage: kills(
+            data, work, kill, stage, straight.get(stage - 1)
+        )
+    parts |= {
+        "rank deaths": lambda: rank_deaths(data, work, deaths),
+        "flipped bytes, checkpoint": checkpoint_flips,
+        "flipped bytes, pack": lambda: flips(data, lambda: read_all(data), flip),
+    }
+    figures = json.loads(out.read_bytes()) if out.exists() else {}
+    for name, part in parts.items():
+        if name not in figures:
+            figures[name] = part()
+            write(out, (json.dumps(figures, indent=1) + "\n").encode())
+            print(f"{name}: {figures[name]}", flush=True)
