@@ -34,7 +34,6 @@ learn: setup
 		TRIALS_RANDOM=20 TRIALS_BOUNDS=20
 
 test: setup
-	@bash tools/setup.sh browser
 	$(PY) -m pytest -q -m "not slow"
 
 setup:

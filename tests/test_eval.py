@@ -231,8 +231,7 @@ def test_a_checkpoint_drives_the_robot_and_is_filmed(trained, tmp_path):
     main(EvalConfig(out=tmp_path, checkpoint=trained, **chosen))
     (episode,) = read_lines(tmp_path / "episodes.jsonl")
     assert episode["checkpoint"] == sha256(trained / "step-00000001/manifest.json")
-    names = {f"close_drawer_0_fail.{kind}" for kind in ("mp4", "json")}
-    assert {path.name for path in (tmp_path / "videos").iterdir()} == names
+    assert [path.name for path in (tmp_path / "videos").iterdir()] == ["close_drawer_0_fail.mp4"]
 
 
 def test_a_film_that_comes_too_late_is_said(trained, tmp_path, capsys):
@@ -300,7 +299,7 @@ def test_the_report_says_what_was_not_run_and_what_does_not_beat_the_trivial_pre
         "grasp": {"ours": 0.5, "trivial": 0.9} | share,
     }
     (stage / "validation.json").write_text(json.dumps({"metrics": metrics}))
-    text = write_report(tmp_path).read_text()
+    text = re.sub(" +", " ", write_report(tmp_path).read_text())  # columns are padded
     assert "| close_drawer | not run | not run | not run | 1.00" in text
     assert "| error | 3 cm | 40 cm | 9 | beats the trivial predictor |" in text
     assert "| grasp | 0.5 share | 0.9 share | 9 | does not beat the trivial predictor |" in text

@@ -2,7 +2,6 @@
 # What `make setup` does: a virtual environment with requirements.txt, and a renderer that draws.
 #
 #   PYTHON=python3.11 bash tools/setup.sh
-#   bash tools/setup.sh browser    # Chromium, for the test of the report's page alone
 #
 # A second run finds the stamp of the first and ends at once. System packages are installed by root
 # alone, and only those that are missing; anybody else is shown the commands. A Vulkan driver that
@@ -139,25 +138,7 @@ quietly() { # runs a command; what it printed is shown only if it failed
   output=$("$@" 2>&1 </dev/null) || stop "this failed: $*" "$output"
 }
 
-# --- Browser ---
-
-find_browser() { # a test that needs none is not held up: without it, that one is skipped
-  local name
-  for name in chromium chromium-browser google-chrome google-chrome-stable; do
-    ! command -v "$name" >/dev/null || return 0
-  done
-  (install_as_root "no Chromium for the test of report.html" browser_commands) ||
-    say "so that test will be skipped"
-}
-
-browser_commands() { printf '%s\n' "apt-get update" "apt-get install -y chromium"; }
-
 # --- Main ---
-
-if [ "${1:-}" = browser ]; then
-  find_browser
-  exit
-fi
 
 python=$(find_python)
 version=$(minor_version "$python")

@@ -1,0 +1,224 @@
+"""report.html, also in a real browser, and the film that eval.py draws."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import torch
+from tiny_run import write_untrained
+
+from data import normalize_depth
+from env import SubtaskEnv
+from outcomes import table
+from policy import Policy
+from tools import report
+from tools.film import INSET, PREDICTED, TRUE, VIEW, Film, outline
+from tools.report import write_report
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PROBE = """<script>
+addEventListener("load", () => {
+  const widths = [420, 1200].map(width => {
+    document.documentElement.style.width = width + "px";
+    return document.body.scrollWidth;
+  });
+  const films = [...document.querySelectorAll("video")].map(video => video.videoWidth);
+  document.title = [...widths, ...films].join(" ");
+});
+</script>"""
+
+TEXT = """<script>alert("it's")</script> & 'so' on"""  # in every place that text comes from files
+CELL = {"n": 60, "rate": 0.7333, "low": 0.6111, "high": 0.8299, "by_seed": {"0": 0.71, "1": 0.76}}
+METRIC = {"ours": 5.43, "low": 4.9, "high": 5.97, "trivial": 98.1, "unit": "cm"}
+METRICS = {"base_position_error": METRIC | {"higher_is_better": False}}
+ROW = {
+    "label": f"AuxVLA {TEXT}",
+    "seeds": [0, 1],
+    "cells": {"set_table/close_drawer": CELL | {"paper": 0.91}},
+    "metrics": METRICS,
+}
+CLAIM = {"name": "a", "table": 2, "statement": f"it helps {TEXT}", "paper": 0.22, "ours": 0.053}
+CLAIM |= {"low": -0.104, "high": 0.198, "seeds": 2, "seeds_needed": 4, "verdict": "cannot tell"}
+TABLE = {
+    "table": 2, "title": "Table 2 in miniature", "command": "python -m tools.reproduce --table 2",
+    "task_columns": [["set_table", "close_drawer"], ["set_table", "close_fridge"]],
+    "rows": {"auxvla-all": ROW, "auxvla": dict(label="bare", seeds=[], cells={}, metrics={})},
+    "claims": [CLAIM, {"name": "b", "table": 2, "statement": "and that", "verdict": "not run"}],
+    "differs": [f"other weights {TEXT}"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run with an evaluation and its film, a log, metrics, and a table."""
+    run = tmp_path_factory.mktemp("run")
+    (run / "eval/videos").mkdir(parents=True)
+    (run / "stage2").mkdir()
+    frames = [np.full((VIEW, 848, 3), grey, np.uint8) for grey in (0, 128, 255)]
+    imageio.mimwrite(run / "eval/videos/pick_all_0_fail.mp4", frames, fps=20)
+    episode = {"column": "pick_all", "success_once": False, "success_at_end": False}
+    manifest = {"policy": "learned", "task": "set_table", "row": "auxvla-all", "command": TEXT}
+    results = {"columns": table([episode], {"pick_all": 0.13}), "manifest": manifest}
+    (run / "eval/results.json").write_text(json.dumps(results))
+    lines = [{"step": s, "action": 1 / s, "val_action": 2 / s} for s in range(1, 30)]
+    (run / "stage2/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    metrics = {name: metric | {"n": 9} for name, metric in METRICS.items()}
+    (run / "stage2/validation.json").write_text(json.dumps({"metrics": metrics}))
+    (run / "table-2.json").write_text(json.dumps(TABLE))
+    write_report(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(run) -> str:
+    return (run / "report.html").read_text()
+
+
+def section(page: str, name: str) -> str:
+    return page.split(f'<section id="{name}">')[1].split("</section>")[0]
+
+
+def words(html: str) -> str:
+    """What a reader sees of a piece of the page, without its charts."""
+    html = re.sub(r"<svg.*?</svg>", " ", html, flags=re.S)
+    return " ".join(unescape(re.sub(r"<[^>]*>", " ", html)).split())
+
+
+def cells(page: str, name: str, number: int = 0) -> list[list[str]]:
+    """The words of a section's table, by row."""
+    body = section(page, name).split("<table>")[1 + number].split("</table>")[0]
+    rows = re.findall(r"<tr.*?</tr>", body, re.S)
+    return [[words(c) for c in re.findall(r"<t[hd].*?</t[hd]>", row, re.S)] for row in rows]
+
+
+def test_a_browser_shows_the_page_without_an_error_at_the_width_of_a_phone_and_of_a_desk(
+    page, tmp_path
+):
+    chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if chromium is None:
+        pytest.skip("no Chromium here; on Debian: apt-get install chromium")
+    (tmp_path / "page.html").write_text(page + PROBE)
+    flags = ["--headless=new", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage"]
+    flags += ["--no-sandbox"] * (os.getuid() == 0)
+    flags += [f"--user-data-dir={tmp_path}/profile", f"--screenshot={tmp_path}/page.png"]
+    command = [chromium, *flags, "--enable-logging=stderr", "--dump-dom", tmp_path / "page.html"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in shown.stderr
+    assert re.search("<title>(.*?)</title>", shown.stdout)[1] == "420 1200 848"
+    assert imageio.imread(tmp_path / "page.png").std() > 10  # something is drawn
+
+
+def test_the_page_fetches_nothing(page):
+    addresses = re.findall(r"""(?:src|href)=["'](.*?)["']|url\((.*?)\)""", page)
+    assert len(addresses) > 5
+    assert all("".join(each).startswith(("data:", "#")) for each in addresses)
+    assert "@import" not in page and "<script" not in page
+
+
+def test_the_tables_figures_are_those_of_the_file(page):
+    name = "table-2-in-miniature"
+    heads, ours, bare = cells(page, name)
+    assert heads == ["", "set table/close drawer", "set table/close fridge", "average"]
+    assert ours[1] == "0.73 [0.61, 0.83] 44/60, by seed 0.71 0.76 paper 0.91"
+    assert ours[2:] == ["not run"] * 2 and bare[1:] == ["not run"] * 3
+    assert cells(page, name, 1)[1][1] == "5.43 cm [4.9, 5.97] trivial 98.1"
+    text = words(section(page, name))
+    assert "paper +0.22 , here +0.05 [-0.10, +0.20]; seeds: 2, 4 would detect that" in text
+    assert "cannot tell it helps" in text and "not run and that" in text
+    assert "python -m tools.reproduce --table 2" in text
+    assert len(re.findall(r"<svg.*?</svg>", section(page, name), re.S)) == 1
+    assert ">0.73</text>" in section(page, name)
+
+
+def test_the_runs_figures_are_those_of_its_results(page):
+    heads, ours, *bounds, paper = cells(page, "success")
+    assert heads[:3] == ["", "pick all", "place all"] and paper[:2] == [
+        "paper, AuxVLA + all",
+        "0.13",
+    ]
+    assert ours[:3] == ["ours", "0.00 [0.00, 0.79] 0/1, at the end 0.00 paper 0.13", "not run"]
+    assert [row[0] for row in bounds] == ["random", "expert"]
+    assert all(cell == "not run" for row in bounds for cell in row[1:])
+    assert cells(page, "held-out-episodes")[1][1] == "5.43 cm [4.9, 5.97] trivial 98.1 n = 9"
+    assert section(page, "losses").count("<svg") == 1
+    assert "pick all, seed 0: fail (eval)" in words(section(page, "films"))
+
+
+def test_text_from_files_is_shown_and_never_run(page):
+    text = words(section(page, "table-2-in-miniature"))
+    assert all(f"{before} {TEXT}" in text for before in ("AuxVLA", "it helps", "other weights"))
+    assert json.dumps(TEXT) in words(section(page, "manifests"))
+    assert "<script>alert" not in page and page.count("&lt;script&gt;alert") > 3
+
+
+def test_what_is_absent_is_not_run(tmp_path):
+    (tmp_path / "stage1").mkdir()
+    write_report(tmp_path)
+    content = (tmp_path / "report.html").read_text()
+    for name in ("films", "held-out-episodes", "losses", "manifests"):
+        assert words(section(content, name)).endswith("not run")
+
+
+def test_a_folder_of_tables_alone_claims_nothing_of_a_run(tmp_path):
+    (tmp_path / "table-2.json").write_text(json.dumps(TABLE))
+    write_report(tmp_path)
+    content = (tmp_path / "report.html").read_text()
+    assert 'id="table-2-in-miniature"' in content and 'id="success"' not in content
+
+
+def test_films_beyond_the_pages_size_are_left_out_by_name(run, page, tmp_path, monkeypatch):
+    assert "<video" in page
+    shutil.copytree(run / "eval", tmp_path / "eval")
+    video = (tmp_path / "eval/videos/pick_all_0_fail.mp4").stat().st_size
+    monkeypatch.setattr(report, "LIMIT", video)  # base64 takes a third more
+    write_report(tmp_path)
+    content = (tmp_path / "report.html").read_text()
+    left_out = "Left out, for the size of this page: videos/eval_pick_all_0_fail.mp4"
+    assert "<video" not in content and left_out in words(content)
+
+
+def test_a_film_shows_the_inputs_the_masks_and_the_numbers_of_a_step(assets, tmp_path):
+    env = SubtaskEnv("set_table", "place", "all", obs_mode=Film.obs_mode)
+    write_untrained(tmp_path / "stage2", env, "place the apple")
+    policy = Policy.from_checkpoint(tmp_path / "stage2", device="cpu")
+    torch.manual_seed(0)
+    obs = env.reset(seed=0)
+    policy.act(obs, env.instruction)
+    film = Film(env, policy, tmp_path, "place_all_0")
+    frame = film.draw(obs, 0)
+    insets = frame[:, VIEW : VIEW + INSET].reshape(4, INSET, INSET, 3)
+    for i, camera in enumerate(("head", "hand")):
+        depth, shown = insets[2 * i : 2 * i + 2]
+        seen = obs["sensor_data"][f"fetch_{camera}"]
+        rgb, near = seen["rgb"][0].numpy(), normalize_depth(seen["depth"][0]).numpy()
+        around = outline(env.target_masks(obs)[i])
+        tinted = (policy.predictions["seg"][0, i] > 0.5) & ~around
+        assert (depth == (255 * near).astype(np.uint8)).all()
+        assert around.any() and (shown[around] == TRUE).all()
+        assert (shown[~around & ~tinted] == rgb[~around & ~tinted]).all()
+        assert abs(shown[tinted] - (0.4 * rgb[tinted] + 0.6 * PREDICTED)).max(initial=0) <= 1
+
+    predicted = {key: value[0] for key, value in policy.predictions.items()}
+    true = {"grasp": obs["extra"]["is_grasped"], "pos": env.pos}
+    true["obj"] = obs["extra"]["obj_pose_wrt_base"][0, :3]
+    lines = [text for text, _ in film.caption(0, film.true(obs), policy.predictions)]
+    assert lines[:2] == [env.instruction, "step 0"]
+    for key, value in true.items():
+        for which, values in (("true", value), ("predicted", predicted[key])):
+            shown = np.ravel(values)[: len(np.ravel(value))]
+            text = " ".join(f"{x:.2f}" for x in shown.astype(float))
+            assert f"  {text}  {which}" in lines
+
+    film.add(obs, 0)
+    film.save(success=False)
+    (path,) = tmp_path.glob("*.mp4")
+    assert path.name == "place_all_0_fail.mp4"
+    assert abs(imageio.mimread(path)[0].astype(float) - frame).mean() < 6
+    env.close()
