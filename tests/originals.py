@@ -5,64 +5,18 @@ transformers writes the hub's own names and shapes, so these are the formats of 
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from config import ModelConfig
 from model import VLM
-from tools.naive import causal_lm
+from tools.reference import Originals
 from weight_files import DINO_HUB, INDEX, QWEN_HUB, SIGLIP_HUB
 
 DINO, SIGLIP, QWEN = (Path(name).name for name in (DINO_HUB, SIGLIP_HUB, QWEN_HUB))
-
-
-@dataclass
-class Originals:
-    """The public models a VLM is made of."""
-
-    dino: nn.Module
-    siglip: nn.Module  # the hub's file holds its text tower too
-    llm: nn.Module
-
-
-def build_originals(cfg: ModelConfig, dino_image_size: int) -> Originals:
-    """Random weights; none of a bias of zero, a scale of one or two equal layers hides an error."""
-    dino, siglip = cfg.dino, cfg.siglip
-    common = dict(hidden_act="gelu", patch_size=cfg.patch_size, layer_norm_eps=1e-6)
-    originals = Originals(
-        transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(
-            hidden_size=dino.width, num_hidden_layers=dino.depth, num_attention_heads=dino.heads,
-            mlp_ratio=dino.mlp // dino.width, num_register_tokens=dino.registers,
-            image_size=dino_image_size, **common,
-        )),
-        transformers.SiglipModel(transformers.SiglipConfig(
-            vision_config=dict(
-                hidden_size=siglip.width, num_hidden_layers=siglip.depth,
-                num_attention_heads=siglip.heads, intermediate_size=siglip.mlp,
-                image_size=cfg.image_size, **common,
-            ),
-            text_config=dict(hidden_size=siglip.width, num_hidden_layers=1, vocab_size=9),
-        )),
-        causal_lm(cfg),
-    )  # fmt: skip
-    with torch.no_grad():
-        for model in vars(originals).values():
-            for parameter in model.eval().parameters():
-                shake = 0.1 if parameter.ndim == 1 else 0.02
-                parameter.add_(torch.randn_like(parameter), alpha=shake)
-    return originals
-
-
-def save_hub(originals: Originals, folder: Path) -> Path:
-    """The three hub models, each in its folder."""
-    for model, name in zip(vars(originals).values(), (DINO, SIGLIP, QWEN)):
-        model.save_pretrained(folder / name)
-    return folder
 
 
 def saved(model: nn.Module, folder: Path) -> dict[str, Tensor]:

@@ -17,10 +17,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 from hub_server import Hub
-from originals import STEP, build_originals, prismatic_components, save_prismatic
+from originals import STEP, prismatic_components, save_prismatic
 from test_pretrained import CFG, PRISM
 
 from tasks import HORIZON, HUB_DATASETS
+from tools.reference import build_originals
 
 ROOT = Path(__file__).parents[1]
 SECTION = (ROOT / "README.md").read_text().split("## The real benchmark")[1].split("\n## ")[0]

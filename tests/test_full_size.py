@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from originals import STEP, build_originals, compare, save_hub, save_prismatic
+from originals import STEP, compare, save_prismatic
 from test_flow_head import compare_with_joint_pass
 from test_model import (
     ROOT,
@@ -24,6 +24,7 @@ from test_model import (
 from config import LABELS, model_config
 from model import VLM, AuxVLA
 from pretrained import load_pretrained, source_of
+from tools.reference import build_originals
 
 pytestmark = pytest.mark.slow
 PAPER = model_config("paper")
@@ -105,7 +106,7 @@ def test_one_stage_2_step_with_all_five_decoders_runs():
 def test_the_hub_models_give_the_features_and_logits_of_transformers(tmp_path):
     torch.manual_seed(0)
     originals = build_originals(PAPER, dino_image_size=518)
-    save_hub(originals, tmp_path)
+    originals.save(tmp_path)
     vlm = VLM(PAPER).eval()
     load_pretrained(vlm, source_of(str(tmp_path)))
     for path in tmp_path.glob("*/model.safetensors"):

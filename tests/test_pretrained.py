@@ -17,10 +17,8 @@ from originals import (
     QWEN,
     SIGLIP,
     STEP,
-    build_originals,
     compare,
     prismatic_components,
-    save_hub,
     save_openvla,
     save_prismatic,
     save_shards,
@@ -35,6 +33,7 @@ from durable import sha256
 from model import VLM
 from pretrained import load_pretrained, source_of
 from tasks import HUB_DATASETS
+from tools.reference import build_originals
 from train import main, parse
 from weight_files import (
     DINO_HUB,
@@ -66,7 +65,7 @@ def files(tmp_path_factory):
     hub = build_originals(CFG, dino_image_size=160)  # 5 x 5 positions for our 2 x 2
     vlm, llama = build_originals(CFG, CFG.image_size), build_originals(LLAMA, CFG.image_size)
     components = prismatic_components(vlm, CFG, folder / "of-vlm")
-    save_hub(hub, folder / "hub")
+    hub.save(folder / "hub")
     save_prismatic(components, folder / "prismatic")
     vla = prismatic_components(llama, LLAMA, folder / "of-llama")
     save_openvla(vla, folder / "openvla")
