@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,12 @@ def test_every_file_of_the_table_exists_and_every_top_level_file_is_in_it():
     assert {path.name for path in ROOT.glob("*.py")} <= named
 
 
+@cache
+def help_of(*program: str) -> str:
+    python = [sys.executable, *program, "--help"]
+    return subprocess.run(python, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_parses_with_its_values(command):
     words = shlex.split(command)
@@ -56,8 +63,7 @@ def test_a_command_parses_with_its_values(command):
     name = rest[:1] if program == "-m" else []
     verb = rest[:1] if program in ("data.py", "checkpoint.py") else []
     verb = rest[1:2] if name == ["tools.bench"] else verb
-    python = [sys.executable, program, *name, *verb, "--help"]
-    shown = subprocess.run(python, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = help_of(program, *name, *verb)
     for flag in (word for word in rest if word.startswith("--")):
         assert re.search(rf"{flag}\b", shown), f"{flag} is not a flag of {program}"
 

@@ -14,7 +14,6 @@ import math
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from textwrap import fill
 
