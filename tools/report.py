@@ -34,10 +34,10 @@ from tools.tables import OTHERWISE, differs_text, lines_of
 NOT_RUN = "not run"
 FILM = re.compile(r"(.+)_(\d+)_(success|fail)")  # column, seed: how eval.py names a finished film
 LIMIT = 20_000_000  # bytes of films inside report.html
-BLUE, RED = "#4a7fc4", "#d23f31"  # of charts: our figures, the paper's
+BLUE, RED = "#4a7fc4", "#d23f31"  # in charts: our figures, the paper's
 STAGES = {"stage1": BLUE, "stage2": "#e07b1a", "stage3": "#2a9d5c"}
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-STYLE |= {"svg.fonttype": "none", "svg.hashsalt": "report"}  # text stays text; equal ids each time
+STYLE |= {"svg.fonttype": "none"}  # text stays text, in the browser's font
 
 # --- The run's files ---
 
@@ -245,14 +245,13 @@ def read_run(run: Path) -> dict:
         for path in sorted(run.glob("stage[123]/validation.json"))
     }
     columns = {heading: figures_of(results) for heading, results in evaluations.items()}
-    tables, curves = (
-        [read_json(path) for path in sorted(run.glob("table-*.json"))],
-        read_curves(run),
-    )
+    tables = [read_json(path) for path in sorted(run.glob("table-*.json"))]
+    curves = read_curves(run)
     return {
         "title": run.resolve().name,
         "tables": tables,
-        "is_run": bool(not tables or evaluations or validation or curves),  # not tables alone
+        # A folder of tables alone is not a run: it gets no sections that say "not run".
+        "is_run": bool(not tables or evaluations or validation or curves),
         "evaluations": evaluations,
         "columns": {key: {} for key in ("ours", "random", "expert")} | columns,
         "papers": {ROWS[name].label: ROWS[name].paper.get(task, {}) for name, task in sorted(rows)},
