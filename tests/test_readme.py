@@ -145,7 +145,7 @@ def test_the_figures_of_speed_are_those_in_results():
             assert spread(name, contestant, digits) in section
     for contestant in ("transformers generate", "ours, tokens", "ours, flow chunk"):
         figure = figures["act"]["figures"][f"{contestant}, batch 1"]
-        assert f"{figure['p50']:.1f} ({figure['p99']:.1f})" in section
+        assert f"{figure['median']:.1f} ({figure['p99']:.1f})" in section
     assert spread("episode", "ours, 2 processes, per episode", 2) in section
     exact = figures["exact"]["exactness"]
     assert f"{exact['different']} of {exact['tokens']:,} differ" in section
