@@ -120,7 +120,7 @@ def test_a_damaged_line_is_named_with_what_takes_it_out(tmp_path):
     for seed in range(3):
         append(path, {"seed": seed})
     path.write_text(path.read_text().replace('{"seed": 1}', "\0\0\0"))
-    with pytest.raises(InputError, match=f"line 2: damaged.*sed -i 2d {path}") as error:
+    with pytest.raises(InputError, match=f"line 2: damaged.*sed -i.damaged 2d {path}") as error:
         read_lines(path)
     subprocess.run(str(error.value).rpartition(": ")[2].split(), check=True)
     assert read_lines(path) == [{"seed": 0}, {"seed": 2}]
