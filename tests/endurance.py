@@ -1,11 +1,10 @@
 """What a run survives, counted: kill -9, failing disks, flipped bytes, other numbers of processes.
 
-test_endurance.py does a few of each; `measure` does all, for results/endure.json. Each function
-returns its figures, or fails saying what was lost.
+test_endurance.py does a few of each, and all for results/endure.json. Each function returns its
+figures, or fails saying what was lost.
 """
 
 import errno
-import json
 import os
 import random
 import shutil
@@ -25,7 +24,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 from config import InputError
-from durable import read_lines, sha256, sole_writer, write, write_sealed
+from durable import read_lines, sha256, sole_writer, write_sealed
 from logs import Saver
 from pack import BLOCK, PACKED, Pack, block_name
 from trajectory import SURVEY
@@ -344,38 +343,3 @@ def open_large_index(folder: Path) -> dict:
     frames, seconds, megabytes = map(float, said)
     shutil.rmtree(folder)
     return {"frames": int(frames), "seconds": round(seconds, 2), "MB": round(megabytes)}
-
-
-# --- All of it ---
-
-
-def measure(data: Path, work: Path, out: Path, kill=66, deaths=20, signals=20, flip=1000) -> None:
-    """Every part that `out` does not have yet; each is written there when it is done."""
-    straight = {stage: work / f"straight{stage}" for stage in (1, 2, 3)}
-
-    def checkpoint_flips() -> int:
-        saved = checkpoint.newest(straight[3])
-        return flips(saved, lambda: checkpoint.read_manifest(saved), flip)
-
-    parts = {
-        "index": lambda: open_large_index(work / "index"),
-        "stall": lambda: stall(work),
-        "faults": lambda: faults(work),
-        "order": lambda: order(data, work),
-        "SIGTERM": lambda: sigterm(data, work, signals),
-    }
-    for stage in straight:
-        parts[f"kill -9, stage {stage}"] = lambda stage=stage: kills(
-            data, work, kill, stage, straight.get(stage - 1)
-        )
-    parts |= {
-        "rank deaths": lambda: rank_deaths(data, work, deaths),
-        "flipped bytes, checkpoint": checkpoint_flips,
-        "flipped bytes, pack": lambda: flips(data, lambda: read_all(data), flip),
-    }
-    figures = json.loads(out.read_bytes()) if out.exists() else {}
-    for name, part in parts.items():
-        if name not in figures:
-            figures[name] = part()
-            write(out, (json.dumps(figures, indent=1) + "\n").encode())
-            print(f"{name}: {figures[name]}", flush=True)

@@ -3,6 +3,7 @@
 In full counts: ENDURE=results/endure.json python -m pytest -m slow tests/test_endurance.py
 """
 
+import json
 import os
 import re
 import socket
@@ -24,7 +25,7 @@ import checkpoint
 from config import InputError, explained
 from data import pack
 from distributed import STOPPED, gather
-from durable import read_lines, read_sealed, write_sealed
+from durable import read_lines, read_sealed, write, write_sealed
 from pack import PACKED, Pack, sums
 from samples import Frames, StepOrder
 from train import main, parse
@@ -270,7 +271,38 @@ def test_two_machines_take_the_same_steps_as_one(data, tmp_path):
     assert endurance.fingerprint(tmp_path / "one") == endurance.fingerprint(tmp_path / "two")
 
 
+# --- All of it ---
+
+
 @pytest.mark.slow  # an hour and a half on two cores
 def test_nothing_is_lost_in_full_counts(data, tmp_path):
-    """$ENDURE names the file of the figures; those that it has already are not counted again."""
-    endurance.measure(data, tmp_path, Path(os.environ.get("ENDURE", tmp_path / "endure.json")))
+    """The figures go to the file that $ENDURE names."""
+    straight = {stage: tmp_path / f"straight{stage}" for stage in (1, 2, 3)}
+
+    def checkpoint_flips() -> int:
+        saved = checkpoint.newest(straight[3])
+        return endurance.flips(saved, lambda: checkpoint.read_manifest(saved), 1000)
+
+    parts = {
+        "index": lambda: endurance.open_large_index(tmp_path / "index"),
+        "stall": lambda: endurance.stall(tmp_path),
+        "faults": lambda: endurance.faults(tmp_path),
+        "order": lambda: endurance.order(data, tmp_path),
+        "SIGTERM": lambda: endurance.sigterm(data, tmp_path, 20),
+    }
+    for stage in straight:
+        parts[f"kill -9, stage {stage}"] = lambda stage=stage: endurance.kills(
+            data, tmp_path, 66, stage, straight.get(stage - 1)
+        )
+    parts |= {
+        "rank deaths": lambda: endurance.rank_deaths(data, tmp_path, 20),
+        "flipped bytes, checkpoint": checkpoint_flips,
+        "flipped bytes, pack": lambda: endurance.flips(
+            data, lambda: endurance.read_all(data), 1000
+        ),
+    }
+    out = Path(os.environ.get("ENDURE", tmp_path / "endure.json"))
+    figures = {}
+    for name, part in parts.items():
+        figures[name] = part()
+        write(out, (json.dumps(figures, indent=1) + "\n").encode())
