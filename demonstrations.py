@@ -158,7 +158,8 @@ class Demonstrations:
             success = group["success"][:] if "success" in group else None
         if success is None or success.shape != (entry.length,):
             raise DataError(
-                f"{where}: success is {success}, expected one for each of {entry.length} steps. "
+                f"{where}: success of {'no' if success is None else len(success)} steps, expected "
+                f"{entry.length}. "
                 "Read it whole (--no-truncate-at-success), or record it again"
             )
         return int(np.argmax(success)) + 1 if success.any() else entry.length

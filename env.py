@@ -87,7 +87,7 @@ class SubtaskEnvs:
             num_envs=num_envs,
             obs_mode=obs_mode,
             sim_backend=simulation,
-            render_backend="gpu" if torch.cuda.is_available() else "cpu",
+            render_backend=renderer(),
             robot_uids="fetch",
             control_mode="pd_joint_delta_pos",
             reward_mode="normalized_dense",
@@ -312,6 +312,12 @@ def cupboards(plan_file: Path) -> Callable[[int], str]:
     plans = plan_data_from_file(plan_file).plans
     kinds = [cupboard_of(plan.subtasks[0]) for plan in plans]
     return lambda seed: kinds[tasks.draw_plan(seed, len(kinds))[0]]
+
+
+def renderer() -> str:
+    """ManiSkill's render backend: the GPU's, unless there is none or Mesa's driver was chosen."""
+    mesa = "lvp" in os.environ.get("VK_ICD_FILENAMES", "")  # a GPU without Vulkan (tools/doctor.py)
+    return "gpu" if torch.cuda.is_available() and not mesa else "cpu"
 
 
 def apartment() -> str | None:

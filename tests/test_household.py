@@ -248,6 +248,13 @@ def test_a_missing_asset_folder_is_named_with_the_command_that_mends_it(tmp_path
         assert "mani_skill.utils.download_asset" in message
 
 
+def test_mesas_driver_draws_where_it_was_chosen_beside_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert env.renderer() == "gpu"
+    monkeypatch.setenv("VK_ICD_FILENAMES", "/usr/share/vulkan/icd.d/lvp_icd.json")
+    assert env.renderer() == "cpu"
+
+
 def test_a_download_has_the_real_robot_and_is_refused_under_a_marker(assets, tmp_path, monkeypatch):
     monkeypatch.setattr(env, "HOUSEHOLD", tmp_path / "household.json")
     SubtaskEnv("set_table", "close", "fridge", obs_mode="state_dict").close()

@@ -4,8 +4,8 @@
 
 Each demonstration begins with its own plan and start pose, in MS_ASSET_DIR's apartment, with CPU
 physics. A demonstration that succeeded and fails here was recorded with another physics, controller
-or apartment. Recorded on a CPU in the same apartment, joints and success are equal; GPU physics
-drifts away within an episode.
+or apartment. Recorded on a CPU in the same apartment, joints and success are equal (a test).
+Recorded with GPU physics, as the release, they may differ.
 """
 
 from collections.abc import Iterator
