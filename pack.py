@@ -25,7 +25,7 @@ import tyro
 from einops import rearrange, reduce
 from tqdm import tqdm
 
-from config import ACTION_DIM
+from config import ACTION_DIM, quoted
 from demonstrations import Demonstrations, Episode
 from durable import (
     DamagedError,
@@ -67,7 +67,7 @@ class Pack:
         try:
             meta = read_sealed(self.folder / "pack.json")
         except DamagedError as error:
-            raise DataError(f"{error}; delete the pack and pack it again") from None
+            raise DataError(f"{error}; {again(self.folder)}") from None
         if meta["record"] != PACKED.itemsize or "survey.npy" not in meta["files"]:
             raise DataError(
                 f"{self.folder}: packed with other records than this code reads; pack it again"
@@ -106,8 +106,8 @@ class Pack:
             number, record = divmod(int(frames[bad[0]]), BLOCK)
             raise DataError(
                 f"{self.folder / block_name(number)}, record {record}: damaged, its checksum "
-                f"differs. `python data.py verify {self.folder}` looks at all; delete the pack "
-                "and pack it again"
+                f"differs. `python data.py verify {quoted(self.folder)}` looks at all; "
+                f"{again(self.folder)}"
             )
         return out["record"]
 
@@ -130,8 +130,13 @@ class Pack:
         path = self.folder / name
         if not path.is_file() or sha256(path) != self.hashes[name]:
             raise DataError(
-                f"{path}: missing or damaged, its sha256 differs; delete the pack and pack it again"
+                f"{path}: missing or damaged, its sha256 differs; {again(self.folder)}"
             )
+
+
+def again(folder: Path) -> str:
+    """What mends a damaged pack, whose other blocks stay."""
+    return f"mv {quoted(folder, f'{folder}.damaged')}, then pack the data again"
 
 
 def block_name(number: int) -> str:
