@@ -28,7 +28,7 @@ from einops import rearrange
 from config import IMAGE_SIZE, InputError, quoted
 from durable import mend_of
 from tasks import ARTICULATIONS, HUB_DATASETS, OBJECTS, SUBTASKS, TASKS, instruction
-from trajectory import RECORD, SURVEY, DataError, clip, read_actions, read_frames, survey
+from trajectory import CONTROL, RECORD, SURVEY, DataError, clip, read_actions, read_frames, survey
 
 # Blocks of frames that the order of samples mixes, and that a reader keeps: 1.4 GB of them when
 # episodes have 200 steps.
@@ -88,12 +88,26 @@ def load_sidecar(path: Path) -> dict:
         raise DataError(f"{sidecar}: not whole ({error}); download or record it again") from error
     episodes = content.get("episodes") if isinstance(content, dict) else None
     each = episodes if isinstance(episodes, list) and episodes else [None]
-    if not all(isinstance(e, dict) and {"episode_id", "elapsed_steps"} <= {*e} for e in each):
+    if not all(map(counted, each)) or len({str(e["episode_id"]) for e in each}) < len(each):
         raise DataError(
-            f"{sidecar}: expected MS-HAB's `episodes`, at least one, each with episode_id and "
-            "elapsed_steps; download or record it again"
+            f"{sidecar}: expected MS-HAB's `episodes`, at least one, each with its own episode_id "
+            "and a whole number of elapsed_steps, at least 1; download or record it again"
         )
+    if other := {e.get("control_mode") for e in each} - {CONTROL, None}:
+        raise DataError(
+            f"{sidecar}: control_mode {', '.join(map(str, other))}, expected {CONTROL}. Record it "
+            "with that"
+        )
+    for entry in each:
+        entry["elapsed_steps"] = int(entry["elapsed_steps"])
     return content
+
+
+def counted(entry: object) -> bool:
+    """Does an entry of `episodes` have an id and a number of steps?"""
+    steps = entry.get("elapsed_steps") if isinstance(entry, dict) else None
+    counts = isinstance(steps, int | float) and steps >= 1 and steps % 1 == 0
+    return counts and "episode_id" in entry
 
 
 class Demonstrations:
@@ -163,7 +177,8 @@ class Demonstrations:
             success = group["success"][:] if "success" in group else None
         if success is None or success.shape != (entry.length,):
             raise DataError(
-                f"{where}: success is {success}, expected one for each of {entry.length} steps. "
+                f"{where}: success is {getattr(success, 'shape', None)}, expected one for each of "
+            f"{entry.length} steps. "
                 "Read it whole (--no-truncate-at-success), or record it again"
             )
         return int(np.argmax(success)) + 1 if success.any() else entry.length
@@ -249,7 +264,7 @@ def instruction_of(path: Path, entry: dict) -> str:
     Raises DataError when there is neither.
     """
     subtask, target = path.parent.name, path.stem
-    if "instruction" in entry:
+    if isinstance(entry.get("instruction"), str):
         return entry["instruction"]
     known = (*ARTICULATIONS, *(name for names in OBJECTS.values() for name in names))
     if subtask not in SUBTASKS or target not in known:
@@ -274,11 +289,11 @@ def open_h5(path: str, process: int) -> h5py.File:
     return h5py.File(path, "r")
 
 
-def label_command(file: str, out: Path) -> str:
-    """The command that records the demonstrations of a file again, with all five labels."""
-    task, subtask = task_and_subtask(Path(file))
-    where = quoted("--task", task or "TASK", "--subtask", subtask, "--target", Path(file).stem)
+def label_command(episode: Episode, data: str | Path) -> str:
+    """The command that records an episode's file again, beside `data`, with all five labels."""
+    where = ("--task", episode.task or "TASK", "--subtask", episode.subtask)
+    where = quoted(*where, "--target", Path(episode.file).stem)
     return (
-        f"python collect.py --expert rl {where} --out {quoted(out)}  # in the real apartments; "
-        "--expert scripted in a generated one"
+        f"python collect.py --expert rl {where} --out {quoted(f'{Path(data).absolute()}-labelled')}"
+        "  # in the real apartments; --expert scripted in a generated one"
     )

@@ -143,7 +143,7 @@ def choose_decoders(cfg: TrainConfig, frames: Frames, is_main: bool) -> TrainCon
     if not lacking:
         return cfg
     lacks = f"no training frame of {cfg.data} has a label for: {', '.join(lacking)}"
-    mend = label_command(frames.source.episodes[0].file, f"{cfg.data}-labelled")
+    mend = label_command(frames.source.episodes[frames.episode_ids[0]], cfg.data)
     if not default:
         raise InputError(f"{lacks}. Record labels: {mend}; or train without these decoders")
     if is_main:

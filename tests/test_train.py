@@ -141,6 +141,15 @@ def test_default_decoders_without_labels_are_left_out_loudly_and_in_later_stages
         assert trained == written == ["grasp", "qpos"]
 
 
+def test_the_command_that_records_labels_is_of_the_files_that_are_trained_on(tmp_path, monkeypatch):
+    for file in ("close/fridge", "pick/013_apple"):
+        write_demos(tmp_path / "MS-HAB-SetTable" / file, (30, 8), labels=False)
+    monkeypatch.chdir(tmp_path / "MS-HAB-SetTable")
+    wanted = "--task set_table --subtask pick --target 013_apple --out .*MS-HAB-SetTable-labelled "
+    with pytest.raises(InputError, match=wanted):
+        main(parse(flags(".", tmp_path / "out") + ["--row", "auxvla-seg-obj"]))
+
+
 @pytest.mark.parametrize("asked", [["--row", "auxvla-pos"], ["--model.decoders", "qpos", "seg"]])
 def test_a_decoder_that_was_asked_for_and_has_no_label_is_refused(asked, unlabelled, tmp_path):
     with pytest.raises(InputError, match=r"no training frame .* for: (pos|seg)\. Record labels"):
