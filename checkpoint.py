@@ -263,6 +263,22 @@ def model_config_of(manifest: dict) -> ModelConfig:
     return dacite.from_dict(ModelConfig, manifest["config"]["model"], dacite.Config(cast=[tuple]))
 
 
+def decoders_of(out: str, init_from: str | None) -> tuple[str, ...] | None:
+    """Decoders of the checkpoint in `out`, which a run resumes, else of `init_from`; None: of none.
+
+    Damaged checkpoints are passed over: `resumable` and `resolve` name them.
+    """
+    for place in (Path(out), *([Path(init_from)] if init_from else [])):
+        alone = (place / "manifest.json").is_file()
+        for folder in [place] if alone else reversed(steps_in(place)):
+            try:
+                manifest = read_manifest(folder, verify=False, moments=False)
+            except InputError:
+                continue
+            return model_config_of(manifest).decoders
+    return None
+
+
 def differences(ours: dict, theirs: dict, prefix: str = "") -> dict[str, str]:
     """{field: what it is here and there} for every leaf in which two nested dicts differ."""
     out = {}

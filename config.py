@@ -265,7 +265,7 @@ class TrainConfig:
     row: str | None = None  # a row of Tables 1-4 (rows.py), which fixes all that makes it this row
     tasks: tuple[Literal[TASKS], ...] = ()  # train on these of the data; default: on all
     subtasks: tuple[Literal[SUBTASKS], ...] = ()  # likewise
-    # GAP-25 (Sec. 6.1): end demonstrations at their first success; a pack has its own
+    # GAP-25 (Sec. 6.1): end demonstrations at their first success; a pack must be of the same kind
     truncate_at_success: bool = True
     # GAP-23: what normalisation maps to -1 and 1, the controller's bounds or the data's percentiles
     action_bounds: Literal["controller", "percentiles"] = "controller"

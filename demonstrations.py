@@ -28,7 +28,7 @@ from einops import rearrange
 from config import IMAGE_SIZE, InputError, quoted
 from durable import mend_of
 from tasks import ARTICULATIONS, HUB_DATASETS, OBJECTS, SUBTASKS, TASKS, instruction
-from trajectory import RECORD, SURVEY, DataError, clip, read_actions, read_frames, survey
+from trajectory import CONTROL, RECORD, SURVEY, DataError, clip, read_actions, read_frames, survey
 
 # Blocks of frames that the order of samples mixes, and that a reader keeps: 1.4 GB of them when
 # episodes have 200 steps.
@@ -45,20 +45,30 @@ class Episode:
     instruction: int  # row of `instructions`
 
 
-def h5_files(folder: Path, above: tuple[Path, ...] = ()) -> list[Path]:
-    """Every .h5 below a folder, sorted; links to folders are followed, but not into a loop.
+def h5_files(folder: Path) -> list[Path]:
+    """Every .h5 below a folder, sorted, each file once; links to folders are followed.
 
-    Hidden files are skipped: macOS leaves `._name.h5` beside a file that it copies.
+    Hidden files and folders are skipped: macOS leaves `._name.h5` beside a file that it copies.
+    Of several names of one file, the one whose folders say its task counts.
     """
-    real, found = folder.resolve(), []
+    found: dict[Path, Path] = {}
+    for path in walk(folder, ()):
+        known = found.setdefault(path.resolve(), path)
+        if not task_and_subtask(known)[0]:
+            found[path.resolve()] = path
+    return sorted(found.values())
+
+
+def walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """The .h5 files below a folder; a link to one of the folders `above` is a loop."""
+    real = folder.resolve()
     if not folder.is_dir() or real in above:
-        return []
+        return
     for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            found += h5_files(path, (*above, real))
+        if path.is_dir() and not path.name.startswith("."):
+            yield from walk(path, (*above, real))
         elif path.suffix == ".h5" and not path.name.startswith("."):
-            found.append(path)
-    return found
+            yield path
 
 
 def task_and_subtask(path: Path) -> tuple[str, str]:
@@ -83,12 +93,26 @@ def load_sidecar(path: Path) -> dict:
         raise DataError(f"{sidecar}: not whole ({error}); download or record it again") from error
     episodes = content.get("episodes") if isinstance(content, dict) else None
     each = episodes if isinstance(episodes, list) and episodes else [None]
-    if not all(isinstance(e, dict) and {"episode_id", "elapsed_steps"} <= {*e} for e in each):
+    if not all(map(counted, each)) or len({str(e["episode_id"]) for e in each}) < len(each):
         raise DataError(
-            f"{sidecar}: expected MS-HAB's `episodes`, at least one, each with episode_id and "
-            "elapsed_steps; download or record it again"
+            f"{sidecar}: expected MS-HAB's `episodes`, at least one, each with its own episode_id "
+            "and a whole number of elapsed_steps, at least 1; download or record it again"
         )
+    if other := {e.get("control_mode") for e in each} - {CONTROL, None}:
+        raise DataError(
+            f"{sidecar}: control_mode {', '.join(map(str, other))}, expected {CONTROL}. Record it "
+            "with that"
+        )
+    for entry in each:
+        entry["elapsed_steps"] = int(entry["elapsed_steps"])
     return content
+
+
+def counted(entry: object) -> bool:
+    """Does an entry of `episodes` have an id and a number of steps?"""
+    steps = entry.get("elapsed_steps") if isinstance(entry, dict) else None
+    counts = isinstance(steps, int | float) and steps >= 1 and steps % 1 == 0
+    return counts and "episode_id" in entry
 
 
 class Demonstrations:
@@ -158,8 +182,8 @@ class Demonstrations:
             success = group["success"][:] if "success" in group else None
         if success is None or success.shape != (entry.length,):
             raise DataError(
-                f"{where}: success of {'no' if success is None else len(success)} steps, expected "
-                f"{entry.length}. "
+                f"{where}: success is {getattr(success, 'shape', None)}, expected one for each of "
+                f"{entry.length} steps. "
                 "Read it whole (--no-truncate-at-success), or record it again"
             )
         return int(np.argmax(success)) + 1 if success.any() else entry.length
@@ -250,7 +274,7 @@ def instruction_of(path: Path, entry: dict) -> str:
     Raises DataError when there is neither.
     """
     subtask, target = path.parent.name, path.stem
-    if "instruction" in entry:
+    if isinstance(entry.get("instruction"), str):
         return entry["instruction"]
     known = (*ARTICULATIONS, *(name for names in OBJECTS.values() for name in names))
     if subtask not in SUBTASKS or target not in known:
@@ -275,11 +299,11 @@ def open_h5(path: str, process: int) -> h5py.File:
     return h5py.File(path, "r")
 
 
-def label_command(file: str, out: Path) -> str:
-    """The command that records the demonstrations of a file again, with all five labels."""
-    task, subtask = task_and_subtask(Path(file))
-    where = quoted("--task", task or "TASK", "--subtask", subtask, "--target", Path(file).stem)
+def label_command(episode: Episode, data: str | Path) -> str:
+    """The command that records an episode's file again, beside `data`, with all five labels."""
+    where = ("--task", episode.task or "TASK", "--subtask", episode.subtask)
+    where = quoted(*where, "--target", Path(episode.file).stem)
     return (
-        f"python collect.py --expert rl {where} --out {quoted(out)}  # in the real apartments; "
-        "--expert scripted in a generated one"
+        f"python collect.py --expert rl {where} --out {quoted(f'{Path(data).absolute()}-labelled')}"
+        "  # in the real apartments; --expert scripted in a generated one"
     )

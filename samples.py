@@ -187,20 +187,24 @@ def loader(frames: Frames, order, workers: int) -> DataLoader:
     )  # fmt: skip
 
 
-def open_data(folder: str | Path, truncate: bool = False) -> Demonstrations | Pack:
+def open_data(folder: str | Path, truncate: bool | None = None) -> Demonstrations | Pack:
     """A pack if the folder is one, else the demonstrations below it.
 
-    `truncate` ends demonstrations at their success. Raises FileNotFoundError when the folder has
-    neither, InputError when its pack is of whole demonstrations and `truncate` is asked for.
+    `truncate` ends demonstrations at their success; None takes a pack as it is. Raises
+    FileNotFoundError when the folder has neither, InputError when its pack is of the other kind.
     """
     if not (Path(folder) / "pack.json").is_file():
-        return Demonstrations(folder, truncate)
+        return Demonstrations(folder, bool(truncate))
     pack = Pack(folder)
-    if truncate and not pack.truncate:
+    if truncate not in (None, pack.truncate):
+        whole, flag = "whole demonstrations", "--no-truncate-at-success"
+        cut = "demonstrations that end at their success"
+        got, expected = (cut, whole) if pack.truncate else (whole, cut)
         raise InputError(
-            f"{folder}: a pack of whole demonstrations, expected one of demonstrations that end at "
-            f"their success: python data.py pack --data DATA --out {quoted(f'{folder}-cut')}; or "
-            "train on the whole ones with --no-truncate-at-success"
+            f"{folder}: a pack of {got}, expected one of {expected}. "
+            + (f"Drop {flag}" if pack.truncate else f"Give {flag}")
+            + f", or pack again: python data.py pack {flag if pack.truncate else ''} --data DATA "
+            f"--out {quoted(f'{folder}-again')}"
         )
     return pack
 

@@ -114,25 +114,23 @@ def moving_buffers(model: AuxVLA) -> list[Tensor]:
 def choose_decoders(cfg: TrainConfig, frames: Frames, is_main: bool) -> TrainConfig:
     """Leave out, of the default five decoders, those whose label no training frame has.
 
-    Stage 3 keeps its VLM's decoders. Raises InputError for a decoder that was asked for.
+    A run that resumes or starts from a checkpoint keeps the checkpoint's. Raises InputError for a
+    decoder that was asked for and has no label.
     """
     default = cfg.model.decoders == LABELS and not cfg.row
-    if cfg.stage == 3 and default:
-        source = checkpoint.resolve(cfg.init_from)
-        trained = checkpoint.read_manifest(source, verify=False, moments=False)
-        decoders = checkpoint.model_config_of(trained).decoders
-        return replace(cfg, model=replace(cfg.model, decoders=decoders))
-    lacking = [d for d in cfg.model.decoders if cfg.stage < 3 and not frames.labelled[d]]
-    if not lacking:
-        return cfg
-    lacks = f"no training frame of {cfg.data} has a label for: {', '.join(lacking)}"
-    mend = label_command(frames.source.episodes[0].file, f"{cfg.data}-labelled")
-    mend += "; only pick and place have obj (GAP-8)" * ("obj" in lacking)
-    if not default:
-        raise InputError(f"{lacks}. Record labels: {mend}; or train without these decoders")
-    if is_main:
-        print(f"warning: {lacks}. NOT TRAINED: these decoders. To record labels: {mend}")
-    decoders = tuple(name for name in cfg.model.decoders if name not in lacking)
+    kept = checkpoint.decoders_of(cfg.out, cfg.init_from) if default else cfg.model.decoders
+    decoders = LABELS if kept is None else kept
+    lacking = [name for name in decoders if cfg.stage < 3 and not frames.labelled[name]]
+    if lacking:
+        lacks = f"no training frame of {cfg.data} has a label for: {', '.join(lacking)}"
+        mend = label_command(frames.source.episodes[frames.episode_ids[0]], cfg.data)
+        mend += "; only pick and place have obj (GAP-8)" * ("obj" in lacking)
+        if not default:
+            raise InputError(f"{lacks}. Record labels: {mend}; or train without these decoders")
+        if is_main:
+            print(f"warning: {lacks}. NOT TRAINED: these decoders. To record labels: {mend}")
+    if kept is None:
+        decoders = tuple(name for name in LABELS if name not in lacking)
     return replace(cfg, model=replace(cfg.model, decoders=decoders))
 
 

@@ -72,6 +72,7 @@ GL_FROM_LINK = np.array([[0, -1, 0], [0, 0, 1], [-1, 0, 0]])
 # Rise of the derived base, metres: warned of, refused. A base on a floor does not rise; generated
 # files stay under 2e-6, the release's, recorded on a GPU, were never at hand.
 RISE_WARNED, RISE_REFUSED = 1e-3, 2e-2
+CONTROL = "pd_joint_delta_pos"
 BASE_FORWARD, CONTROL_HZ = 11, 20  # action 11 is the base's forward velocity, -1 to 1 m/s (GAP-1)
 SETTLED = 8  # steps in one direction, after which the base has the commanded velocity
 
@@ -86,6 +87,8 @@ def field(group: h5py.Group, key: str, steps: int, where: str) -> h5py.Dataset:
     Raises DataError, beginning with `where`, on another type or shape, or too few observations.
     """
     data, (types, shape) = group[key], FIELDS[key]
+    if not isinstance(data, h5py.Dataset):
+        raise DataError(f"{where}: {key} is a group, expected numbers. Record it again")
     if data.shape[1:] != shape or not any(np.issubdtype(data.dtype, each) for each in types):
         names = " or ".join(each.__name__.rstrip("_") for each in types)
         unit = " millimetres" if key.endswith("depth") else ""
@@ -106,12 +109,13 @@ def read_actions(group: h5py.Group, steps: int, where: str) -> np.ndarray:
 
     Raises DataError, beginning with `where`, on another shape or a value that is not finite.
     """
-    actions = group["actions"][:]
-    if actions.shape != (steps, ACTION_DIM):
+    found = group["actions"] if isinstance(group, h5py.Group) else None
+    actions = found[:] if isinstance(found, h5py.Dataset) else np.zeros(0, object)
+    if actions.shape != (steps, ACTION_DIM) or not np.issubdtype(actions.dtype, np.floating):
         raise DataError(
-            f"{where}: actions {actions.shape}, expected ({steps}, {ACTION_DIM}): "
-            "pd_joint_delta_pos of Fetch (arm 7, gripper 1, head and torso 3, base 2). Record with "
-            "control_mode=pd_joint_delta_pos"
+            f"{where}: actions {actions.dtype} {actions.shape}, expected ({steps}, {ACTION_DIM}) "
+            f"floating: {CONTROL} of Fetch (arm 7, gripper 1, head and torso 3, base 2). Record "
+            f"with control_mode={CONTROL}"
         )
     if not (finite := np.isfinite(actions)).all():
         frame, dim = np.argwhere(~finite)[0]

@@ -170,6 +170,16 @@ def test_asking_again_does_nothing(reference):
     assert reference.read_bytes() == before
 
 
+def test_what_was_recorded_succeeds_again_where_its_plans_are_named(assets, reference, tmp_path):
+    folder = shutil.copytree(reference.parents[2], tmp_path / "my data")
+    command = ("-m", "tools.replay", "--data", folder, "--episodes", 1)
+    assert "1 of 1 recorded successes succeed again" in finish(start(*command))
+    sidecar = folder / "set_table/close/kitchen_counter.json"
+    sidecar.write_text(sidecar.read_text().replace("subtask_uid", "uid"))
+    message = finish(start(*command), code=1)
+    assert "subtask_uid is None, expected" in message and "Traceback" not in message
+
+
 def test_episodes_of_another_apartment_are_not_added_to_a_file(assets, reference, tmp_path):
     shutil.copytree(reference.parents[2], tmp_path / "data")
     other = shutil.copytree(assets, tmp_path / "other")

@@ -318,13 +318,17 @@ def test_an_interrupted_pack_goes_on_and_gives_the_same_bytes(demos, tmp_path, m
 
 
 def test_verify_names_the_block_in_which_one_bit_was_flipped(demos, tmp_path):
-    pack(str(demos), str(tmp_path))
-    block = tmp_path / "frames-00000.bin"
+    folder = tmp_path / "my pack"
+    pack(str(demos), str(folder))
+    block = folder / "frames-00000.bin"
     content = bytearray(block.read_bytes())
     content[len(content) // 2] ^= 1
     block.write_bytes(content)
-    with pytest.raises(DataError, match=r"frames-00000.bin: missing or damaged"):
-        verify(str(tmp_path))
+    aside = f"mv '{folder}' '{folder}.damaged' && python data.py pack --data DATA --out '{folder}'"
+    with pytest.raises(DataError, match=rf"frames-00000.bin: missing or damaged.* {aside}"):
+        verify(str(folder))
+    with pytest.raises(DataError, match=rf"record \d+: damaged, .* {aside}"):
+        Pack(folder).read(range(len(Pack(folder))))
 
 
 def test_a_folder_that_is_no_pack_is_refused_with_the_command_that_makes_one(tmp_path):
@@ -395,7 +399,10 @@ def broken(tmp_path, change):
 
 def replace_dataset(group, key, value):
     del group[key]
-    group[key] = value
+    if value is None:
+        group.create_group(key)
+    else:
+        group[key] = value
 
 
 def set_value(group, key, index, value):
@@ -437,6 +444,15 @@ BAD = {
         lambda g: replace_dataset(g, "labels/seg/fetch_hand", np.ones((10, 128, 128))),
         "labels/seg/fetch_hand is float64",
     ),
+    "whole numbers as actions": (
+        lambda g: replace_dataset(g, "actions", np.ones((9, 13), np.int8)),
+        r"actions int8 \(9, 13\), expected \(9, 13\) floating",
+    ),
+    "a group of actions": (lambda g: replace_dataset(g, "actions", None), "floating"),
+    "a group of pictures": (
+        lambda g: replace_dataset(g, "obs/sensor_data/fetch_head/rgb", None),
+        "rgb is a group, expected numbers",
+    ),
     "15 joints": (
         lambda g: replace_dataset(g, "obs/agent/qpos", np.zeros((10, 15), np.float32)),
         r"qpos is float32 \[15\], expected floating \[12\]",
@@ -472,6 +488,32 @@ def test_a_cut_sidecar_and_an_empty_folder_are_refused(tmp_path):
     sidecar.unlink()
     with pytest.raises(DataError, match=r"no kitchen_counter.json beside it"):
         Demonstrations(tmp_path)
+
+
+ENTRIES = {
+    "an id twice": (dict(episode_id=0), "its own episode_id"),
+    "no steps": (dict(elapsed_steps=0), "at least 1"),
+    "steps unknown": (dict(elapsed_steps=None), "at least 1"),
+    "half a step": (dict(elapsed_steps=8.5), "at least 1"),
+    "another controller": (dict(control_mode="pd_joint_pos"), "expected pd_joint_delta_pos"),
+    "whole steps as a float": (dict(elapsed_steps=9.0, control_mode=None), None),
+    "no sentence": (dict(instruction=None), None),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_episode_that_its_sidecar_cannot_mean_is_refused(name, tmp_path):
+    change, message = ENTRIES[name]
+    sidecar = write_demos(tmp_path / "close/fridge", lengths=(9, 9)).with_suffix(".json")
+    content = json.loads(sidecar.read_text())
+    content["episodes"][1] |= change
+    sidecar.write_text(json.dumps(content))
+    if message:
+        with pytest.raises(DataError, match=rf"fridge.json: .*{message}"):
+            Demonstrations(tmp_path)
+    else:
+        demos = Demonstrations(tmp_path, truncate=True)
+        assert demos.instructions == ["close the fridge"] and len(demos.read_episode(1)) == 9
 
 
 def test_files_that_disagree_on_the_action_schema_are_refused(tmp_path):

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import h5py
 import pytest
 from files import write_demos
 from planted import FAULTS, ROOT, Plant, program
@@ -202,6 +203,12 @@ def test_a_file_that_may_be_whole_is_named_by_what_keeps_it_from_us(plant):
     assert done.stdout.splitlines() == wanted, done.stderr
 
 
+def test_a_damaged_file_below_a_hubs_folder_is_downloaded_by_its_tasks_name(tmp_path):
+    file = write_demos(tmp_path / "MS-HAB-SetTable/close/fridge", lengths=(2, 2))
+    os.truncate(file, 20_000)
+    assert "--tasks set_table --subtasks close" in demonstrations(tmp_path)[1].mend
+
+
 def test_a_demonstration_in_a_wrong_folder_is_moved_aside_and_not_lost(plant):
     (lacking,) = FAULTS["a_file_in_a_wrong_folder"][0](plant)
     before = sorted(path.read_bytes() for path in plant.tmp.rglob("*.h5"))
@@ -239,6 +246,20 @@ def test_the_program_looks_at_a_checkpoint_beside_its_data_whatever_it_is_for(wh
         assert re.search(rf"^ok +acting +{text}: logits up to \S+ differ by", output, re.M), output
     told = "of the tokens right on 16 of 16 held-out frames, .* above the best constant's"
     assert re.search(rf"^ok +accuracy +0.9\d+ {told}", output, re.M), output
+
+
+def test_a_checkpoint_is_looked_at_on_demonstrations_that_end_as_its_own_did(whole, tmp_path):
+    """A field that cannot be read is a finding, and not the end."""
+    for name in ("whole", "damaged"):
+        file = write_demos(tmp_path / name / "set_table/close/fridge", (12, 9), has_object=False)
+        with h5py.File(file, "r+") as content:
+            content["traj_1/success"][3:] = True
+            if name == "damaged":
+                content["traj_1/obs/sensor_data/fetch_head"].move("rgb", "gone")
+    found = acting(whole / "stage1", tmp_path / "whole", "cpu")
+    assert any("4 of 4 held-out frames" in each.got for each in found)
+    (lacking,) = acting(whole / "stage1", tmp_path / "damaged", "cpu")
+    assert lacking.state == "missing" and "traj_1" in lacking.got
 
 
 def test_a_checkpoint_of_one_instruction_is_not_compared_with_another(whole):

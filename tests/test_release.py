@@ -152,7 +152,7 @@ def test_a_file_without_success_per_step_is_named_where_it_is_to_be_truncated(tm
     with h5py.File(path, "r+") as file:
         del file["traj_1/success"]
     assert len(Demonstrations(tmp_path)) == 36
-    with pytest.raises(DataError, match="traj_1: success of no steps, expected 9"):
+    with pytest.raises(DataError, match="traj_1: success is None, expected one for each of 9"):
         Demonstrations(tmp_path, truncate=True)
 
 
@@ -256,6 +256,7 @@ def test_folders_behind_links_are_read_loops_and_hidden_files_are_not(tmp_path):
     write_demos(tmp_path / "data/set_table/open/fridge")
     (tmp_path / "data/set_table/close").symlink_to(tmp_path / "disk")
     (tmp_path / "data/again").symlink_to(tmp_path / "data")
+    (tmp_path / "data/a_copy").symlink_to(tmp_path / "data/set_table")
     (tmp_path / "disk/._fridge.h5").write_bytes(b"of another system")
     found = [str(path.relative_to(tmp_path / "data")) for path in h5_files(tmp_path / "data")]
     assert found == ["set_table/close/fridge.h5", "set_table/open/fridge.h5"]
@@ -273,5 +274,7 @@ def test_a_pack_says_whether_its_episodes_end_at_their_success(tmp_path):
     assert [episode.length for episode in cut.episodes] == [6, 9, 15] and cut.truncate
     files = open_data(tmp_path / "data", truncate=True)
     assert (cut.read(np.arange(30)) == files.read(np.arange(30))).all()
-    with pytest.raises(InputError, match=r"a pack of whole demonstrations"):
+    with pytest.raises(InputError, match=r"a pack of whole .*Give --no-truncate-at-success, or"):
         open_data(tmp_path / "whole", truncate=True)
+    with pytest.raises(InputError, match=r"a pack of demonstrations that end .*Drop --no-truncate"):
+        open_data(tmp_path / "cut", truncate=False)

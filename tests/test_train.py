@@ -143,10 +143,33 @@ def test_default_decoders_without_labels_are_left_out_loudly_and_in_later_stages
         assert trained == written == ["grasp", "qpos"]
 
 
+def test_a_later_stage_keeps_its_checkpoints_decoders_where_the_data_lack_their_labels(
+    unlabelled, stage1, tmp_path, capsys
+):
+    out = tmp_path / "stage2"
+    for steps in (1, 2):  # begun, then resumed
+        run(unlabelled, out, stage=2, steps=steps, init_from=stage1)
+        assert "has a label for: pos, obj, seg" in capsys.readouterr().out
+    trained = checkpoint.read_manifest(checkpoint.newest(out))
+    assert trained["step"] == 2 and len(trained["config"]["model"]["decoders"]) == 5
+    before, after = weights(stage1), weights(out)
+    moved = {key.split(".")[1] for key in after if not torch.equal(after[key], before[key])}
+    assert {"grasp", "qpos"} <= moved and not {"pos", "obj"} & moved
+
+
+def test_the_command_that_records_labels_is_of_the_files_that_are_trained_on(tmp_path, monkeypatch):
+    for file in ("close/fridge", "pick/013_apple"):
+        write_demos(tmp_path / "MS-HAB-SetTable" / file, (30, 8), labels=False)
+    monkeypatch.chdir(tmp_path / "MS-HAB-SetTable")
+    wanted = "--task set_table --subtask pick --target 013_apple --out .*MS-HAB-SetTable-labelled "
+    with pytest.raises(InputError, match=wanted):
+        main(parse(flags(".", tmp_path / "out") + ["--row", "auxvla-seg-obj"]))
+
+
 @pytest.mark.parametrize("asked", [["--row", "auxvla-pos"], ["--model.decoders", "qpos", "seg"]])
 def test_a_decoder_that_was_asked_for_and_has_no_label_is_refused(asked, unlabelled, tmp_path):
     with pytest.raises(InputError, match=r"no training frame .* for: (pos|seg)\. Record labels"):
-        main(parse(flags(unlabelled, tmp_path / "out") + asked))
+        main(parse([*flags(unlabelled, tmp_path / "out"), *asked]))
     assert not checkpoint.steps_in(tmp_path / "out")
 
 

@@ -20,7 +20,13 @@ import checkpoint
 import pretrained
 from config import LABELS, PRESETS, InputError, TrainConfig, model_config, quoted
 from data import build_tokenizer, check_tokenizer
-from demonstrations import Demonstrations, h5_files, label_command, load_sidecar
+from demonstrations import (
+    Demonstrations,
+    h5_files,
+    label_command,
+    load_sidecar,
+    task_and_subtask,
+)  # fmt: skip
 from durable import mend_of
 from model import VLM, AuxVLA
 from pack import Pack
@@ -87,7 +93,7 @@ def read_samples(demos: Demonstrations, deadline: float) -> list[Finding]:
         Finding(
             "warn", "labels", f"no {label} in {len(files)} of {read} files: {files[0]}",
             f"labels for the {label} decoder, which learns nothing from these files",
-            label_command(files[0], f"{demos.folder}-labelled"),
+            label_command(demos.episodes[last_of[files[0]]], demos.folder),
         )
         for label, files in lacking.items()
     ]  # fmt: skip
@@ -103,6 +109,7 @@ def misplaced(folder: Path, error: InputError) -> Finding:
 def unreadable(path: Path, error: Exception) -> Finding:
     """A file that is damaged, or whole and not readable (permissions, locks)."""
     *out, task, subtask, _ = ("", "", *path.absolute().parts)
+    task = task_and_subtask(path)[0] or task  # of the hub's name
     mend = mend_of(path, error if isinstance(error, OSError) else error.__cause__) or (
         f"{aside(path)}python data.py download --out {quoted(Path(*out))} --tasks {quoted(task)} "
         f"--subtasks {quoted(subtask)} --targets {quoted(path.stem)}  # or collect.py again"

@@ -39,20 +39,24 @@ def acting(
         cfg, of = policy.model.cfg, {"val_episodes": TrainConfig.val_episodes}
         of |= policy.manifest["config"]
         only = of.get("tasks", ()), of.get("subtasks", ())
-        frames = Frames(open_data(data), of["val_episodes"], False, cfg.history, *only)
+        # The frames of its training: a pack has its own end, raw files are cut as they were then.
+        cut = policy.manifest.get("data", {}).get("truncated_at_success", False)
+        cut = cut and not (Path(data) / "pack.json").is_file()
+        frames = Frames(open_data(data, cut), of["val_episodes"], False, cfg.history, *only)
         known = policy.manifest["instructions"]
         texts = [*frames.source.instructions, known[0], known[-1]]
         batcher = Batcher(cfg, policy.stats, tokenize(texts, policy.tokenizer, cfg.llm))
+        on_gpu = policy.device.type == "cuda"
+        with torch.autocast(policy.device.type, torch.bfloat16, enabled=on_gpu):
+            return [
+                *name_findings(policy.manifest, frames.source),
+                *statistics_findings(policy, frames),
+                *sight_findings(policy, frames, batcher, deadline),
+                *accuracy_findings(policy, frames, batcher, deadline),
+            ]
     except (ValueError, FileNotFoundError) as error:  # tokenize has a ValueError of its own
         mend = f"python -m tools.doctor --for train --data {quoted(data)}"
         return [Finding("missing", "acting", brief(error), "a checkpoint and its data", mend)]
-    on_gpu = policy.device.type == "cuda"
-    with torch.autocast(policy.device.type, torch.bfloat16, enabled=on_gpu):
-        return [
-            *name_findings(policy.manifest, frames.source), *statistics_findings(policy, frames),
-            *sight_findings(policy, frames, batcher, deadline),
-            *accuracy_findings(policy, frames, batcher, deadline),
-        ]  # fmt: skip
 
 
 def name_findings(manifest: dict, data: Demonstrations | Pack) -> list[Finding]:

@@ -18,6 +18,7 @@ import tyro
 from config import InputError, explained
 from demonstrations import DataError, h5_files, load_sidecar
 from env import SubtaskEnv
+from tasks import SUBTASKS, TASKS
 from trajectory import KEYS, clip, read_actions
 
 
@@ -60,7 +61,10 @@ def main(data: Path, episodes: int = 5) -> None:
 def replay(path: Path, episodes: int) -> Iterator[tuple[str, bool, bool]]:
     """For each demonstration: what happened, did it succeed when recorded, does it here?"""
     entries = load_sidecar(path)["episodes"][:episodes]
-    task, subtask, split, *_ = entries[0]["subtask_uid"].split("-")
+    uid = str(entries[0].get("subtask_uid"))
+    task, subtask, split, *_ = (*uid.split("-"), "", "")
+    if task not in TASKS or subtask not in SUBTASKS:
+        raise DataError(f"{path}: subtask_uid is {uid}, expected MS-HAB's TASK-SUBTASK-SPLIT-...")
     env = RecordedEnv(task, subtask, path.stem, split, obs_mode="state_dict")
     with h5py.File(path) as file:
         for entry in entries:
