@@ -163,7 +163,7 @@ def test_the_command_that_records_labels_is_of_the_files_that_are_trained_on(tmp
     monkeypatch.chdir(tmp_path / "MS-HAB-SetTable")
     wanted = "--task set_table --subtask pick --target 013_apple --out .*MS-HAB-SetTable-labelled "
     with pytest.raises(InputError, match=wanted):
-        main(parse(flags(".", tmp_path / "out") + ["--row", "auxvla-seg-obj"]))
+        main(parse([*flags(".", tmp_path / "out"), "--row", "auxvla-seg-obj"]))
 
 
 @pytest.mark.parametrize("asked", [["--row", "auxvla-pos"], ["--model.decoders", "qpos", "seg"]])
