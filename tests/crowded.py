@@ -66,6 +66,7 @@ def measure(rearrange: Path) -> dict:
 
 def main(assets: Path, folder: Path, plans: int, scenes: int):
     shutil.copytree(assets, folder)
+    (folder / "household.json").unlink()  # copies of a scene are not the generator's: a download
     os.environ["MS_ASSET_DIR"] = str(folder)  # before mani_skill is imported
     rearrange = folder / "data/scene_datasets/replica_cad_dataset/rearrange"
     grow(rearrange, plans, scenes)
