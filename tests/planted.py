@@ -139,7 +139,7 @@ def a_driver_that_does_not_answer(plant):
     return fake_smi(plant, "NVIDIA-SMI has failed because it couldn't communicate with the driver.")
 
 
-@fault("CUDA 13.0.*550.90.*driver 580", "nvidia-driver-580; or .*torch==2.13.0 .*/cu126")
+@fault("CUDA 13.0.*550.90.*driver 580", "nvidia-driver-580  # or .*torch==2.13.0 .*CUDA 12.6")
 def a_driver_too_old_for_torchs_CUDA(plant):
     """Planted as nvidia-smi's line: it takes a GPU to have a driver."""
     return checks.cuda_findings(SMI.format(550), "2.13.0", "13.0", usable=0, device=None)

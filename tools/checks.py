@@ -149,7 +149,7 @@ def cuda_findings(
     else:
         expected, mend = f"driver {least} or later", "sudo apt-get install nvidia-driver-580"
         if int(driver[1]) >= DRIVERS["12"]:
-            mend += f"; or {reinstall} --index-url https://download.pytorch.org/whl/cu126"
+            mend += f"  # or {reinstall} from torch's own index for CUDA 12.6"
     return [Finding("missing", "gpu", got, expected, mend)]
 
 
