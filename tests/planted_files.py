@@ -188,6 +188,13 @@ def labels_that_are_missing(plant):
     return demonstrations(plant.tmp / "demos")
 
 
+@fault("fridge.h5: .* of action values clipped to", "^$")
+def actions_beyond_the_controllers_bounds(plant):
+    with h5py.File(plant.copy("demos") / "set_table/close/fridge.h5", "r+") as file:
+        file["traj_0/actions"][3, 12] = 12.5
+    return demonstrations(plant.tmp / "demos")
+
+
 @fault("no .h5 below it", "--data .*/rearrange-dataset$")
 def demonstrations_under_another_name(plant):
     plant.copy("demos").rename(plant.tmp / "rearrange-dataset")

@@ -12,6 +12,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
@@ -31,7 +32,7 @@ from durable import mend_of
 from model import VLM, AuxVLA
 from pack import Pack
 from tools.checks import Finding, brief, size
-from trajectory import DataError
+from trajectory import DataError, remarks
 from weight_files import DINO_HUB, LAST_STEPS, QWEN_HUB, SIGLIP_HUB, fetching
 
 SECONDS = 4.0  # for samples of demonstrations or a pack
@@ -70,17 +71,18 @@ def demonstrations(folder: str | Path, seconds: float = SECONDS) -> list[Finding
 
 
 def read_samples(demos: Demonstrations, deadline: float) -> list[Finding]:
-    """The end of each file's first and last episode, until the deadline; which labels they have."""
+    """Labels and remarks of each file's first and last episode, until the deadline."""
     last_of = {episode.file: row for row, episode in enumerate(demos.episodes)}
     first_of = {episode.file: row for row, episode in reversed([*enumerate(demos.episodes)])}
-    found, lacking, read = [], {}, 0
+    found, notes, lacking, read = [], [], {}, 0
     for file in random.sample(sorted(last_of), len(last_of)):
         if time.monotonic() > deadline:
             break
         read += 1
         try:
-            ends = [demos.starts[row[file] + 1] - 1 for row in (first_of, last_of)]
-            has = demos.read(ends)["has"].max(0)  # [labels]
+            rows = [first_of[file], last_of[file]]
+            has = demos.read(demos.starts[np.array(rows) + 1] - 1)["has"].max(0)  # [labels]
+            notes += [n for n in remarks(demos.survey(rows), [file, file]) if n.startswith(file)]
         except InputError as error:
             found.append(unreadable(demos.folder / file, error))
             continue
@@ -89,7 +91,8 @@ def read_samples(demos: Demonstrations, deadline: float) -> list[Finding]:
                 lacking.setdefault(label, []).append(file)
     total = sum((demos.folder / file).stat().st_size for file in last_of)
     got = f"{len(last_of)} files, {size(total)}, {len(demos):,} frames; read in {read} files"
-    return [Finding("ok" if not found else "warn", "--data", got), *found] + [
+    found = [Finding("ok" if not found else "warn", "--data", got), *found]
+    return found + [Finding("warn", "--data", note) for note in notes] + [
         Finding(
             "warn", "labels", f"no {label} in {len(files)} of {read} files: {files[0]}",
             f"labels for the {label} decoder, which learns nothing from these files",
