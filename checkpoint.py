@@ -40,7 +40,7 @@ MOMENTS = "optimizer.safetensors"
 MAY_CHANGE = {
     "data", "out", "init_from", "resume", "steps", "epochs", "device", "workers", "val_every",
     "val_frames", "pretrained", "log_every", "save_every", "keep", "max_skipped", "tracker",
-    "shard", "recompute",
+    "shard", "recompute", "action_bounds",
 }  # fmt: skip
 
 

@@ -249,6 +249,9 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
     if ranks.is_main:
         print(*frames.remarks, plan, sep="\n")
     model, origin, resumed = prepare(cfg, ranks)
+    if "action_stats" in origin:  # load_data keeps them; older checkpoints had percentiles
+        bounds = origin["config"].get("action_bounds", "percentiles")
+        cfg = replace(cfg, action_bounds=bounds)
     if resumed:  # what its weights began with, whatever is given now
         cfg = replace(cfg, init_from=origin["config"]["init_from"])
     model.train_stage(cfg.stage)  # before DDP, which registers what requires a gradient

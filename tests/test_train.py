@@ -129,7 +129,7 @@ def unlabelled(tmp_path_factory):
 def test_default_decoders_without_labels_are_left_out_loudly_and_in_later_stages(
     unlabelled, tmp_path, capsys
 ):
-    run(unlabelled, tmp_path / "stage1")
+    run(unlabelled, tmp_path / "stage1", action_bounds="percentiles")
     said = capsys.readouterr().out
     assert "has a label for: pos, obj, seg" in said and "NOT TRAINED" in said
     assert "collect.py --expert rl --task set_table --subtask close --target fridge" in said
@@ -141,6 +141,7 @@ def test_default_decoders_without_labels_are_left_out_loudly_and_in_later_stages
         trained = checkpoint.read_manifest(checkpoint.newest(out))["config"]["model"]["decoders"]
         written = json.loads((out / "config.json").read_text())["model"]["decoders"]
         assert trained == written == ["grasp", "qpos"]
+        assert json.loads((out / "config.json").read_text())["action_bounds"] == "percentiles"
 
 
 def test_a_later_stage_keeps_its_checkpoints_decoders_where_the_data_lack_their_labels(
