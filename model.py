@@ -199,10 +199,8 @@ class AuxVLA(nn.Module):
 
     def trained_parts(self) -> list[list[nn.Parameter]]:
         """The same by part: VLM, decoders, flow head. SigLIP's prefix is empty and left out."""
-        parts = (
-            [p for p in part.parameters() if p.requires_grad and p.numel()]
-            for part in self.children()
-        )
+        every = (part.parameters() for part in self.children())
+        parts = ([p for p in part if p.requires_grad and p.numel()] for part in every)
         return [part for part in parts if part]
 
     def prepare_blocks(self, recompute: bool = False, compile: bool = False) -> None:

@@ -197,14 +197,13 @@ def open_data(folder: str | Path, truncate: bool | None = None) -> Demonstration
         return Demonstrations(folder, bool(truncate))
     pack = Pack(folder)
     if truncate not in (None, pack.truncate):
-        whole, flag = "whole demonstrations", "--no-truncate-at-success"
-        cut = "demonstrations that end at their success"
-        got, expected = (cut, whole) if pack.truncate else (whole, cut)
+        kinds = {True: "demonstrations that end at their success", False: "whole demonstrations"}
+        flag = "--no-truncate-at-success"
+        again = "python data.py pack " + f"{flag} " * (not truncate)
         raise InputError(
-            f"{folder}: a pack of {got}, expected one of {expected}. "
-            + (f"Drop {flag}" if pack.truncate else f"Give {flag}")
-            + f", or pack again: python data.py pack {flag if pack.truncate else ''} --data DATA "
-            f"--out {quoted(f'{folder}-again')}"
+            f"{folder}: a pack of {kinds[pack.truncate]}, expected one of {kinds[truncate]}. "
+            f"{'Give' if truncate else 'Drop'} {flag}, or pack again: {again}--data DATA --out "
+            f"{quoted(f'{folder}-again')}"
         )
     return pack
 

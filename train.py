@@ -250,8 +250,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
         print(*frames.remarks, plan, sep="\n")
     model, origin, resumed = prepare(cfg, ranks)
     if "action_stats" in origin:  # load_data keeps them; older checkpoints had percentiles
-        bounds = origin["config"].get("action_bounds", "percentiles")
-        cfg = replace(cfg, action_bounds=bounds)
+        cfg = replace(cfg, action_bounds=origin["config"].get("action_bounds", "percentiles"))
     if resumed:  # what its weights began with, whatever is given now
         cfg = replace(cfg, init_from=origin["config"]["init_from"])
     model.train_stage(cfg.stage)  # before DDP, which registers what requires a gradient
