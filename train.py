@@ -124,7 +124,8 @@ def choose_decoders(cfg: TrainConfig, frames: Frames, is_main: bool) -> TrainCon
     if lacking:
         lacks = f"no training frame of {cfg.data} has a label for: {', '.join(lacking)}"
         mend = label_command(frames.source.episodes[frames.episode_ids[0]], cfg.data)
-        mend += "; only pick and place have obj (GAP-8)" * ("obj" in lacking)
+        if lacking == ["obj"]:
+            mend = "those of pick or place: no other subtask has an object (GAP-8)"
         if not default:
             raise InputError(f"{lacks}. Record labels: {mend}; or train without these decoders")
         if is_main:

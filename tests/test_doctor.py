@@ -267,6 +267,12 @@ def test_a_checkpoint_is_looked_at_on_demonstrations_that_end_as_its_own_did(who
     assert lacking.state == "missing" and "traj_1" in lacking.got
 
 
+def test_a_checkpoint_is_looked_at_on_the_pack_that_it_was_trained_on(whole):
+    flags = ("--checkpoint", whole / "stage1", "--data", whole / "pack", "--for", "train")
+    code, output = doctor(*flags, "--preset", "tiny", "--device", "cpu")
+    assert code == 0 and re.search(r"^(ok|warn) +accuracy", output, re.MULTILINE), output
+
+
 def test_a_checkpoint_of_one_instruction_is_not_compared_with_another(whole):
     resealed(shutil.copytree(whole / "stage2", whole / "one"), instructions=["close the fridge"])
     found = acting(whole / "one", whole / "known", "cpu")

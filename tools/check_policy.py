@@ -40,8 +40,8 @@ def acting(
         of |= policy.manifest["config"]
         only = of.get("tasks", ()), of.get("subtasks", ())
         # The frames of its training: a pack has its own end, raw files are cut as they were then.
-        cut = policy.manifest.get("data", {}).get("truncated_at_success", False)
-        cut = cut and not (Path(data) / "pack.json").is_file()
+        cut = policy.manifest.get("data", {}).get("truncated_at_success")
+        cut = None if (Path(data) / "pack.json").is_file() else cut
         frames = Frames(open_data(data, cut), of["val_episodes"], False, cfg.history, *only)
         known = policy.manifest["instructions"]
         texts = [*frames.source.instructions, known[0], known[-1]]

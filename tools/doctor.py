@@ -142,7 +142,7 @@ def gpu_physics() -> list[Finding]:
 
 
 def free_disk(cfg: Doctor) -> list[Finding]:
-    if cfg.part in ("eval", "collect"):
+    if cfg.part in ("eval", "collect") or (cfg.part == "all" and cfg.checkpoint):
         return checks.disk(cfg.out, RESULTS)
     with torch.device("meta"):
         model = AuxVLA(model_config(cfg.preset), flow_head=True)
