@@ -30,16 +30,17 @@ from mani_skill.utils.common import to_cpu_tensor, to_numpy
 from mshab.utils.label_dataset import get_episode_label_and_events
 from tqdm import tqdm
 
-from config import InputError, explained
-from durable import sole_writer
-from env import SENSORS, SubtaskEnv, SubtaskEnvs, apartment, cupboards, plan_files
+from config import HORIZON, SUBTASKS, TASKS, InputError, explained
 from household.expert import ScriptedExpert
-from recording import Recording, encode
-from rl_expert import RLPolicy
-from rollout import Job, check_envs, filled, simulation_of
-from tasks import HORIZON, SUBTASKS, TASKS, targets, wilson
-from tools.checks import disk, require
-from workers import Workers
+from paper import targets
+from simulation.env import SENSORS, SubtaskEnv, SubtaskEnvs, apartment, cupboards, plan_files
+from simulation.episodes import Job, check_envs, filled, simulation_of
+from simulation.rl_expert import RLPolicy
+from simulation.workers import Workers
+from storage.files import sole_writer
+from storage.recording import Recording, encode
+from storage.results import wilson
+from training.checks import disk, require
 
 # MS-HAB's labels of the episodes that it released (utils/gen/gen_data.py); the others succeed after
 # a dropped object, or with one that fell to its goal.

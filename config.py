@@ -2,7 +2,6 @@
 
     from config import PRESETS  # PRESETS["paper"], PRESETS["tiny"]: the same classes, other numbers
     python train.py --help      # the comment beside a field, or above it, is its help text
-    python config.py            # every row of the paper's tables: what it fixes, what it reached
 
 `paper` is Sec. 4-6 of the paper on MiniVLA's Prismatic VLM, `openvla` Table 1's 7B baseline; `tiny`
 is small enough for two CPU cores. Presets differ in numbers only: no code asks which one it runs.
@@ -16,8 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from tasks import SUBTASKS, TASKS
-
 # Eq. 4's subscripts: config, batch, losses, log and README use them.
 LABELS = ("pos", "grasp", "qpos", "obj", "seg")
 LOSSES = ("action", *LABELS, "flow")
@@ -29,6 +26,9 @@ QPOS_DIM = 12  # Table 5
 DEPTH_SCALE_MM = 1000.0  # Eq. 1
 IMAGE_SIZE = 128  # pixels of MS-HAB's cameras, hence of the masks (Table 5)
 RECORDED_ACTIONS = 8  # actions stored with a frame: the flow head's chunk (Sec. 6.4)
+TASKS = ("set_table", "tidy_house", "prepare_groceries")
+SUBTASKS = ("pick", "place", "open", "close")
+HORIZON = 200  # control steps per episode, 20 Hz (MS-HAB: max_episode_steps of all four subtasks)
 HISTORY = 4  # past time steps (Sec. 4.2)
 
 
@@ -262,7 +262,7 @@ class TrainConfig:
     # 1: decoders on detached latents, 2: joint, 3: flow head on the frozen VLM (Sec. 5.2-5.3)
     stage: Literal[1, 2, 3] = 1
     preset: Literal["paper", "openvla", "tiny", "tiny-openvla"] = "paper"  # of all below
-    row: str | None = None  # a row of Tables 1-4 (rows.py), which fixes all that makes it this row
+    row: str | None = None  # a row of Tables 1-4 (paper.py), which fixes all that makes it this row
     tasks: tuple[Literal[TASKS], ...] = ()  # train on these of the data; default: on all
     subtasks: tuple[Literal[SUBTASKS], ...] = ()  # likewise
     # GAP-25 (Sec. 6.1): end demonstrations at their first success; a pack must be of the same kind
@@ -278,8 +278,12 @@ class TrainConfig:
     steps: int | None = None  # optimizer steps of this stage; default: `epochs` of the data
     epochs: tuple[int, int, int] = (3, 7, 10)  # of each stage (Sec. 6.3; GAP-14); 0: lacks it
     batch_size: int = 512  # frames per step over all GPUs (Sec. 6.1)
-    micro_batch: int = 8  # frames per GPU and backward pass, the rest is accumulated (memory.py)
-    shard: bool = False  # divide weights, gradients and Adam's moments among GPUs (sharding.py)
+    micro_batch: int = (
+        8  # frames per GPU and backward pass, the rest is accumulated (training/memory.py)
+    )
+    shard: bool = (
+        False  # divide weights, gradients and Adam's moments among GPUs (training/ranks.py)
+    )
     recompute: bool = False  # keep a block's input only: less memory, a third more arithmetic
     compile: bool = False  # torch.compile every block
     lr: float = 2e-5  # Adam, constant (Sec. 6.1)
@@ -363,9 +367,3 @@ PRESETS: dict[str, dict] = {
 
 def model_config(preset: str) -> ModelConfig:
     return PRESETS[preset].get("model", ModelConfig())
-
-
-if __name__ == "__main__":
-    from rows import print_rows
-
-    print_rows()

@@ -21,18 +21,17 @@ Everything that turns recorded numbers into these, and back, is in this file and
 and acting alike.
 """
 
-import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
 from einops import rearrange, repeat
-from huggingface_hub import hf_hub_download
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 
 from config import (
     ACTION_DIM,
@@ -44,15 +43,15 @@ from config import (
     QPOS_DIM,
     RECORDED_ACTIONS,
     InputError,
-    LLMConfig,
     ModelConfig,
+    TrainConfig,
     explained,
     quoted,
 )  # fmt: skip
-from download import download, reachable
-from pack import pack, verify
-from tasks import ARTICULATIONS, OBJECTS, SUBTASKS, instruction
-from trajectory import RECORD
+from storage.download import download
+from storage.h5 import SHUFFLE_POOL, Demonstrations
+from storage.pack import Pack, pack, verify
+from storage.trajectory import RECORD, remarks
 
 # --- Images ---
 
@@ -165,92 +164,6 @@ class ActionStats:
         return low + (actions + 1) / 2 * (high - low)
 
 
-# --- Instructions ---
-
-
-def build_tokenizer(cfg: LLMConfig) -> Tokenizer:
-    """The LLM's tokenizer: from a folder, or from the hub or its cache.
-
-    "words" makes one from the words of the prompt and of every instruction, without download.
-    Raises InputError when it is not to be had or is not this LLM's.
-    """
-    if cfg.tokenizer != "words":
-        file = Path(cfg.tokenizer) / "tokenizer.json"
-        mend = (
-            f"Where there is a network: {quoted('hf', 'download', cfg.tokenizer, file.name)} "
-            "--local-dir FOLDER; then give --model.llm.tokenizer FOLDER"
-        )
-        with reachable(cfg.tokenizer, mend):
-            found = file if file.is_file() else hf_hub_download(cfg.tokenizer, file.name)
-        tokenizer = Tokenizer.from_file(str(found))
-    else:
-        names = {name for objects in OBJECTS.values() for name in objects} | set(ARTICULATIONS)
-        texts = [instruction(subtask, name) for subtask in SUBTASKS for name in names]
-        split = pre_tokenizers.Whitespace()
-        text = " ".join([cfg.prompt.format(""), *texts]).lower()
-        words = sorted({word for word, _ in split.pre_tokenize_str(text)})
-        vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *words])}
-        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-        tokenizer.pre_tokenizer = split
-    check_tokenizer(tokenizer, cfg, cfg.tokenizer)
-    return tokenizer
-
-
-def check_tokenizer(tokenizer: Tokenizer, cfg: LLMConfig, source: object) -> None:
-    """Raise InputError, naming what was found, unless action ids and prompt fit the tokenizer.
-
-    The action ids follow all its tokens (Qwen2.5), begin at <|extra_0|> (Prismatic's Qwen) or are
-    the last of its own vocabulary (Llama), as in Prismatic's ActionTokenizer; those of "words" lie
-    anywhere above its tokens. A special token of the prompt is one id; the prompt ends in a space.
-    """
-    size, own = tokenizer.get_vocab_size(), tokenizer.get_vocab_size(with_added_tokens=False)
-    first, extra = cfg.first_action_id, tokenizer.token_to_id("<|extra_0|>")
-    special, found = re.findall(r"<\|.*?\|>", cfg.prompt), []
-    if cfg.tokenizer == "words":
-        special, fits = [], first >= size
-    elif extra is None:
-        fits = first in (size, own - ModelConfig.bins)
-    else:
-        fits = first == extra
-    if not fits:
-        place = "" if extra is None else f", <|extra_0|> is {extra}"
-        found = [f"{size} tokens, {own} of them its own{place}; the action ids begin at {first}"]
-    found += [f"no token {name}" for name in special if tokenizer.token_to_id(name) is None]
-    ends = {id: tokenizer.id_to_token(id) for id in cfg.prompt_end}
-    found += [f"{id} is {token!r}, no lone space" for id, token in ends.items() if token != "▁"]
-    if found:
-        raise InputError(
-            f"{source}: the tokenizer of another model: {'; '.join(dict.fromkeys(found))}. Give "
-            "the LLM's own, --model.llm.tokenizer HUB-NAME or FOLDER"
-        )
-
-
-def tokenize(
-    instructions: list[str], tokenizer: Tokenizer, cfg: LLMConfig
-) -> tuple[Tensor, Tensor]:
-    """Prompts of one length, the longest's: ids and mask [n, L].
-
-    Padding stands between the first token and the rest, where the images go, so that every prompt
-    ends at the latents.
-    """
-    # Llama's tokenizer begins with its <s>; Qwen's adds nothing.
-    prompts = [cfg.prompt.format(text.lower()) for text in instructions]
-    prompts = [prompt.lower() if cfg.tokenizer == "words" else prompt for prompt in prompts]
-    tokens = [[*tokenizer.encode(prompt).ids, *cfg.prompt_end] for prompt in prompts]
-    longest, text = max((len(prompt), text) for prompt, text in zip(tokens, instructions))
-    if longest > cfg.prompt_length:
-        raise ValueError(
-            f"{text!r} needs {longest} tokens; raise llm.prompt_length above {cfg.prompt_length}"
-        )
-    ids = torch.zeros(len(tokens), longest, dtype=torch.long)
-    mask = torch.zeros(len(tokens), longest, dtype=torch.bool)
-    for row, (first, *rest) in enumerate(tokens):
-        begin = longest - len(rest)
-        ids[row, 0], mask[row, 0] = first, True
-        ids[row, begin:], mask[row, begin:] = torch.tensor(rest), True
-    return ids, mask
-
-
 # --- Batch ---
 
 
@@ -329,6 +242,208 @@ def check_batch(batch: dict[str, Tensor], cfg: ModelConfig) -> None:
             raise ValueError(
                 f"batch[{key!r}]: values {batch[key].min()}..{batch[key].max()}, expected {low}..1"
             )
+
+
+# --- Frames and their order ---
+
+
+class Frames(Dataset):
+    """Training or held-out frames; item [i, j, ...] is the raw batch of those frames."""
+
+    def __init__(
+        self, source: Demonstrations | Pack, held_out: float, train: bool,
+        history: str = "none", tasks: tuple[str, ...] = (), subtasks: tuple[str, ...] = (),
+    ):  # fmt: skip
+        """Hold out the last share `held_out` of every file's episodes, at least one.
+
+        `tasks` and `subtasks`, where given, leave only their files, <task>/<subtask>/<target>.h5;
+        InputError if none is left. `history` adds what Batcher needs of the steps before.
+        """
+        self.source, self.history = source, history
+        files = np.array([episode.file for episode in source.episodes])
+        wanted = [
+            (not tasks or episode.task in tasks) and (not subtasks or episode.subtask in subtasks)
+            for episode in source.episodes
+        ]
+        if not any(wanted):
+            raise InputError(
+                f"{source.folder}: no demonstrations of {'/'.join((*tasks, *subtasks))} "
+                f"in <task>/<subtask>/<target>.h5; it has {', '.join(sorted(set(files)))}"
+            )
+        keep = np.zeros(len(files), bool)
+        for file in np.unique(files):
+            rows = np.flatnonzero(files == file)
+            first_val = len(rows) - max(1, round(held_out * len(rows)))
+            keep[rows[:first_val] if train else rows[first_val:]] = wanted[rows[0]]
+        self.episode_ids = np.flatnonzero(keep)
+        # 4 bytes a frame: the index of the paper's 8 million takes 32 MB.
+        self.frames = np.flatnonzero(np.repeat(keep, np.diff(source.starts))).astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @property
+    def instructions(self) -> list[str]:
+        """The sentences of these episodes; the source may have others."""
+        used = {self.source.episodes[e].instruction for e in self.episode_ids}
+        return [text for row, text in enumerate(self.source.instructions) if row in used]
+
+    @property
+    def blocks(self) -> np.ndarray | None:
+        """The block of each frame, where reading one inflates its neighbours; None in a pack."""
+        starts = self.source.blocks
+        return None if starts is None else np.searchsorted(starts, self.frames, side="right") - 1
+
+    def __getitem__(self, rows: np.ndarray) -> dict[str, Tensor]:
+        now = self.frames[rows]  # [B]
+        records = self.source.read(now)
+        if self.history == "none":
+            return to_tensors(records)
+        ago = np.arange(-HISTORY, 0)
+        # GAP-5: before the episode's start its first frame stands in, in training and acting alike.
+        past = now[:, None] + np.maximum(ago, -records["frame"][:, None])  # [B, 4]
+        earlier = rearrange(
+            self.source.read(rearrange(past, "b t -> (b t)")), "(b t) -> b t", t=HISTORY
+        )
+        seen = (
+            {"past_rgb": earlier["rgb"], "past_depth": earlier["depth"]}
+            if self.history == "frames"
+            else {
+                "past_actions": earlier["actions"][:, :, 0],
+                "past_mask": ago >= -records["frame"][:, None],
+            }
+        )
+        return to_tensors(records) | {
+            name: torch.from_numpy(np.array(value, order="C")) for name, value in seen.items()
+        }
+
+    @cached_property
+    def survey(self) -> np.ndarray:
+        """Labels and ranges of these episodes, [n] of SURVEY."""
+        return self.source.survey(self.episode_ids)
+
+    @property
+    def labelled(self) -> dict[str, int]:
+        """How many of the frames have each label."""
+        return dict(zip(LABELS, self.survey["labelled"].sum(0).tolist()))
+
+    @property
+    def remarks(self) -> list[str]:
+        return remarks(self.survey, [self.source.episodes[e].file for e in self.episode_ids])
+
+    def stats(self, bounds: str) -> ActionStats:
+        """Action bounds: "controller" or "percentiles" of these episodes."""
+        if bounds == "percentiles":
+            return ActionStats.percentiles(self.source.actions_of(self.episode_ids))
+        actions = self.survey["actions"]  # [n, 2, 13]
+        return ActionStats.controller(actions[:, 0].min(0), actions[:, 1].max(0))
+
+    def names(self, rows: np.ndarray) -> list[str]:
+        """File, trajectory and frame of each row, as a person looks for them."""
+        frames = self.frames[rows]
+        episodes = np.searchsorted(self.source.starts, frames, side="right") - 1
+        return [
+            f"{self.source.episodes[e].file} {self.source.episodes[e].trajectory} "
+            f"frame {frame - self.source.starts[e]}"
+            for e, frame in zip(episodes, frames)
+        ]
+
+
+class StepOrder:
+    """Which frames a step trains on: a pure function of seed, stage and step, on any rank count.
+
+    Every epoch is a new permutation of all frames, of which an incomplete last batch is left out.
+    Iterating gives a rank's share of the batches `first`..`last` - 1. With `blocks`, the block of
+    each frame [num_frames], those that are read together stay near each other.
+    """
+
+    def __init__(
+        self, num_frames: int, batch_size: int, seed: int, first: int, last: int, rank: int,
+        world: int, blocks: np.ndarray | None = None, stage: int = 1,
+    ):  # fmt: skip
+        self.num_frames, self.batch_size, self.seed = num_frames, batch_size, seed
+        self.first, self.last, self.rank, self.world = first, last, rank, world
+        self.blocks, self.epoch, self.stage = blocks, None, stage
+
+    def batch(self, step: int) -> np.ndarray:
+        """The global batch of a step, rows of Frames [batch_size]."""
+        epoch, step = divmod(step, self.num_frames // self.batch_size)
+        if epoch != self.epoch:
+            # Each stage has its own order; stage 1 keeps the one it had before stages differed.
+            seeds = (self.seed, epoch) if self.stage == 1 else (self.seed, epoch, self.stage)
+            self.order, self.epoch = self.shuffled(np.random.default_rng(seeds)), epoch
+        return self.order[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        """All rows of Frames, [num_frames], in any order or in a window of SHUFFLE_POOL blocks.
+
+        The window slides: blocks come in random order, each of their frames somewhere in the
+        window behind its block's place, so that blocks are read at an even rate.
+        """
+        if self.blocks is None:
+            return rng.permutation(np.arange(self.num_frames, dtype=np.int32))
+        _, block = np.unique(self.blocks, return_inverse=True)  # [num_frames], without gaps
+        place = rng.permutation(block.max() + 1)[block]
+        return np.argsort(place + SHUFFLE_POOL * rng.random(self.num_frames)).astype(np.int32)
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self):
+        for step in range(self.first, self.last):
+            yield self.batch(step)[self.rank :: self.world]
+
+
+def loader(frames: Frames, order, workers: int) -> DataLoader:
+    """Raw batches in the given order.
+
+    One process reads MS-HAB's files, where each would inflate the same blocks; several a pack. Its
+    own generator: otherwise each new iterator would draw from the global random state, which
+    shifts the noise of a resumed run.
+    """
+    if frames.blocks is not None:
+        workers = min(workers, 1)
+    return DataLoader(
+        frames, sampler=order, batch_size=None, num_workers=workers,
+        pin_memory=torch.cuda.is_available(), generator=torch.Generator(),
+        persistent_workers=workers > 0,
+    )  # fmt: skip
+
+
+def open_data(folder: str | Path, truncate: bool | None = None) -> Demonstrations | Pack:
+    """A pack if the folder is one, else the demonstrations below it.
+
+    `truncate` ends demonstrations at their success; None takes a pack as it is. Raises
+    FileNotFoundError when the folder has neither, InputError when its pack is of the other kind.
+    """
+    if not (Path(folder) / "pack.json").is_file():
+        return Demonstrations(folder, bool(truncate))
+    pack = Pack(folder)
+    if truncate not in (None, pack.truncate):
+        kinds = {True: "demonstrations that end at their success", False: "whole demonstrations"}
+        flag = "--no-truncate-at-success"
+        again = "python data.py pack " + f"{flag} " * (not truncate)
+        raise InputError(
+            f"{folder}: a pack of {kinds[pack.truncate]}, expected one of {kinds[truncate]}. "
+            f"{'Give' if truncate else 'Drop'} {flag}, or pack again: {again}--data DATA --out "
+            f"{quoted(f'{folder}-again')}"
+        )
+    return pack
+
+
+def open_frames(cfg: TrainConfig) -> tuple[Frames, Frames]:
+    """Training and held-out frames."""
+    data = open_data(cfg.data, cfg.truncate_at_success)
+    frames, held_out = (
+        Frames(data, cfg.val_episodes, train, cfg.model.history, cfg.tasks, cfg.subtasks)
+        for train in (True, False)
+    )
+    if len(frames) < cfg.batch_size:
+        raise InputError(
+            f"{cfg.data}: {len(frames)} training frames ({len(held_out)} more are held out) are "
+            f"less than one batch of {cfg.batch_size}; record more, or give a smaller --batch-size"
+        )
+    return frames, held_out
 
 
 if __name__ == "__main__":

@@ -30,23 +30,29 @@ import sapien
 import torch
 import tyro
 
-from checkpoint import read_manifest, resolve
-from config import InputError, explained
-from distributed import Ranks, device_of, join
-from durable import append, read_lines, sha256, sole_writer, write
-from env import HOUSEHOLD, SubtaskEnv, SubtaskEnvs, apartment, cupboards, plan_files
+from config import HORIZON, TASKS, InputError, explained
 from household.expert import ScriptedExpert
-from outcomes import address, check_same_run, merge, part, scenes, table
+from paper import COLUMNS, DEFAULT_ROW, EACH, OBJECTS, PAPER_COLUMNS, ROWS, sentences, targets
 from policy import Policy, check_schema
-from rl_expert import RLPolicy
-from rollout import Job, RandomPolicy, batches, check_envs, run_episodes, simulation_of
-from rows import DEFAULT_ROW, ROWS
-from tasks import COLUMNS, EACH, HORIZON, OBJECTS, PAPER_COLUMNS, TASKS, sentences, targets
-from tools.check_assets import assets
-from tools.checks import disk, packages, require
-from tools.film import Film
-from tools.report import code_commit, success_table
-from workers import Workers
+from simulation.assets import assets
+from simulation.env import HOUSEHOLD, SubtaskEnv, SubtaskEnvs, apartment, cupboards, plan_files
+from simulation.episodes import (
+    Job,
+    RandomPolicy,
+    batches,
+    check_envs,
+    run_episodes,
+    scenes,
+    simulation_of,
+)
+from simulation.film import Film
+from simulation.rl_expert import RLPolicy
+from simulation.workers import Workers
+from storage.checkpoint import read_manifest, resolve
+from storage.files import append, code_commit, read_lines, sha256, sole_writer, write
+from storage.results import address, check_same_run, merge, part, success_table, table
+from training.checks import disk, packages, require
+from training.ranks import Ranks, device_of, join
 
 ALIKE = ("column", "filmed")  # jobs for which a simulator is kept
 LIBRARIES = ("torch", "mani_skill", "praxis-mshab", "sapien", "numpy")
@@ -72,7 +78,7 @@ class EvalConfig:
     workers: int = 1  # processes, one core and simulator each; results do not depend on it
     envs: int = 1  # several: simulated at once on a GPU, and filmed ones alone; not the expert
     video: int = 0  # film the first so many episodes of each column
-    # the paper's row beside ours (python config.py); default: the checkpoint's, else auxvla-all
+    # the paper's row beside ours (python paper.py); default: the checkpoint's, else auxvla-all
     row: Literal[tuple(ROWS)] | None = None
     real_meshes: bool = False  # render Fetch's own meshes, not the light copies in the asset folder
     device: Literal["cpu", "cuda"] | None = (

@@ -23,11 +23,12 @@ from einops import rearrange
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from checkpoint import load_weights, model_config_of, read_manifest, resolve
 from config import ACTION_DIM, HISTORY, InputError
-from data import ActionStats, cameras, preprocess_steps, tokenize
-from distributed import device_of
+from data import ActionStats, cameras, preprocess_steps
 from model import AuxVLA
+from storage.checkpoint import load_weights, model_config_of, read_manifest, resolve
+from storage.tokenizer import tokenize
+from training.ranks import device_of
 
 # --- On a GPU ---
 

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 train.py --stage 1 --data DATA --out RUN/stage1
     torchrun ... train.py --stage 2 --init-from RUN/stage1 --data DATA --out RUN/stage2
     torchrun ... train.py --stage 3 --init-from RUN/stage2 --data DATA --out RUN/stage3
-    python train.py --row auxvla-grasp ...  # a row of the paper's tables, see python config.py
+    python train.py --row auxvla-grasp ...  # a row of the paper's tables, see python paper.py
     python train.py --preset tiny ...       # one process, CPU or GPU; the same run
 
 The same command goes on where the last one stopped. --data: MS-HAB's files or, faster, a pack.
@@ -22,24 +22,24 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-import checkpoint
 from config import LABELS, InputError, TrainConfig, explained
-from data import ActionStats, Batcher, build_tokenizer, check_batch, tokenize
+from data import ActionStats, Batcher, Frames, StepOrder, check_batch, loader, open_frames
 from decoders import BatchNorm
-from demonstrations import Demonstrations, label_command
-from distributed import STOPPED, Ranks, join, signals
-from durable import sole_writer
 from flow_head import draw_noise
-from logs import Log, Saver
-from memory import describe_plan, memory_plan
 from model import AuxVLA, label_counts
-from pack import Pack
-from pretrained import load_pretrained, source_of
-from rows import parse
-from samples import Frames, StepOrder, loader, open_frames
-from sharding import shard, whole
-from tools.checks import disk, packages, require, shared_memory
-from validation import validate
+from paper import parse
+from storage import checkpoint
+from storage.checkpoint import whole
+from storage.files import sole_writer
+from storage.h5 import Demonstrations, label_command
+from storage.pack import Pack
+from storage.pretrained import load_pretrained, source_of
+from storage.tokenizer import build_tokenizer, tokenize
+from training.checks import disk, packages, require, shared_memory
+from training.log import Log, Saver
+from training.memory import describe_plan, memory_plan
+from training.ranks import STOPPED, Ranks, join, shard, signals
+from training.validation import validate
 
 
 def learning_rate(step: int, num_steps: int, cfg: TrainConfig) -> float:

@@ -20,7 +20,7 @@ import numpy as np
 import sapien
 from transforms3d.quaternions import mat2quat
 
-from env import SubtaskEnv
+from simulation.env import SubtaskEnv
 
 ARM = [5, 7, 8, 9, 10, 11, 12]  # in the simulator's 15 joints, in the order of action[0:7]
 TORSO, FINGERS = 3, [13, 14]

@@ -48,7 +48,7 @@ def grow(rearrange: Path, plans: int, scenes: int):
 
 
 def measure(rearrange: Path) -> dict:
-    from env import SubtaskEnv
+    from simulation.env import SubtaskEnv
 
     opened, seconds, files = [], [time.perf_counter()], []
     sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))

@@ -22,12 +22,12 @@ import torch
 from processes import REPOSITORY
 from safetensors.torch import load_file
 
-import checkpoint
 from config import InputError
-from durable import read_lines, sha256, sole_writer, write_sealed
-from logs import Saver
-from pack import BLOCK, PACKED, Pack, block_name
-from trajectory import SURVEY
+from storage import checkpoint
+from storage.files import read_lines, sha256, sole_writer, write_sealed
+from storage.pack import BLOCK, PACKED, Pack, block_name
+from storage.trajectory import SURVEY
+from training.log import Saver
 
 KILLED = 100  # exit code of an injected kill
 
@@ -197,7 +197,9 @@ def fault(number: int, effect: Callable[[], None]) -> Iterator[list]:
     with ExitStack() as patches:
         for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
             patches.enter_context(patch(f"os.{name}", around(getattr(os, name))))
-        patches.enter_context(patch("checkpoint.save_file", around(save_file, half_of_tensors)))
+        patches.enter_context(
+            patch("storage.checkpoint.save_file", around(save_file, half_of_tensors))
+        )
         patches.enter_context(patch.object(Path, "write_bytes", around(write_bytes, half_of_bytes)))
         yield made
 
@@ -319,7 +321,7 @@ def write_large_index(folder: Path, episodes: int, length: int) -> None:
 
 OPEN = """
 import re, sys, time
-from samples import Frames, Pack, StepOrder
+from data import Frames, Pack, StepOrder
 
 STATUS = "/proc/self/status"
 

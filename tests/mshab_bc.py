@@ -12,7 +12,7 @@ from types import ModuleType
 import old_gymnasium  # noqa: F401  before mshab's wrappers
 from mani_skill.agents.robots.fetch.fetch import Fetch
 
-from env import LIGHT_FETCH_URDF, plan_files
+from simulation.env import LIGHT_FETCH_URDF, plan_files
 
 
 class OmegaConf:

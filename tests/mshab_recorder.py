@@ -17,7 +17,7 @@ import numpy as np
 import old_gymnasium  # noqa: F401  before mshab's wrappers
 from mshab.envs.wrappers.record import RecordEpisode
 
-from env import SubtaskEnv
+from simulation.env import SubtaskEnv
 
 REST = 4  # steps after the success, as in MS-HAB's released episodes
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from config import ModelConfig
 from model import VLM
+from storage.weight_files import DINO_HUB, INDEX, QWEN_HUB, SIGLIP_HUB
 from tools.reference import Originals
-from weight_files import DINO_HUB, INDEX, QWEN_HUB, SIGLIP_HUB
 
 DINO, SIGLIP, QWEN = (Path(name).name for name in (DINO_HUB, SIGLIP_HUB, QWEN_HUB))
 

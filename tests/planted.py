@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools import checks, doctor
-from tools.checks import Finding
+from tools import doctor
+from training import checks
+from training.checks import Finding
 
 ROOT = Path(__file__).parents[1]
 NO_DEVICE = "RuntimeError: failed to find a rendering device"
@@ -49,7 +50,7 @@ class Plant:
 
 def elsewhere(check: str, **environment: str) -> list[Finding]:
     """What a check finds in a process of its own."""
-    script = "from sapien import physx; from tools import checks; "
+    script = "from sapien import physx; from training import checks; "
     script += f"print([vars(each) for each in {check}])"
     output = subprocess.check_output(
         [sys.executable, "-c", script], cwd=ROOT, env=os.environ | environment, text=True,

@@ -14,16 +14,17 @@ from originals import save_prismatic
 from planted import ROOT, fault
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 from config import TINY_MODEL
-from data import Batcher, build_tokenizer, to_tensors, tokenize
-from demonstrations import Demonstrations
-from durable import read_sealed, sha256, write_sealed
+from data import Batcher, to_tensors
 from policy import Policy
-from tools.check_assets import assets
+from simulation.assets import assets
+from storage import checkpoint
+from storage.files import read_sealed, sha256, write_sealed
+from storage.h5 import Demonstrations
+from storage.tokenizer import build_tokenizer, tokenize
 from tools.check_files import checkpoint_weights, demonstrations, pretrained_weights
 from tools.check_policy import acting
-from tools.checks import Finding
+from training.checks import Finding
 
 REPLICA = "data/scene_datasets/replica_cad_dataset"
 

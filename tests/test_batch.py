@@ -20,19 +20,19 @@ from mshab.envs.planner import plan_data_from_file
 from tiny_run import observation
 
 import collect
-import rollout
-from config import InputError, model_config
-from data import ActionStats, build_tokenizer
-from durable import append, read_lines
-from env import SENSORS, SubtaskEnv, SubtaskEnvs, cupboards, plan_files
+from config import TASKS, InputError, model_config
+from data import ActionStats
 from eval import EvalConfig, main
 from household.expert import ScriptedExpert
 from model import AuxVLA
-from outcomes import Outcome
+from paper import OBJECTS, targets
 from policy import Policy
-from recording import Recording
-from rollout import Job, RandomPolicy, batches, run_episodes
-from tasks import OBJECTS, TASKS, targets
+from simulation import episodes as rollout
+from simulation.env import SENSORS, SubtaskEnv, SubtaskEnvs, cupboards, plan_files
+from simulation.episodes import Job, Outcome, RandomPolicy, batches, run_episodes
+from storage.files import append, read_lines
+from storage.recording import Recording
+from storage.tokenizer import build_tokenizer
 from tools.compare import comparison
 
 GPU = torch.cuda.is_available()

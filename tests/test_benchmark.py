@@ -12,11 +12,12 @@ import pytest
 from processes import REPOSITORY, start
 from test_eval import outcomes, trained  # noqa: F401  a fixture
 
-from config import InputError
-from durable import append, read_lines
+from config import TASKS, InputError
 from eval import EvalConfig, main, own_gpu
-from outcomes import merge, part, scenes
-from tasks import OBJECTS, TASKS, targets
+from paper import OBJECTS, targets
+from simulation.episodes import scenes
+from storage.files import append, read_lines
+from storage.results import merge, part
 from tools.compare import Pairs, comparison
 
 LEARN = REPOSITORY / "results/learn"

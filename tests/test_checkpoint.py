@@ -11,8 +11,8 @@ import pytest
 import torch
 from endurance import flips
 
-import checkpoint
-from logs import Saver
+from storage import checkpoint
+from training.log import Saver
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,7 +32,7 @@ import sys
 from pathlib import Path
 from torch import nn, optim
 from config import explained
-from logs import Saver
+from training.log import Saver
 with explained():
     model, out = nn.Linear(2, 2), Path(sys.argv[1])
     saver = Saver(out, keep=1, is_main=True, step=0)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from processes import start, workers_of
 
-from recording import Recording, encode
+from storage.recording import Recording, encode
 
 EPISODES = 3
 

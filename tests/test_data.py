@@ -21,20 +21,19 @@ from config import CAMERAS, LABELS, InputError, model_config
 from data import (
     ActionStats,
     Batcher,
-    build_tokenizer,
+    Frames,
+    StepOrder,
     cameras,
     check_batch,
     normalize_depth,
-    pack,
+    open_data,
     preprocess,
     to_tensors,
-    tokenize,
-    verify,
-)  # fmt: skip
-from demonstrations import Demonstrations
-from pack import BLOCK, PACKED, Pack
-from samples import Frames, StepOrder, open_data
-from trajectory import DataError
+)
+from storage.h5 import Demonstrations
+from storage.pack import BLOCK, PACKED, Pack, pack, verify
+from storage.tokenizer import build_tokenizer, tokenize
+from storage.trajectory import DataError
 
 ROOT = Path(__file__).parent.parent
 CFG = model_config("tiny")
@@ -143,7 +142,7 @@ def test_a_tokenizer_that_is_not_to_be_had_is_named_with_the_command(tmp_path, m
     script = """
 from dataclasses import replace
 from config import explained, model_config
-from data import build_tokenizer
+from storage.tokenizer import build_tokenizer
 with explained():
     build_tokenizer(replace(model_config("paper").llm, tokenizer="nobody/nothing"))
 """
@@ -296,7 +295,7 @@ def test_a_pack_holds_every_frame_as_the_files_do(demos, tmp_path):
 
 
 def test_an_interrupted_pack_goes_on_and_gives_the_same_bytes(demos, tmp_path, monkeypatch):
-    monkeypatch.setattr("pack.BLOCK", 10)
+    monkeypatch.setattr("storage.pack.BLOCK", 10)
     pack(str(demos), str(tmp_path / "whole"))
     original = Demonstrations.read_episode
 
@@ -369,8 +368,8 @@ def test_an_epoch_of_blocks_has_every_frame_once_and_inflates_every_block_once(
         write_demos(tmp_path / f"{i}/close/fridge", lengths=(12,) * 20, seed=i)
     frames = Frames(Demonstrations(tmp_path), 0.1, train=True)
     read, original = [], Demonstrations._read_block
-    monkeypatch.setattr("demonstrations.READ_AHEAD", 60)
-    monkeypatch.setattr("samples.SHUFFLE_POOL", 40)
+    monkeypatch.setattr("storage.h5.READ_AHEAD", 60)
+    monkeypatch.setattr("data.SHUFFLE_POOL", 40)
     monkeypatch.setattr(
         Demonstrations,
         "_read_block",

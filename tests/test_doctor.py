@@ -16,15 +16,16 @@ from planted import FAULTS, ROOT, Plant, program
 from planted_files import resealed, write_known, write_prismatic  # and its faults
 
 from config import InputError
-from data import pack
+from paper import parse
 from policy import Policy
-from tools import checks
-from tools.check_assets import assets as asset_findings
-from tools.check_assets import mixed
+from simulation.assets import assets as asset_findings
+from simulation.assets import mixed
+from storage.pack import pack
 from tools.check_files import checkpoint_weights, demonstrations, pretrained_weights
 from tools.check_policy import acting
 from tools.doctor import DRAW, LAVAPIPE, Doctor, chosen
-from train import main, parse
+from train import main
+from training import checks
 
 
 @pytest.fixture(scope="module")
@@ -317,6 +318,6 @@ def test_a_run_that_requires_something_names_it_before_it_starts(tmp_path):
 
 
 def test_no_check_of_training_imports_the_simulator():
-    script = "import sys, tools.check_files, tools.checks; print('sapien' in sys.modules)"
+    script = "import sys, tools.check_files, training.checks; print('sapien' in sys.modules)"
     printed = subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, text=True)
     assert printed.strip() == "False"

@@ -9,8 +9,8 @@ from files import write_demos
 from hub_server import Hub
 from processes import start
 
-from demonstrations import Demonstrations
-from tasks import HUB_DATASETS
+from paper import HUB_DATASETS
+from storage.h5 import Demonstrations
 
 CLOSE = ["close/fridge.h5", "close/fridge.json"]
 

@@ -14,14 +14,13 @@ from processes import REPOSITORY, start, workers_of
 from tiny_run import write_untrained
 
 from config import InputError
-from durable import append, read_lines, read_sealed, sha256, write_sealed
-from env import SubtaskEnv
 from eval import EvalConfig, main, prepare
-from outcomes import check_same_run, table
+from paper import ROWS
 from policy import check_schema
-from rows import ROWS
-from tasks import wilson
-from tools.report import code_commit, success_table, write_report
+from simulation.env import SubtaskEnv
+from storage.files import append, code_commit, read_lines, read_sealed, sha256, write_sealed
+from storage.results import check_same_run, success_table, table, wilson
+from tools.report import write_report
 
 EXPERT = "--policy expert --stop-at-success --columns close_drawer pick_all --episodes 3"
 
@@ -334,7 +333,7 @@ def test_the_report_says_when_its_evaluations_are_not_of_the_same_episodes(tmp_p
 
 
 def test_results_name_the_commit_and_whether_a_program_differs_from_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("tools.report.__file__", str(tmp_path / "tools/report.py"))
+    monkeypatch.setattr("storage.files.__file__", str(tmp_path / "storage/files.py"))
     (tmp_path / "tools").mkdir()
     assert code_commit() is None
     git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a"]

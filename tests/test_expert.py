@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from env import SubtaskEnv
+from config import HORIZON
 from household.expert import GRID, ScriptedExpert
-from tasks import COLUMNS, HORIZON, PAPER_COLUMNS
+from paper import COLUMNS, PAPER_COLUMNS
+from simulation.env import SubtaskEnv
 
 # The longest any column takes is about 125 steps: HORIZON leaves a learner time for mistakes.
 SEEDS, LONGEST = (0, 1), 140

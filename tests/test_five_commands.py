@@ -20,7 +20,8 @@ from hub_server import Hub
 from originals import STEP, prismatic_components, save_prismatic
 from test_pretrained import CFG, PRISM
 
-from tasks import HORIZON, HUB_DATASETS
+from config import HORIZON
+from paper import HUB_DATASETS
 from tools.reference import build_originals
 
 ROOT = Path(__file__).parents[1]

@@ -23,7 +23,7 @@ from test_model import (
 
 from config import LABELS, model_config
 from model import VLM, AuxVLA
-from pretrained import load_pretrained, source_of
+from storage.pretrained import load_pretrained, source_of
 from tools.reference import build_originals
 
 pytestmark = pytest.mark.slow
@@ -54,7 +54,7 @@ LOAD = """
 import json, sys, time
 from config import model_config
 from model import AuxVLA
-from pretrained import load_pretrained, source_of
+from storage.pretrained import load_pretrained, source_of
 began = time.perf_counter()
 model = AuxVLA(model_config("paper"))
 built = time.perf_counter()

@@ -16,11 +16,11 @@ import torch
 from mani_skill.agents.robots.fetch.fetch import Fetch
 from processes import start
 
-import env
-import tasks
+import paper
 from config import InputError
-from env import SubtaskEnv
 from household.assets import main as generate
+from simulation import env
+from simulation.env import SubtaskEnv
 
 REPOSITORY = Path(__file__).parents[1]
 REARRANGE = "data/scene_datasets/replica_cad_dataset/rearrange"
@@ -43,7 +43,7 @@ ENVIRONMENTS = [
 
 MISSING = """
 import os
-from env import SubtaskEnv
+from simulation.env import SubtaskEnv
 for folder in (os.environ["MS_ASSET_DIR"], None):
     if folder is None:
         del os.environ["MS_ASSET_DIR"]
@@ -169,20 +169,20 @@ def test_val_has_the_scenes_of_train_but_its_own_object_positions_and_starts(ass
 
 def test_every_target_of_every_task_has_plans_and_64_starts_in_train(assets):
     for split in SPLITS:
-        for task in tasks.TASKS:
-            for subtask in tasks.SUBTASKS:
+        for task in paper.TASKS:
+            for subtask in paper.SUBTASKS:
                 folder = assets / REARRANGE / "task_plans" / task / subtask / split
-                names = tasks.targets(task, subtask)
+                names = paper.targets(task, subtask)
                 every = ("all",) if names and subtask in ("pick", "place") else ()
                 assert {p.stem for p in folder.glob("*.json")} == {*names, *every}
     assert all(len(spawn["robot_qpos"]) >= 64 for spawn in start_poses(assets, "train").values())
 
 
 def test_the_environments_are_the_real_mshab_classes(reports):
-    expected = {f"{s.capitalize()}SubtaskTrainEnv" for s in tasks.SUBTASKS}
+    expected = {f"{s.capitalize()}SubtaskTrainEnv" for s in paper.SUBTASKS}
     classes = {report["environment"] for report in reports}
     assert {each.__name__ for each in classes} == expected
-    assert {each.__module__ for each in classes} == {f"mshab.envs.{s}" for s in tasks.SUBTASKS}
+    assert {each.__module__ for each in classes} == {f"mshab.envs.{s}" for s in paper.SUBTASKS}
 
 
 def test_every_column_resets_steps_and_renders(reports):
@@ -220,7 +220,7 @@ def test_a_seed_is_an_episode(reports, assets):
         spawn = spawns[report["split"]][episode["subtask_uid"]]
         start = spawn["robot_pos"][episode["spawn"], :2].tolist()
         assert report["pos"] == pytest.approx(start, abs=1e-5)
-        assert episode["instruction"] == tasks.instruction(episode["subtask"], episode["target"])
+        assert episode["instruction"] == paper.instruction(episode["subtask"], episode["target"])
 
 
 def test_every_scene_of_the_split_is_built(reports):

@@ -9,9 +9,9 @@ import torch
 from test_model import CFG, make_batch
 
 from config import PRESETS, InputError, TrainConfig
-from memory import describe_plan, kept_for_backward, memory_plan
 from model import AuxVLA
-from rows import parse
+from paper import parse
+from training.memory import describe_plan, kept_for_backward, memory_plan
 
 CPU = torch.device("cpu")
 TINY = replace(TrainConfig(data="", out="", stage=2), **PRESETS["tiny"] | {"model": CFG})

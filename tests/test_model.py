@@ -302,7 +302,7 @@ def test_prompts_and_action_ids_are_those_of_the_public_models():
 )
 def test_the_table_of_parameters_is_printed_within_ten_seconds(preset, everything, vlm, flow_head):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "memory.py", "--preset", preset]
+    command = [sys.executable, "-m", "training.memory", "--preset", preset]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10

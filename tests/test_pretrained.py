@@ -25,17 +25,15 @@ from originals import (
 )
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 from config import InputError, model_config
-from data import build_tokenizer
-from download import download
-from durable import sha256
 from model import VLM
-from pretrained import load_pretrained, source_of
-from tasks import HUB_DATASETS
-from tools.reference import build_originals
-from train import main, parse
-from weight_files import (
+from paper import HUB_DATASETS, parse
+from storage import checkpoint
+from storage.download import download
+from storage.files import sha256
+from storage.pretrained import load_pretrained, source_of
+from storage.tokenizer import build_tokenizer
+from storage.weight_files import (
     DINO_HUB,
     INDEX,
     QWEN_HUB,
@@ -44,6 +42,8 @@ from weight_files import (
     chosen,
     fetching,
 )  # fmt: skip
+from tools.reference import build_originals
+from train import main
 
 TESTS = Path(__file__).parent
 TINY = model_config("tiny")
@@ -139,7 +139,7 @@ def test_the_openvla_preset_is_filled_exactly_by_openvla_7bs_keys_and_shapes(mon
         vlm = VLM(model_config("openvla"))
         tensors = {key: torch.empty(shape) for key, shape in manifest.items()}
     # A safetensors file, unlike a Prismatic one, cannot hold meta tensors: 15 GB on the disk.
-    monkeypatch.setattr("pretrained.read_safetensors", lambda files, headers: tensors)
+    monkeypatch.setattr("storage.pretrained.read_safetensors", lambda files, headers: tensors)
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.json").write_text('{"norm_stats": {}}')
     assert len(tensors) == 982

@@ -14,9 +14,9 @@ import tyro
 import collect
 import eval
 import train
-from durable import read_lines
-from tasks import PAPER_COLUMNS
-from tools.report import rate
+from paper import PAPER_COLUMNS
+from storage.files import read_lines
+from storage.results import rate
 from tools.tables import lines_of
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +26,8 @@ BLOCKS = re.findall(r"```\w*\n(.*?)```", PAGES, re.S)
 LINES = [line for block in BLOCKS for line in block.splitlines()]
 LINES += re.findall(r"^\| \d+ \| `(.*?)`", PAGES, re.M)  # the commands of a numbered table
 COMMANDS = [line for line in LINES if re.match(r"(python|torchrun) (?!-c)", line)]
-SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("household/*.py"), *ROOT.glob("tools/*.py")]
+FOLDERS = ("storage", "training", "simulation", "household", "tools")
+SOURCES = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in ROOT.glob(f"{name}/*.py"))]
 
 
 def test_every_gap_in_the_code_has_a_row_in_the_readme():
@@ -61,7 +62,7 @@ def test_a_command_parses_with_its_values(command):
         parsers[program](rest)
         return
     name = rest[:1] if program == "-m" else []
-    verb = rest[:1] if program in ("data.py", "checkpoint.py") else []
+    verb = rest[:1] if program in ("data.py", "storage.checkpoint") else []
     verb = rest[1:2] if name == ["tools.bench"] else verb
     shown = help_of(program, *name, *verb)
     for flag in (word for word in rest if word.startswith("--")):

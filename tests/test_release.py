@@ -12,10 +12,17 @@ from files import write_demos
 from processes import start
 
 from config import LABELS, InputError
-from data import cameras, normalize_depth, pack, verify
-from demonstrations import Demonstrations, h5_files
-from samples import Frames, open_data
-from trajectory import CAMERA_POSE, GRIPPER_POSE, RISE_WARNED, DataError, base_position, remarks
+from data import Frames, cameras, normalize_depth, open_data
+from storage.h5 import Demonstrations, h5_files
+from storage.pack import pack, verify
+from storage.trajectory import (
+    CAMERA_POSE,
+    GRIPPER_POSE,
+    RISE_WARNED,
+    DataError,
+    base_position,
+    remarks,
+)
 
 DRAWER = "set_table/close/kitchen_counter"
 POS, SEG = LABELS.index("pos"), LABELS.index("seg")

@@ -15,11 +15,11 @@ import torch
 from tiny_run import write_untrained
 
 from data import normalize_depth
-from env import SubtaskEnv
-from outcomes import table
 from policy import Policy
+from simulation.env import SubtaskEnv
+from simulation.film import INSET, PREDICTED, TRUE, VIEW, Film, outline
+from storage.results import table
 from tools import report
-from tools.film import INSET, PREDICTED, TRUE, VIEW, Film, outline
 from tools.report import write_report
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -15,9 +15,9 @@ import pytest
 from processes import REPOSITORY as ROOT
 
 from config import InputError
-from durable import append
-from rows import ROWS
-from tasks import wilson
+from paper import ROWS
+from storage.files import append
+from storage.results import wilson
 from tools.claims import CLAIMS, difference, judge, rate_of
 from tools.reproduce import ReproduceConfig, cell, check_recipe, main, trained_as
 from tools.tables import claim_text, differs_text, lines_of, write_table

@@ -24,14 +24,14 @@ from processes import start
 
 from collect import CollectConfig, attempt
 from config import InputError
-from demonstrations import Demonstrations
-from durable import read_lines
-from env import SubtaskEnv
 from eval import EvalConfig
 from eval import main as evaluate
 from household.expert import ScriptedExpert
-from recording import Recording
-from rl_expert import RLPolicy
+from simulation.env import SubtaskEnv
+from simulation.rl_expert import RLPolicy
+from storage.files import read_lines
+from storage.h5 import Demonstrations
+from storage.recording import Recording
 
 ADDRESS = ("set_table", "place", "024_bowl")  # every part of its state is in use
 STEPS = 40

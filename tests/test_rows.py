@@ -10,17 +10,17 @@ import pytest
 import torch
 from files import write_demos
 
-import checkpoint
 from config import PRESETS, InputError, model_config
-from data import ActionStats, Batcher, build_tokenizer, check_batch, tokenize
-from demonstrations import Demonstrations
+from data import ActionStats, Batcher, Frames, check_batch
 from eval import EvalConfig, run_jobs
 from model import AuxVLA, actions_to_bins
+from paper import ROWS, parse
 from policy import Policy
-from rollout import Job
-from rows import ROWS
-from samples import Frames
-from train import main, parse
+from simulation.episodes import Job
+from storage import checkpoint
+from storage.h5 import Demonstrations
+from storage.tokenizer import build_tokenizer, tokenize
+from train import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,7 +68,7 @@ def test_a_row_trains_its_stages_and_drives_an_episode(name, household_data, tmp
 
 def test_the_rows_are_the_sixteen_of_the_four_tables():
     printed = subprocess.run(
-        [sys.executable, "config.py"], cwd=ROOT, check=True, capture_output=True, text=True
+        [sys.executable, "paper.py"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
     assert len(ROWS) == 16 and all(f"\n{name}\n" in f"\n{printed}" for name in ROWS)
     assert "tidy_house: pick_all 0.33  place_all 0.73" in printed

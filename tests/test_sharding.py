@@ -11,7 +11,7 @@ import torch
 from files import write_demos
 from safetensors.torch import load_file
 
-import checkpoint
+from storage import checkpoint
 
 ROOT = Path(__file__).parent.parent
 ONE = [sys.executable, "train.py"]

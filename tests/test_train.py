@@ -16,18 +16,19 @@ from files import write_demos
 from safetensors.torch import load_file
 from tiny_run import observation
 
-import checkpoint
-from checkpoint import CheckpointError
 from config import InputError, explained
-from data import Batcher, build_tokenizer, pack, tokenize
-from demonstrations import DataError
-from durable import read_sealed, sha256, write_sealed
+from data import Batcher, Frames, open_data
 from model import AuxVLA
-from pack import PACKED
+from paper import parse
 from policy import Policy
-from samples import Frames, open_data
-from train import main, parse
-from validation import validate
+from storage import checkpoint
+from storage.checkpoint import CheckpointError
+from storage.files import read_sealed, sha256, write_sealed
+from storage.pack import PACKED, pack
+from storage.tokenizer import build_tokenizer, tokenize
+from storage.trajectory import DataError
+from train import main
+from training.validation import validate
 
 ROOT = Path(__file__).parent.parent
 

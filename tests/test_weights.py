@@ -5,11 +5,10 @@ import re
 
 from processes import REPOSITORY, start
 
-from checkpoint import model_config_of, newest, read_manifest
 from config import model_config
-from durable import read_lines, sha256
-from outcomes import table
-from tools.report import rate
+from storage.checkpoint import model_config_of, newest, read_manifest
+from storage.files import read_lines, sha256
+from storage.results import rate, table
 
 STAGE = REPOSITORY / "weights/stage2"
 COLUMNS = ("close_fridge", "close_drawer")

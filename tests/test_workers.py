@@ -8,7 +8,7 @@ import pytest
 from processes import start, workers_of
 
 from config import InputError
-from workers import Workers
+from simulation.workers import Workers
 
 
 def serve(jobs):

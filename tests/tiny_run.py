@@ -7,11 +7,12 @@ from einops import repeat
 from files import write_demos
 from safetensors.torch import load_file
 
-from checkpoint import newest, plain, read_manifest, snapshot, write
 from config import IMAGE_SIZE, model_config
-from data import build_tokenizer
 from model import AuxVLA
-from train import main, parse
+from paper import parse
+from storage.checkpoint import newest, plain, read_manifest, snapshot, write
+from storage.tokenizer import build_tokenizer
+from train import main
 
 SCHEMA = [dict(name=f"joint_{i}", low=-0.1, high=0.1 * i, unit="rad") for i in range(13)]
 SEED = torch.Generator().manual_seed(0)

@@ -26,16 +26,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import ACTION_DIM, CAMERAS, PRESETS, ModelConfig, explained, model_config
-from data import batch_shapes
-from demonstrations import Demonstrations, Episode
-from distributed import device_of
-from memory import kept_for_backward
+from data import Frames, StepOrder, batch_shapes, open_data
 from model import AuxVLA
-from pack import Pack, pack
 from policy import Policy
-from samples import Frames, StepOrder, open_data
+from storage.h5 import Demonstrations, Episode
+from storage.pack import Pack, pack
+from storage.trajectory import RECORD
 from tools.reference import Port
-from trajectory import RECORD
+from training.memory import kept_for_backward
+from training.ranks import device_of
 
 SENTENCE = "close the kitchen drawer"
 

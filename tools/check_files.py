@@ -17,23 +17,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-import checkpoint
-import pretrained
 from config import LABELS, PRESETS, InputError, TrainConfig, model_config, quoted
-from data import build_tokenizer, check_tokenizer
-from demonstrations import (
+from model import VLM, AuxVLA
+from storage import checkpoint, pretrained
+from storage.files import mend_of
+from storage.h5 import (
     Demonstrations,
     h5_files,
     label_command,
     load_sidecar,
     task_and_subtask,
 )  # fmt: skip
-from durable import mend_of
-from model import VLM, AuxVLA
-from pack import Pack
-from tools.checks import Finding, brief, size
-from trajectory import DataError, remarks
-from weight_files import DINO_HUB, LAST_STEPS, QWEN_HUB, SIGLIP_HUB, fetching
+from storage.pack import Pack
+from storage.tokenizer import build_tokenizer, check_tokenizer
+from storage.trajectory import DataError, remarks
+from storage.weight_files import DINO_HUB, LAST_STEPS, QWEN_HUB, SIGLIP_HUB, fetching
+from training.checks import Finding, brief, size
 
 SECONDS = 4.0  # for samples of demonstrations or a pack
 HASHED = 2e9  # bytes of a checkpoint, up to which it is compared with its sha256
@@ -180,7 +179,7 @@ def checkpoint_weights(path: str | Path) -> list[Finding]:
         check_tokenizer(tokenizer, cfg.llm, folder / "tokenizer.json")
     except (InputError, OSError, SafetensorError) as error:
         if isinstance(error, checkpoint.CheckpointError):  # of another format
-            mend = "git log --oneline -- checkpoint.py  # one of these versions reads it"
+            mend = "git log --oneline -- storage/checkpoint.py  # one of these versions reads it"
         mend = mend_of(getattr(error, "filename", folder), error) or mend
         return lacking(f"{folder}: {brief(error)}", "a whole checkpoint")
     with torch.device("meta"):

@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
 from config import TrainConfig, quoted
-from data import Batcher, tokenize
-from demonstrations import Demonstrations
+from data import Batcher, Frames, open_data
 from model import actions_to_bins
-from pack import Pack
 from policy import Policy
-from samples import Frames, open_data
-from tools.checks import PIP, ROOT, Finding, brief
-from validation import action_accuracy
+from storage import checkpoint
+from storage.h5 import Demonstrations
+from storage.pack import Pack
+from storage.tokenizer import tokenize
+from training.checks import PIP, ROOT, Finding, brief
+from training.validation import action_accuracy
 
 ACTING = 60.0  # seconds for all checks of a checkpoint
 HELD_OUT = 256  # held-out frames, and held-out episodes, at most

@@ -26,10 +26,9 @@ from statistics import mean, variance
 from scipy.stats import t as student
 
 from config import InputError
-from durable import read_lines
-from outcomes import address
-from rows import ROWS
-from tasks import COLUMNS, PAPER_COLUMNS, wilson
+from paper import COLUMNS, PAPER_COLUMNS, ROWS
+from storage.files import read_lines
+from storage.results import address, wilson
 
 ALPHA, POWER_Z, Z = 0.05, 0.841621, 1.959964  # two-sided; power 0.8
 SEED_SD = 0.1  # assumed spread of a row's success rate from one training to the next

@@ -15,9 +15,9 @@ from tabulate import tabulate
 from tyro.conf import Positional
 
 from config import InputError, explained, quoted
-from durable import read_lines
-from outcomes import IMPLIED, address, part
-from tasks import COLUMNS, wilson
+from paper import COLUMNS
+from storage.files import read_lines
+from storage.results import IMPLIED, address, part, wilson
 
 Z, Z_POWER = 1.959964, 0.841621  # standard normal quantiles: alpha 0.05 two-sided, power 0.8
 SAME = ("task", "split", "horizon", "assets", "real_meshes", "simulation")  # of the runs

@@ -27,11 +27,11 @@ from huggingface_hub import constants
 
 from config import PRESETS, TrainConfig, explained, model_config, quoted
 from model import AuxVLA
-from tools import checks
-from tools.check_assets import assets
+from simulation.assets import assets
 from tools.check_files import checkpoint_weights, demonstrations, pretrained_weights
 from tools.check_policy import acting
-from tools.checks import ROOT, Finding
+from training import checks
+from training.checks import ROOT, Finding
 
 PATIENCE = 12.0  # seconds for a program that is started
 BUSY = "this machine may be busy"  # ends `expected` of a check that had too little time
@@ -119,9 +119,9 @@ def renderer_findings(output: str, environment: dict[str, str]) -> list[Finding]
 
 def simulator() -> list[Finding]:
     """Do ManiSkill and MS-HAB import here, as eval.py and collect.py do it?"""
-    code, output = start("-c", "import env")
+    code, output = start("-c", "import simulation.env")
     if code is None:
-        got, mend = f"no import after {PATIENCE:.0f} s", "time python -c 'import env'"
+        got, mend = f"no import after {PATIENCE:.0f} s", "time python -c 'import simulation.env'"
         return [Finding("warn", "simulator", got, f"less; {BUSY}", mend)]
     if code == 0:
         return [Finding("ok", "simulator", "mani_skill and mshab import")]

@@ -18,12 +18,13 @@ from torch.nn import functional as F
 
 from backbone import Projector
 from config import ACTION_DIM, ModelConfig
-from data import ActionStats, build_tokenizer, cameras
+from data import ActionStats, cameras
 from decoders import DECODERS
 from model import AuxVLA, actions_to_bins, bins_to_actions, label_counts, masked_mean
 from policy import Policy
-from pretrained import load_pretrained, source_of
-from weight_files import DINO_HUB, QWEN_HUB, SIGLIP_HUB
+from storage.pretrained import load_pretrained, source_of
+from storage.tokenizer import build_tokenizer
+from storage.weight_files import DINO_HUB, QWEN_HUB, SIGLIP_HUB
 
 # --- The public models ---
 

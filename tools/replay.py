@@ -15,11 +15,10 @@ import h5py
 import numpy as np
 import tyro
 
-from config import InputError, explained
-from demonstrations import DataError, h5_files, load_sidecar
-from env import SubtaskEnv
-from tasks import SUBTASKS, TASKS
-from trajectory import KEYS, clip, read_actions
+from config import SUBTASKS, TASKS, InputError, explained
+from simulation.env import SubtaskEnv
+from storage.h5 import h5_files, load_sidecar
+from storage.trajectory import KEYS, DataError, clip, read_actions
 
 
 class RecordedEnv(SubtaskEnv):

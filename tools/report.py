@@ -13,7 +13,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from textwrap import fill
 
@@ -22,16 +21,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tabulate import tabulate
 
 from config import LOSSES, InputError, explained, quoted
-from durable import read_json, read_lines, write
-from outcomes import IMPLIED
-from rows import DEFAULT_ROW, ROWS
-from tasks import COLUMNS, PAPER_COLUMNS
+from paper import DEFAULT_ROW, ROWS
+from storage.files import read_json, read_lines, write
+from storage.results import IMPLIED, NOT_RUN, markdown, shown, success_table
 from tools.tables import OTHERWISE, differs_text, lines_of
 
-NOT_RUN = "not run"
 FILM = re.compile(r"(.+)_(\d+)_(success|fail)")  # column, seed: how eval.py names a finished film
 LIMIT = 20_000_000  # bytes of films inside report.html
 BLUE, RED = "#4a7fc4", "#d23f31"  # in charts: our figures, the paper's
@@ -87,46 +83,7 @@ def gather_videos(run: Path) -> dict[str, str]:
     return gathered
 
 
-def code_commit() -> str | None:
-    """The commit of this code, None outside of git; `-dirty` behind it if a program differs."""
-    git = ["git", "-C", Path(__file__).parent]
-    head = subprocess.run([*git, "rev-parse", "-q", "--verify", "HEAD"], capture_output=True)
-    if not (commit := head.stdout.decode().strip()):
-        return None
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/*.py"])
-    return commit + "-dirty" * changed.returncode
-
-
 # --- Tables in Markdown ---
-
-
-def rate(column: dict | None) -> str:
-    """Write `22/30 = 0.73 [0.56, 0.86]` and the success at the end."""
-    if column is None:
-        return NOT_RUN
-    n, once, end = column["n"], column["success_once"], column["success_at_end"]
-    at_end = NOT_RUN if end is None else f"{end:.2f}"
-    interval = f"[{column['low']:.2f}, {column['high']:.2f}]"
-    return f"{round(once * n)}/{n} = {once:.2f} {interval}, at the end {at_end}"
-
-
-def markdown(cells: list[list[str]], heads: list[str]) -> list[str]:
-    return tabulate(cells, heads, tablefmt="github", disable_numparse=True).splitlines()
-
-
-def shown(policies: dict[str, dict]) -> list[str]:
-    """Return the paper's columns, and those that a policy of {policy: {column: figures}} has."""
-    ran = {name for columns in policies.values() for name in columns}
-    return [name for name in COLUMNS if name in PAPER_COLUMNS or name in ran]
-
-
-def success_table(policies: dict[str, dict], papers: dict[str, dict[str, float]]) -> list[str]:
-    """Return the lines of a table from {policy: {column: figures}} and {row: {column: rate}}."""
-    cells = []
-    for name in shown(policies):
-        theirs = [f"{paper[name]:.2f}" if name in paper else "-" for paper in papers.values()]
-        cells.append([name, *(rate(columns.get(name)) for columns in policies.values()), *theirs])
-    return markdown(cells, ["", *policies, *(f"paper, {row}" for row in papers)])
 
 
 def verdict(metric: dict) -> str:

@@ -28,11 +28,10 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-from config import InputError, explained, quoted
-from durable import read_lines, sole_writer, write
-from outcomes import address
-from rows import ROWS, Row, preset_of
-from tasks import COLUMNS, PAPER_COLUMNS, SUBTASKS
+from config import SUBTASKS, InputError, explained, quoted
+from paper import COLUMNS, PAPER_COLUMNS, ROWS, Row, preset_of
+from storage.files import read_lines, sole_writer, write
+from storage.results import address
 from tools.tables import differs_text, lines_of, write_table
 
 KEPT = ("config.json", "log.jsonl", "validation.json")  # of each stage

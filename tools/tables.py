@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 
-from durable import read_json, write
-from rows import ROWS
+from paper import ROWS
+from storage.files import read_json, write
 from tools.claims import CLAIMS, average_of, judge, of_seeds, over_seeds, rate_of, read_cells
 
 ALWAYS = (

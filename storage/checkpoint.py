@@ -11,7 +11,7 @@
 A checkpoint is written under a hidden name, its manifest last, fsynced and renamed. No pickles.
 Without optimizer.safetensors it still drives the robot and starts the next stage:
 
-    python checkpoint.py export --checkpoint RUN/stage2 --out RUN/light  # half of fp32, to share
+    python -m storage.checkpoint export --checkpoint RUN/stage2 --out RUN/light  # bf16, to share
 """
 
 import json
@@ -28,11 +28,11 @@ import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-import durable
 from config import InputError, ModelConfig, TrainConfig, explained, quoted
-from durable import DamagedError, read_sealed, sha256, sync, write_sealed
-from sharding import like, whole
+from storage.files import DamagedError, read_sealed, sha256, sync, write_sealed
+from storage.files import write as write_whole
 
 FORMAT = 2
 MOMENTS = "optimizer.safetensors"
@@ -106,7 +106,7 @@ def write(
             discard(final)
         os.replace(partial, final)
         sync(out)
-        durable.write(out / "last", final.name.encode())
+        write_whole(out / "last", final.name.encode())
         prune(out, keep, final)
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         raise CheckpointError(
@@ -138,7 +138,7 @@ def prune(out: Path, keep: int, saved: Path) -> None:
     rated = [folder for folder, score in scores.items() if score is not None]
     best = min(rated, key=scores.get, default=None)
     if best:
-        durable.write(out / "best", best.name.encode())
+        write_whole(out / "best", best.name.encode())
     for folder in [*scores][:-keep]:
         if folder not in (best, saved):
             discard(folder)
@@ -383,3 +383,16 @@ def export(checkpoint: Path, out: Path) -> None:
 if __name__ == "__main__":
     with explained():
         tyro.extras.subcommand_cli_from_dict({"export": export}, description=__doc__)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a shard, gathered on the CPU by all ranks together; others as they are."""
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A full tensor as `parameter` is kept: its rank's shard, or whole on its device."""
+    tensor = tensor.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-import checkpoint
 from config import TrainConfig
-from distributed import Ranks
-from durable import read_lines, write
-from rows import summary
+from paper import summary
+from storage import checkpoint
+from storage.files import read_lines, write
+from training.ranks import Ranks
 
 
 class Log:

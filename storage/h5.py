@@ -25,10 +25,19 @@ import h5py
 import numpy as np
 from einops import rearrange
 
-from config import IMAGE_SIZE, InputError, quoted
-from durable import mend_of
-from tasks import ARTICULATIONS, HUB_DATASETS, OBJECTS, SUBTASKS, TASKS, instruction
-from trajectory import CONTROL, RECORD, SURVEY, DataError, clip, read_actions, read_frames, survey
+from config import IMAGE_SIZE, SUBTASKS, TASKS, InputError, quoted
+from paper import ARTICULATIONS, HUB_DATASETS, OBJECTS, instruction
+from storage.files import mend_of
+from storage.trajectory import (
+    CONTROL,
+    RECORD,
+    SURVEY,
+    DataError,
+    clip,
+    read_actions,
+    read_frames,
+    survey,
+)
 
 # Blocks of frames that the order of samples mixes, and that a reader keeps: 1.4 GB of them when
 # episodes have 200 steps.
@@ -195,7 +204,7 @@ class Demonstrations:
         """Frames by number, [n] of RECORD.
 
         One frame inflates its whole block, 26 frames or so, and the last READ_AHEAD blocks are
-        kept: in the order of samples.py, each is inflated once.
+        kept: in the order of data.StepOrder, each is inflated once.
         """
         out = np.empty((len(frames), RECORD.itemsize), np.uint8)  # bytes: fields are copied slower
         for row, frame in enumerate(frames):

@@ -26,7 +26,7 @@ from mshab.agents.sac.agent import Agent as SAC
 from torch import Tensor, nn
 
 from config import ACTION_DIM, IMAGE_SIZE, QPOS_DIM, InputError, quoted
-from durable import sha256
+from storage.files import sha256
 
 HUB = "arth-shukla/mshab_checkpoints"
 CAMERAS = {"fetch_head_depth": "fetch_head", "fetch_hand_depth": "fetch_hand"}  # by input

@@ -20,8 +20,11 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from config import InputError
+from model import AuxVLA
 
 # How long the ranks wait for each other, seconds: to begin; to end, when one may still be saving.
 JOIN_TIMEOUT, LEAVE_TIMEOUT = 120.0, 3600.0
@@ -158,3 +161,19 @@ def signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def shard(model: AuxVLA, device: torch.device) -> None:
+    """Divide the model, which is whole on every rank, among the ranks' devices. In place."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    vlm = model.vlm
+    for block in (*vlm.vision.dino.blocks, *vlm.vision.siglip.blocks, *vlm.llm.layers):
+        fully_shard(block, mesh=mesh)
+    empty = {p for p in model.parameters() if not p.numel()}  # FSDP2 cannot divide nothing
+    for parameter in empty:
+        parameter.data = parameter.data.to(device)
+    # The rest is one group, divided again after each forward pass: otherwise its whole tensors
+    # would stand in the place of the parameters that the optimizer knows.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=empty)
+    for method in ("act", "teacher_forced"):  # entrances beside forward()
+        register_fsdp_forward_method(model, method)

@@ -28,11 +28,11 @@ from mani_skill.agents.robots.fetch.fetch import Fetch
 from mani_skill.utils import common, sapien_utils
 from mshab.envs.planner import Subtask, TaskPlan, plan_data_from_file
 
-import tasks
-from config import ACTION_DIM
-from durable import sha256
-from tools.check_assets import mixed
-from tools.checks import require
+import paper
+from config import ACTION_DIM, HORIZON
+from simulation.assets import mixed
+from storage.files import sha256
+from training.checks import require
 
 REARRANGE = ASSET_DIR / "scene_datasets/replica_cad_dataset/rearrange"
 REAL_FETCH_URDF = Fetch.urdf_path
@@ -92,7 +92,7 @@ class SubtaskEnvs:
             control_mode="pd_joint_delta_pos",
             reward_mode="normalized_dense",
             render_mode="rgb_array",
-            max_episode_steps=tasks.HORIZON,
+            max_episode_steps=HORIZON,
             task_plans=self._plans[:1],
             scene_builder_cls=plan_data.dataset,
             spawn_data_fp=self._start_file,
@@ -153,7 +153,7 @@ class SubtaskEnvs:
 
     def choose(self, seed: int) -> tuple[int, int]:
         """The indices of the plan in its file and of its start pose: a pure function of `seed`."""
-        plan, rng = tasks.draw_plan(seed, len(self._plans))
+        plan, rng = draw_plan(seed, len(self._plans))
         uid = self._plans[plan].subtasks[0].uid
         return plan, int(rng.integers(len(self._starts[uid]["robot_qpos"])))
 
@@ -183,7 +183,7 @@ class SubtaskEnvs:
     @property
     def instructions(self) -> list[str]:
         """The sentence for each episode's own object or articulation ("all" names neither)."""
-        return [tasks.instruction(self._address["subtask"], target) for target in self.targets]
+        return [paper.instruction(self._address["subtask"], target) for target in self.targets]
 
     @property
     def targets(self) -> list[str]:
@@ -301,6 +301,12 @@ class SubtaskEnv(SubtaskEnvs):
         return scene.get_human_render_camera_images()["render_camera"][0].cpu().numpy()
 
 
+def draw_plan(seed: int, plans: int) -> tuple[int, np.random.Generator]:
+    """Which of so many plans an episode's seed names, and the generator that draws its start."""
+    rng = np.random.default_rng(seed)
+    return int(rng.integers(plans)), rng
+
+
 def cupboard_of(subtask: Subtask) -> str:
     """The articulation that a subtask opens, closes or picks from (`fridge`); "": none."""
     holder = getattr(subtask, "articulation_config", None) or subtask
@@ -311,7 +317,7 @@ def cupboards(plan_file: Path) -> Callable[[int], str]:
     """The `cupboard_of` the episode of a seed."""
     plans = plan_data_from_file(plan_file).plans
     kinds = [cupboard_of(plan.subtasks[0]) for plan in plans]
-    return lambda seed: kinds[tasks.draw_plan(seed, len(kinds))[0]]
+    return lambda seed: kinds[draw_plan(seed, len(kinds))[0]]
 
 
 def renderer() -> str:

@@ -6,8 +6,12 @@
 One environment on the CPU is a batch of one, by the same code.
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +20,9 @@ from mani_skill.utils.common import to_cpu_tensor
 from sapien import physx
 
 from config import ACTION_DIM, InputError
-from distributed import device_of
-from env import SubtaskEnvs
-from outcomes import Outcome
-from tools.checks import gpu_physics, require
+from simulation.env import SubtaskEnvs, draw_plan
+from training.checks import gpu_physics, require
+from training.ranks import device_of
 
 
 def check_envs(envs: int, scripted: bool, device: str | None = None) -> None:
@@ -125,3 +128,57 @@ def run_episodes(envs: SubtaskEnvs, policy, seeds: list[int], cfg, film=None) ->
         episode | {"target": target} | outcome.record() | shares
         for episode, target, outcome in zip(envs.episodes, envs.targets, outcomes)
     ]
+
+
+@dataclass
+class Outcome:
+    """What is counted of an episode while it runs; settled, it no longer changes.
+
+    GAP-18 (Sec. 6.1): the paper does not say whether success counts once or at the end. We keep
+    both: after a success the episode goes on to the horizon (MS-HAB: continuous_task), unless told
+    not to.
+    """
+
+    horizon: int
+    stop_at_success: bool
+    success_once: bool = False
+    success: bool = False  # after the last step
+    length: int = 0
+    actions: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+
+    @property
+    def settled(self) -> bool:
+        return self.length == self.horizon or (self.success_once and self.stop_at_success)
+
+    def add(self, action: np.ndarray, success: bool) -> None:
+        """Count a step, unless the others of its batch alone go on."""
+        if self.settled:
+            return
+        self.actions.update(action.tobytes())
+        self.success_once, self.success = self.success_once or success, success
+        self.length += 1
+
+    def record(self) -> dict:
+        """Its part of the line."""
+        return {
+            "success_once": self.success_once,
+            "success_at_end": None if self.stop_at_success else self.success,
+            "length": self.length,
+            "actions": self.actions.hexdigest()[:16],  # two runs that acted alike have the same
+        }
+
+
+def scenes(plan_file: Path, episodes: list[dict], first_seed: int) -> dict[str, int]:
+    """Return how many scenes of the split were reached, of how many, in how many seeds all are.
+
+    MS-HAB's plans lie unevenly over the scenes, and a seed draws a plan: 30 seeds miss some.
+    """
+    plans = json.loads(plan_file.read_bytes())["plans"]
+    missing, seed = {plan["build_config_name"] for plan in plans}, first_seed
+    of = len(missing)
+    while missing:
+        plan, _ = draw_plan(seed, len(plans))
+        missing.discard(plans[plan]["build_config_name"])
+        seed += 1
+    reached = {episode["scene"] for episode in episodes}
+    return {"reached": len(reached), "of": of, "seeds_for_all": seed - first_seed}

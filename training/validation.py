@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from config import CAMERAS, TrainConfig
-from data import Batcher
+from data import Batcher, Frames
 from flow_head import draw_noise
 from model import AuxVLA, actions_to_bins, label_counts
-from samples import Frames
 
 
 @torch.no_grad()

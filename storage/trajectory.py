@@ -9,8 +9,8 @@ A field of another type or shape, or a number that is not finite, is a DataError
 import h5py
 import numpy as np
 
-from chunks import read_rows
 from config import ACTION_DIM, CAMERAS, IMAGE_SIZE, LABELS, QPOS_DIM, RECORDED_ACTIONS, InputError
+from storage.chunks import read_rows
 
 # One frame as it is recorded: no normalisation, no resize. The unit of the pack and of a loader's
 # batch.

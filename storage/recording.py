@@ -22,7 +22,7 @@ import h5py
 import numpy as np
 
 from config import InputError
-from durable import append, mend_of, read_lines, replacing, write
+from storage.files import append, mend_of, read_lines, replacing, write
 
 COMPRESSED = ("rgb", "depth", "fetch_head", "fetch_hand")  # images, and the masks named by camera
 GZIP = dict(compression="gzip", compression_opts=5)  # (MS-HAB: envs/wrappers/record.py)

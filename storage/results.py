@@ -1,60 +1,21 @@
-"""The files of an evaluation: a line for each episode, and what is counted in it and from them.
+"""The files of an evaluation: a line for each episode, and the tables that are counted from them.
 
 Under torchrun each rank writes a file of its own, OUT/episodes.RANK.jsonl, so that no line is torn
 by another writer. `merge` moves them into OUT/episodes.jsonl, also after a kill.
 """
 
-import hashlib
-import json
-from dataclasses import dataclass, field
+import math
 from pathlib import Path
 
-import numpy as np
+from tabulate import tabulate
 
 from config import InputError
-from durable import append, read_lines
-from tasks import COLUMNS, draw_plan, wilson
+from paper import COLUMNS, PAPER_COLUMNS
+from storage.files import append, read_lines
 
+NOT_RUN = "not run"
 # What is true of the lines from before their program wrote the key.
 IMPLIED = {"simulation": "physx_cpu", "device": "cpu"}
-
-
-@dataclass
-class Outcome:
-    """What is counted of an episode while it runs; settled, it no longer changes.
-
-    GAP-18 (Sec. 6.1): the paper does not say whether success counts once or at the end. We keep
-    both: after a success the episode goes on to the horizon (MS-HAB: continuous_task), unless told
-    not to.
-    """
-
-    horizon: int
-    stop_at_success: bool
-    success_once: bool = False
-    success: bool = False  # after the last step
-    length: int = 0
-    actions: "hashlib._Hash" = field(default_factory=hashlib.sha256)
-
-    @property
-    def settled(self) -> bool:
-        return self.length == self.horizon or (self.success_once and self.stop_at_success)
-
-    def add(self, action: np.ndarray, success: bool) -> None:
-        """Count a step, unless the others of its batch alone go on."""
-        if self.settled:
-            return
-        self.actions.update(action.tobytes())
-        self.success_once, self.success = self.success_once or success, success
-        self.length += 1
-
-    def record(self) -> dict:
-        """Its part of the line."""
-        return {
-            "success_once": self.success_once,
-            "success_at_end": None if self.stop_at_success else self.success,
-            "length": self.length,
-            "actions": self.actions.hexdigest()[:16],  # two runs that acted alike have the same
-        }
 
 
 def address(episode: dict) -> tuple[str, int]:
@@ -119,17 +80,38 @@ def table(episodes: list[dict], paper: dict[str, float]) -> dict[str, dict]:
     return columns
 
 
-def scenes(plan_file: Path, episodes: list[dict], first_seed: int) -> dict[str, int]:
-    """Return how many scenes of the split were reached, of how many, in how many seeds all are.
+def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the Wilson score interval of successes / n; z is the two-sided 95 % quantile."""
+    rate, shrink = successes / n, 1 + z * z / n
+    centre = (rate + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
 
-    MS-HAB's plans lie unevenly over the scenes, and a seed draws a plan: 30 seeds miss some.
-    """
-    plans = json.loads(plan_file.read_bytes())["plans"]
-    missing, seed = {plan["build_config_name"] for plan in plans}, first_seed
-    of = len(missing)
-    while missing:
-        plan, _ = draw_plan(seed, len(plans))
-        missing.discard(plans[plan]["build_config_name"])
-        seed += 1
-    reached = {episode["scene"] for episode in episodes}
-    return {"reached": len(reached), "of": of, "seeds_for_all": seed - first_seed}
+
+def rate(column: dict | None) -> str:
+    """Write `22/30 = 0.73 [0.56, 0.86]` and the success at the end."""
+    if column is None:
+        return NOT_RUN
+    n, once, end = column["n"], column["success_once"], column["success_at_end"]
+    at_end = NOT_RUN if end is None else f"{end:.2f}"
+    interval = f"[{column['low']:.2f}, {column['high']:.2f}]"
+    return f"{round(once * n)}/{n} = {once:.2f} {interval}, at the end {at_end}"
+
+
+def markdown(cells: list[list[str]], heads: list[str]) -> list[str]:
+    return tabulate(cells, heads, tablefmt="github", disable_numparse=True).splitlines()
+
+
+def shown(policies: dict[str, dict]) -> list[str]:
+    """Return the paper's columns, and those that a policy of {policy: {column: figures}} has."""
+    ran = {name for columns in policies.values() for name in columns}
+    return [name for name in COLUMNS if name in PAPER_COLUMNS or name in ran]
+
+
+def success_table(policies: dict[str, dict], papers: dict[str, dict[str, float]]) -> list[str]:
+    """Return the lines of a table from {policy: {column: figures}} and {row: {column: rate}}."""
+    cells = []
+    for name in shown(policies):
+        theirs = [f"{paper[name]:.2f}" if name in paper else "-" for paper in papers.values()]
+        cells.append([name, *(rate(columns.get(name)) for columns in policies.values()), *theirs])
+    return markdown(cells, ["", *policies, *(f"paper, {row}" for row in papers)])

@@ -12,9 +12,9 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from config import quoted
-from tasks import OBJECTS, SUBTASKS, TASKS, targets
-from tools.checks import Finding
+from config import SUBTASKS, TASKS, quoted
+from paper import OBJECTS, targets
+from training.checks import Finding
 
 REPLICA = "data/scene_datasets/replica_cad_dataset"
 ASSETS = {  # what mani_skill calls them: a folder that each must have, below MS_ASSET_DIR

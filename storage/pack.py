@@ -26,8 +26,7 @@ from einops import rearrange, reduce
 from tqdm import tqdm
 
 from config import ACTION_DIM, quoted
-from demonstrations import Demonstrations, Episode
-from durable import (
+from storage.files import (
     DamagedError,
     append,
     read_lines,
@@ -37,7 +36,8 @@ from durable import (
     write,
     write_sealed,
 )
-from trajectory import RECORD, DataError, remarks
+from storage.h5 import Demonstrations, Episode
+from storage.trajectory import RECORD, DataError, remarks
 
 BLOCK = 1024  # records per file, 172 MB
 _PAD = -RECORD.itemsize % 8

@@ -1,10 +1,7 @@
-"""Every row of the paper's Tables 1-4 under one name: what it fixes, and what the paper reached.
+"""What the robot is asked to do: MS-HAB's tasks, targets, sentences; the tables' columns.
 
-    python train.py --row auxvla-grasp --stage 1 --data DATA --out RUN/stage1
-    python config.py  # prints this table
-
-A row fixes inputs, latents, decoders, data, stages and epochs. Presets give the rest, so that the
-row of the paper and its tiny counterpart differ in numbers only.
+One table for collect, train and eval: the instruction a policy hears in evaluation is the one it
+was trained on.
 """
 
 import sys
@@ -13,8 +10,93 @@ from itertools import pairwise
 
 import tyro
 
-from config import CAMERAS, PRESETS, InputError, TrainConfig
-from tasks import PAPER_COLUMNS, SUBTASKS, TASKS
+from config import CAMERAS, PRESETS, SUBTASKS, TASKS, InputError, TrainConfig
+
+# MS-HAB's released demonstrations on the hub: 83, 209 and 174 GB (MS-HAB: README.md).
+HUB_DATASETS = {
+    "set_table": "arth-shukla/MS-HAB-SetTable",
+    "tidy_house": "arth-shukla/MS-HAB-TidyHouse",
+    "prepare_groceries": "arth-shukla/MS-HAB-PrepareGroceries",
+}
+
+_YCB_HARD = (
+    "002_master_chef_can", "003_cracker_box", "004_sugar_box", "005_tomato_soup_can",
+    "007_tuna_fish_can", "008_pudding_box", "009_gelatin_box", "010_potted_meat_can", "024_bowl",
+)  # fmt: skip
+OBJECTS = {  # what is picked and placed (MS-HAB: evaluate.py)
+    "set_table": ("013_apple", "024_bowl"),
+    "tidy_house": _YCB_HARD,
+    "prepare_groceries": _YCB_HARD,
+}
+# Open and close, SetTable only.
+ARTICULATIONS = {"fridge": "fridge", "kitchen_counter": "kitchen drawer"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of Tables 1, 2 and 4: a subtask and its target; "all": each object of the task."""
+
+    subtask: str
+    target: str
+
+    def target_in(self, task: str) -> str:
+        """The target's name in MS-HAB's files; "obj" is the task's first object."""
+        return OBJECTS[task][0] if self.target == "obj" else self.target
+
+
+COLUMNS = {
+    "pick_all": Column("pick", "all"),
+    "place_all": Column("place", "all"),
+    "open_fridge": Column("open", "fridge"),
+    "open_drawer": Column("open", "kitchen_counter"),
+    "close_fridge": Column("close", "fridge"),
+    "close_drawer": Column("close", "kitchen_counter"),
+    # GAP-22 (Tables 1, 2, 4): the header reads "All Obj." over one figure; read as all objects.
+    # These two ask for one.
+    "pick_obj": Column("pick", "obj"),
+    "place_obj": Column("place", "obj"),
+}
+PAPER_COLUMNS = tuple(COLUMNS)[:6]
+# And one for each object, pick:013_apple; pick_each asks for all of them that the task has.
+_OBJECTS = dict.fromkeys(name for names in OBJECTS.values() for name in names)
+COLUMNS |= {f"{sub}:{name}": Column(sub, name) for sub in ("pick", "place") for name in _OBJECTS}
+EACH = {"pick_each": "pick", "place_each": "place"}
+
+
+def targets(task: str, subtask: str) -> tuple[str, ...]:
+    """Every target of a subtask, as MS-HAB names its files; empty if the task lacks the subtask."""
+    if subtask in ("pick", "place"):
+        return OBJECTS[task]
+    return tuple(ARTICULATIONS) if task == "set_table" else ()
+
+
+def readable(target: str) -> str:
+    """`024_bowl` -> `bowl`, `kitchen_counter` -> `kitchen drawer`."""
+    return ARTICULATIONS.get(target) or target.partition("_")[2].replace("_", " ")
+
+
+def instruction(subtask: str, target: str) -> str:
+    """The sentence for one subtask.
+
+    GAP-19 (Sec. 4.1): the model reads "a natural language instruction", but MS-HAB's data has none.
+    One template per subtask, filled with the target's name. Nothing in the input says where the
+    goal of `place` is: MS-HAB hides its goal markers from the cameras.
+    """
+    templates = {
+        "pick": "pick up the {}",
+        "place": "place the {} at its goal",
+        "open": "open the {}",
+        "close": "close the {}",
+    }
+    return templates[subtask].format(readable(target))
+
+
+def sentences(task: str, column: str) -> set[str]:
+    """Every instruction that a column's episodes may give."""
+    what = COLUMNS[column]
+    target = what.target_in(task)
+    names = targets(task, what.subtask) if target == "all" else (target,)
+    return {instruction(what.subtask, name) for name in names}
 
 
 def _set_table(*rates: float) -> dict[str, dict[str, float]]:
@@ -231,3 +313,7 @@ def print_rows() -> None:
         for task, rates in row.paper.items():
             figures = "  ".join(f"{column} {rate:.2f}" for column, rate in rates.items())
             print(f"    paper     {task}: {figures}")
+
+
+if __name__ == "__main__":
+    print_rows()

@@ -22,9 +22,9 @@ from huggingface_hub.errors import (
     XetDownloadError,
 )
 
-from config import ADVICE, InputError
-from durable import sole_writer
-from tasks import HUB_DATASETS, SUBTASKS, TASKS
+from config import ADVICE, SUBTASKS, TASKS, InputError
+from paper import HUB_DATASETS
+from storage.files import sole_writer
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,12 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from config import ModelConfig
-from durable import sha256
-from model import VLM
-from weight_files import (
+from storage.files import sha256
+from storage.weight_files import (
     DINO_HUB,
     QWEN_HUB,
     SIGLIP_HUB,
@@ -38,7 +37,7 @@ from weight_files import (
     read_safetensors,
     trained_on_actions,
 )
-from weight_names import (
+from storage.weight_names import (
     DINO_HF,
     DINO_HF_DEAD,
     LLM_HF,
@@ -169,7 +168,7 @@ def rising(llm: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
 
 
 def parts_of(
-    vlm: VLM, source: Source, hashes: dict[str, str], headers: bool
+    vlm: nn.Module, source: Source, hashes: dict[str, str], headers: bool
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Each part of the VLM: (prefix, tensors under our names).
 
@@ -205,7 +204,7 @@ def parts_of(
         yield f"vision.{name}.", drop_last_block(tensors, built)
 
 
-def load_pretrained(vlm: VLM, source: Source, headers: bool = False) -> dict[str, str]:
+def load_pretrained(vlm: nn.Module, source: Source, headers: bool = False) -> dict[str, str]:
     """Fill the VLM; returns the sha256 of every file used, {"<--pretrained>/<file>": sha256}.
 
     `headers`, for a VLM on the meta device: names and shapes alone are read and compared, nothing

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -165,3 +166,13 @@ def read_lines(path: Path, mend: bool = False) -> list[dict]:
                 f"sed -i.damaged {number}d {quoted(path)}"
             ) from error
     return lines
+
+
+def code_commit() -> str | None:
+    """The commit of this code, None outside of git; `-dirty` behind it if a program differs."""
+    git = ["git", "-C", Path(__file__).parent]
+    head = subprocess.run([*git, "rev-parse", "-q", "--verify", "HEAD"], capture_output=True)
+    if not (commit := head.stdout.decode().strip()):
+        return None
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/*.py"])
+    return commit + "-dirty" * changed.returncode

@@ -1,7 +1,7 @@
 """What a training step will hold in memory, counted before the first one without running it.
 
     plan = memory_plan(cfg, world, device)   # {"weights": bytes, ...} per process
-    python memory.py --preset paper          # the model's parameters, part by part
+    python -m training.memory --preset paper       # the model's parameters, part by part
 
 The forward pass runs once on tensors that have shapes and no content (torch's FakeTensorMode), and
 what autograd keeps of it is added up. Not counted: what lives within one kernel or block only, and

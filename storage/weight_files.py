@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from config import InputError, quoted
-from download import reachable
+from storage.download import reachable
 
 DINO_HUB = "facebook/dinov2-with-registers-large"
 SIGLIP_HUB = "google/siglip-so400m-patch14-224"

@@ -26,8 +26,8 @@ from packaging.requirements import Requirement
 from torch import nn
 
 from config import HISTORY, InputError, TrainConfig, quoted
-from distributed import join
-from trajectory import RECORD
+from storage.trajectory import RECORD
+from training.ranks import join
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = ((3, 11), (3, 12))  # mani_skill's mplib has wheels for no other (tools/setup.sh)

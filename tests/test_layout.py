@@ -1,0 +1,81 @@
+"""The layout stays what it is: imports go one way, every file is known, the sums hold."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# From the bottom up: a file imports files of its own layer or of those above it in this list.
+LAYERS = (
+    "config",
+    "paper",
+    "backbone",
+    "decoders flow_head",
+    "model",
+    "storage/files storage/results storage/chunks storage/trajectory storage/weight_names",
+    "storage/download storage/weight_files storage/recording storage/tokenizer storage/h5",
+    "storage/checkpoint storage/pretrained storage/pack",
+    "data",
+    "training/ranks",
+    "training/checks training/log training/validation training/memory",
+    "policy",
+    "simulation/assets simulation/workers simulation/film simulation/rl_expert",
+    "simulation/env",
+    "simulation/episodes household/furniture household/robot household/episodes",
+    "household/assets household/expert",
+    "train eval collect",
+    "tools/*",
+)
+TOP_LIMIT, ALL_LIMIT, TESTS_LIMIT, FILE_LIMIT = 3500, 11600, 8800, 650
+
+
+def layer_of(name: str) -> int | None:
+    found = [i for i, layer in enumerate(LAYERS) for known in layer.split() if name == known]
+    return found[0] if found else len(LAYERS) - 1 if name.startswith("tools/") else None
+
+
+SOURCES = {
+    str(path.relative_to(ROOT).with_suffix("")): path
+    for path in sorted(ROOT.rglob("*.py"))
+    if path.relative_to(ROOT).parts[0] not in ("tests", ".venv", "runs") and path.stem != "__init__"
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Files of the project that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name.replace(".", "/") for name in names} & set(SOURCES)
+
+
+def test_every_file_has_a_layer():
+    assert not [name for name in SOURCES if layer_of(name) is None]
+    listed = {name for layer in LAYERS for name in layer.split()} - {"tools/*"}
+    assert listed <= set(SOURCES)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_file_imports_lower_layers_or_its_own_and_nothing_imports_tools(name):
+    wrong = {other for other in imports_of(SOURCES[name]) if layer_of(other) > layer_of(name)}
+    assert not wrong
+
+
+def test_no_imports_form_a_cycle():
+    left = {name: imports_of(path) for name, path in SOURCES.items()}
+    while free := {name for name, needs in left.items() if not needs & set(left)}:
+        left = {name: needs for name, needs in left.items() if name not in free}
+    assert not left
+
+
+def test_the_sums_of_lines_hold():
+    lines = {name: len(path.read_text().splitlines()) for name, path in SOURCES.items()}
+    tests = sum(len(path.read_text().splitlines()) for path in ROOT.glob("tests/*.py"))
+    assert sum(n for name, n in lines.items() if "/" not in name) <= TOP_LIMIT
+    assert sum(lines.values()) <= ALL_LIMIT and tests <= TESTS_LIMIT
+    assert not {name: n for name, n in lines.items() if n > FILE_LIMIT}
