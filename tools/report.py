@@ -21,7 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
-from config import LOSSES, InputError, explained, quoted
+from config import LOSSES, InputError, quoted, user_errors
 from paper import DEFAULT_ROW, ROWS
 from storage.files import read_json, read_lines, write
 from storage.results import IMPLIED, NOT_RUN, markdown, shown, success_table
@@ -260,5 +260,5 @@ def main(run: Path):
 
 
 if __name__ == "__main__":
-    with explained():
+    with user_errors():
         tyro.cli(main)
