@@ -127,14 +127,10 @@ def test_a_damaged_line_is_named_with_what_takes_it_out(tmp_path):
 
 def test_a_report_of_one_evaluation_is_refused_and_changes_nothing(tmp_path):
     (tmp_path / "run/eval").mkdir(parents=True)
-    append(tmp_path / "run/eval/episodes.jsonl", {})
     (tmp_path / "run/eval/results.json").write_text("{}")
-    command = ("-m", "tools.report", "--run")
-    refused = start(*command, tmp_path / "run/eval").communicate()[1]
-    assert f"python -m tools.report --run {tmp_path}/run" in refused
-    assert (tmp_path / "run/eval/results.json").read_text() == "{}"
-    foreign = start(*command, tmp_path / "run").communicate()[1]
-    assert foreign.startswith("error: ") and "not of an evaluation" in foreign
+    with pytest.raises(InputError, match=f"python -m tools.report --run {tmp_path}/run"):
+        write_report(tmp_path / "run/eval")
+    assert [path.name for path in (tmp_path / "run/eval").iterdir()] == ["results.json"]
 
 
 def test_episodes_of_another_evaluation_are_refused_by_name(tmp_path):
