@@ -316,7 +316,7 @@ def main(cfg: EvalConfig):
             said = {"checkpoint": str(told.checkpoint or ""), "columns": told.columns}
             return json.dumps(said | {"row": told.row, "identity": identity})
 
-        said = json.loads(ranks.decided(begin))
+        said = json.loads(ranks.on_main(begin))
         if not ranks.is_main:
             held.enter_context(sole_writer(cfg.out, str(ranks.rank)))
         folder = Path(said["checkpoint"]) if cfg.checkpoint else None
