@@ -52,7 +52,7 @@ from config import (
     InputError,
     ModelConfig,
     TrainConfig,
-    explained,
+    user_errors,
 )  # fmt: skip
 from storage.h5 import SHUFFLE_POOL, Demonstrations, Episode, Index
 from storage.trajectory import RECORD, remarks
@@ -445,5 +445,5 @@ if __name__ == "__main__":
     from storage.download import download
     from storage.pack import pack, verify
 
-    with explained():
+    with user_errors():
         tyro.extras.subcommand_cli_from_dict({"pack": pack, "verify": verify, "download": download})

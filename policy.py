@@ -23,7 +23,7 @@ from einops import rearrange
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from config import ACTION_DIM, HISTORY, InputError
+from config import ACTION_DIM, HISTORY, RECORDED_ACTIONS, InputError
 from data import ActionStats, cameras, history_steps, make_batch
 from model import AuxVLA
 from storage.checkpoint import load_weights, model_config_of, read_manifest, resolve
@@ -142,7 +142,7 @@ class Policy:
             cfg, batch = self.model.cfg, self.batch(instruction)
             b = len(batch["images"])
             if self.model.flow_head:
-                noise = torch.randn(1, cfg.flow.action_horizon, ACTION_DIM, generator=self.noise)
+                noise = torch.randn(1, RECORDED_ACTIONS, ACTION_DIM, generator=self.noise)
                 # Every environment gets the same noise, as it would alone.
                 batch["noise"] = noise.expand(b, -1, -1).to(self.device)
             else:

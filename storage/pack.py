@@ -12,11 +12,12 @@ An h5 of MS-HAB inflates 26 frames for each frame that is read; a pack reads sin
 pack.json is written last: a folder that has it is complete.
 """
 
-import json
-import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
+from zipfile import BadZipFile
 
 import numpy as np
 import tyro
@@ -24,7 +25,7 @@ from einops import rearrange
 from tqdm import tqdm
 
 from config import InputError, quoted
-from storage.files import DamagedError, read_json, replacing, sha256, sole_writer, write
+from storage.files import DamagedError, read_json, replacing, sha256, sole_writer, write_json
 from storage.h5 import Demonstrations, Episode, Index, h5_files
 from storage.trajectory import RECORD, DataError, remarks
 
@@ -38,30 +39,25 @@ class Pack(Index):
     blocks = None  # frames are read one by one, unlike those of an h5
 
     def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        if not (folder / "pack.json").is_file():
-            raise InputError(
-                f"{folder}: not a complete pack, it has no pack.json; make one: {command(folder)}"
-            )
-        try:
-            meta = read_json(folder / "pack.json")
-        except DamagedError as error:
-            raise damaged(folder, str(error)) from None
-        if meta.get("format") != FORMAT:
-            raise damaged(folder, f"{folder}: packed with other records than this code reads")
+        meta = read_meta(Path(folder))
         about = (meta[key] for key in ("instructions", "action_schema", "qpos_names"))
         episodes = [Episode(**episode) for episode in meta["episodes"]]
-        super().__init__(folder, meta["truncate"], episodes, *about)
+        super().__init__(Path(folder), meta["truncate"], episodes, *about)
         self.hashes, self.sizes = meta["sha256"], meta["sizes"]  # sizes: bytes of each .h5
-        files = [self.load(npy_name(file)) for file in meta["sizes"]]
-        self.file_starts = np.cumsum([0] + [len(file) for file in files])
-        self.files = [rearrange(f.view(np.uint8), "(n s) -> n s", s=RECORD.itemsize) for f in files]
+        self.files, lengths = [], [0]  # [frames, size of RECORD] uint8
+        for file in self.sizes:
+            with self.reading(npy_name(file)) as path:
+                records = np.load(path, mmap_mode="r").view(np.uint8)
+            self.files.append(rearrange(records, "(n size) -> n size", size=RECORD.itemsize))
+            lengths.append(len(self.files[-1]))
+        self.file_starts = np.cumsum(lengths)
 
-    def load(self, name: str) -> np.ndarray | np.lib.npyio.NpzFile:
-        """Map a file into memory. Raises DataError if it is missing or cut off."""
+    @contextmanager
+    def reading(self, name: str) -> Iterator[Path]:
+        """Raise DataError if a file is missing, cut off or damaged."""
         try:
-            return np.load(self.folder / name, mmap_mode="r")
-        except (FileNotFoundError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            yield self.folder / name
+        except (FileNotFoundError, ValueError, EOFError, BadZipFile) as error:
             raise damaged(self.folder, f"{self.folder / name}: cannot be read ({error})") from None
 
     def read(self, frames: list[int] | np.ndarray) -> np.ndarray:
@@ -75,11 +71,28 @@ class Pack(Index):
     def actions_of(self, episodes: np.ndarray) -> np.ndarray:
         """All actions of these episodes, [n, 13] in [-1, 1]."""
         chosen = np.isin(np.arange(len(self.episodes)), episodes)
-        return self.load("summary.npz")["actions"][np.repeat(chosen, np.diff(self.starts))]
+        with self.reading("summary.npz") as path, np.load(path) as summary:
+            return summary["actions"][np.repeat(chosen, np.diff(self.starts))]
 
     def survey(self, episodes: np.ndarray) -> np.ndarray:
         """Labels and ranges of these episodes, [n] of SURVEY."""
-        return self.load("summary.npz")["survey"][episodes]
+        with self.reading("summary.npz") as path, np.load(path) as summary:
+            return summary["survey"][episodes]
+
+
+def read_meta(folder: Path) -> dict:
+    """pack.json. Raises InputError if it is missing, damaged or of another format."""
+    if not (folder / "pack.json").is_file():
+        raise InputError(
+            f"{folder}: not a complete pack, it has no pack.json; make one: {command(folder)}"
+        )
+    try:
+        meta = read_json(folder / "pack.json")
+    except DamagedError as error:
+        raise damaged(folder, str(error)) from None
+    if meta.get("format") != FORMAT:
+        raise damaged(folder, f"{folder}: packed with other records than this code reads")
+    return meta
 
 
 def npy_name(file: str) -> str:
@@ -164,16 +177,16 @@ def write_pack(source: Demonstrations, folder: Path) -> None:
             for row in rows[file]:
                 out.write(source.read_episode(row).tobytes())
         hashes[npy_name(file)] = sha256(path)
-        write(progress, json.dumps(about | {"sha256": hashes}).encode())
+        write_json(progress, about | {"sha256": hashes})
     every = np.arange(len(source.episodes))
     survey = source.survey(every)
     with replacing(folder / "summary.npz") as temporary, open(temporary, "wb") as out:
         np.savez(out, survey=survey, actions=source.actions_of(every))
     hashes["summary.npz"] = sha256(folder / "summary.npz")
-    write(final, json.dumps(about | {"sha256": hashes}).encode())
+    write_json(final, about | {"sha256": hashes})
     progress.unlink(missing_ok=True)
-    print(*source.notes, *remarks(survey, [e.file for e in source.episodes]), sep="\n")
-    print(f"{folder}: {len(source):,} frames of {len(every):,} episodes in {len(rows)} files")
+    summary = f"{folder}: {len(source):,} frames of {len(every):,} episodes in {len(rows)} files"
+    print(*source.notes, *remarks(survey, [e.file for e in source.episodes]), summary, sep="\n")
 
 
 def finished(path: Path, about: dict) -> dict[str, str]:
@@ -182,14 +195,15 @@ def finished(path: Path, about: dict) -> dict[str, str]:
         meta = read_json(path)
         same = all(meta.get(key) == value for key, value in about.items())
         return {k: v for k, v in meta["sha256"].items() if same and (path.parent / k).is_file()}
-    except (FileNotFoundError, DamagedError, KeyError):
+    except (DamagedError, KeyError):
         return {}
 
 
 def verify(folder: Annotated[str, tyro.conf.Positional] = "data/pack") -> None:
     """Compare every file of a pack with its sha256; an error names the first that differs."""
-    pack = Pack(folder)
-    for name, expected in tqdm(pack.hashes.items(), "verify", unit="file"):
-        if sha256(pack.folder / name) != expected:
-            raise damaged(pack.folder, f"{pack.folder / name}: damaged, its sha256 differs")
-    print(f"{folder}: {len(pack):,} frames, no file damaged")
+    hashes = read_meta(Path(folder))["sha256"]
+    for name in tqdm(hashes, "verify", unit="file"):
+        path = Path(folder) / name
+        if not path.is_file() or sha256(path) != hashes[name]:
+            raise damaged(Path(folder), f"{path}: missing or damaged, its sha256 differs")
+    print(f"{folder}: {len(Pack(folder)):,} frames, no file damaged")

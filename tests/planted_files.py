@@ -15,11 +15,11 @@ from planted import ROOT, fault
 from safetensors.torch import load_file, save_file
 
 from config import TINY_MODEL
-from data import Batcher, to_tensors
+from data import make_batch, raw_batch
 from policy import Policy
 from simulation.assets import assets
 from storage import checkpoint
-from storage.files import read_sealed, sha256, write_sealed
+from storage.files import read_json, sha256, write_json
 from storage.h5 import Demonstrations
 from storage.tokenizer import build_tokenizer, tokenize
 from tools.check_files import checkpoint_weights, demonstrations, pretrained_weights
@@ -203,9 +203,9 @@ def demonstrations_under_another_name(plant):
     return demonstrations(plant.tmp / "rearrange")
 
 
-@fault("frames-00000.bin: .*sha256 differs", "mv (.*) .*damaged && python data.py pack .* \\1$")
+@fault("kitchen_counter.npy: .*sha256 differs", "mv (.*) .*damaged && python data.py pack .* \\1$")
 def a_changed_byte_in_a_pack(plant):
-    flip(plant.copy("pack") / "frames-00000.bin")
+    flip(plant.copy("pack") / "set_table/close/kitchen_counter.npy")
     return demonstrations(plant.tmp / "pack")
 
 
@@ -221,10 +221,10 @@ def a_pack_that_was_not_finished(plant):
 def resealed(folder: Path, **change) -> list[Finding]:
     """Findings on a step whose files were changed, and its manifest with them and in `change`."""
     step = checkpoint.steps_in(folder)[-1]
-    manifest = read_sealed(step / "manifest.json") | change
+    manifest = read_json(step / "manifest.json") | change
     manifest["files"] = {name: sha256(step / name) for name in manifest["files"]}
     manifest["sizes"] = {name: (step / name).stat().st_size for name in manifest["files"]}
-    write_sealed(step / "manifest.json", manifest)
+    write_json(step / "manifest.json", manifest)
     return checkpoint_weights(folder)
 
 
@@ -314,7 +314,7 @@ def write_known(policy: Policy, folder: Path) -> None:
     raw = Demonstrations(shutil.copytree(folder / "known", folder / "pictures"))
     cfg, records = policy.model.cfg, raw.read(np.arange(len(raw)))
     prompts = tokenize(raw.instructions, policy.tokenizer, cfg.llm)
-    batch = Batcher(cfg, policy.stats, prompts)(to_tensors(records), policy.device)
+    batch = make_batch(raw_batch(records[:, None]), policy.stats, prompts, cfg)
     actions = policy.stats.denormalize(policy.model.act(batch)[0][:, 0]).numpy()
     for begin, episode in zip(raw.starts, raw.episodes):
         with h5py.File(folder / "known" / episode.file, "r+") as file:

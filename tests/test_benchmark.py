@@ -97,7 +97,7 @@ def test_the_ranks_files_become_one_also_when_that_is_interrupted(tmp_path, caps
     part(path, 11).write_text(part(path, 11).read_text() + '{"column": "pi')
     assert merge(path) == lines == read_lines(path) == merge(path)
     assert [file.name for file in tmp_path.iterdir()] == ["episodes.jsonl"]
-    assert "episodes.11.jsonl: dropped a torn last line" in capsys.readouterr().err
+    assert "episodes.11.jsonl: dropped an incomplete last line" in capsys.readouterr().err
 
 
 def test_a_rank_sees_its_own_gpu(monkeypatch):

@@ -14,7 +14,7 @@ import tyro
 from tabulate import tabulate
 from tyro.conf import Positional
 
-from config import InputError, explained, quoted
+from config import InputError, quoted, user_errors
 from paper import COLUMNS
 from storage.files import read_lines
 from storage.results import IMPLIED, address, part, wilson
@@ -136,5 +136,5 @@ def comparison(a: Positional[Path], b: Positional[Path]) -> str:
 
 
 if __name__ == "__main__":
-    with explained():
+    with user_errors():
         print(tyro.cli(comparison, description=__doc__))

@@ -22,7 +22,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from config import LOSSES, InputError, explained, quoted
+from config import LOSSES, InputError, quoted, user_errors
 from paper import DEFAULT_ROW, ROWS
 from storage.files import read_json, read_lines, write
 from storage.results import IMPLIED, NOT_RUN, markdown, shown, success_table
@@ -281,7 +281,7 @@ def write_report(run: Path) -> Path:
 def main(run: Path):
     """Write the report of RUN, a folder with stage*/ and eval*/."""
     if not run.is_dir():
-        raise FileNotFoundError(
+        raise InputError(
             f"{run}: no such run. One begins with: "
             f"python train.py --stage 1 --data DATA --out {quoted(run / 'stage1')}"
         )
@@ -298,5 +298,5 @@ def main(run: Path):
 
 
 if __name__ == "__main__":
-    with explained():
+    with user_errors():
         tyro.cli(main)

@@ -28,7 +28,7 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-from config import SUBTASKS, InputError, explained, quoted
+from config import SUBTASKS, InputError, quoted, user_errors
 from paper import COLUMNS, PAPER_COLUMNS, ROWS, Row, preset_of
 from storage.files import read_lines, sole_writer, write
 from storage.results import address
@@ -312,7 +312,7 @@ def main(cfg: ReproduceConfig):
 
 
 if __name__ == "__main__":
-    with explained():
+    with user_errors():
         try:
             main(tyro.cli(ReproduceConfig))
         except KeyboardInterrupt:
