@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from config import LABELS, PRESETS, InputError, TrainConfig, model_config, quoted
 from model import VLM, AuxVLA
 from storage import checkpoint, pretrained
-from storage.files import mend_of
+from storage.files import mend_of, sha256
 from storage.h5 import (
     Demonstrations,
     h5_files,
@@ -28,7 +28,7 @@ from storage.h5 import (
     load_sidecar,
     task_and_subtask,
 )  # fmt: skip
-from storage.pack import Pack
+from storage.pack import Pack, damaged
 from storage.tokenizer import build_tokenizer, check_tokenizer
 from storage.trajectory import DataError, remarks
 from storage.weight_files import DINO_HUB, LAST_STEPS, QWEN_HUB, SIGLIP_HUB, fetching
@@ -103,7 +103,7 @@ def read_samples(demos: Demonstrations, deadline: float) -> list[Finding]:
 
 def misplaced(folder: Path, error: InputError) -> Finding:
     """A file that does not fit those beside it. It may be whole, so it is moved aside."""
-    pair, other = error.file.with_suffix(""), f"{folder}-aside"
+    pair, other = Path(str(error).partition(".h5")[0].partition(".json")[0]), f"{folder}-aside"
     mend = f"mkdir -p {quoted(other)} && mv {quoted(f'{pair}.h5', f'{pair}.json', f'{other}/')}"
     return Finding("missing", "--data", brief(error), "files of one robot in MS-HAB's tree", mend)
 
@@ -132,7 +132,8 @@ def pack_findings(folder: Path, seconds: float) -> list[Finding]:
         for name in random.sample(sorted(pack.hashes), len(pack.hashes)):
             if compared and time.monotonic() > deadline:
                 break
-            pack.verify(name)
+            if sha256(folder / name) != pack.hashes[name]:
+                raise damaged(folder, f"{folder / name}: its sha256 differs")
             compared += 1
     except (InputError, OSError) as error:
         again = f"python data.py pack --data DATA --out {quoted(folder)}"
