@@ -27,8 +27,7 @@ from scipy.stats import t as student
 
 from config import InputError
 from paper import COLUMNS, PAPER_COLUMNS, ROWS
-from storage.files import read_lines
-from storage.results import address, wilson
+from storage.results import read_episodes, wilson
 
 ALPHA, POWER_Z, Z = 0.05, 0.841621, 1.959964  # two-sided; power 0.8
 SEED_SD = 0.1  # assumed spread of a row's success rate from one training to the next
@@ -207,7 +206,8 @@ def read_cells(folder: Path) -> dict[str, dict[str, tuple[int, int]]]:
     for path in of_seeds(folder, "*/episodes.jsonl"):
         seed, task = path.parts[-3].removeprefix("seed-"), path.parts[-2]
         try:
-            episodes = {address(line): line["success_once"] for line in read_lines(path)}
+            lines = read_episodes(path.parent)
+            episodes = {key: line["success_once"] for key, line in lines.items()}
         except KeyError as error:
             raise InputError(f"{path}: a line lacks {error}, expected those of eval.py") from error
         for column in COLUMNS:

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from config import LOSSES, InputError, explained, quoted
 from paper import DEFAULT_ROW, ROWS
 from storage.files import read_json, read_lines, write
-from storage.results import IMPLIED, NOT_RUN, markdown, shown, success_table
+from storage.results import IMPLIED, NOT_RUN, columns_to_show, markdown, success_table
 from tools.tables import OTHERWISE, differs_text, lines_of
 
 FILM = re.compile(r"(.+)_(\d+)_(success|fail)")  # column, seed: how eval.py names a finished film
@@ -261,7 +261,7 @@ def in_html(found: dict, run: Path) -> str:
     jinja.globals |= dict(colours=STAGES, otherwise=OTHERWISE)
     rows = [{"label": name, "cells": cells} for name, cells in found["columns"].items()]
     stages = [{"label": name, "metrics": of} for name, of in found["validation"].items()]
-    more = dict(rows=rows, names=shown(found["columns"]), stages=stages, films=films)
+    more = dict(rows=rows, names=columns_to_show(found["columns"]), stages=stages, films=films)
     return jinja.get_template("report.html.j2").render(found, **more)
 
 

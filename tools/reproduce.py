@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from config import SUBTASKS, InputError, explained, quoted
 from paper import COLUMNS, PAPER_COLUMNS, ROWS, Row, preset_of
-from storage.files import read_lines, sole_writer, write
-from storage.results import address
+from storage.files import sole_writer, write
+from storage.results import read_episodes
 from tools.tables import differs_text, lines_of, write_table
 
 KEPT = ("config.json", "log.jsonl", "validation.json")  # of each stage
@@ -238,8 +238,7 @@ def flag(name: str, value) -> Iterable[str]:
 
 def missing(cfg: ReproduceConfig, name: str, seed: int, task: str) -> int:
     """How many of a cell's episodes are not in OUT."""
-    lines = read_lines(cfg.results / name / f"seed-{seed}" / task / "episodes.jsonl")
-    done = {address(line) for line in lines}
+    done = read_episodes(cfg.results / name / f"seed-{seed}" / task)
     wanted = [(column, i) for column in cfg.evaluated for i in range(cfg.episodes)]
     return sum(each not in done for each in wanted)
 
