@@ -13,7 +13,6 @@ OUT/results.json has the columns and their provenance. tools/report.py puts all 
 side by side, tools/compare.py compares two on equal seeds.
 """
 
-import json
 import platform
 import sys
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from typing import Literal
 import sapien
 import tyro
 
-from config import HORIZON, TASKS, InputError, explained
+from config import HORIZON, TASKS, InputError, user_errors
 from paper import COLUMNS, DEFAULT_ROW, EACH, OBJECTS, PAPER_COLUMNS, ROWS, sentences, targets
 from simulation.assets import apartment, asset_folder, check_assets, plan_files
 from simulation.env import articulations
@@ -40,7 +39,7 @@ from simulation.episodes import (
 from simulation.rl_expert import RLPolicy
 from simulation.workers import Workers
 from storage.checkpoint import read_manifest, resolve
-from storage.files import append, code_commit, read_json, sha256, sole_writer, write
+from storage.files import append, code_commit, read_json, sha256, sole_writer, write_json
 from storage.results import merge_settings, read_episodes, success_table, table
 from training.ranks import device_of
 
@@ -227,7 +226,7 @@ def conclude(cfg: EvalConfig, settings: dict) -> None:
     seeds = sorted({episode["seed"] for episode in episodes})
     manifest = settings | provenance(cfg) | {"seeds": seeds}
     results = {"columns": columns, "scenes": scenes, "manifest": manifest}
-    write(cfg.out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    write_json(cfg.out / "results.json", results)
     print("\n".join(["", *success_table({cfg.policy: columns}, {row.label: paper})]))
     for name, count in scenes.items():
         if count["reached"] < count["of"]:
@@ -245,11 +244,11 @@ def main(cfg: EvalConfig) -> None:
     with sole_writer(cfg.out):
         done = read_episodes(cfg.out, mend=True)
         settings = merge_settings(cfg.out, done, settings_of(cfg))
-        write(cfg.out / "config.json", json.dumps(settings, indent=1).encode())
+        write_json(cfg.out / "config.json", settings)
         run(cfg, done)
         conclude(cfg, settings)
 
 
 if __name__ == "__main__":
-    with explained():
+    with user_errors():
         main(tyro.cli(EvalConfig, description=__doc__))

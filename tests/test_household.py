@@ -138,7 +138,7 @@ def test_a_complete_folder_is_left_alone_and_another_seed_refused(generated, cap
     same, _ = generated
     generate(same, seed=0)
     assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(FileExistsError, match=f"mv {same} {same}-aside"):
+    with pytest.raises(InputError, match=f"mv {same} {same}-aside"):
         generate(same, seed=1)
 
 

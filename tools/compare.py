@@ -14,7 +14,7 @@ from typing import NamedTuple
 import tyro
 from tyro.conf import Positional
 
-from config import InputError, explained, quoted
+from config import InputError, quoted, user_errors
 from paper import COLUMNS
 from storage.results import markdown, read_episodes, wilson
 
@@ -120,5 +120,5 @@ def compare(a: Positional[Path], b: Positional[Path]) -> str:
 
 
 if __name__ == "__main__":
-    with explained():
+    with user_errors():
         print(tyro.cli(compare, description=__doc__))

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import tyro
 
-from config import ACTION_DIM, CAMERAS, IMAGE_SIZE, InputError, explained
+from config import ACTION_DIM, CAMERAS, IMAGE_SIZE, InputError, user_errors
 from policy import Policy
 
 try:
@@ -107,5 +107,5 @@ def main(cfg: ServeConfig) -> None:
 
 
 if __name__ == "__main__":
-    with explained(), suppress(KeyboardInterrupt):
+    with user_errors(), suppress(KeyboardInterrupt):
         main(tyro.cli(ServeConfig, description=__doc__))
