@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from config import LABELS, InputError, TrainConfig, explained
+from config import LABELS, RECORDED_ACTIONS, InputError, TrainConfig, user_errors
 from data import ActionStats, Batcher, Frames, StepOrder, check_batch, loader, open_frames
 from decoders import BatchNorm
 from flow_head import draw_noise
@@ -65,7 +65,7 @@ def step_noise(cfg: TrainConfig, step: int, ranks: Ranks) -> dict[str, Tensor]:
     Drawn for the global batch, so that a step does not depend on the number of processes.
     """
     generator = torch.Generator().manual_seed(cfg.seed * 2**32 + step)
-    noise, t = draw_noise(cfg.batch_size, cfg.model.flow.action_horizon, generator)
+    noise, t = draw_noise(cfg.batch_size, RECORDED_ACTIONS, generator)
     mine = slice(ranks.rank, None, ranks.world)
     return {"noise": noise[mine].to(ranks.device), "t": t[mine].to(ranks.device)}
 
@@ -348,5 +348,5 @@ def describe(
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
-    with explained():
+    with user_errors():
         sys.exit(main(parse(description=__doc__)))
