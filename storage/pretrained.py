@@ -280,11 +280,13 @@ def read_parts(
     parts = {"projector": {}, "llm": {}, "dino": {}, "siglip": {}}
     if whole := sources.get("vlm"):
         folder, tensors = read(whole)
-        prismatic = any(key.startswith("llm_backbone/") for key in tensors)
+        prismatic = any("/" in key for key in tensors)
         names = weight_names.PRISMATIC if prismatic else weight_names.OPENVLA
         for key, tensor in translate(tensors, names, (), whole).items():
             part, _, key = key.partition("/")
             parts[part][key] = tensor
+        if lacking := [part for part in ("projector", "llm") if not parts[part]]:
+            raise PretrainedError(f"{whole}: has no tensors of the {' and '.join(lacking)}")
         yield "projector.", parts["projector"]
         # Only a VLA's config.json has "vla" (Prismatic) or "norm_stats" (openvla).
         if {"vla", "norm_stats"} & set(read_json(folder / "config.json")):
