@@ -32,7 +32,7 @@ from storage import checkpoint
 from storage.checkpoint import whole
 from storage.files import sole_writer
 from storage.h5 import Index, label_command
-from storage.pretrained import load_pretrained, source_of
+from storage.pretrained import load_pretrained
 from storage.tokenizer import build_tokenizer, tokenize
 from training.checks import disk, packages, require, shared_memory
 from training.log import Log, Saver
@@ -82,16 +82,17 @@ def micro_batches(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]
 def prepare(cfg: TrainConfig, ranks: Ranks) -> tuple[AuxVLA, dict, Path | None]:
     """The model, its manifest (statistics, tokenizer), the checkpoint to resume from, if any."""
     torch.manual_seed(cfg.seed)  # the same weights on every rank
-    model = AuxVLA(cfg.model, flow_head=cfg.stage == 3)
     # The main rank alone hashes the files.
     found = ranks.decided(lambda: str(checkpoint.resumable(Path(cfg.out), cfg.resume) or ""))
     resumed = Path(found) if found else None
     source = resumed or (checkpoint.resolve(cfg.init_from) if cfg.init_from else None)
+    from_file = bool(source or cfg.pretrained)
+    model = AuxVLA(cfg.model, flow_head=cfg.stage == 3, meta=from_file)
     if source is None:
         if cfg.stage == 2 and not cfg.row and ranks.is_main:
             print("stage 2 without --init-from RUN/stage1: naive co-training (Table 2)")
         build_tokenizer(cfg.model.llm)  # fails now rather than after all weights were read
-        hashes = load_pretrained(model.vlm, source_of(cfg.pretrained)) if cfg.pretrained else {}
+        hashes = load_pretrained(model.vlm, cfg.pretrained) if cfg.pretrained else {}
         return model, {"pretrained": hashes}, None
     # resumable() has compared the hashes of what we resume; a stage starts without the moments.
     manifest = checkpoint.read_manifest(source, verify=not resumed, moments=bool(resumed))

@@ -15,7 +15,7 @@ LAYERS = (
     "decoders flow_head",
     "model",
     "storage/files storage/results storage/trajectory storage/weight_names",
-    "storage/download storage/weight_files storage/recording storage/tokenizer storage/h5",
+    "storage/download storage/recording storage/tokenizer storage/h5",
     "storage/checkpoint storage/pretrained storage/pack",
     "data",
     "training/ranks",

@@ -29,9 +29,9 @@ from storage.h5 import (
     task_and_subtask,
 )  # fmt: skip
 from storage.pack import Pack, damaged
+from storage.pretrained import HUB, LAST_STEPS, download_command
 from storage.tokenizer import build_tokenizer, check_tokenizer
 from storage.trajectory import DataError, remarks
-from storage.weight_files import DINO_HUB, LAST_STEPS, QWEN_HUB, SIGLIP_HUB, fetching
 from training.checks import Finding, brief, size
 
 SECONDS = 4.0  # for samples of demonstrations or a pack
@@ -199,17 +199,16 @@ def pretrained_weights(name: str, preset: str, tokenizer: str | None = None) -> 
     try:
         with torch.device("meta"):
             vlm = VLM(cfg)
-        pretrained.load_pretrained(vlm, pretrained.source_of(name), headers=True)
+        pretrained.load_pretrained(vlm, name, headers=True)
         found = [Finding("ok", "--pretrained", f"{name}: all keys and shapes of --preset {preset}")]
     except InputError as error:
-        hubs = (DINO_HUB, SIGLIP_HUB, QWEN_HUB)
-        part = next((hub for hub in hubs if Path(hub).name in brief(error)), None)
+        part = next((hub for hub in HUB.values() if Path(hub).name in brief(error)), None)
         whole = PRESETS[preset].get("pretrained") or TrainConfig.pretrained
         if name in ("hub", whole, *LAST_STEPS):  # those are in the hub's cache
-            mend = fetching(part or (whole if name == "hub" else name))
+            mend = download_command(part or (whole if name == "hub" else name))
         else:
             folder = Path(name, Path(part).name) if part else Path(name)
-            mend = fetching(part or whole, folder)
+            mend = download_command(part or whole, folder)
             if folder.is_dir():  # which may be whole, and another model's
                 mend = f"mv {quoted(folder, f'{folder}-aside')} && {mend}"
         expected = f"the weights of --preset {preset}"
