@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from config import RECORDED_ACTIONS, InputError, TrainConfig, user_errors
-from data import Batcher, StepOrder, check_batch, loader, open_frames
+from data import StepOrder, check_batch, loader, make_batch, open_frames
 from decoders import BatchNorm
 from flow_head import draw_noise
 from model import AuxVLA, label_counts
@@ -179,7 +179,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
         checkpoint.load_optimizer(model, optimizer, start.folder)
     stats, tokenizer = prepare_data(cfg, frames, start)
     prompts = tokenize(frames.source.instructions, tokenizer, cfg.model.llm)
-    batcher = Batcher(cfg.model, stats, prompts)
+    prompts = tuple(each.to(device) for each in prompts)  # ids and mask, each [n, L]
     manifest = describe_run(cfg, frames, stats, pretrained, start)
     step, skipped, stopped = start.step, 0, False
     order = StepOrder(
@@ -199,7 +199,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
     with signals() as stop, closing(saver):
         for raw in loader(frames, order, cfg.workers):
             log.data_arrived()
-            batch = batcher(raw, device)
+            batch = make_batch(raw, stats, prompts, cfg.model)
             if step == order.first:
                 check_batch(batch, cfg.model)
             batch["counts"] = global_counts(batch, stop(), ranks)
@@ -223,7 +223,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
                 saver.save(step, model, optimizer, manifest, tokenizer.to_str())
             if validates and (step % cfg.val_every == 0 or last):
                 began = time.perf_counter()
-                figures = validate(model, held_out, batcher, cfg, device)
+                figures = validate(model, held_out, stats, prompts, cfg)
                 saver.rate(step, figures[0]["flow" if cfg.stage == 3 else "action"])
                 if is_main:
                     log.write_validation(step, *figures, time.perf_counter() - began)

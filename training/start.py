@@ -12,7 +12,7 @@ from data import ActionStats, Frames
 from model import AuxVLA
 from storage import checkpoint
 from storage.h5 import label_command
-from storage.pretrained import load_pretrained, source_of
+from storage.pretrained import load_pretrained
 from storage.tokenizer import build_tokenizer
 from training.ranks import Ranks
 
@@ -86,7 +86,8 @@ def settle_config(cfg: TrainConfig, start: Start, frames: Frames, is_main: bool)
 def build_model(cfg: TrainConfig, start: Start, is_main: bool) -> tuple[AuxVLA, dict]:
     """The model with its weights; sha256 of the files of public weights."""
     torch.manual_seed(cfg.seed)  # the same weights on every rank
-    model = AuxVLA(cfg.model, flow_head=cfg.stage == 3)
+    from_file = bool(start.folder or cfg.pretrained)
+    model = AuxVLA(cfg.model, flow_head=cfg.stage == 3, meta=from_file)
     if start.folder:
         checkpoint.load_weights(model, start.folder, new=() if start.resumed else ("flow_head.",))
         if is_main:
@@ -97,7 +98,7 @@ def build_model(cfg: TrainConfig, start: Start, is_main: bool) -> tuple[AuxVLA, 
     if cfg.stage == 2 and not cfg.row and is_main:
         print("stage 2 without --init-from RUN/stage1: naive co-training (Table 2)")
     build_tokenizer(cfg.model.llm)  # a missing tokenizer fails here, before weights are read
-    return model, load_pretrained(model.vlm, source_of(cfg.pretrained)) if cfg.pretrained else {}
+    return model, load_pretrained(model.vlm, cfg.pretrained) if cfg.pretrained else {}
 
 
 def prepare_data(cfg: TrainConfig, frames: Frames, start: Start) -> tuple[ActionStats, Tokenizer]:
