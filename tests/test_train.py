@@ -22,7 +22,6 @@ from model import AuxVLA
 from paper import parse
 from policy import Policy
 from storage import checkpoint
-from storage.checkpoint import CheckpointError
 from storage.files import read_json, sha256, write_json
 from storage.pack import pack
 from storage.tokenizer import build_tokenizer, tokenize
@@ -311,7 +310,7 @@ def test_stage_3_without_a_trained_vlm_is_refused(data, tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused_naming_the_difference(data, stage1, tmp_path):
     args = [*flags(data, tmp_path / "out", stage=2, init_from=stage1), "--model.llm.depth", "3"]
-    with pytest.raises(CheckpointError, match=r"model.llm.depth: 3 here, 4 there"):
+    with pytest.raises(InputError, match=r"model.llm.depth: 3 here, 4 there"):
         main(parse(args))
 
 
@@ -327,7 +326,7 @@ def test_a_run_from_before_a_setting_existed_goes_on(data, stage1, tmp_path):
     manifest = read_json(path)
     del manifest["config"]["model"]["freeze_vision"], manifest["config"]["cooldown"]
     write_json(path, manifest)
-    with pytest.raises(CheckpointError, match=r"cooldown: 0.4 here, 0.0 there"):
+    with pytest.raises(InputError, match=r"cooldown: 0.4 here, 0.0 there"):
         run(data, tmp_path / "out", steps=5)
     run(data, tmp_path / "out", steps=5, cooldown=0)
     assert checkpoint.newest(tmp_path / "out").name == "step-00000005"
@@ -341,7 +340,7 @@ def test_a_checkpoint_knows_the_sentences_that_it_was_trained_on_and_no_others(d
 
 
 def test_a_changed_flag_does_not_resume_silently(data, stage1):
-    with pytest.raises(CheckpointError, match=r"lr: 0.5 here, 0.0003 there"):
+    with pytest.raises(InputError, match=r"lr: 0.5 here, 0.0003 there"):
         run(data, stage1, steps=5, lr=0.5)
 
 
@@ -380,7 +379,7 @@ def test_where_no_checkpoint_can_be_used_nothing_is_begun_anew(fault, data, stag
     else:
         flip(folder / "model.safetensors")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    with pytest.raises(CheckpointError, match=fault):
+    with pytest.raises(InputError, match=fault):
         run(data, out)
     before |= {out / ".lock": (out / ".lock").read_bytes()}  # the process that looked
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
@@ -405,7 +404,7 @@ def test_a_full_disk_ends_packing_without_half_a_block(data, small_disk):
 
 def test_other_data_than_before_is_not_resumed_on(data, stage1, tmp_path):
     write_demos(tmp_path / "set_table/close/fridge", lengths=(30, 30))
-    with pytest.raises(CheckpointError, match="Give the same data"):
+    with pytest.raises(InputError, match="Give the same data"):
         run(tmp_path, stage1, steps=5)
 
 
