@@ -15,7 +15,7 @@ from test_eval import outcomes, trained  # noqa: F401  a fixture
 from config import TASKS, InputError
 from eval import EvalConfig, main
 from paper import OBJECTS, targets
-from simulation.episodes import count_scenes
+from simulation.plans import count_scenes
 from simulation.workers import Workers
 from storage.files import append, read_lines
 from tools.compare import Pairs, compare

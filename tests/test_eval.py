@@ -206,14 +206,22 @@ def test_without_flags_the_newest_stage_of_the_run_acts(trained, tmp_path, monke
     assert choose(EvalConfig(policy="random", run="mine")).out == Path("runs/mine/eval-random")
 
 
-def test_a_simulator_process_loads_neither_tools_nor_a_plotting_library(assets):
+def loaded_by(program: str) -> set[str]:
+    return set(start("-c", f"{program}; import sys; print(*sys.modules)").communicate()[0].split())
+
+
+def test_the_main_process_loads_no_simulator_and_its_workers_no_tools(assets):
     """mani_skill itself imports matplotlib and imageio, but draws nothing."""
-    program = "import sys, mani_skill.envs, mshab.envs; mani_skill = {*sys.modules}; "
-    program += "import eval, collect; print(*{*sys.modules} - mani_skill)"
-    loaded = start("-c", program).communicate()[0].split()
+    main_process, worker = (
+        loaded_by("import eval, collect"),
+        loaded_by("import simulation.episodes, simulation.demonstrations"),
+    )
+    alone = loaded_by("import mani_skill.envs, mshab.envs")
     unwanted = ("tools", "matplotlib", "jinja2", "imageio", "transformers", "simulation.film")
-    assert "simulation.episodes" in loaded
-    assert not [name for name in loaded if name.startswith(unwanted)]
+    assert "policy" in worker
+    for loaded in (worker - alone, main_process):
+        assert not [name for name in loaded if name.startswith(unwanted)]
+    assert not {"mani_skill", "mshab", "sapien"} & main_process
 
 
 def test_the_random_policy_runs_through_the_same_code(assets, tmp_path):

@@ -80,7 +80,7 @@ def generated(assets, tmp_path_factory) -> tuple[Path, Path]:
 
 
 def run(task: str, subtask: str, target: str, split: str) -> dict:
-    """The results of three episodes of an environment."""
+    """The results of an environment's episodes."""
     env = SubtaskEnv(task, subtask, target, split)
     choices = [env.choose(seed) for seed in range(20)]
     first = env.reset(0)
@@ -95,7 +95,7 @@ def run(task: str, subtask: str, target: str, split: str) -> dict:
         names=env.qpos_names,
         schema=env.action_schema,
     )
-    for seed in (3, 4, 0):
+    for seed in (3, 0):
         obs = env.reset(seed)
         report["mask"] += int(env.masks(obs).sum())
         words = dict(instruction=env.instruction, target=env.target)

@@ -22,11 +22,12 @@ from mshab.envs.wrappers import FetchActionWrapper, FetchDepthObservationWrapper
 from mshab.utils.array import to_tensor
 from processes import start
 
-from collect import CollectConfig, attempt
+from collect import CollectConfig
 from config import InputError
 from eval import EvalConfig
 from eval import main as evaluate
 from household.expert import ScriptedExpert
+from simulation.demonstrations import attempt
 from simulation.env import SubtaskEnvs
 from simulation.rl_expert import RLPolicy
 from storage.h5 import Demonstrations
@@ -219,7 +220,7 @@ def collect(out: Path, policies: Path, *flags) -> tuple[int, str]:
 def test_a_policy_that_never_succeeds_ends_with_that_sentence(roots, tmp_path):
     code, message = collect(tmp_path, roots["sac"], "--episodes", 1, "--max-attempts", 1)
     assert code == 1 and "Traceback" not in message
-    assert "given up, 0 of 1 attempts of the rl expert succeeded, 1 were wanted" in message
+    assert "stopped, 0 of 1 attempts of the rl expert succeeded, 1 were wanted" in message
     parts = tmp_path.joinpath(*ADDRESS).with_suffix(".parts")
     assert [path.name for path in parts.iterdir()] == ["attempts.jsonl"]  # and no episode
 
