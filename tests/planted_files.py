@@ -15,7 +15,7 @@ from planted import ROOT, fault
 from safetensors.torch import load_file, save_file
 
 from config import TINY_MODEL
-from data import Batcher, to_tensors
+from data import make_batch, raw_batch
 from policy import Policy
 from storage import checkpoint
 from storage.files import read_json, sha256, write_json
@@ -108,9 +108,9 @@ def demonstrations_under_another_name(plant):
     return demonstrations(plant.tmp / "rearrange")
 
 
-@fault("frames-00000.bin: .*sha256 differs", "mv (.*) .*damaged && python data.py pack .* \\1$")
+@fault("kitchen_counter.npy: .*sha256 differs", "mv (.*) .*damaged && python data.py pack .* \\1$")
 def a_changed_byte_in_a_pack(plant):
-    flip(plant.copy("pack") / "frames-00000.bin")
+    flip(plant.copy("pack") / "set_table/close/kitchen_counter.npy")
     return demonstrations(plant.tmp / "pack")
 
 
@@ -219,7 +219,7 @@ def write_known(policy: Policy, folder: Path) -> None:
     raw = Demonstrations(shutil.copytree(folder / "known", folder / "pictures"))
     cfg, records = policy.model.cfg, raw.read(np.arange(len(raw)))
     prompts = tokenize(raw.instructions, policy.tokenizer, cfg.llm)
-    batch = Batcher(cfg, policy.stats, prompts)(to_tensors(records), policy.device)
+    batch = make_batch(raw_batch(records[:, None]), policy.stats, prompts, cfg)
     actions = policy.stats.denormalize(policy.model.act(batch)[0][:, 0]).numpy()
     for begin, episode in zip(raw.starts, raw.episodes):
         with h5py.File(folder / "known" / episode.file, "r+") as file:
