@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from processes import start
 
-from collect import CollectConfig
+from collect import CollectConfig, main
 from config import InputError
 from storage.recording import Recording, encode
 
 EPISODES = 3
+TARGET = ("set_table", "close", "kitchen_counter")
 
 
 def collect(out: Path, workers: int = 1) -> subprocess.Popen:
@@ -154,10 +155,10 @@ def test_a_killed_run_of_two_workers_goes_on_to_what_one_worker_records(referenc
     assert not parts.exists()
 
 
-def test_asking_again_does_nothing(reference):
+def test_asking_again_does_nothing(reference, capsys):
     before = reference.read_bytes()
-    assert "already there" in finish(collect(reference.parents[2]))
-    assert reference.read_bytes() == before
+    main(CollectConfig(*TARGET, reference.parents[2], EPISODES))
+    assert "already there" in capsys.readouterr().out and reference.read_bytes() == before
 
 
 def test_what_was_recorded_succeeds_again_where_its_plans_are_named(assets, reference, tmp_path):
@@ -170,16 +171,16 @@ def test_what_was_recorded_succeeds_again_where_its_plans_are_named(assets, refe
     assert "subtask_uid is None, expected" in message and "Traceback" not in message
 
 
-def test_episodes_of_another_apartment_are_not_added_to_a_file(assets, reference, tmp_path):
+def test_episodes_of_another_apartment_are_not_added_to_a_file(
+    assets, reference, tmp_path, monkeypatch
+):
     shutil.copytree(reference.parents[2], tmp_path / "data")
     other = shutil.copytree(assets, tmp_path / "other")
     about = json.loads((other / "household.json").read_text())
     (other / "household.json").write_text(json.dumps(about | {"seed": about["seed"] + 1}))
-    flags = "--task set_table --subtask close --target kitchen_counter --episodes 9"
-    process = start(
-        "collect.py", *flags.split(), "--out", tmp_path / "data", MS_ASSET_DIR=str(other)
-    )
-    assert "has episodes of {" in finish(process, code=1)
+    monkeypatch.setenv("MS_ASSET_DIR", str(other))
+    with pytest.raises(InputError, match=r"has episodes of \{"):
+        main(CollectConfig(*TARGET, tmp_path / "data", episodes=9))
     assert_same(h5_of(tmp_path / "data"), reference)
 
 
