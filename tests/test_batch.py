@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from mshab.envs.planner import plan_data_from_file
+from sapien import physx
 from tiny_run import observation
 
 import collect
@@ -27,10 +28,11 @@ from household.expert import ScriptedExpert
 from model import AuxVLA
 from paper import OBJECTS, targets
 from policy import Policy
-from simulation import episodes as rollout
+from simulation import demonstrations, plans
 from simulation.assets import plan_files
-from simulation.env import SENSORS, SubtaskEnvs, articulations
-from simulation.episodes import Job, Outcome, RandomPolicy, batches, run_episodes
+from simulation.env import SENSORS, SubtaskEnvs
+from simulation.episodes import Outcome, RandomPolicy, run_episodes
+from simulation.plans import Job, articulations, batches
 from storage.files import append, read_lines
 from storage.recording import Recording
 from storage.results import read_episodes
@@ -273,18 +275,18 @@ def contents(part: bytes) -> dict:
 
 
 def test_a_recorded_episode_is_what_it_is_alone_and_ends_when_it_does(three, monkeypatch):
-    monkeypatch.setattr(collect, "HORIZON", 4)
+    monkeypatch.setattr(demonstrations, "HORIZON", 4)
     two, seeds = three[:2], [4, 1]
-    together = collect.attempt(Lucky(*two), Experts(*two), seeds)
-    (first,) = collect.attempt(Lucky(two[0]), Experts(two[0]), seeds[:1])
-    (second,) = collect.attempt(two[0], ScriptedExpert(two[0]), seeds[1:])
+    together = demonstrations.attempt(Lucky(*two), Experts(*two), seeds)
+    (first,) = demonstrations.attempt(Lucky(two[0]), Experts(two[0]), seeds[:1])
+    (second,) = demonstrations.attempt(two[0], ScriptedExpert(two[0]), seeds[1:])
     assert [each[:2] for each in together] == [(True, 2), (False, 4)]
     for ours, alone in zip(together, (first, second), strict=True):
         assert contents(ours[2]) == contents(alone[2])
     found = contents(together[1][2])
     masks = [found[f"traj_0/labels/seg/{camera}"] for camera in SENSORS]
     assert 0 < np.mean(masks) < 0.1  # the bowl in the drawer
-    assert collect.attempt(Lucky(*two), Experts(*two), seeds[:1])[0][:2] == (True, 2)
+    assert demonstrations.attempt(Lucky(*two), Experts(*two), seeds[:1])[0][:2] == (True, 2)
 
 
 def test_what_is_recorded_at_once_is_the_lowest_seeds_with_one_cupboard(tmp_path):
@@ -348,7 +350,7 @@ def test_what_a_gpu_simulation_loads_is_looked_for_before_any_worker_starts(
     cuda, content, download, message, tmp_path, monkeypatch
 ):
     """In a home folder of its own, without a way to GitHub."""
-    monkeypatch.setattr(rollout, "device_of", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(plans, "device_of", lambda device: torch.device("cuda"))
     monkeypatch.setenv("HOME", str(tmp_path))
     for proxy in ("HTTPS_PROXY", "https_proxy"):
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")
@@ -356,16 +358,16 @@ def test_what_a_gpu_simulation_loads_is_looked_for_before_any_worker_starts(
         # Any library will do: SAPIEN loads it and asks it for nothing yet.
         (tmp_path / "libcuda.so").symlink_to(np._core._multiarray_umath.__file__)
         monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
-        monkeypatch.setattr(rollout.ctypes, "CDLL", lambda name: None)
-        assert "the first --envs downloads it" in rollout.check_gpu_physics(download=False)
+        monkeypatch.setattr(plans.ctypes, "CDLL", lambda name: None)
+        assert "the first --envs downloads it" in plans.check_gpu_physics(download=False)
     if content:
-        library = tmp_path / ".sapien/physx" / rollout.physx.version() / "libPhysXGpu_64.so"
+        library = tmp_path / ".sapien/physx" / physx.version() / "libPhysXGpu_64.so"
         library.parent.mkdir(parents=True)
         library.write_bytes(content)
     with pytest.raises(InputError, match=message):
         if download:
             main(EvalConfig(tmp_path / "eval", policy="random", envs=4))
-        rollout.check_gpu_physics(download=False)
+        plans.check_gpu_physics(download=False)
     assert not (tmp_path / "eval").exists()
 
 

@@ -9,13 +9,13 @@ from itertools import product
 
 import numpy as np
 import pytest
-from processes import REPOSITORY, start
+from processes import REPOSITORY
 from test_eval import outcomes, trained  # noqa: F401  a fixture
 
 from config import TASKS, InputError
 from eval import EvalConfig, main
 from paper import OBJECTS, targets
-from simulation.episodes import count_scenes
+from simulation.plans import count_scenes
 from simulation.workers import Workers
 from storage.files import append, read_lines
 from tools.compare import Pairs, compare
@@ -74,13 +74,10 @@ def test_thirty_seeds_reach_every_scene_of_every_task_here(assets, tmp_path):
 
 
 def test_a_learned_policy_takes_the_same_actions_in_one_process_and_in_two(trained, tmp_path):  # noqa: F811
-    flags = "--columns close_drawer --episodes 2 --horizon 5 --device cpu --checkpoint"
+    chosen = dict(columns=("close_drawer",), episodes=2, horizon=5, device="cpu")
     for workers in (1, 2):
-        run = start(
-            "eval.py", *flags.split(), trained, "--workers", workers, "--out",
-            tmp_path / str(workers),
-        )  # fmt: skip
-        assert run.wait() == 0, run.communicate()
+        out = tmp_path / str(workers)
+        main(EvalConfig(out, checkpoint=trained, workers=workers, **chosen))
     one, two = (outcomes(tmp_path / name) for name in ("1", "2"))
     assert one == two and len({dict(episode)["actions"] for _, episode in one}) == 2
 

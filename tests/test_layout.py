@@ -21,10 +21,10 @@ LAYERS = (
     "training/ranks",
     "training/checks training/log training/validation training/memory training/start",
     "policy",
-    "simulation/assets simulation/workers simulation/film simulation/rl_expert",
+    "simulation/assets simulation/plans simulation/workers simulation/film simulation/rl_expert",
     "simulation/env",
     "household/furniture household/robot household/episodes household/expert",
-    "simulation/episodes household/assets",
+    "simulation/episodes simulation/demonstrations household/assets",
     "train eval collect",
     "tools/*",
 )

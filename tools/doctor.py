@@ -134,7 +134,7 @@ def simulator() -> list[Finding]:
 
 def gpu_physics() -> list[Finding]:
     """What eval.py and collect.py --envs N load."""
-    check = "from simulation.episodes import check_gpu_physics as c; print(c(download=False))"
+    check = "from simulation.plans import check_gpu_physics as c; print(c(download=False))"
     code, output = start("-c", check)
     state = "ok" if code == 0 else "missing"
     return [Finding(state, "PhysX on a GPU", (output.splitlines() or [""])[-1])]
