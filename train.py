@@ -223,7 +223,7 @@ def take_step(
 def distribute(model: AuxVLA, cfg: TrainConfig, ranks: Ranks) -> nn.Module:
     """The model on its device, divided or copied among the ranks: what forward passes go through.
 
-    Afterwards model.trained() are the parameters to optimize.
+    Afterwards model.trained_parts() are the parameters to optimize.
     """
     if ranks.world == 1:
         return model.to(ranks.device)
@@ -257,8 +257,8 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
     model.train_stage(cfg.stage)  # before DDP, which registers what requires a gradient
     model.prepare_blocks(cfg.recompute, cfg.compile)
     ddp = distribute(model, cfg, ranks)
-    params, moving = model.trained(), moving_buffers(model)
-    parts = [{"params": part} for part in model.trained_parts()]
+    parts, moving = [{"params": part} for part in model.trained_parts()], moving_buffers(model)
+    params = [parameter for part in parts for parameter in part["params"]]
     optimizer = torch.optim.Adam(parts, lr=cfg.lr, betas=cfg.betas, fused=True)  # Sec. 6.1
     if resumed:
         checkpoint.load_optimizer(model, optimizer, resumed)
