@@ -304,10 +304,9 @@ def test_training_learns_the_actions_and_the_labels_of_held_out_frames(data, tmp
 # --- What it refuses, and what it survives ---
 
 
-def test_stage_3_without_a_trained_vlm_is_refused(data, tmp_path, capsys):
-    with pytest.raises(SystemExit):
+def test_stage_3_without_a_trained_vlm_is_refused(data, tmp_path):
+    with pytest.raises(InputError, match="stage 3 starts from stage 2: give --init-from"):
         run(data, tmp_path, stage=3)
-    assert "--init-from" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_model_is_refused_naming_the_difference(data, stage1, tmp_path):
