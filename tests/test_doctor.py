@@ -18,7 +18,7 @@ from originals import save_prismatic
 from safetensors.torch import load_file, save_file
 
 from config import InputError
-from data import Batcher, to_tensors
+from data import make_batch, raw_batch
 from paper import parse
 from policy import Policy
 from storage.checkpoint import steps_in
@@ -73,7 +73,7 @@ def write_known(policy: Policy, folder: Path) -> None:
     raw = Demonstrations(shutil.copytree(folder / "known", folder / "images"))
     cfg, records = policy.model.cfg, raw.read(np.arange(len(raw)))
     prompts = tokenize(raw.instructions, policy.tokenizer, cfg.llm)
-    batch = Batcher(cfg, policy.stats, prompts)(to_tensors(records), policy.device)
+    batch = make_batch(raw_batch(records[:, None]), policy.stats, prompts, cfg)
     actions = policy.stats.denormalize(policy.model.act(batch)[0][:, 0]).numpy()
     for begin, episode in zip(raw.starts, raw.episodes):
         with h5py.File(folder / "known" / episode.file, "r+") as file:
@@ -193,7 +193,7 @@ def a_folder_without_demonstrations(plant):
     return doctor.check_data(str(plant.tmp))
 
 
-@fault("fridge.h5, traj_0.*cannot be read.*Download or record it again")
+@fault("fridge.h5.*cannot be read.*Download or record it again")
 def an_h5_that_is_cut_off(plant):
     file = plant.copy("demos") / "set_table/close/fridge.h5"
     os.truncate(file, file.stat().st_size // 2)
@@ -371,7 +371,8 @@ def test_setup_stops_at_a_gpu_without_vulkan_until_the_cpu_is_chosen(plant):
     for name in ("bin", "lib", "pyvenv.cfg"):  # as if installed, in a copy that may be written to
         (plant.tmp / ".venv").mkdir(exist_ok=True)
         (plant.tmp / ".venv" / name).symlink_to(Path(sys.prefix) / name)
-    (plant.tmp / "requirements.txt").touch()
+    for name in ("requirements.txt", "constraints.txt"):
+        (plant.tmp / name).touch()
     (plant.tmp / "tools").symlink_to(ROOT / "tools")
     plant.program("nvidia-smi", "a GPU")
     plant.program("apt-get", "")

@@ -14,7 +14,7 @@ LAYERS = (
     "backbone",
     "decoders flow_head",
     "model",
-    "storage/files storage/results storage/chunks storage/trajectory storage/weight_names",
+    "storage/files storage/results storage/trajectory storage/weight_names",
     "storage/download storage/weight_files storage/recording storage/tokenizer storage/h5",
     "storage/checkpoint storage/pretrained storage/pack",
     "data",

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from config import InputError, TrainConfig, quoted
-from data import Batcher, Frames, open_data
+from data import Frames, make_batch, open_data
 from model import actions_to_bins
 from policy import Policy
 from storage.checkpoint import differences
+from storage.h5 import Index
 from storage.tokenizer import tokenize
 
 SECONDS = 60.0  # for held-out frames
@@ -48,7 +49,7 @@ def check_policy(
 
     def predict(raw: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logits of the 13 tokens [B, 13, bins] and the recorded tokens [B, 13]."""
-        batch = Batcher(cfg, policy.stats, prompts)(raw, policy.device)
+        batch = make_batch(raw, policy.stats, prompts, cfg)
         logits = policy.model.teacher_forced(batch)[0].cpu()
         return logits, actions_to_bins(batch["actions"][:, 0], cfg.bins).cpu()
 
@@ -61,7 +62,7 @@ def check_policy(
     return "\n".join(lines)
 
 
-def compare_names(manifest: dict, data) -> list[str]:
+def compare_names(manifest: dict, data: Index) -> list[str]:
     """Compare the names of actions and joints, slot by slot."""
     lines = []
     for key in ("action_schema", "qpos_names"):
