@@ -23,8 +23,8 @@ LAYERS = (
     "policy",
     "simulation/assets simulation/workers simulation/film simulation/rl_expert",
     "simulation/env",
-    "simulation/episodes household/furniture household/robot household/episodes",
-    "household/assets household/expert",
+    "household/furniture household/robot household/episodes household/expert",
+    "simulation/episodes household/assets",
     "train eval collect",
     "tools/*",
 )

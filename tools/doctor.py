@@ -34,7 +34,7 @@ from packaging.requirements import Requirement
 from config import LABELS, PRESETS, InputError, TrainConfig, model_config, quoted, user_errors
 from data import open_data
 from model import VLM, AuxVLA
-from simulation.assets import assets
+from simulation.assets import check_assets
 from storage.h5 import label_command
 from storage.pretrained import load_pretrained, source_of
 from storage.tokenizer import build_tokenizer
@@ -83,11 +83,6 @@ def run(*command: str) -> str:
 
 
 # ADAPTERS
-def check_assets():
-    checks.require(assets())
-    return "whole"
-
-
 def check_shared_memory(**numbers):
     checks.require(checks.shared_memory(**numbers))
     return "enough"
