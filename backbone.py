@@ -21,7 +21,7 @@ from config import LLMConfig, ModelConfig, VisionConfig
 
 
 def draw_normal(*shape: int, std: float) -> Tensor:
-    """Initial values ~ N(0, std^2); none on the meta device, where drawing imports torch._dynamo."""
+    """Initial values ~ N(0, std^2); none on the meta device: drawing imports torch._dynamo."""
     weight = torch.empty(shape)
     return weight if weight.is_meta else weight.normal_(std=std)
 
