@@ -19,7 +19,7 @@ LAYERS = (
     "storage/checkpoint storage/pretrained storage/pack",
     "data",
     "training/ranks",
-    "training/checks training/log training/validation training/memory training/start",
+    "training/log training/validation training/memory training/start",
     "policy",
     "simulation/assets simulation/plans simulation/workers simulation/film simulation/rl_expert",
     "simulation/env",

@@ -36,12 +36,11 @@ from data import open_data
 from model import VLM, AuxVLA
 from simulation.assets import check_assets
 from storage.h5 import label_command
-from storage.pretrained import load_pretrained, source_of
+from storage.pretrained import load_pretrained
 from storage.tokenizer import build_tokenizer
 from storage.trajectory import remarks
-from storage.weight_files import fetching
 from tools.check_policy import check_policy
-from training import checks
+from training.memory import check_shared_memory
 from training.ranks import join
 
 ROOT = Path(__file__).parents[1]
@@ -82,15 +81,6 @@ def run(*command: str) -> str:
     return output
 
 
-# ADAPTERS
-def check_shared_memory(**numbers):
-    checks.require(checks.shared_memory(**numbers))
-    return "enough"
-
-
-# END ADAPTERS
-
-
 # --- Software and machine ---
 
 
@@ -101,18 +91,6 @@ def check_python(found: tuple[int, ...] = sys.version_info) -> str:
     return text
 
 
-<<<<<<< HEAD
-def gpu_physics() -> list[Finding]:
-    """What eval.py and collect.py --envs N load."""
-    check = "from simulation.plans import check_gpu_physics as c; print(c(download=False))"
-    code, output = start("-c", check)
-    state = "ok" if code == 0 else "missing"
-    return [Finding(state, "PhysX on a GPU", (output.splitlines() or [""])[-1])]
-
-
-def apartment() -> list[Finding]:
-    """MS_ASSET_DIR's folders, and a sample of its files."""
-=======
 def check_packages(requirements: Path = ROOT / "requirements.txt") -> str:
     """Check requirements.txt, then what the installed packages require of each other."""
     lines = requirements.read_text(encoding="utf-8").splitlines()
@@ -128,7 +106,6 @@ def check_packages(requirements: Path = ROOT / "requirements.txt") -> str:
             raise InputError(
                 f"{need.name} {found}, expected {need}: {PIP} -r {quoted(requirements)}"
             )
->>>>>>> tools
     try:
         run("-m", "pip", "check")
     except InputError as error:
@@ -181,6 +158,11 @@ def check_disk(out: str, part: str, preset: str) -> str:
             f"{preset}. Give an --out on a larger disk: df -h"
         )
     return f"{place}: {free / 1e9:.1f} GB free"
+
+
+def check_loaders(cfg: TrainConfig) -> str:
+    check_shared_memory(cfg)
+    return f"enough for {cfg.workers} loader processes"
 
 
 def check_ranks(device: str | None, timeout: float = 10.0) -> str:
@@ -266,16 +248,15 @@ def check_data(folder: str) -> str:
 def check_pretrained(name: str, preset: str) -> str:
     """Compare every key and shape of public weights with the preset's model, and the tokenizer."""
     cfg = model_config(preset)
-    with torch.device("meta"):
-        vlm = VLM(cfg)
     try:
-        load_pretrained(vlm, source_of(name), headers=True)
+        with torch.device("meta"):
+            load_pretrained(VLM(cfg), name, headers=True)
+        build_tokenizer(cfg.llm)
     except InputError as error:
-        if isinstance(error.__cause__, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-            return f"{name}: not fetched yet, training fetches it: {fetching(name)}"
-        raise
-    tokens = build_tokenizer(cfg.llm).get_vocab_size()
-    return f"{name}: all keys and shapes of --preset {preset}; {tokens} tokens"
+        if not isinstance(error.__cause__, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+            raise
+        return f"{name}: not in the hub's cache yet, training downloads it"
+    return f"{name}: all keys and shapes of --preset {preset}, and its tokenizer"
 
 
 # --- All of them ---
@@ -288,9 +269,7 @@ def choose_checks(cfg: Doctor) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "gpu", partial(check_gpu, cfg.device)
     yield "disk", partial(check_disk, cfg.out, cfg.part, cfg.preset)
     if cfg.part in ("all", "train"):
-        train = {"batch_size": TrainConfig.batch_size, "workers": TrainConfig.workers}
-        train |= {key: PRESETS[cfg.preset][key] for key in train if key in PRESETS[cfg.preset]}
-        yield "shared memory", partial(check_shared_memory, **train)
+        yield "shared memory", partial(check_loaders, TrainConfig(**PRESETS[cfg.preset]))
         if cfg.pretrained:
             yield "pretrained", partial(check_pretrained, cfg.pretrained, cfg.preset)
     if cfg.data:
