@@ -97,8 +97,8 @@ def describe_plan(
     raise InputError(f"{line}, but the GPU has {total / 2**30:.3g}: give {remedy}")
 
 
-def check_shared_memory(cfg: TrainConfig, folder: str = "/dev/shm") -> None:
-    """Raise InputError if the loader processes' batches, two each, do not fit in shared memory."""
+def check_shared_memory(cfg: TrainConfig, folder: str = "/dev/shm") -> str:
+    """Return the size; InputError if the loader processes' batches, two each, do not fit."""
     pictures = sum(RECORD[name].itemsize for name in ("rgb", "depth"))
     frame = RECORD.itemsize + (HISTORY * pictures if cfg.model.history == "frames" else 0)
     total, need = shutil.disk_usage(folder).total, 2 * cfg.workers * cfg.batch_size * frame
@@ -109,3 +109,4 @@ def check_shared_memory(cfg: TrainConfig, folder: str = "/dev/shm") -> None:
             f"{need / 1e9:.1f} GB: mount -o remount,size={size} {folder} (or docker run "
             f"--shm-size={size}), or give --workers 0"
         )
+    return f"{folder}: {total / 1e9:.1f} GB"
