@@ -11,6 +11,7 @@ from config import LABELS, InputError, TrainConfig
 from data import ActionStats, Frames
 from model import AuxVLA
 from storage import checkpoint
+from storage.checkpoint import model_config_of, to_json
 from storage.h5 import label_command
 from storage.pretrained import load_pretrained
 from storage.tokenizer import build_tokenizer
@@ -68,7 +69,7 @@ def settle_config(cfg: TrainConfig, start: Start, frames: Frames, is_main: bool)
     decoders = cfg.model.decoders
     if start.folder:
         stored = start.manifest["config"]
-        decoders = checkpoint.model_config_of(start.manifest).decoders if default else decoders
+        decoders = model_config_of(start.manifest).decoders if default else decoders
         # The weights were trained with these bounds. Older checkpoints had percentiles only.
         cfg = replace(cfg, action_bounds=stored.get("action_bounds", "percentiles"))
         if start.resumed:  # keep the init_from of the run that is resumed
@@ -96,11 +97,9 @@ def check_config(cfg: TrainConfig, start: Start) -> None:
 
     A field that is newer than the checkpoint has its default there.
     """
-    theirs = checkpoint.to_json(TrainConfig()) | start.manifest["config"]
-    fields = differences(
-        checkpoint.to_json(cfg),
-        theirs | {"model": checkpoint.to_json(checkpoint.model_config_of(start.manifest))},
-    )
+    theirs = to_json(TrainConfig()) | start.manifest["config"]
+    theirs |= {"model": to_json(model_config_of(start.manifest))}
+    fields = differences(to_json(cfg), theirs)
     if start.resumed:
         wrong = [
             text for name, text in fields.items() if name.split(".")[0] not in RESUME_MAY_CHANGE
@@ -114,7 +113,8 @@ def check_config(cfg: TrainConfig, start: Start) -> None:
     if wrong:
         more = f"; {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise InputError(
-            f"{start.folder} was made with another configuration ({'; '.join(wrong[:4])}{more}). {mend}"
+            f"{start.folder} was made with another configuration ({'; '.join(wrong[:4])}{more}). "
+            + mend
         )
 
 
@@ -180,7 +180,7 @@ def describe_run(
         )
     return {
         "stage": cfg.stage,
-        "config": checkpoint.to_json(cfg),
+        "config": to_json(cfg),
         "action_stats": {"low": stats.low, "high": stats.high},
         "action_schema": data.action_schema,
         "qpos_names": data.qpos_names,
