@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from config import LABELS, RECORDED_ACTIONS, InputError, TrainConfig, user_errors
-from data import ActionStats, Frames, StepOrder, check_batch, loader, make_batch, open_frames
+from data import ActionStats, Frames, check_batch, make_batch
 from decoders import BatchNorm
 from flow_head import draw_noise
 from model import AuxVLA, label_counts
@@ -37,6 +37,7 @@ from storage.tokenizer import build_tokenizer, tokenize
 from training.checks import disk, packages, require, shared_memory
 from training.log import Log, Saver
 from training.memory import describe_plan, memory_plan
+from training.order import StepOrder, loader, open_frames
 from training.ranks import STOPPED, Ranks, join, shard, signals
 from training.validation import validate
 

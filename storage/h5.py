@@ -282,7 +282,8 @@ def load_sidecar(path: Path) -> dict:
             f"{path}: no {sidecar.name} beside it; MS-HAB's files come in pairs. {again}"
         )
     try:
-        content = json.loads(sidecar.read_bytes())
+        with readable(sidecar, str(sidecar)):
+            content = json.loads(sidecar.read_bytes())
         episodes = content["episodes"]
         steps = {str(each["episode_id"]): float(each["elapsed_steps"]) for each in episodes}
         controls = {each.get("control_mode") for each in episodes} - {CONTROL, None}

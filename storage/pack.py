@@ -109,12 +109,16 @@ def damaged(folder: Path, what: str) -> DataError:
     return DataError(f"{what}. Pack again: mv {aside} && {command(folder)}")
 
 
-def open_pack(folder: Path, data: Path, truncate: bool | None) -> Pack:
-    """The pack in `folder`, of the demonstrations in `data` if any are left there.
+def open_data(data: str | Path, truncate: bool | None = None) -> Index:
+    """The pack in a folder or in its subfolder pack/, else the demonstrations below it.
 
-    Raises InputError if its episodes do not end as `truncate` says (None: either way), or if an .h5
-    in `data` was added or changed later.
+    `truncate` ends demonstrations at their success; None takes a pack as it is. Raises InputError
+    if there is neither, or if the pack differs in `truncate` or from the .h5 files in `data`.
     """
+    data = Path(data)
+    folder = data if (data / "pack.json").is_file() else data / "pack"
+    if not (folder / "pack.json").is_file():
+        return Demonstrations(data, bool(truncate))
     pack = Pack(folder)
     if truncate not in (None, pack.truncate):
         raise InputError(

@@ -22,12 +22,13 @@ from files import write_demos
 from safetensors.torch import load_file
 
 from config import InputError
-from data import Frames, StepOrder
+from data import Frames
 from paper import parse
 from storage import checkpoint
 from storage.files import read_lines, write
 from storage.pack import Pack, pack, verify
 from train import main
+from training.order import StepOrder
 from training.ranks import STOPPED, gather
 
 ROOT = Path(__file__).parent.parent

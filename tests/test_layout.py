@@ -18,7 +18,7 @@ LAYERS = (
     "storage/download storage/weight_files storage/recording storage/tokenizer storage/h5",
     "storage/checkpoint storage/pretrained storage/pack",
     "data",
-    "training/ranks",
+    "training/ranks training/order",
     "training/checks training/log training/validation training/memory",
     "policy",
     "simulation/assets simulation/workers simulation/film simulation/rl_expert",

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from config import TrainConfig, quoted
-from data import Frames, make_batch, open_data
+from data import Frames, make_batch
 from model import actions_to_bins
 from policy import Policy
 from storage import checkpoint
 from storage.h5 import Index
+from storage.pack import open_data
 from storage.tokenizer import tokenize
 from training.checks import PIP, ROOT, Finding, brief
 from training.validation import action_accuracy
