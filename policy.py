@@ -107,7 +107,7 @@ class Policy:
         folder = resolve(path)
         manifest = read_manifest(folder, moments=False)
         device = device_of(device)
-        model = AuxVLA(model_config_of(manifest), flow_head=manifest["stage"] == 3)
+        model = AuxVLA(model_config_of(manifest), flow_head=manifest["stage"] == 3, meta=True)
         load_weights(model, folder)
         stats = {key: tuple(value) for key, value in manifest["action_stats"].items()}
         tokenizer = Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())

@@ -1,92 +1,33 @@
-"""Episodes of one policy, several at a time: which ones can be simulated at once, and their steps.
+"""Episodes in one simulator process: its jobs, the loop, and the counts.
 
-    for job in batches(episodes, envs=16):
-        records = run_episodes(SubtaskEnvs(..., num_envs=16), policy, job.seeds, cfg)
+    for records in run_jobs(cfg, [Job("close_drawer", seeds=[0, 1])]): ...
 
-One environment on the CPU is a batch of one, by the same code.
+One environment on the CPU is a batch of one, by the same code. `cfg` is an eval.EvalConfig.
 """
 
 import hashlib
-import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple
+from itertools import groupby
+from operator import attrgetter
 
 import numpy as np
 import torch
 from mani_skill.utils.common import to_cpu_tensor
-from sapien import physx
 
-from config import ACTION_DIM, InputError
-from simulation.env import SubtaskEnvs, draw_plan
-from training.checks import gpu_physics, require
-from training.ranks import device_of
-
-
-def check_envs(envs: int, scripted: bool, device: str | None = None) -> None:
-    """Raise InputError when so many environments cannot be simulated at once.
-
-    Downloads what the workers' simulators would each download (checks.gpu_physics).
-    """
-    if envs == 1:
-        return
-    what, instead = f"--envs {envs}", "leave it out, --workers 2 runs two processes"
-    if scripted:
-        raise InputError(
-            f"{what}: the scripted expert drives one environment, on the CPU; {instead}"
-        )
-    if device_of(device).type == "cpu":
-        raise InputError(
-            f"{what}: ManiSkill simulates several environments in one process on a GPU alone, "
-            f"expected a GPU that torch finds, and no --device cpu; {instead}"
-        )
-    require(gpu_physics(physx.version(), fetch=True))
-
-
-def simulation_of(envs: int) -> str:
-    """ManiSkill's simulation backend. CPU and GPU physics give different episodes.
-
-    GAP-27 (Sec. 6.1): the paper names neither backend nor split nor seeds. Here: CPU physics (the
-    GPU's with --envs), the val split (GAP-18), and each seed draws a plan and with it a scene.
-    """
-    return "physx_cpu" if envs == 1 else "physx_cuda"
-
-
-class Job(NamedTuple):
-    """Episodes of a column, in collect.py of a target, that are simulated at once."""
-
-    column: str
-    seeds: list[int]
-    filmed: bool = False
-
-
-def batches(episodes: Iterable[tuple[str, int, bool, str | None]], envs: int) -> list[Job]:
-    """Episodes (column, seed, filmed, cupboard) as jobs of at most `envs`, alike but in the seed.
-
-    A filmed episode has a job of its own.
-    """
-    alike: dict[tuple, list[int]] = {}
-    for column, seed, filmed, cupboard in episodes:
-        alike.setdefault((column, filmed, cupboard), []).append(seed)
-    return [
-        Job(column, seeds[i : i + size], filmed)
-        for (column, filmed, _), seeds in alike.items()
-        for size in [1 if filmed else envs]
-        for i in range(0, len(seeds), size)
-    ]
-
-
-def filled(seeds: list[int], envs: int) -> list[int]:
-    """One for each environment: those to spare repeat the last one."""
-    return seeds + seeds[-1:] * (envs - len(seeds))
+from config import ACTION_DIM
+from household.expert import ScriptedExpert
+from policy import Policy, check_schema
+from simulation.env import SubtaskEnvs
+from simulation.plans import Job, film_name, pad_seeds, simulation_backend
+from simulation.rl_expert import RLPolicy
 
 
 class RandomPolicy:
-    """Uniform actions from each episode's seed: what success costs when nothing is known."""
+    """Uniform actions from each episode's seed: the success rate of chance."""
 
-    obs_mode = "state_dict"  # no pictures: ten times as fast
+    obs_mode = "state_dict"  # no images: ten times as fast
 
     def __init__(self, envs: SubtaskEnvs):
         self.envs = envs
@@ -95,20 +36,58 @@ class RandomPolicy:
         self.generators = [np.random.default_rng(each["seed"]) for each in self.envs.episodes]
 
     def act(self, obs: dict, instructions: Sequence[str]) -> np.ndarray:
-        """Actions [N, 13] in [-1, 1]."""
+        """Return actions [N, 13] in [-1, 1]."""
         actions = [generator.uniform(-1, 1, ACTION_DIM) for generator in self.generators]
         return np.stack(actions).astype(np.float32)
 
 
-def run_episodes(envs: SubtaskEnvs, policy, seeds: list[int], cfg, film=None) -> list[dict]:
-    """Run the episodes that the seeds address, at most one for each environment; their records.
+POLICIES = {
+    "learned": Policy, "expert": ScriptedExpert, "random": RandomPolicy, "rl": RLPolicy
+}  # fmt: skip
 
-    The episodes of environments to spare are dropped: so the policy's batch keeps its size, and a
-    GPU its graph. A batch takes as long as its longest episode; each record has its share of that.
+
+def make_envs(cfg, column: str, filmed: bool) -> SubtaskEnvs:
+    """Make a column's simulator, which renders the images that the policy or the film reads."""
+    mode = "rgb+depth+segmentation" if filmed else POLICIES[cfg.policy].obs_mode
+    return SubtaskEnvs(
+        *cfg.address(column), cfg.split, obs_mode=mode, real_meshes=cfg.real_meshes,
+        simulation=simulation_backend(cfg.envs), num_envs=1 if filmed else cfg.envs,
+    )  # fmt: skip
+
+
+def run_jobs(cfg, jobs: Iterable[Job]) -> Iterator[list[dict]]:
+    """Yield each job's episodes. A simulator is kept while column and film stay the same."""
+    learned = Policy.from_checkpoint(cfg.checkpoint, cfg.device) if cfg.checkpoint else None
+    for (column, filmed), group in groupby(jobs, attrgetter("column", "filmed")):
+        envs = make_envs(cfg, column, filmed)
+        if learned is not None:
+            check_schema(envs, learned.manifest)
+            learned.predict = filmed  # a film alone shows the auxiliary predictions
+        if cfg.policy == "rl":
+            policy = RLPolicy.load(cfg.policies, *cfg.address(column), envs.mshab.device)
+        else:
+            policy = learned or POLICIES[cfg.policy](envs)
+        for job in group:
+            film = None
+            if filmed:
+                from simulation.film import Film  # here: only a film needs imageio and PIL
+
+                name = film_name(column, job.seeds[0])
+                film = Film(envs, learned, cfg.out / "videos", name)
+            records = run_episodes(envs, policy, job.seeds, cfg, film)
+            yield [{"column": column, **record} for record in records]
+        envs.close()
+
+
+def run_episodes(envs: SubtaskEnvs, policy, seeds: list[int], cfg, film=None) -> list[dict]:
+    """Run the episodes of the seeds, at most one for each environment, and return their records.
+
+    A batch keeps its size, so that a GPU keeps its graph: environments to spare run along. A batch
+    takes as long as its longest episode, and each record has an equal share of that time.
     """
-    torch.manual_seed(seeds[0])  # what a policy samples must not depend on the episodes before
+    torch.manual_seed(seeds[0])  # a policy's samples must not depend on earlier episodes
     started, thought = time.perf_counter(), 0.0
-    obs = envs.start(filled(seeds, envs.num_envs))
+    obs = envs.reset(pad_seeds(seeds, envs.num_envs))
     policy.reset()
     outcomes = [Outcome(cfg.horizon, cfg.stop_at_success) for _ in seeds]
     while not all(outcome.settled for outcome in outcomes):
@@ -117,7 +96,7 @@ def run_episodes(envs: SubtaskEnvs, policy, seeds: list[int], cfg, film=None) ->
         thought += time.perf_counter() - asked
         if film is not None:  # before the step: predictions are about this observation
             film.add(to_cpu_tensor(obs), envs.elapsed)
-        obs, info = envs.move(actions)
+        obs, info = envs.step(actions)
         for outcome, action, success in zip(outcomes, actions, info["success"].tolist()):
             outcome.add(action, success)
     if film is not None:
@@ -132,11 +111,11 @@ def run_episodes(envs: SubtaskEnvs, policy, seeds: list[int], cfg, film=None) ->
 
 @dataclass
 class Outcome:
-    """What is counted of an episode while it runs; settled, it no longer changes.
+    """The counts of one episode; settled, they no longer change.
 
-    GAP-18 (Sec. 6.1): the paper does not say whether success counts once or at the end. We keep
-    both: after a success the episode goes on to the horizon (MS-HAB: continuous_task), unless told
-    not to.
+    GAP-18 (Sec. 6.1): the paper does not say whether success counts once or at the end. Both are
+    kept: after a success the episode goes on to the horizon (MS-HAB: continuous_task), unless
+    `stop_at_success`.
     """
 
     horizon: int
@@ -151,7 +130,7 @@ class Outcome:
         return self.length == self.horizon or (self.success_once and self.stop_at_success)
 
     def add(self, action: np.ndarray, success: bool) -> None:
-        """Count a step, unless the others of its batch alone go on."""
+        """Count a step; a settled episode ignores the steps of the others in its batch."""
         if self.settled:
             return
         self.actions.update(action.tobytes())
@@ -159,26 +138,9 @@ class Outcome:
         self.length += 1
 
     def record(self) -> dict:
-        """Its part of the line."""
         return {
             "success_once": self.success_once,
             "success_at_end": None if self.stop_at_success else self.success,
             "length": self.length,
-            "actions": self.actions.hexdigest()[:16],  # two runs that acted alike have the same
+            "actions": self.actions.hexdigest()[:16],  # equal for two runs with equal actions
         }
-
-
-def scenes(plan_file: Path, episodes: list[dict], first_seed: int) -> dict[str, int]:
-    """Return how many scenes of the split were reached, of how many, in how many seeds all are.
-
-    MS-HAB's plans lie unevenly over the scenes, and a seed draws a plan: 30 seeds miss some.
-    """
-    plans = json.loads(plan_file.read_bytes())["plans"]
-    missing, seed = {plan["build_config_name"] for plan in plans}, first_seed
-    of = len(missing)
-    while missing:
-        plan, _ = draw_plan(seed, len(plans))
-        missing.discard(plans[plan]["build_config_name"])
-        seed += 1
-    reached = {episode["scene"] for episode in episodes}
-    return {"reached": len(reached), "of": of, "seeds_for_all": seed - first_seed}

@@ -133,7 +133,7 @@ def test_no_pickle_is_loaded_but_by_torch_with_weights_only():
             assert "weights_only=True" in call, path
     # Prismatic's file, MS-HAB's own start poses, its released policies.
     loads = [path.name for path in SOURCES if "torch.load(" in path.read_text()]
-    assert sorted(loads) == ["env.py", "rl_expert.py", "weight_files.py"]
+    assert sorted(loads) == ["env.py", "pretrained.py", "rl_expert.py"]
 
 
 # --- Numbers that go bad ---

@@ -17,7 +17,7 @@ import train
 from paper import PAPER_COLUMNS
 from storage.files import read_lines
 from storage.results import rate
-from tools.tables import lines_of
+from tools.claims import to_markdown
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -108,7 +108,7 @@ def test_the_table_of_make_learn_is_counted_from_the_episodes_in_results():
 def test_the_miniature_tables_their_metrics_and_verdicts_are_those_in_results():
     for path in (ROOT / "results").glob("*/table-*.json"):
         table = json.loads(path.read_text())
-        missing = [line for line in [*lines_of(table), *table["differs"]] if line not in README]
+        missing = [line for line in [*to_markdown(table), *table["differs"]] if line not in README]
         assert not missing, "\n".join(missing)
 
 

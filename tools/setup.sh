@@ -56,7 +56,7 @@ install_requirements() {
   local file='(Downloading|Using cached) (\S*\/)?(\w+)-\S+' size='(\(.*([0-9]{2}\.[0-9] MB|GB)\))'
   say "installing requirements.txt into $venv, some minutes (downloads from 10 MB on are named)"
   "$venv/bin/python" -u -m pip install --progress-bar off --no-warn-script-location \
-    --disable-pip-version-check -r requirements.txt |
+    --disable-pip-version-check -r requirements.txt -c constraints.txt |
     sed -nuE "s/^ *$file $size\$/    \3 \4/p; s/^Installing collected .*/    unpacking/p"
 }
 
@@ -108,8 +108,7 @@ find_renderer() {
     fi
     if grep -q "NVIDIA's Vulkan driver alone" "$venv/render.log"; then
       # Mesa would not help: SAPIEN does not look for it.
-      stop "nvidia-smi finds a GPU, but its driver draws no frame. One of these helps:" \
-        "$("$venv/bin/python" -c 'from tools.doctor import DRAW; print(*DRAW, sep="\n")')"
+      stop "nvidia-smi finds a GPU, but its driver draws no frame:" "$(tail -n 1 "$venv/render.log")"
     fi
   fi
   install_as_root "no Vulkan renderer works here" renderer_commands
@@ -143,7 +142,7 @@ quietly() { # runs a command; what it printed is shown only if it failed
 python=$(find_python)
 version=$(minor_version "$python")
 stamp=$venv/setup-done
-key=$({ cat requirements.txt; echo "$version"; } | sha256sum)
+key=$({ cat requirements.txt constraints.txt; echo "$version"; } | sha256sum)
 if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$key" ]; then
   exit 0
 fi
