@@ -30,7 +30,7 @@ from mani_skill.utils.common import to_cpu_tensor, to_numpy
 from mshab.utils.label_dataset import get_episode_label_and_events
 from tqdm import tqdm
 
-from config import HORIZON, SUBTASKS, TASKS, InputError, explained
+from config import HORIZON, SUBTASKS, TASKS, InputError, user_errors
 from household.expert import ScriptedExpert
 from paper import targets
 from simulation.env import SENSORS, SubtaskEnv, SubtaskEnvs, apartment, cupboards, plan_files
@@ -291,5 +291,5 @@ def main(cfg: CollectConfig):
 
 
 if __name__ == "__main__":
-    with explained():
+    with user_errors():
         main(tyro.cli(CollectConfig, description=__doc__))

@@ -1,13 +1,15 @@
 """Every number of the model and of training, with its source.
 
-    from config import PRESETS  # PRESETS["paper"], PRESETS["tiny"]: the same classes, other numbers
-    python train.py --help      # the comment beside a field, or above it, is its help text
+    from config import PRESETS  # {"paper": ..., "openvla": ..., "tiny": ..., "tiny-openvla": ...}
+    python train.py --help      # the comment beside or above a field is its help text
 
-`paper` is Sec. 4-6 of the paper on MiniVLA's Prismatic VLM, `openvla` Table 1's 7B baseline; `tiny`
-is small enough for two CPU cores. Presets differ in numbers only: no code asks which one it runs.
+The preset `paper` is Sec. 4-6 of the paper on MiniVLA's Prismatic VLM. `openvla` is the 7B baseline
+of Table 1. `tiny` trains on two CPU cores. Presets differ in numbers only: no code asks for their
+name.
 """
 
 import errno
+import math
 import shlex
 import sys
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-# Eq. 4's subscripts: config, batch, losses, log and README use them.
+# Subscripts of Eq. 4. Config, batch, losses, log and README use these names.
 LABELS = ("pos", "grasp", "qpos", "obj", "seg")
 LOSSES = ("action", *LABELS, "flow")
 CAMERAS = ("head", "hand")  # Fig. 1; MS-HAB's fetch_head and fetch_hand
@@ -25,7 +27,7 @@ ACTION_DIM = 13
 QPOS_DIM = 12  # Table 5
 DEPTH_SCALE_MM = 1000.0  # Eq. 1
 IMAGE_SIZE = 128  # pixels of MS-HAB's cameras, hence of the masks (Table 5)
-RECORDED_ACTIONS = 8  # actions stored with a frame: the flow head's chunk (Sec. 6.4)
+RECORDED_ACTIONS = 8  # actions of the flow head's chunk (Sec. 6.4), stored with every frame
 TASKS = ("set_table", "tidy_house", "prepare_groceries")
 SUBTASKS = ("pick", "place", "open", "close")
 HORIZON = 200  # control steps per episode, 20 Hz (MS-HAB: max_episode_steps of all four subtasks)
@@ -35,51 +37,51 @@ HISTORY = 4  # past time steps (Sec. 4.2)
 class InputError(ValueError):
     """A foreseeable mistake in flags, files or folders.
 
-    Its message: what was got, what was expected, the command that mends it.
+    The message says what was found, what was expected and the command that mends it.
     """
 
 
 def quoted(*paths: object) -> str:
-    """Paths as a shell takes them: every path in a command that we print goes through here."""
+    """Quote paths for a shell, for the commands that error messages print."""
     return shlex.join(map(str, paths))
 
 
-FULL = (
-    "the disk is full. What was finished is kept, nothing is half written. Free some space and "
-    "give the same command again"
-)
-ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), FULL)
-ADVICE[errno.EROFS] = "it may not be written to"
-ADVICE |= dict.fromkeys((errno.EACCES, errno.EPERM), "its permissions (ls -l) do not allow that")
+def check_range(name: str, value: float | None, low: float, high: float = math.inf) -> None:
+    if value is not None and not low <= value <= high:
+        raise InputError(f"{name} {value}: expected {low} to {high}")
+
+
+# What a full disk, a read-only one, or missing permissions raise.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """End a program with the error's sentence alone, without a traceback, if it is one of ours.
+def user_errors() -> Iterator[None]:
+    """Print an InputError or a disk's refusal as one line and exit 1; others keep their traceback.
 
-    What it prints is UTF-8 whatever the locale; bytes of a path that are not come out as they are.
+    Output is UTF-8 in every locale.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         yield
-    except (InputError, FileNotFoundError, FileExistsError) as error:
+    except InputError as error:
         text = str(error).strip()
-        if "DataLoader worker" in text:  # torch puts a traceback before our sentence
+        if "DataLoader worker" in text:  # torch puts the worker's traceback before the message
             text = text.splitlines()[-1]
         raise SystemExit(f"error: {text}") from None
     except OSError as error:
-        if error.errno not in ADVICE:
+        if error.errno not in DISK_ERRORS:
             raise
-        raise SystemExit(f"error: {ADVICE[error.errno]} ({error})") from None
+        raise SystemExit(
+            f"error: {error}. Finished files are kept. Free space or change the permissions, then "
+            "give the same command again"
+        ) from None
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """One vision transformer.
-
-    `depth` counts the checkpoint's blocks; the last is never built (features are the one before).
-    """
+    """A vision transformer. `depth` counts the checkpoint's blocks; the last is never built."""
 
     width: int = 1024
     depth: int = 24
@@ -107,7 +109,7 @@ SIGLIP_SO400M = VisionConfig(  # SigLIP-so400m/14 (Sec. 4.1)
 class LLMConfig:
     """Qwen2.5-0.5B (Sec. 4.1)."""
 
-    # hub name or folder; "words": the sentences' own words, no download
+    # hub name or folder; "words": a vocabulary of the instructions' words, without download
     tokenizer: str = "Qwen/Qwen2.5-0.5B"
     tied: bool = True  # embedding and head are one matrix
     qkv_bias: bool = True
@@ -120,7 +122,7 @@ class LLMConfig:
     mlp: int = 4864
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
-    init_std: float = 0.02  # of the weights that no checkpoint fills
+    init_std: float = 0.02  # of weights that no checkpoint provides
     first_action_id: int = 151665  # <|extra_0|> of Prismatic's "extra" tokenizer
     prompt: str = (  # Prismatic's prompt for Qwen
         "<|im_start|>system\n"
@@ -129,12 +131,12 @@ class LLMConfig:
         "What action should the robot take to {}?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    prompt_end: tuple[int, ...] = ()  # ids behind the prompt that its text does not give
-    prompt_length: int = 64  # tokens at most; prompts are padded to the data's longest
+    prompt_end: tuple[int, ...] = ()  # token ids appended after the prompt
+    prompt_length: int = 64  # maximum tokens; prompts are padded to the longest one of the data
 
 
-# OpenVLA's LLM and prompt, which ends in Llama's id of a lone space. Its config.json leaves the
-# norms' epsilon at transformers' default.
+# OpenVLA's LLM and prompt, which ends in Llama's id of a single space. norm_eps is transformers'
+# default, since OpenVLA's config.json does not name it.
 LLAMA2_7B = LLMConfig(
     "openvla/openvla-7b", tied=False, qkv_bias=False, vocab=32064, width=4096, depth=32, heads=32,
     kv_heads=32, head_dim=128, mlp=11008, rope_theta=1e4, norm_eps=1e-6, first_action_id=31744,
@@ -150,9 +152,12 @@ class DecoderConfig:
     layers: int = 2  # qpos transformer
     heads: int = 8  # qpos transformer
     mlp: int = 2048  # qpos transformer; Table 5 leaves it open
-    grid: int = 8  # the mask decoder starts from grid x grid (Table 5)
-    channels: tuple[int, ...] = (64, 32, 16, 8)  # input of its four stages; the last gives the mask
-    mask_size: int = 128  # Table 5
+    channels: tuple[int, ...] = (64, 32, 16, 8)  # inputs of the mask decoder's four upsamplings
+
+    @property
+    def grid(self) -> int:
+        """Side of the mask decoder's first feature map: 8 -> 16 -> 32 -> 64 -> 128 (Table 5)."""
+        return IMAGE_SIZE // 2 ** len(self.channels)
 
 
 @dataclass(frozen=True)
@@ -161,8 +166,7 @@ class FlowConfig:
 
     width: int = 512
     mlp: int = 2048
-    action_horizon: int = 8  # actions per chunk (Sec. 6.4)
-    execute: int = 2  # of which the first are executed (Sec. 6.4)
+    execute: int = 2  # actions executed of each predicted chunk of 8 (Sec. 6.4)
     denoise_steps: int = 10  # Euler steps (Sec. 6.4)
 
 
@@ -172,20 +176,20 @@ class ModelConfig:
     patch_size: int = 14
     depth: bool = True  # depth views beside the RGB views (Table 1)
     cameras: tuple[Literal["head", "hand"], ...] = CAMERAS  # (Table 1: Multiview)
-    # GAP-5: what the model sees of the last 4 time steps: "actions" (Sec. 6.2, SG-VLA's README) or
-    # "frames" ("observations" in Sec. 4.2)
+    # GAP-5: input from the last 4 time steps: "actions" (Sec. 6.2, SG-VLA's README) or "frames"
+    # ("observations" in Sec. 4.2)
     history: Literal["none", "frames", "actions"] = "none"
     dino: VisionConfig = DINOV2_L
     siglip: VisionConfig = SIGLIP_SO400M
     projector_hidden: int = 8704  # 4 x the fused width (Prismatic: fused-gelu-mlp)
     llm: LLMConfig = LLMConfig()
     num_latents: int = 8  # Table 5: latents [B, 8, 896]; 0: the bare VLM, without decoders
-    # GAP-2: learned queries behind the prompt, or the states that predict the action tokens
+    # GAP-2: learned queries after the prompt, or the states that predict the action tokens
     latents: Literal["queries", "action_states"] = "queries"
     decoders: tuple[Literal[LABELS], ...] = LABELS  # Table 5
     decoder: DecoderConfig = DecoderConfig()
     flow: FlowConfig = FlowConfig()
-    # GAP-16 (Sec. 4.1): frozen or not is not said; trained, as MiniVLA does
+    # GAP-16 (Sec. 4.1): not stated; the encoders are trained, as in MiniVLA
     freeze_vision: bool = False
     bins: int = 256  # per action dimension, uniform on [-1, 1] (Prismatic)
 
@@ -205,46 +209,17 @@ class ModelConfig:
         return (self.image_size // self.patch_size) ** 2
 
     def __post_init__(self):
-        for what, whole, unit, part in (
-            ("image_size", self.image_size, "patch_size", self.patch_size),
-            ("llm.heads", self.llm.heads, "llm.kv_heads", self.llm.kv_heads),
-            ("decoder.width", self.decoder.width, "decoder.heads", self.decoder.heads),
-        ):
-            if whole % part:
-                raise ValueError(f"{what} {whole} must be a multiple of {unit} {part}")
         if not self.cameras or self.cameras != tuple(c for c in CAMERAS if c in self.cameras):
-            raise ValueError(
-                f"cameras {self.cameras} must be a non-empty part of {CAMERAS}, in this order"
-            )
-        if self.decoders and self.num_latents < 1:
-            raise ValueError(f"num_latents {self.num_latents}: the decoders need at least 1")
-        if self.latents == "action_states" and self.num_latents > ACTION_DIM:
-            raise ValueError(f"num_latents {self.num_latents}: only {ACTION_DIM} action states")
-        if unknown := set(self.decoders) - set(LABELS):
-            raise ValueError(f"unknown decoders {sorted(unknown)}; choose from {LABELS}")
-        grown = self.decoder.grid * 2 ** len(self.decoder.channels)
-        if not grown == self.decoder.mask_size == IMAGE_SIZE:
-            raise ValueError(
-                f"grid x 2^stages = {grown} and mask_size = {self.decoder.mask_size} must both be "
-                f"{IMAGE_SIZE}, the size of the labels"
-            )
-        if self.flow.action_horizon != RECORDED_ACTIONS or not (
-            1 <= self.flow.execute <= self.flow.action_horizon
-        ):
-            raise ValueError(
-                f"flow.action_horizon {self.flow.action_horizon} must be {RECORDED_ACTIONS}, what "
-                f"a frame is recorded with, and execute {self.flow.execute} at most that"
-            )
-        if self.llm.first_action_id + self.bins > self.llm.vocab:
-            raise ValueError(
-                f"{self.bins} action ids from {self.llm.first_action_id} on exceed the vocabulary "
-                f"of {self.llm.vocab}"
-            )
+            raise InputError(f"cameras {self.cameras}: expected some of {CAMERAS}, in this order")
+        most = ACTION_DIM if self.latents == "action_states" else math.inf
+        check_range("num_latents", self.num_latents, int(bool(self.decoders)), most)
+        check_range("flow.execute", self.flow.execute, 1, RECORDED_ACTIONS)
+        check_range("bins", self.bins, 2, self.llm.vocab - self.llm.first_action_id)
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """The lambdas of Eq. 4 (Sec. 6.1). GAP-23: action and flow losses have no weight there: 1."""
+    """The lambdas of Eq. 4 (Sec. 6.1). GAP-23: 1 for the action and flow losses, not in Eq. 4."""
 
     action: float = 1.0
     pos: float = 1.0
@@ -257,75 +232,71 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    data: str  # folder of demonstrations (MS-HAB's layout) or of a pack (data.py pack)
-    out: str  # this stage's folder: config.json, log.jsonl, step-NNNNNNNN/, last
+    # demonstrations (MS-HAB's layout) or a pack of them, in this folder or in its folder `pack`
+    data: str = "data"
+    # folder of this stage: config.json, log.jsonl, step-NNNNNNNN/, last; default: runs/RUN/stageN
+    out: str = ""
+    run: str = ""  # name of the run in runs/; default: the row, or auxvla-all
     # 1: decoders on detached latents, 2: joint, 3: flow head on the frozen VLM (Sec. 5.2-5.3)
     stage: Literal[1, 2, 3] = 1
-    preset: Literal["paper", "openvla", "tiny", "tiny-openvla"] = "paper"  # of all below
-    row: str | None = None  # a row of Tables 1-4 (paper.py), which fixes all that makes it this row
-    tasks: tuple[Literal[TASKS], ...] = ()  # train on these of the data; default: on all
-    subtasks: tuple[Literal[SUBTASKS], ...] = ()  # likewise
-    # GAP-25 (Sec. 6.1): end demonstrations at their first success; a pack must be of the same kind
+    # defaults of the fields below
+    preset: Literal["paper", "openvla", "tiny", "tiny-openvla"] = "paper"
+    row: str | None = None  # a row of Tables 1-4 (python paper.py); fixes inputs, data and epochs
+    tasks: tuple[Literal[TASKS], ...] = ()  # tasks to train on; default: all in the data
+    subtasks: tuple[Literal[SUBTASKS], ...] = ()  # subtasks to train on; default: all in the data
+    # GAP-25 (Sec. 6.1): cut each demonstration at its first success (the release idles until step
+    # 200); for a pack, set it when packing
     truncate_at_success: bool = True
-    # GAP-23: what normalisation maps to -1 and 1, the controller's bounds or the data's percentiles
+    # GAP-23: which values become -1 and 1: the controller's bounds or percentiles of the data
     action_bounds: Literal["controller", "percentiles"] = "controller"
     # public weights of the VLM: folder or hub name of a Prismatic checkpoint or of openvla-7b, a
     # folder of the folders of DINOv2, SigLIP and Qwen2.5, or "hub"; unused with --init-from
     pretrained: str | None = "Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b"
-    init_from: str | None = None  # weights of an earlier stage (its folder or a checkpoint in it)
-    # auto: go on from the newest whole checkpoint in `out`
+    # weights of an earlier stage (its folder or a checkpoint in it); default: the run's last stage
+    # before this one
+    init_from: str | None = None
+    # auto: continue from the newest whole checkpoint in `out`
     resume: Literal["auto", "never"] = "auto"
     steps: int | None = None  # optimizer steps of this stage; default: `epochs` of the data
-    epochs: tuple[int, int, int] = (3, 7, 10)  # of each stage (Sec. 6.3; GAP-14); 0: lacks it
+    epochs: tuple[int, int, int] = (3, 7, 10)  # of stages 1, 2, 3 (Sec. 6.3; GAP-14); 0: no stage
     batch_size: int = 512  # frames per step over all GPUs (Sec. 6.1)
-    micro_batch: int = (
-        8  # frames per GPU and backward pass, the rest is accumulated (training/memory.py)
-    )
-    shard: bool = (
-        False  # divide weights, gradients and Adam's moments among GPUs (training/ranks.py)
-    )
-    recompute: bool = False  # keep a block's input only: less memory, a third more arithmetic
+    # frames per GPU and backward pass; gradients accumulate up to batch_size (training/memory.py)
+    micro_batch: int = 8
+    # FSDP: divide weights, gradients and Adam's moments among the GPUs (training/ranks.py)
+    shard: bool = False
+    recompute: bool = False  # activation checkpointing: less memory, a third more arithmetic
     compile: bool = False  # torch.compile every block
     lr: float = 2e-5  # Adam, constant (Sec. 6.1)
     warmup: int = 0  # steps of linear warm-up; the paper has none
-    # last share of the steps over which lr falls linearly to 0; the paper has none
+    # last share of the steps, in which lr falls linearly to 0; the paper has none
     cooldown: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)  # GAP-21: optimizer details are not said; MiniVLA's
+    betas: tuple[float, float] = (0.9, 0.999)  # GAP-21: not stated; MiniVLA's
     grad_clip: float = 1.0  # GAP-21: MiniVLA's
     weights: LossWeights = LossWeights()  # Eq. 4
     model: ModelConfig = field(default_factory=ModelConfig)
     seed: int = 0  # weights, order of samples, flow noise
-    device: Literal["cpu", "cuda"] | None = None  # default: what is there
+    device: Literal["cpu", "cuda"] | None = None  # default: a GPU if there is one
     workers: int = 4  # loader processes per GPU
-    val_episodes: float = 0.02  # share of a file's episodes held out for validation, at least one
-    val_every: int = 1000  # steps between validations; also at the end
+    val_episodes: float = 0.02  # share of each file's episodes that is held out, at least one
+    val_every: int = 1000  # steps between validations; one more at the end
     val_frames: int = 2048  # held-out frames per validation, spread evenly
     log_every: int = 10  # steps
-    save_every: int = 1000  # steps; also at the end
-    keep: int = 2  # newest checkpoints kept, beside the best
-    max_skipped: int = 10  # steps in a row without finite loss and gradient that stop the run
+    save_every: int = 1000  # steps; one more at the end
+    keep: int = 2  # newest checkpoints to keep, beside the best
+    max_skipped: int = 10  # stop after so many steps in a row whose loss or gradient is not finite
     tracker: Literal["tensorboard", "wandb"] | None = None  # beside log.jsonl
 
     def __post_init__(self):
-        if self.stage == 3 and not self.init_from:
-            raise ValueError(
-                "stage 3 trains the action head of a trained VLM: give --init-from RUN/stage2"
-            )
-        counted = ["batch_size", "micro_batch", "max_skipped", "keep"]
-        counted += ["val_every", "log_every", "save_every"]
-        if low := [name for name in counted if getattr(self, name) < 1]:
-            raise ValueError(f"{', '.join(low)}: expected at least 1")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps {self.steps}: expected at least 1")
-        if not 0 <= self.val_episodes < 1:
-            raise ValueError(f"val_episodes {self.val_episodes}: a share, from 0 to below 1")
-        if self.seed < 0:
-            raise ValueError(f"seed {self.seed}: expected at least 0")
-        if not 0 <= self.cooldown <= 1:
-            raise ValueError(f"cooldown {self.cooldown} is a share of the steps: 0 to 1")
+        for name in ("batch_size", "micro_batch", "steps", "keep", "max_skipped"):
+            check_range(name, getattr(self, name), 1)
+        for name in ("val_every", "log_every", "save_every"):
+            check_range(name, getattr(self, name), 1)
+        check_range("seed", self.seed, 0)
+        check_range("val_episodes", self.val_episodes, 0, 1)
+        check_range("cooldown", self.cooldown, 0, 1)
 
 
-# Table 1's baseline as it was published: one camera, RGB, neither latents nor decoders.
+# Table 1's OpenVLA as published: one camera, RGB, neither latents nor decoders.
 _BARE = dict(depth=False, cameras=("head",), num_latents=0, decoders=())
 OPENVLA_MODEL = ModelConfig(llm=LLAMA2_7B, **_BARE)
 
@@ -356,7 +327,7 @@ _TINY_TRAINING = dict(
     betas=(0.9, 0.95), workers=0, val_episodes=0.1, val_every=200, save_every=200, val_frames=512,
 )  # fmt: skip
 
-# Fields that a preset changes; `data` and `out` are always the user's.
+# Fields of TrainConfig that each preset changes.
 PRESETS: dict[str, dict] = {
     "paper": {},
     "openvla": dict(model=OPENVLA_MODEL, pretrained="openvla/openvla-7b", shard=True),

@@ -45,8 +45,8 @@ from config import (
     InputError,
     ModelConfig,
     TrainConfig,
-    explained,
     quoted,
+    user_errors,
 )  # fmt: skip
 from storage.download import download
 from storage.h5 import SHUFFLE_POOL, Demonstrations
@@ -414,7 +414,7 @@ def open_data(folder: str | Path, truncate: bool | None = None) -> Demonstration
     """A pack if the folder is one, else the demonstrations below it.
 
     `truncate` ends demonstrations at their success; None takes a pack as it is. Raises
-    FileNotFoundError when the folder has neither, InputError when its pack is of the other kind.
+    InputError when the folder has neither or its pack is of the other kind.
     """
     if not (Path(folder) / "pack.json").is_file():
         return Demonstrations(folder, bool(truncate))
@@ -447,5 +447,5 @@ def open_frames(cfg: TrainConfig) -> tuple[Frames, Frames]:
 
 
 if __name__ == "__main__":
-    with explained():
+    with user_errors():
         tyro.extras.subcommand_cli_from_dict({"pack": pack, "verify": verify, "download": download})

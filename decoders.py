@@ -2,7 +2,7 @@
 
 Every decoder reads the same latents [B, N, D] (8 x 896 in the paper) and nothing else, so any
 subset can be trained (Tables 2 and 3). A loss returns one value per frame, [B]; model.py averages
-it over the frames that have the label.
+over the frames that have the label.
 
     pos    GlobalPositionDecoder  [B, 2]   base x, y, metres, world frame
     grasp  GraspDecoder           [B]      logit: is the target held?
@@ -13,6 +13,7 @@ it over the frames that have the label.
 """
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -39,16 +40,15 @@ class MLPDecoder(nn.Module):
         )  # fmt: skip
 
     def forward(self, latents: Tensor) -> Tensor:
-        # GAP-11 (Table 5): neither the place of the pooling nor the activation is said; we pool the
-        # projected latents before the MLP (one MLP pass instead of eight) and use GELU, as the mask
-        # decoder does.
+        # GAP-11 (Table 5): the paper gives neither the place of the pooling nor the activation. We
+        # pool the projected latents before the MLP and use GELU, as the mask decoder does.
         pooled = reduce(self.feature_proj(latents), "b n d -> b d", "mean")  # [B, 512]
         return self.mlp(pooled)  # [B, out_dim]
 
 
 class GlobalPositionDecoder(MLPDecoder):
-    # GAP-9 (Sec. 4.3): "2D coordinates" of the robot in no named frame. Here: world x, y of the
-    # base in metres, as Table 5's output [B, 2] has it; SG-VLA's figure shows [x, y, z].
+    # GAP-9 (Sec. 4.3): "2D coordinates" of the robot, without a frame. Here: world x, y of the base
+    # in metres, for Table 5's output [B, 2]; SG-VLA's figure shows [x, y, z].
     out_dim = 2
 
 
@@ -60,9 +60,9 @@ class GraspDecoder(MLPDecoder):
 
 
 class ObjectPoseDecoder(MLPDecoder):
-    # GAP-8 (Sec. 4.3): the frame of the pose is not said. Here: relative to the base, since the
-    # abstract has "relative positions". Against it: the branch of MS-HAB that records segmentation
-    # and objects (save_seg_obs) stores object poses in the world frame.
+    # GAP-8 (Sec. 4.3): the paper does not name the pose's frame. Here: the base, since the abstract
+    # says "relative positions". MS-HAB's branch that records segmentation and objects
+    # (save_seg_obs) stores object poses in the world frame instead.
     out_dim = 7
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -78,28 +78,22 @@ def sincos_positions(length: int, width: int) -> Tensor:
 
 
 class QposDecoder(nn.Module):
-    """Twelve learned mask tokens attend, with the latents, in a two-layer transformer (Table 5)."""
+    """Twelve learned mask tokens and the latents go through a two-layer transformer (Table 5)."""
 
-    # GAP-10 (Sec. 4.3): "12-dimensional" without names: Fetch's 15 joints less the 3 of the base,
-    # in MS-HAB's order.
+    # GAP-10 (Sec. 4.3): "12-dimensional", without joint names. Here: Fetch's 15 joints except the 3
+    # of the base, in MS-HAB's order.
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         width = cfg.decoder.width
         self.feature_proj = nn.Linear(cfg.llm.width, width)
         self.mask_tokens = nn.Parameter(torch.randn(QPOS_DIM, width) * 0.02)
-        self.register_buffer(
-            "positions", sincos_positions(QPOS_DIM + cfg.num_latents, width), persistent=False
-        )
+        positions = sincos_positions(QPOS_DIM + cfg.num_latents, width)
+        self.register_buffer("positions", positions, persistent=False)
         layer = nn.TransformerEncoderLayer(
-            width,
-            cfg.decoder.heads,
-            cfg.decoder.mlp,
-            dropout=0.0,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,
-        )
+            width, cfg.decoder.heads, cfg.decoder.mlp, dropout=0.0, activation="gelu",
+            batch_first=True, norm_first=True,
+        )  # fmt: skip
         self.transformer = nn.TransformerEncoder(
             layer, cfg.decoder.layers, norm=nn.LayerNorm(width), enable_nested_tensor=False
         )
@@ -113,7 +107,7 @@ class QposDecoder(nn.Module):
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum over all ranks; each rank's gradient is the sum of theirs."""
+    """Differentiable all-reduce; torch.distributed.nn.functional.all_reduce is deprecated."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -123,26 +117,22 @@ class SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad
+        return SumOverRanks.apply(grad)
 
 
 class BatchNorm(nn.BatchNorm2d):
     """BatchNorm over the frames of all ranks, on any device (torch's SyncBatchNorm needs a GPU)."""
 
-    # GAP-17 (Table 5): "BatchNorm", on 8 GPUs. Per-GPU statistics would make a step depend on the
-    # number of GPUs, so they are taken over all ranks. Gradient accumulation still takes them per
-    # micro-batch.
+    # GAP-17 (Table 5): "BatchNorm", trained on 8 GPUs. Statistics are taken over all ranks, since
+    # per-GPU statistics would make a step depend on the number of GPUs. Under gradient accumulation
+    # they are taken per micro-batch.
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
         x = x.float()
-        sums = torch.stack(
-            [reduce(x, "b c h w -> c", "sum"), reduce(x.square(), "b c h w -> c", "sum")]
-        )
-        sums = SumOverRanks.apply(sums)  # [2, C]
+        sums = [reduce(each, "b c h w -> c", "sum") for each in (x, x.square())]
+        sums = SumOverRanks.apply(torch.stack(sums))  # [2, C]
         count = dist.get_world_size() * x[:, 0].numel()
         mean = sums[0] / count
         var = (sums[1] / count - mean.square()).clamp(min=0)
@@ -166,32 +156,27 @@ class CameraMaskDecoder(nn.Module):
         self.feature_proj = nn.Sequential(
             nn.Linear(cfg.llm.width, width), nn.GELU(), nn.Linear(width, width // 2)
         )  # 896 -> 512 -> 256
-        # GAP-12 (Table 5): "Spatial proj to 8x8x64" from [B, 8, 256] is not spelled out; all
-        # latents are flattened, so that each can speak for its own part of the picture.
+        # GAP-12 (Table 5): "Spatial proj to 8x8x64" from [B, 8, 256], without details. We flatten
+        # all latents, so that each latent can describe its own part of the image.
         self.spatial_proj = nn.Linear(cfg.num_latents * width // 2, channels[0] * self.grid**2)
+        double = partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1)
         stages = []
-        for c_in, c_out in pairwise(channels):  # a bias before BatchNorm would do nothing
-            stages += [
-                nn.ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1, bias=False),
-                BatchNorm(c_out),
-                nn.GELU(),
-            ]
-        self.upsample = nn.Sequential(
-            *stages, nn.ConvTranspose2d(channels[-1], 1, 4, stride=2, padding=1)
-        )
+        for c_in, c_out in pairwise(channels):  # BatchNorm would cancel a bias
+            stages += [double(c_in, c_out, bias=False), BatchNorm(c_out), nn.GELU()]
+        self.upsample = nn.Sequential(*stages, double(channels[-1], 1))
 
     def forward(self, latents: Tensor) -> Tensor:
         features = rearrange(self.feature_proj(latents), "b n d -> b (n d)")  # [B, 8 x 256]
         grid = rearrange(
             self.spatial_proj(features), "b (c h w) -> b c h w", h=self.grid, w=self.grid
         )  # [B, 64, 8, 8]
-        grid = grid.contiguous(memory_format=torch.channels_last)  # a fifth faster
+        grid = grid.contiguous(memory_format=torch.channels_last)  # 20 % faster
         return rearrange(self.upsample(grid), "b 1 h w -> b h w")  # [B, 128, 128]
 
 
 class MaskDecoder(nn.Module):
-    # GAP-7 (Table 5, Fig. 1): one mask [B, 1, 128, 128], but Fig. 1 shows those of both cameras:
-    # one decoder per camera.
+    # GAP-7 (Table 5, Fig. 1): Table 5 has one mask [B, 1, 128, 128], Fig. 1 one for each camera.
+    # Here: one decoder per camera.
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -212,7 +197,7 @@ def pos_loss(pred: Tensor, target: Tensor) -> Tensor:
 def grasp_loss(pred: Tensor, target: Tensor) -> Tensor:
     # Eq. 2: L_grasp = CrossEntropy(y_hat, y)
     # GAP-6 (Eqs. 2-3, Table 5): "CrossEntropy" over a single logit would be 0 for any prediction.
-    # Both losses are binary cross-entropy with logits: Sec. 4.3 and SG-VLA name it for the mask.
+    # Here: binary cross-entropy with logits, which Sec. 4.3 and SG-VLA name for the mask.
     return F.binary_cross_entropy_with_logits(pred, target, reduction="none")  # [B]
 
 
@@ -223,7 +208,7 @@ def qpos_loss(pred: Tensor, target: Tensor) -> Tensor:
 
 def obj_loss(pred: Tensor, target: Tensor) -> Tensor:
     # Eq. 2: L_obj = ||t_hat - t||^2 + (1 - |q_hat . q|)
-    # |.| because q and -q are the same rotation; the second term is 0 when aligned.
+    # |.|, because q and -q are the same rotation.
     position_error = (pred[:, :3] - target[:, :3]).square().sum(-1)  # [B], m^2
     rotation_error = 1 - (pred[:, 3:] * F.normalize(target[:, 3:], dim=-1)).sum(-1).abs()  # [B]
     return position_error + rotation_error
@@ -231,9 +216,7 @@ def obj_loss(pred: Tensor, target: Tensor) -> Tensor:
 
 def seg_loss(pred: Tensor, target: Tensor) -> Tensor:
     # Eq. 3: L_seg = CrossEntropy(M_hat, M), binary (GAP-6), averaged over pixels and cameras
-    loss = F.binary_cross_entropy_with_logits(
-        pred, target.to(pred.dtype), reduction="none"
-    )  # [B, C, 128, 128]
+    loss = F.binary_cross_entropy_with_logits(pred, target.to(pred.dtype), reduction="none")
     return reduce(loss, "b c h w -> b", "mean")
 
 

@@ -30,7 +30,7 @@ import sapien
 import torch
 import tyro
 
-from config import HORIZON, TASKS, InputError, explained
+from config import HORIZON, TASKS, InputError, user_errors
 from household.expert import ScriptedExpert
 from paper import COLUMNS, DEFAULT_ROW, EACH, OBJECTS, PAPER_COLUMNS, ROWS, sentences, targets
 from policy import Policy, check_schema
@@ -119,7 +119,7 @@ class EvalConfig:
         return tuple(dict.fromkeys(names))
 
     def plan_files(self, column: str) -> tuple[Path, Path]:
-        """MS-HAB's task plan and start poses of a column. Raises FileNotFoundError."""
+        """MS-HAB's task plan and start poses of a column. Raises InputError."""
         what = COLUMNS[column]
         return plan_files(self.task, what.subtask, what.target_in(self.task), self.split)
 
@@ -290,7 +290,7 @@ def heard(cfg: EvalConfig, manifest: dict) -> tuple[str, ...]:
 def prepare(cfg: EvalConfig) -> tuple[EvalConfig, dict]:
     """The checkpoint and the row that are meant, and the run's identity.
 
-    Raises InputError or FileNotFoundError when a file is missing, before any worker starts.
+    Raises InputError when a file is missing, before any worker starts.
     """
     if cfg.checkpoint is not None:
         folder = resolve(cfg.checkpoint)  # one, even if training goes on
@@ -328,5 +328,5 @@ def main(cfg: EvalConfig):
 
 
 if __name__ == "__main__":
-    with explained():
+    with user_errors():
         main(tyro.cli(EvalConfig))

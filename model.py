@@ -1,33 +1,36 @@
 """AuxVLA (paper Sec. 4, 5): images, instruction -> 8 latents -> action tokens, predictions, flow.
 
     losses = model(batch, stage)             # {"action": ..., "pos": ..., ...} or {"flow": ...};
-                                             # through DDP in training
-    actions, predictions = model.act(batch)  # normalised actions [B, H, 13] and what the decoders
-                                             # read in the latents
+                                             # in training through the DDP wrapper
+    actions, predictions = model.act(batch)  # normalised actions [B, H, 13], decoder outputs
+    python model.py --preset paper           # prints the number of parameters, part by part
 
-The batch is a plain dict of tensors; data.py documents it and this file knows nothing else of data.
+The batch is a plain dict of tensors. data.py documents the keys; this file imports nothing of data.
 
 Axes: B batch, V views (rgb then depth of each camera, history first), P patches per view, K tokens
 of past actions (0 without that history), L prompt tokens, N = 8 latents, D = 896 LLM width,
 S = L + V*P + K + N prefix length, A = 13 action dimensions, H actions in a chunk.
 """
 
+import re
+from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+import tyro
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from backbone import LLM, FusedVision, KeyValues, Projector, Slots
-from config import ACTION_DIM, ModelConfig
+from backbone import LLM, FusedVision, KeyValues, Projector, crop
+from config import ACTION_DIM, ModelConfig, model_config
 from decoders import DECODERS
 from flow_head import FlowHead
 
-# The stages (Sec. 5.2, 5.3, Fig. 3): which parts a stage trains. The rest is frozen: no gradient,
-# eval mode.
+# The stages that train a part (Sec. 5.2, 5.3, Fig. 3). In the others it is frozen, in eval mode.
 TRAINED_IN = {"vlm": (1, 2), "decoders": (1, 2), "flow_head": (3,)}
 
 
@@ -38,9 +41,9 @@ def aux_input(latents: Tensor, stage: int) -> Tensor:
 
 # --- Action tokens ---
 
-# GAP-3 (Sec. 4.1): "discrete action tokens", of unsaid number and code. One step is 13 tokens, one
-# per dimension, each one of 256 uniform bins on [-1, 1], on Prismatic's 256 <|extra_i|> ids, in
-# rising order; ids are emitted, never strings.
+# GAP-3 (Sec. 4.1): "discrete action tokens", of unknown number and code. Here one step is 13
+# tokens, one per dimension, each one of 256 uniform bins on [-1, 1]. The bins have Prismatic's 256
+# <|extra_i|> ids, in rising order. Tokens stay ids and never pass through strings.
 
 
 def actions_to_bins(actions: Tensor, bins: int) -> Tensor:
@@ -49,36 +52,30 @@ def actions_to_bins(actions: Tensor, bins: int) -> Tensor:
 
 
 def bins_to_actions(index: Tensor, bins: int) -> Tensor:
-    """Bin indices -> the centres of the bins; a round trip errs by at most 1 / bins."""
+    """Bin indices -> bin centres. A round trip errs by at most 1 / bins."""
     return (index.float() + 0.5) / bins * 2 - 1
 
 
-def agreed(guess: Tensor, chosen: Tensor) -> int:
-    """How many leading tokens of [B, T] are guessed right in every frame."""
-    return int((guess == chosen).all(0).long().cumprod(0).sum())
+def count_matches(guess: Tensor, tokens: Tensor) -> int:
+    """The number of leading tokens of guess [B, T] that equal tokens [B, T] in every frame."""
+    return int((guess == tokens).all(0).long().cumprod(0).sum())
 
 
 # --- Means over labelled frames ---
 
 
 def label_counts(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """How many values each loss averages over: frames with the label; valid actions for flow.
+    """The number of values that each loss averages over: labelled frames; valid actions for flow.
 
-    Under several ranks or micro-batches train.py replaces these by the mean over ranks of the whole
-    batch's counts, so that the sum of all gradients is that of one mean over every labelled frame,
-    on any number of GPUs.
+    train.py replaces the counts by those of the global batch, averaged over ranks. The gradient is
+    then that of one mean over all labelled frames, for any number of GPUs and micro-batches.
     """
-    counts = {
-        key.removeprefix("has_"): has.sum() for key, has in batch.items() if key.startswith("has_")
-    }
+    counts = {name: batch[f"has_{name}"].sum() for name in DECODERS if f"has_{name}" in batch}
     return counts | {"action": batch["action_mask"][:, 0].sum(), "flow": batch["action_mask"].sum()}
 
 
 def masked_mean(values: Tensor, mask: Tensor, count: Tensor) -> Tensor:
-    """Mean over labelled values; 0, with a live graph, when there are none.
-
-    No rank may skip a decoder under DDP.
-    """
+    """Mean over labelled values; without any, 0 with zero gradients: DDP waits for all of them."""
     return torch.where(mask.bool(), values.float(), 0.0).sum() / count.clamp(min=1e-6)
 
 
@@ -86,29 +83,35 @@ def masked_mean(values: Tensor, mask: Tensor, count: Tensor) -> Tensor:
 
 
 @dataclass
-class Prefix:
-    """What the LLM has read before it acts."""
+class Encoded:
+    """The LLM's output for a prefix and, if given, the first A - 1 action tokens after it."""
 
-    hidden: Tensor  # [B, N or 1, D], normed, of the tokens at the end: nothing else is read
-    cache: list[KeyValues]  # per layer
-    mask: Tensor  # [B, S], False at padding
+    # Final-norm states of queries (without queries: of the last prefix token) and action tokens
+    hidden: Tensor  # [B, N or N + A - 1, D]
+    cache: list[KeyValues]  # KV cache per layer
+    mask: Tensor  # [B, S or S + A - 1], False at padding
 
 
 class VLM(nn.Module):
-    """DINOv2 + SigLIP, projector, Qwen2.5, and the eight latent queries (Sec. 4.1)."""
+    """DINOv2 + SigLIP, projector, Qwen2.5, and the eight latent queries (Sec. 4.1).
 
-    def __init__(self, cfg: ModelConfig):
+    `meta`: encoders and LLM have shapes only, until load_pretrained or load_weights fills them.
+    """
+
+    def __init__(self, cfg: ModelConfig, meta: bool = False):
         super().__init__()
         self.cfg = cfg
-        self.vision = FusedVision(cfg)
+        device = torch.device("meta") if meta else nullcontext()
+        with device:
+            self.vision = FusedVision(cfg)
         self.projector = Projector(cfg)
-        self.llm = LLM(cfg.llm)
-        # GAP-2 (Table 5): the decoders read latents [B, 8, 896] that are defined nowhere. Here:
-        # eight learned queries behind the prompt and before the action tokens. They see no
-        # ground-truth action, exist for any action code, cost no decoding, and the action tokens
-        # attend to them, so that auxiliary gradients reach the action path. The other reading, the
-        # states that predict the first eight action tokens, is `latents="action_states"`: it shows
-        # the decoders the true earlier action dimensions in training.
+        with device:
+            self.llm = LLM(cfg.llm)
+        # GAP-2 (Table 5): the decoders read latents [B, 8, 896], which the paper does not define.
+        # Here: eight learned queries after the prompt and before the action tokens. The queries see
+        # no ground-truth action, and the action tokens attend to them, so auxiliary gradients reach
+        # the action path. The other reading, `latents="action_states"`: the states that predict the
+        # first eight action tokens. In training these know the true earlier action dimensions.
         self.latent_queries = nn.Parameter(torch.randn(cfg.num_queries, cfg.llm.width) * 0.02)
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -116,95 +119,80 @@ class VLM(nn.Module):
 
         Returns [B, S, D] and its mask [B, S].
         """
-        images = batch["images"]  # [B, V, 3, H, W]
-        views = images.shape[1]
+        images, prompt_mask = batch["images"], batch["prompt_mask"]  # [B, V, 3, H, W], [B, L]
         patches = self.vision(rearrange(images, "b v c h w -> (b v) c h w"))  # [B*V, P, C]
-        visual = rearrange(
-            self.projector(patches), "(b v) p d -> b (v p) d", v=views
-        )  # [B, V*P, D]
+        visual = rearrange(self.projector(patches), "(b v) p d -> b (v p) d", b=len(images))
         text = self.llm.embed(batch["prompt_ids"])  # [B, L, D]
-        queries = repeat(
-            self.latent_queries,
-            "n d -> b n d",
-            b=len(images),
-        ).to(text.dtype)  # [B, N, D]
-        past, past_mask = self.embed_past(batch)
-        x = torch.cat(
-            [text[:, :1], visual.to(text.dtype), past, text[:, 1:], queries], dim=1
-        )  # [B, S, D]
-        prompt = batch["prompt_mask"]  # [B, L]
-        mask = torch.cat(
-            [
-                prompt[:, :1],
-                prompt.new_ones(visual.shape[:2]),
-                past_mask,
-                prompt[:, 1:],
-                prompt.new_ones(queries.shape[:2]),
-            ],
-            dim=1,
-        )
-        return x, mask.bool()
+        queries = repeat(self.latent_queries, "n d -> b n d", b=len(images))  # [B, N, D]
+        parts = [
+            (text[:, :1], prompt_mask[:, :1]),
+            (visual, prompt_mask.new_ones(visual.shape[:2])),  # [B, V*P, D]
+            (text[:, 1:], prompt_mask[:, 1:]),
+            (queries, prompt_mask.new_ones(queries.shape[:2])),
+        ]
+        if self.cfg.history == "actions":
+            parts.insert(2, self.embed_past(batch))
+        x = torch.cat([embedded.to(text.dtype) for embedded, _ in parts], dim=1)  # [B, S, D]
+        return x, torch.cat([mask for _, mask in parts], dim=1).bool()
 
     def embed_past(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The last four actions as action tokens [B, K, D], masked before the episode's start."""
-        prompt = batch["prompt_ids"]
-        if self.cfg.history != "actions":
-            ids, mask = prompt[:, :0], batch["prompt_mask"][:, :0]
-            return self.llm.embed(ids), mask
+        """The last four actions as tokens [B, K, D]; mask [B, K], False before the episode."""
         ids = self.cfg.llm.first_action_id + actions_to_bins(batch["past_actions"], self.cfg.bins)
         mask = repeat(batch["past_mask"], "b t -> b (t a)", a=ACTION_DIM)  # [B, 4 * 13]
-        return self.llm.embed(rearrange(ids, "b t a -> b (t a)")), mask.bool()
+        return self.llm.embed(rearrange(ids, "b t a -> b (t a)")), mask
 
-    def encode(self, batch: dict[str, Tensor], action_ids: Tensor | None = None) -> Prefix:
-        """Run the LLM over the prefix and, in training, over the action ids [B, A-1] behind it."""
+    def encode(self, batch: dict[str, Tensor], action_ids: Tensor | None = None) -> Encoded:
+        """Run the LLM over the prefix and, if given, the first A - 1 action ids [B, A - 1]."""
         x, mask = self.embed_prefix(batch)
         tail = max(1, self.cfg.num_queries)
         if action_ids is not None:
             tail += action_ids.shape[1]
             x = torch.cat([x, self.llm.embed(action_ids).to(x.dtype)], dim=1)  # [B, S + A - 1, D]
             mask = torch.cat([mask, mask.new_ones(action_ids.shape)], dim=1)
-        # Padding is skipped by position and mask, so a padded prompt gives what the unpadded one
-        # gives.
+        # Positions count real tokens only, so a padded prompt gives the unpadded prompt's result.
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         visible = rearrange(causal & mask[:, None, :], "b t s -> b 1 t s")
         hidden, cache = self.llm(x, self.llm.rope(positions), visible, tail=tail)
-        return Prefix(hidden, cache, mask)
+        return Encoded(hidden, cache, mask)
 
 
 class AuxVLA(nn.Module):
-    def __init__(self, cfg: ModelConfig, flow_head: bool = False):
+    """The VLM, the decoders of its latents and, in stage 3, the flow head; `meta` as in VLM."""
+
+    def __init__(self, cfg: ModelConfig, flow_head: bool = False, meta: bool = False):
         super().__init__()
         self.cfg = cfg
-        self.vlm = VLM(cfg)
+        self.vlm = VLM(cfg, meta)
         self.decoders = nn.ModuleDict({name: DECODERS[name][0](cfg) for name in cfg.decoders})
         self.flow_head = FlowHead(cfg) if flow_head else None
-        init_llm(self.vlm.llm, cfg.llm.init_std)
+        init_weights(self.vlm.llm, cfg.llm.init_std)
         if self.flow_head:
-            init_llm(self.flow_head, cfg.llm.init_std)
+            init_weights(self.flow_head, cfg.llm.init_std)
+
+    # --- Training ---
 
     def train_stage(self, stage: int) -> list[nn.Parameter]:
-        """Freeze what the stage does not train (before DDP wraps the model), return the rest."""
+        """Freeze the parts that the stage does not train; return the trained parameters.
+
+        Call it before DDP wraps the model: DDP registers the parameters that require a gradient.
+        """
         for name, part in self.named_children():
             trained = stage in TRAINED_IN[name]
             part.requires_grad_(trained)
-            part.train(trained)  # frozen BatchNorm must not move either
+            part.train(trained)  # eval mode also freezes BatchNorm's statistics
         if self.cfg.freeze_vision:
             self.vlm.vision.requires_grad_(False)
-        return self.trained()
-
-    def trained(self) -> list[nn.Parameter]:
-        """What train_stage left to train."""
         return [parameter for part in self.trained_parts() for parameter in part]
 
     def trained_parts(self) -> list[list[nn.Parameter]]:
-        """The same by part: VLM, decoders, flow head. SigLIP's prefix is empty and left out."""
+        """The trained parameters by part: VLM, decoders, flow head. SigLIP's prefix is empty."""
         every = (part.parameters() for part in self.children())
         parts = ([p for p in part if p.requires_grad and p.numel()] for part in every)
         return [part for part in parts if part]
 
     def prepare_blocks(self, recompute: bool = False, compile: bool = False) -> None:
-        """Recompute or compile the VLM's blocks, nearly all of its work, in place."""
+        """Recompute or compile the blocks of encoders and LLM, in place."""
         vision, llm = self.vlm.vision, self.vlm.llm
         for block in (*vision.dino.blocks, *vision.siglip.blocks, *llm.layers):
             if recompute:
@@ -220,40 +208,42 @@ class AuxVLA(nn.Module):
                 prefix = self.vlm.encode(batch)
             per_action = self.flow_head.loss(
                 batch["actions"], batch["noise"], batch["t"], prefix.cache, prefix.mask
-            )
+            )  # [B, H]
             return {"flow": masked_mean(per_action, batch["action_mask"], counts["flow"])}
 
-        bins = actions_to_bins(batch["actions"][:, 0], self.cfg.bins)  # [B, A]: one step (GAP-3)
-        ids = self.cfg.llm.first_action_id + bins
-        hidden = self.vlm.encode(batch, ids[:, :-1]).hidden  # [B, N + A - 1, D]
-        # The last latent predicts the first action token. The head runs on these 13 positions only:
-        # at all of them, and batch 64, the logits alone would take 42 GB.
+        ids, hidden = self.encode_actions(batch)
+        # The head runs at the 13 label positions only. At all positions and batch 64 the logits
+        # alone would take 42 GB.
         logits = self.vlm.llm.logits(hidden[:, -ACTION_DIM:])  # [B, A, vocabulary]
         nll = F.cross_entropy(
             rearrange(logits, "b a v -> b v a").float(), ids, reduction="none"
         )  # [B, A]
         per_frame = reduce(nll, "b a -> b", "mean")
         losses = {"action": masked_mean(per_frame, batch["action_mask"][:, 0], counts["action"])}
-
-        latents = self.latents(hidden[:, : 1 - ACTION_DIM], hidden[:, 1 - ACTION_DIM :])
-        latents = aux_input(latents, stage)  # [B, N, D]
-        # In fp32: bf16 would round metres to centimetres and quaternions off the unit sphere.
-        with torch.autocast(latents.device.type, enabled=False):
-            for name, decoder in self.decoders.items():
-                per_frame = DECODERS[name][1](decoder(latents.float()), batch[name])  # [B]
-                losses[name] = masked_mean(per_frame, batch[f"has_{name}"], counts[name])
+        for name, output in self.decode_latents(aux_input(hidden, stage)).items():
+            per_frame = DECODERS[name][1](output, batch[name])  # [B]
+            losses[name] = masked_mean(per_frame, batch[f"has_{name}"], counts[name])
         return losses
 
-    def latents(self, prefix_hidden: Tensor, action_hidden: Tensor | None = None) -> Tensor:
-        """The latents [B, N, D]: the states of the queries, which end the prefix [B, .., D].
+    def encode_actions(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The labels' action ids [B, A] and, with teacher forcing, hidden [B, N + A - 1, D].
 
-        Or, in the other reading of GAP-2, the first N states that predict an action token: the
-        prefix's last and those behind it, action_hidden [B, A - 1, D].
+        The last A states predict the ids: the last latent predicts the first one.
         """
-        if self.cfg.latents == "queries":
-            return prefix_hidden[:, prefix_hidden.shape[1] - self.cfg.num_latents :]
-        states = torch.cat([prefix_hidden[:, -1:], action_hidden], dim=1)  # [B, A, D]
-        return states[:, : self.cfg.num_latents]
+        bins = actions_to_bins(batch["actions"][:, 0], self.cfg.bins)  # [B, A]: one step (GAP-3)
+        ids = self.cfg.llm.first_action_id + bins
+        return ids, self.vlm.encode(batch, ids[:, :-1]).hidden
+
+    def decode_latents(self, hidden: Tensor) -> dict[str, Tensor]:
+        """The decoders' outputs; grasp and seg are logits. The latents are the first N states.
+
+        With `latents="action_states"` there are no queries, so the first N states are those that
+        predict the first N action tokens (GAP-2).
+        """
+        latents = hidden[:, : self.cfg.num_latents].float()  # [B, N, D]
+        # In fp32: bf16 would round metres to centimetres and quaternions off the unit sphere.
+        with torch.autocast(latents.device.type, enabled=False):
+            return {name: decoder(latents) for name, decoder in self.decoders.items()}
 
     # --- Acting ---
 
@@ -262,89 +252,95 @@ class AuxVLA(nn.Module):
         self, batch: dict[str, Tensor], noise: Tensor | None = None, draft: Tensor | None = None,
         predict: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """Normalised actions [B, H, 13] in [-1, 1] and the decoders' predictions for the frame.
+        """Normalised actions [B, H, 13] in [-1, 1] and, if `predict`, the decoders' predictions.
 
-        With `noise` [B, H, 13] the flow head denoises a chunk of H actions; without it the LLM
-        decodes one step greedily, sooner if `draft` [B, 13], normalised, is nearly that step.
+        With `noise` [B, H, 13] the flow head denoises a chunk of H actions. Without noise the LLM
+        decodes one step greedily, faster if `draft` [B, 13] (normalised) is close to that step.
         """
         if noise is None or (predict and self.cfg.latents == "action_states"):
             if draft is None:
                 draft = batch["images"].new_zeros(len(batch["images"]), ACTION_DIM)
-            prefix, bins, states = self.decode(batch, draft)
+            prefix, bins = self.decode_actions(batch, draft)
         else:
-            prefix, bins, states = self.vlm.encode(batch), None, None
-        predictions = self.predict(self.latents(prefix.hidden, states)) if predict else {}
+            prefix, bins = self.vlm.encode(batch), None
+        predictions = self.predict(prefix.hidden) if predict else {}
         if noise is not None:
             return self.flow_head.sample(prefix.cache, prefix.mask, noise).clamp(-1, 1), predictions
         return rearrange(bins_to_actions(bins, self.cfg.bins), "b a -> b 1 a"), predictions
 
-    def decode(self, batch: dict[str, Tensor], guess: Tensor) -> tuple[Prefix, Tensor, Tensor]:
+    def decode_actions(self, batch: dict[str, Tensor], draft: Tensor) -> tuple[Encoded, Tensor]:
         """Greedy decoding of 13 action tokens over the 256 action ids, by fixed-point iteration.
 
-        The prefix's own pass reads the guess [B, A] of all tokens too; what the model then chooses
-        at each place is the next guess. A token is right when those before it are, so every pass
-        finds at least one, as one token a pass would, and mostly several.
-
-        Returns the prefix, bin indices [B, A] and the hidden states behind the prefix [B, A-1, D].
+        The first pass reads the prefix and `draft` [B, A]; the most likely tokens are the next
+        guess. A token is final once all tokens before it are, so each pass finds at least one.
+        Returns bin indices [B, A] and all hidden states, with cache and mask [B, S] of the prefix.
         """
         llm, first, count = self.vlm.llm, self.cfg.llm.first_action_id, self.cfg.bins
-        read = ACTION_DIM - 1  # nobody reads the last token
-        guess = actions_to_bins(guess, count)[:, :read]  # [B, A - 1]
-        whole = self.vlm.encode(batch, first + guess)
-        past, states = whole.mask.shape[1] - read, whole.hidden[:, -read:]  # [B, A - 1, D]
-        bins = llm.logits(whole.hidden[:, -ACTION_DIM:], first, count).argmax(-1)  # [B, A]
-        cos, sin = llm.rope(whole.mask.cumsum(-1)[:, past:] - 1)
-        causal = whole.mask.new_ones(read, past + read).tril(past)
-        visible = causal & rearrange(whole.mask, "b s -> b 1 1 s")  # [B, 1, A - 1, S + A - 1]
+        num_read = ACTION_DIM - 1  # the 13th token is never fed back
+        guess = actions_to_bins(draft, count)[:, :num_read]  # [B, A - 1]
+        out = self.vlm.encode(batch, first + guess)
+        cache, length = out.cache, out.mask.shape[1] - num_read  # S
+        bins = llm.logits(out.hidden[:, -ACTION_DIM:], first, count).argmax(-1)  # [B, A]
+        states = out.hidden[:, -num_read:]  # [B, A - 1, D], a view: updated in place
+        table = llm.rope(out.mask.cumsum(-1)[:, length:] - 1)
+        causal = out.mask.new_ones(num_read, length + num_read).tril(length)
+        visible = causal & rearrange(out.mask, "b s -> b 1 1 s")  # [B, 1, A - 1, S + A - 1]
 
-        def read_again(begin: int, end: int) -> None:
-            """Read the tokens begin..end - 1 as they are chosen now, and choose those behind."""
-            now = slice(begin, end)
-            slots = [Slots(*key_values, past + begin) for key_values in whole.cache]
-            table, mask = (cos[:, :, now], sin[:, :, now]), visible[:, :, now, : past + end]
-            states[:, now], _ = llm(llm.embed(first + bins[:, now]), table, mask, slots)
-            bins[:, begin + 1 : end + 1] = llm.logits(states[:, now], first, count).argmax(-1)
-
-        if bins.is_cuda:  # all passes at once: asking whether it is done takes longer than one
-            for _ in range(read):
-                read_again(0, read)
-        else:
-            right = agreed(guess, bins[:, :read])
-            found = right + 1  # by the last pass; the next one looks twice as far
-            while right < read:
-                end = min(read, right + 2 * found)
-                guess = bins[:, right + 1 : end].clone()
-                read_again(right, end)
-                found = 1 + agreed(guess, bins[:, right + 1 : end])
-                right += found
-        cache = [KeyValues(k[:, :, :past], v[:, :, :past]) for k, v in whole.cache]
-        return Prefix(whole.hidden[:, :-read], cache, whole.mask[:, :past]), bins, states
+        # A GPU reads all tokens in all passes: comparing them on the host takes longer than a pass,
+        # and a CUDA graph needs fixed shapes. A CPU reads the tokens that are not final yet, at
+        # most twice as many as the last pass found.
+        found = 0 if bins.is_cuda else 1 + count_matches(guess, bins[:, :num_read])
+        begin = max(0, found - 1)
+        for _ in range(num_read):
+            if begin >= num_read:
+                break
+            end = num_read if bins.is_cuda else min(begin + 2 * found, num_read)
+            states[:, begin:end], cache = llm(
+                llm.embed(first + bins[:, begin:end]), [x[:, :, begin:end] for x in table],
+                visible[:, :, begin:end, : length + end], crop(cache, length + begin),
+            )  # fmt: skip
+            tokens = llm.logits(states[:, begin:end], first, count).argmax(-1)
+            if not bins.is_cuda:
+                found = 1 + count_matches(bins[:, begin + 1 : end], tokens[:, :-1])
+            bins[:, begin + 1 : end + 1] = tokens
+            begin += found  # 0 on a GPU
+        return Encoded(out.hidden, crop(cache, length), out.mask[:, :length]), bins
 
     @torch.no_grad()
     def teacher_forced(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits of the bins [B, A, bins] given the true earlier ones; decoders' predictions."""
-        bins = actions_to_bins(batch["actions"][:, 0], self.cfg.bins)
-        hidden = self.vlm.encode(batch, self.cfg.llm.first_action_id + bins[:, :-1]).hidden
-        logits = self.vlm.llm.logits(
-            hidden[:, -ACTION_DIM:], self.cfg.llm.first_action_id, self.cfg.bins
-        )
-        latents = self.latents(hidden[:, : 1 - ACTION_DIM], hidden[:, 1 - ACTION_DIM :])
-        return logits, self.predict(latents)
+        _, hidden = self.encode_actions(batch)
+        first, bins = self.cfg.llm.first_action_id, self.cfg.bins
+        return self.vlm.llm.logits(hidden[:, -ACTION_DIM:], first, bins), self.predict(hidden)
 
-    def predict(self, latents: Tensor) -> dict[str, Tensor]:
-        """What the decoders read in the latents; grasp and seg as probabilities."""
-        with torch.autocast(latents.device.type, enabled=False):
-            out = {name: decoder(latents.float()) for name, decoder in self.decoders.items()}
+    def predict(self, hidden: Tensor) -> dict[str, Tensor]:
+        """The decoders' outputs, grasp and seg as probabilities."""
         return {
-            name: value.sigmoid() if name in ("grasp", "seg") else value
-            for name, value in out.items()
+            name: output.sigmoid() if name in ("grasp", "seg") else output
+            for name, output in self.decode_latents(hidden).items()
         }
 
 
-def init_llm(part: nn.Module, std: float) -> None:
-    """Qwen2's own initialisation, for what no checkpoint fills: normal weights, no bias."""
+def init_weights(part: nn.Module, std: float) -> None:
+    """Qwen2's own initialisation, for parameters that no file fills: normal weights, no bias."""
     for module in part.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def print_parameters(preset: str = "paper") -> None:
+    """Print the number of parameters of each part, counted on the meta device."""
+    with torch.device("meta"):
+        model = AuxVLA(model_config(preset), flow_head=True)
+    counts = Counter()
+    for name, parameter in model.named_parameters():
+        part = re.match(r"vlm\.vision\.\w+|vlm\.\w+|decoders\.\w+|\w+", name)[0]
+        counts[part.removeprefix("vlm.")] += parameter.numel()
+    for part, count in (counts | {"all": counts.total()}).items():
+        print(f"{part:18} {count:>15,}")
+
+
+if __name__ == "__main__":
+    tyro.cli(print_parameters)

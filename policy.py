@@ -23,7 +23,7 @@ from einops import rearrange
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from config import ACTION_DIM, HISTORY, InputError
+from config import ACTION_DIM, HISTORY, RECORDED_ACTIONS, InputError
 from data import ActionStats, cameras, preprocess_steps
 from model import AuxVLA
 from storage.checkpoint import load_weights, model_config_of, read_manifest, resolve
@@ -138,7 +138,7 @@ class Policy:
         if not self.queue:
             cfg, inputs = self.model.cfg, self.batch(now, instruction)
             if self.model.flow_head:
-                noise = torch.randn(1, cfg.flow.action_horizon, ACTION_DIM, generator=self.noise)
+                noise = torch.randn(1, RECORDED_ACTIONS, ACTION_DIM, generator=self.noise)
                 # The same for each: what it would draw in an episode of its own.
                 inputs["noise"] = noise.expand(len(now[0]), -1, -1).to(self.device)
             else:

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from config import LABELS, InputError, TrainConfig, explained
+from config import LABELS, RECORDED_ACTIONS, InputError, TrainConfig, user_errors
 from data import ActionStats, Batcher, Frames, StepOrder, check_batch, loader, open_frames
 from decoders import BatchNorm
 from flow_head import draw_noise
@@ -65,7 +65,7 @@ def step_noise(cfg: TrainConfig, step: int, ranks: Ranks) -> dict[str, Tensor]:
     Drawn for the global batch, so that a step does not depend on the number of processes.
     """
     generator = torch.Generator().manual_seed(cfg.seed * 2**32 + step)
-    noise, t = draw_noise(cfg.batch_size, cfg.model.flow.action_horizon, generator)
+    noise, t = draw_noise(cfg.batch_size, RECORDED_ACTIONS, generator)
     mine = slice(ranks.rank, None, ranks.world)
     return {"noise": noise[mine].to(ranks.device), "t": t[mine].to(ranks.device)}
 
@@ -223,7 +223,7 @@ def take_step(
 def distribute(model: AuxVLA, cfg: TrainConfig, ranks: Ranks) -> nn.Module:
     """The model on its device, divided or copied among the ranks: what forward passes go through.
 
-    Afterwards model.trained() are the parameters to optimize.
+    Afterwards model.trained_parts() are the parameters to optimize.
     """
     if ranks.world == 1:
         return model.to(ranks.device)
@@ -257,8 +257,8 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
     model.train_stage(cfg.stage)  # before DDP, which registers what requires a gradient
     model.prepare_blocks(cfg.recompute, cfg.compile)
     ddp = distribute(model, cfg, ranks)
-    params, moving = model.trained(), moving_buffers(model)
-    parts = [{"params": part} for part in model.trained_parts()]
+    parts, moving = [{"params": part} for part in model.trained_parts()], moving_buffers(model)
+    params = [parameter for part in parts for parameter in part["params"]]
     optimizer = torch.optim.Adam(parts, lr=cfg.lr, betas=cfg.betas, fused=True)  # Sec. 6.1
     if resumed:
         checkpoint.load_optimizer(model, optimizer, resumed)
@@ -348,5 +348,5 @@ def describe(
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
-    with explained():
+    with user_errors():
         sys.exit(main(parse(description=__doc__)))

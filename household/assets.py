@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from config import explained, quoted
+from config import InputError, quoted, user_errors
 from household import furniture as parts
 from household.episodes import Scene, write_clutter, write_set_table
 from household.robot import write_light_fetch
@@ -51,12 +51,10 @@ def main(out: Path, seed: int = 0) -> None:
 def check_marker(out: Path, expected: dict) -> None:
     path = out / "household.json"
     if not path.is_file():
-        raise FileExistsError(
-            f"{out} is not empty and not a generated apartment; choose another --out"
-        )
+        raise InputError(f"{out} is not empty and not a generated apartment; choose another --out")
     found = json.loads(path.read_bytes())
     if found != expected:
-        raise FileExistsError(
+        raise InputError(
             f"{out} holds the apartment {found}, not {expected} (code: the generator's version). "
             f"Choose another --out, or move it aside: mv {quoted(out, f'{out}-aside')}"
         )
@@ -120,5 +118,5 @@ def write_scene(folder: Path, name: str, rng: np.random.Generator) -> Scene:
 
 
 if __name__ == "__main__":
-    with explained():
+    with user_errors():
         tyro.cli(main)

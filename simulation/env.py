@@ -29,7 +29,7 @@ from mani_skill.utils import common, sapien_utils
 from mshab.envs.planner import Subtask, TaskPlan, plan_data_from_file
 
 import paper
-from config import ACTION_DIM, HORIZON
+from config import ACTION_DIM, HORIZON, InputError
 from simulation.assets import mixed
 from storage.files import sha256
 from training.checks import require
@@ -54,7 +54,7 @@ class SubtaskEnvs:
     view a fridge and a drawer as one. `mshab` is the unwrapped MS-HAB environment, `episodes` says
     what each was started with. Observations are on the simulation's device.
 
-    Raises FileNotFoundError when MS_ASSET_DIR is not set or lacks the files.
+    Raises InputError when MS_ASSET_DIR is not set or lacks the files.
     """
 
     def __init__(
@@ -338,7 +338,7 @@ def apartment() -> str | None:
 def plan_files(task: str, subtask: str, target: str, split: str) -> tuple[Path, Path]:
     """MS-HAB's task plan and start poses of a subtask.
 
-    Raises FileNotFoundError, with the command that mends it.
+    Raises InputError, with the command that mends it.
     """
     folder = os.environ.get("MS_ASSET_DIR")
     remedy = (
@@ -348,9 +348,9 @@ def plan_files(task: str, subtask: str, target: str, split: str) -> tuple[Path, 
         "X in ycb, ReplicaCAD, ReplicaCADRearrange, in this order)."
     )
     if not folder:
-        raise FileNotFoundError(f"MS_ASSET_DIR is not set: no asset folder. {remedy}")
+        raise InputError(f"MS_ASSET_DIR is not set: no asset folder. {remedy}")
     if Path(folder).absolute() / "data" != Path(ASSET_DIR).absolute():
-        raise FileNotFoundError(
+        raise InputError(
             f"MS_ASSET_DIR={folder} was set after mani_skill was imported, which reads "
             f"{ASSET_DIR}. Set it before."
         )
@@ -358,5 +358,5 @@ def plan_files(task: str, subtask: str, target: str, split: str) -> tuple[Path, 
     spawn_file = REARRANGE / "spawn_data" / task / subtask / split / "spawn_data.pt"
     for path in (plan_file, spawn_file):
         if not path.is_file():
-            raise FileNotFoundError(f"no {path} (MS_ASSET_DIR={folder}). {remedy}")
+            raise InputError(f"no {path} (MS_ASSET_DIR={folder}). {remedy}")
     return plan_file, spawn_file

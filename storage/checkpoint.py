@@ -30,8 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from config import InputError, ModelConfig, TrainConfig, explained, quoted
-from storage.files import DamagedError, read_sealed, sha256, sync, write_sealed
+from config import InputError, ModelConfig, TrainConfig, quoted, user_errors
+from storage.files import DamagedError, read_json, sha256, sync, write_json
 from storage.files import write as write_whole
 
 FORMAT = 2
@@ -101,7 +101,7 @@ def write(
         hashes = {path.name: sha256(path) for path in files}
         sizes = {path.name: path.stat().st_size for path in files}
         content = {"format": FORMAT, "step": step, **manifest, "sizes": sizes, "files": hashes}
-        write_sealed(partial / "manifest.json", content)
+        write_json(partial / "manifest.json", content)
         if final.exists():  # never in a run: `resumable` has moved damaged ones aside
             discard(final)
         os.replace(partial, final)
@@ -119,7 +119,7 @@ def write(
 def rate(out: Path, step: int, score: float, keep: int) -> None:
     """Write a step's score into its manifest, then `prune`."""
     path = folder_of(out, step) / "manifest.json"
-    write_sealed(path, read_sealed(path) | {"score": score})
+    write_json(path, read_json(path) | {"score": score})
     prune(out, keep, path.parent)
 
 
@@ -175,7 +175,7 @@ def read_manifest(folder: Path, verify: bool = True, moments: bool = True) -> di
     Adam's file, twice the weights and needed to resume only, is not looked at. Raises DamagedError
     naming the file, CheckpointError for a manifest of another format.
     """
-    manifest = read_sealed(folder / "manifest.json")
+    manifest = read_json(folder / "manifest.json")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder}: format {manifest.get('format')}, expected {FORMAT}. Use the version of "
@@ -224,7 +224,7 @@ def resumable(out: Path, resume: str) -> Path | None:
             f"{quoted(f'{out}.damaged')}"
         )
     if found and resume == "never":
-        raise FileExistsError(
+        raise InputError(
             f"{out}: holds {found.name}; choose another --out, or drop --resume never to go on"
         )
     for folder in steps[steps.index(found) + 1 :] if found else ():
@@ -252,7 +252,7 @@ def resolve(path: str | Path) -> Path:
         return path
     found = newest(path, moments=False) if path.is_dir() else None
     if found is None:
-        raise FileNotFoundError(
+        raise InputError(
             f"{path}: no whole checkpoint there; train one: python train.py --stage 1 --data DATA "
             f"--out {quoted(path)}"
         )
@@ -364,7 +364,7 @@ def export(checkpoint: Path, out: Path) -> None:
         out: a new folder, which --checkpoint and --init-from take like RUN/stageN
     """
     if out.exists():
-        raise FileExistsError(f"{out}: is there already; give another --out")
+        raise InputError(f"{out}: is there already; give another --out")
     folder = resolve(checkpoint)
     manifest = read_manifest(folder, moments=False)
     weights = {
@@ -381,7 +381,7 @@ def export(checkpoint: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    with explained():
+    with user_errors():
         tyro.extras.subcommand_cli_from_dict({"export": export}, description=__doc__)
 
 

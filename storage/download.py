@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     XetDownloadError,
 )
 
-from config import ADVICE, SUBTASKS, TASKS, InputError
+from config import DISK_ERRORS, SUBTASKS, TASKS, InputError
 from paper import HUB_DATASETS
 from storage.files import sole_writer
 
@@ -143,7 +143,7 @@ def reachable(name: str, mend: str) -> Iterator[None]:
     try:
         yield
     except (HTTPError, HFValidationError, OSError, RuntimeError, XetDownloadError) as error:
-        if getattr(error, "errno", None) in ADVICE:  # the disk, not the hub
+        if getattr(error, "errno", None) in DISK_ERRORS:  # the disk, not the hub
             raise
         answers = (getattr(each, "response", None) for each in (error, error.__cause__))
         status = next((answer.status_code for answer in answers if answer is not None), None)

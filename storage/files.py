@@ -1,10 +1,10 @@
-"""Files that are whole or absent, wherever the process is killed and whenever the disk is full.
+"""Files that are complete or absent, even after a kill or on a full disk.
 
-    with replacing(path) as temporary: ...        # written aside, fsynced, renamed over `path`
-    write_sealed(path, {...}); read_sealed(path)  # JSON that ends in the sha256 of all before it
-    append(path, {...}); read_lines(path)         # JSON lines, each on the disk before the next
+    write(path, bytes); write_json(path, {...})   # written beside, fsynced, renamed over `path`
+    append(path, {...}); read_lines(path)         # JSON lines, each fsynced before the next
+    with sole_writer(folder): ...                 # no other process writes to the folder
 
-Everything that must survive a kill goes through here: checkpoints, packs, demonstrations, episodes.
+Checkpoints, packs, demonstrations and results are written with these functions.
 """
 
 import errno
@@ -25,18 +25,18 @@ class DamagedError(InputError):
     """A file whose content is not what was written; the message names it."""
 
 
-# For an errno after which the file may still be whole: the command after which it can be read.
+# For errors after which a file may still be undamaged: the command after which it can be read.
 MENDS = dict.fromkeys((errno.EACCES, errno.EPERM), "chmod u+r {}  # its owner, or root")
 MENDS |= {errno.EAGAIN: "fuser -v {}  # wait until that program has closed it"}
 MENDS |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "ulimit -n 4096")
-LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of a file system that has none
+LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # a file system without locks
 MENDS |= dict.fromkeys(LOCKS, "export HDF5_USE_FILE_LOCKING=FALSE")
 
 
 def mend_of(path: Path, error: BaseException | None) -> str | None:
-    """The command after which a file can be read; None if it is missing, or damaged.
+    """The command after which a file can be read; None if it is missing or damaged.
 
-    h5py's errors have an errno only where the system refused the content, not for damage.
+    h5py's errors have an errno only if the system refused to read, not for damaged content.
     """
     number = getattr(error, "errno", None)
     if number in (None, errno.ENOENT):
@@ -45,7 +45,7 @@ def mend_of(path: Path, error: BaseException | None) -> str | None:
 
 
 def sync(path: Path) -> None:
-    """Return once a file's content, or a folder's list of names, is on the disk."""
+    """Flush a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -60,7 +60,7 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write; the file replaces `path` once it is whole and on the disk."""
+    """Yield a temporary path; when the block ends without error, the file replaces `path`."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
@@ -76,65 +76,48 @@ def write(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def write_json(path: Path, content: dict) -> None:
+    write(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object. Raises DamagedError if the file is missing or anything else."""
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamagedError(f"{path}: not there") from None
+    except (ValueError, TypeError) as error:
+        raise DamagedError(f"{path}: damaged, expected a JSON object ({error})") from error
+
+
 @contextmanager
 def sole_writer(folder: Path, name: str = "") -> Iterator[None]:
-    """Be the only process that writes to a folder, or to what is called `name` in it.
+    """Hold the lock of a folder, or of the file `name` in it. Raises InputError if another has it.
 
-    Raises InputError while another is at it; the lock ends with its process, however that ends.
+    The operating system releases the lock when the process ends, even after kill -9. lockf, not
+    filelock's flock: forked loader processes would inherit a flock and keep it after a kill.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / (f".{name}.lock" if name else ".lock"), "a+", encoding="utf-8") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / (f".{name}.lock" if name else ".lock"), "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written to ({error.strerror}). Give another --out, or "
+            f"chmod u+w {quoted(folder)}"
+        ) from None
+    with lock:
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a forked loader does not inherit it
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             lock.seek(0)
             raise InputError(
-                f"{folder}: another run is writing to it, process {lock.read()}. Stop that one "
-                "(kill, it saves its state), or give another --out"
+                f"{folder}: process {lock.read()} is writing to it. Stop that process (kill: it "
+                "saves its state), or give another --out"
             ) from None
         os.truncate(lock.name, 0)
         lock.write(str(os.getpid()))
         lock.flush()
         yield
-
-
-# --- JSON that knows when it is damaged ---
-
-_SEAL = ',\n "sha256": "'
-
-
-def _sealed(body: str) -> str:
-    return f'{body}{_SEAL}{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
-
-
-def write_sealed(path: Path, content: dict) -> None:
-    """Write `content`, and as its last key the sha256 of the text before that key."""
-    write(path, _sealed(json.dumps(content, indent=1).removesuffix("\n}")).encode())
-
-
-def read_sealed(path: Path) -> dict:
-    """Read what write_sealed wrote. Raises DamagedError if a single byte of it is different."""
-    try:
-        text = path.read_bytes().decode()
-    except (FileNotFoundError, NotADirectoryError):
-        raise DamagedError(f"{path}: not there") from None
-    except UnicodeDecodeError as error:
-        raise DamagedError(f"{path}: damaged ({error})") from None
-    body, seal, _ = text.rpartition(_SEAL)
-    if not seal or _sealed(body) != text:
-        raise DamagedError(f"{path}: damaged, its own sha256 differs")
-    return json.loads(body + "\n}")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises DamagedError for anything else."""
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise DamagedError(f"{path}: damaged, expected a JSON object ({error})") from error
-
-
-# --- JSON lines that grow ---
 
 
 def append(path: Path, line: dict) -> None:
@@ -145,31 +128,30 @@ def append(path: Path, line: dict) -> None:
 
 
 def read_lines(path: Path, mend: bool = False) -> list[dict]:
-    """The lines of a file; none if it is not there.
+    """The JSON objects of a file, one a line; none if the file is missing.
 
-    A last line that a kill or a full disk has torn does not count; `mend` cuts it off the file.
-    Raises DamagedError, naming the line, for any other that is no JSON object.
+    An incomplete last line, left by a kill or a full disk, is ignored; `mend` cuts it off the file.
+    Raises DamagedError, naming the line, if another line is not a JSON object.
     """
     text = path.read_bytes() if path.exists() else b""
-    whole = text.rfind(b"\n") + 1
-    if mend and whole < len(text):
-        print(f"warning: {path}: dropped a torn last line", file=sys.stderr)
-        os.truncate(path, whole)
+    end = text.rfind(b"\n") + 1
+    if mend and end < len(text):
+        print(f"warning: {path}: dropped an incomplete last line", file=sys.stderr)
+        os.truncate(path, end)
     lines = []
-    for number, line in enumerate(text[:whole].split(b"\n")[:-1], start=1):
+    for number, line in enumerate(text[:end].split(b"\n")[:-1], start=1):
         try:
             lines.append(dict(json.loads(line)))
         except (ValueError, TypeError) as error:
             raise DamagedError(
-                f"{path}, line {number}: damaged, expected a JSON object ({error}). Without that "
-                f"line the file is whole; this keeps it as it is in {path.name}.damaged: "
-                f"sed -i.damaged {number}d {quoted(path)}"
+                f"{path}, line {number}: damaged, expected a JSON object ({error}). To delete the "
+                f"line, with a copy in {path.name}.damaged: sed -i.damaged {number}d {quoted(path)}"
             ) from error
     return lines
 
 
 def code_commit() -> str | None:
-    """The commit of this code, None outside of git; `-dirty` behind it if a program differs."""
+    """The commit of this code, with "-dirty" if a .py file differs; None outside of git."""
     git = ["git", "-C", Path(__file__).parent]
     head = subprocess.run([*git, "rev-parse", "-q", "--verify", "HEAD"], capture_output=True)
     if not (commit := head.stdout.decode().strip()):

@@ -135,7 +135,7 @@ class Demonstrations:
         self.folder, self.truncate = Path(folder), truncate
         paths = h5_files(self.folder)
         if not paths:
-            raise FileNotFoundError(
+            raise InputError(
                 f"{self.folder}: no .h5 demonstrations below it; record some: python collect.py "
                 f"--out {quoted(self.folder)} ..."
             )

@@ -25,16 +25,16 @@ import tyro
 from einops import rearrange, reduce
 from tqdm import tqdm
 
-from config import ACTION_DIM, quoted
+from config import ACTION_DIM, InputError, quoted
 from storage.files import (
     DamagedError,
     append,
+    read_json,
     read_lines,
-    read_sealed,
     sha256,
     sole_writer,
     write,
-    write_sealed,
+    write_json,
 )
 from storage.h5 import Demonstrations, Episode
 from storage.trajectory import RECORD, DataError, remarks
@@ -60,12 +60,12 @@ class Pack:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / "pack.json").is_file():
-            raise FileNotFoundError(
+            raise InputError(
                 f"{self.folder}: not a whole pack, it has no pack.json; make one: "
                 f"python data.py pack --data DATA --out {quoted(self.folder)}"
             )
         try:
-            meta = read_sealed(self.folder / "pack.json")
+            meta = read_json(self.folder / "pack.json")
         except DamagedError as error:
             raise self.damaged(str(error)) from None
         if meta["record"] != PACKED.itemsize or "survey.npy" not in meta["files"]:
@@ -195,7 +195,7 @@ def write_pack(source: Demonstrations, folder: Path) -> None:
         hashes[name] = hashlib.sha256(content).hexdigest()
     about = ("instructions", "action_schema", "qpos_names")
     meta = {"files": hashes} | {key: getattr(source, key) for key in about} | plan
-    write_sealed(final, meta)
+    write_json(final, meta)
     progress.unlink()
     for remark in remarks(survey, [e.file for e in source.episodes]):
         print(remark)
@@ -208,7 +208,7 @@ def write_pack(source: Demonstrations, folder: Path) -> None:
 def is_of(final: Path, plan: dict) -> bool:
     """Is there a pack of the same data, with every file at its size?"""
     try:
-        meta, _ = read_sealed(final), Pack(final.parent)
+        meta, _ = read_json(final), Pack(final.parent)
     except (DamagedError, DataError):
         return False
     return all(meta.get(key) == value for key, value in plan.items())

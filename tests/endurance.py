@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from config import InputError
 from storage import checkpoint
-from storage.files import read_lines, sha256, sole_writer, write_sealed
+from storage.files import read_lines, sha256, sole_writer, write_json
 from storage.pack import BLOCK, PACKED, Pack, block_name
 from storage.trajectory import SURVEY
 from training.log import Saver
@@ -268,8 +268,13 @@ def stall(work: Path, parameters: int = 100_000_000) -> dict:
 
 
 def flips(folder: Path, check: Callable[[], None], count: int) -> int:
-    """Change one byte at a time; `check` must raise an InputError that names the file."""
-    rng, files = random.Random(0), sorted(folder.glob("[!.]*"))
+    """Change one byte at a time; `check` must raise an InputError that names the file.
+
+    The files that hold the hashes, manifest.json and pack.json, are left out.
+    """
+    hashes = ("manifest.json", "pack.json")
+    files = sorted(path for path in folder.glob("[!.]*") if path.name not in hashes)
+    rng = random.Random(0)
     sizes = [path.stat().st_size for path in files]
     for number in range(count):
         # Every file in turn first, then where a byte is likeliest: in the large ones.
@@ -316,7 +321,7 @@ def write_large_index(folder: Path, episodes: int, length: int) -> None:
     hashes = dict.fromkeys(names, "0" * 64) | {"survey.npy": sha256(folder / "survey.npy")}
     about = {"instructions": [""], "action_schema": None, "qpos_names": None, "sizes": {}}
     content = {"files": hashes, "record": PACKED.itemsize, "episodes": entries} | about
-    write_sealed(folder / "pack.json", content)
+    write_json(folder / "pack.json", content)
 
 
 OPEN = """

@@ -19,7 +19,7 @@ from data import Batcher, to_tensors
 from policy import Policy
 from simulation.assets import assets
 from storage import checkpoint
-from storage.files import read_sealed, sha256, write_sealed
+from storage.files import read_json, sha256, write_json
 from storage.h5 import Demonstrations
 from storage.tokenizer import build_tokenizer, tokenize
 from tools.check_files import checkpoint_weights, demonstrations, pretrained_weights
@@ -221,10 +221,10 @@ def a_pack_that_was_not_finished(plant):
 def resealed(folder: Path, **change) -> list[Finding]:
     """Findings on a step whose files were changed, and its manifest with them and in `change`."""
     step = checkpoint.steps_in(folder)[-1]
-    manifest = read_sealed(step / "manifest.json") | change
+    manifest = read_json(step / "manifest.json") | change
     manifest["files"] = {name: sha256(step / name) for name in manifest["files"]}
     manifest["sizes"] = {name: (step / name).stat().st_size for name in manifest["files"]}
-    write_sealed(step / "manifest.json", manifest)
+    write_json(step / "manifest.json", manifest)
     return checkpoint_weights(folder)
 
 

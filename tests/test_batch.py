@@ -33,7 +33,7 @@ from simulation.episodes import Job, Outcome, RandomPolicy, batches, run_episode
 from storage.files import append, read_lines
 from storage.recording import Recording
 from storage.tokenizer import build_tokenizer
-from tools.compare import comparison
+from tools.compare import compare
 
 GPU = torch.cuda.is_available()
 DRAWER = ("set_table", "close", "kitchen_counter", "val")
@@ -360,7 +360,7 @@ def test_a_file_from_before_there_was_a_choice_goes_on_and_physics_are_not_mixed
     with pytest.raises(InputError, match="simulation = 'physx_cuda', this run has 'physx_cpu'"):
         main(replace(cfg, out=tmp_path / "gpu"))
     with pytest.raises(InputError, match=r"simulation is 'physx_cpu' in .*, 'physx_cuda' in"):
-        comparison(tmp_path, tmp_path / "gpu")
+        compare(tmp_path, tmp_path / "gpu")
 
 
 @pytest.mark.skipif(not GPU, reason="several environments in one simulator need a GPU")

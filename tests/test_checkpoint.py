@@ -31,9 +31,9 @@ SAVE = r"""
 import sys
 from pathlib import Path
 from torch import nn, optim
-from config import explained
+from config import user_errors
 from training.log import Saver
-with explained():
+with user_errors():
     model, out = nn.Linear(2, 2), Path(sys.argv[1])
     saver = Saver(out, keep=1, is_main=True, step=0)
     saver.save(1, model, optim.Adam(model.parameters()), {}, '{"token": "\u0120"}')

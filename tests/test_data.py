@@ -141,9 +141,9 @@ def test_a_tokenizer_that_is_not_to_be_had_is_named_with_the_command(tmp_path, m
     """In a process of its own: huggingface_hub reads HF_HUB_OFFLINE when it is imported."""
     script = """
 from dataclasses import replace
-from config import explained, model_config
+from config import user_errors, model_config
 from storage.tokenizer import build_tokenizer
-with explained():
+with user_errors():
     build_tokenizer(replace(model_config("paper").llm, tokenizer="nobody/nothing"))
 """
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
@@ -331,7 +331,7 @@ def test_verify_names_the_block_in_which_one_bit_was_flipped(demos, tmp_path):
 
 
 def test_a_folder_that_is_no_pack_is_refused_with_the_command_that_makes_one(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no pack\.json; make one: python data\.py pack"):
+    with pytest.raises(ValueError, match=r"no pack\.json; make one: python data\.py pack"):
         verify(str(tmp_path))
 
 
@@ -477,7 +477,7 @@ def test_a_truncated_h5_is_refused_naming_the_file(tmp_path):
 
 
 def test_a_cut_sidecar_and_an_empty_folder_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"collect.py"):
+    with pytest.raises(ValueError, match=r"collect.py"):
         Demonstrations(tmp_path)
     path = write_demos(tmp_path / "set_table/close/kitchen_counter")
     sidecar = path.with_suffix(".json")

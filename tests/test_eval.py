@@ -18,7 +18,7 @@ from eval import EvalConfig, main, prepare
 from paper import ROWS
 from policy import check_schema
 from simulation.env import SubtaskEnv
-from storage.files import append, code_commit, read_lines, read_sealed, sha256, write_sealed
+from storage.files import append, code_commit, read_json, read_lines, sha256, write_json
 from storage.results import check_same_run, success_table, table, wilson
 from tools.report import write_report
 
@@ -127,14 +127,10 @@ def test_a_damaged_line_is_named_with_what_takes_it_out(tmp_path):
 
 def test_a_report_of_one_evaluation_is_refused_and_changes_nothing(tmp_path):
     (tmp_path / "run/eval").mkdir(parents=True)
-    append(tmp_path / "run/eval/episodes.jsonl", {})
     (tmp_path / "run/eval/results.json").write_text("{}")
-    command = ("-m", "tools.report", "--run")
-    refused = start(*command, tmp_path / "run/eval").communicate()[1]
-    assert f"python -m tools.report --run {tmp_path}/run" in refused
-    assert (tmp_path / "run/eval/results.json").read_text() == "{}"
-    foreign = start(*command, tmp_path / "run").communicate()[1]
-    assert foreign.startswith("error: ") and "not of an evaluation" in foreign
+    with pytest.raises(InputError, match=f"python -m tools.report --run {tmp_path}/run"):
+        write_report(tmp_path / "run/eval")
+    assert [path.name for path in (tmp_path / "run/eval").iterdir()] == ["results.json"]
 
 
 def test_episodes_of_another_evaluation_are_refused_by_name(tmp_path):
@@ -192,7 +188,7 @@ def test_so_does_torchrun_whose_ranks_share_the_episodes_out(one_worker, tmp_pat
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGSTOP)  # it would end its ranks when one dies
     refused = start("eval.py", *EXPERT.split(), "--out", tmp_path)
-    assert "another run is writing" in refused.communicate()[1]
+    assert "is writing to it" in refused.communicate()[1]
     for pid in ranks_of(process):
         os.kill(pid, signal.SIGKILL)
     os.kill(process.pid, signal.SIGKILL)
@@ -264,7 +260,7 @@ def test_columns_whose_sentences_the_checkpoint_never_heard_run_only_when_told_t
 
 def test_a_checkpoint_of_another_robot_is_refused_naming_the_slot(trained, tmp_path, capfd):
     manifest_file = trained / "step-00000001/manifest.json"
-    manifest = read_sealed(manifest_file)
+    manifest = read_json(manifest_file)
     env = SubtaskEnv("set_table", "close", "kitchen_counter", obs_mode="state_dict")
     check_schema(env, manifest)
     with pytest.raises(ValueError, match="qpos_names: 11 slots in the checkpoint, 12 here"):
@@ -274,13 +270,13 @@ def test_a_checkpoint_of_another_robot_is_refused_naming_the_slot(trained, tmp_p
         check_schema(env, manifest | {"qpos_names": swapped})
     wider = dict(manifest["action_schema"][8], high=0.2)
     schema = [*manifest["action_schema"][:8], wider, *manifest["action_schema"][9:]]
-    write_sealed(manifest_file, manifest | {"action_schema": schema})
+    write_json(manifest_file, manifest | {"action_schema": schema})
     message = "action_schema, slot 8: the checkpoint was trained on"
     with pytest.raises(InputError, match=message):  # the worker's own sentence
         main(EvalConfig(out=tmp_path, checkpoint=trained, columns=("close_drawer",), episodes=1))
     check_schema(env, manifest | {"action_schema": None, "qpos_names": None})
     assert "the training data had no action_schema" in capfd.readouterr().err
-    write_sealed(manifest_file, manifest)
+    write_json(manifest_file, manifest)
     env.close()
 
 

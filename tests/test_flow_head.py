@@ -17,6 +17,11 @@ def build():
     return model, model.train_stage(3)
 
 
+def velocity_at(head, x_t, t, cache, prefix_mask):
+    time = time_embedding(t, head.cfg.width)
+    return head.velocity(x_t, time, cache, *head.chunk_context(prefix_mask, x_t.shape[1]))
+
+
 def test_ten_euler_steps_from_noise_land_on_the_chunk_it_was_trained_on():
     model, params = build()
     batch = make_batch(b=2)
@@ -49,7 +54,7 @@ def test_the_loss_is_the_squared_distance_to_noise_minus_actions():
     prefix = model.vlm.encode(batch)
     t = torch.tensor([0.25, 0.75])
     x_t = t[:, None, None] * batch["noise"] + (1 - t[:, None, None]) * batch["actions"]
-    velocity = model.flow_head.velocity(x_t, t, prefix.cache, prefix.mask)
+    velocity = velocity_at(model.flow_head, x_t, t, prefix.cache, prefix.mask)
     expected = (velocity - (batch["noise"] - batch["actions"])).square().mean(-1)
     got = model.flow_head.loss(batch["actions"], batch["noise"], t, prefix.cache, prefix.mask)
     torch.testing.assert_close(got, expected)
@@ -79,20 +84,20 @@ def test_the_expert_reads_every_layer_of_the_prefix_and_no_padding():
     with torch.no_grad():
         prefix = model.vlm.encode(batch)
         x, t = torch.randn(1, 8, 13), torch.tensor([0.5])
-        reference = model.flow_head.velocity(x, t, prefix.cache, prefix.mask)
+        reference = velocity_at(model.flow_head, x, t, prefix.cache, prefix.mask)
         for layer in range(CFG.llm.depth):
             cache = list(prefix.cache)
             cache[layer] = KeyValues(*(-part for part in cache[layer]))
             assert (
-                model.flow_head.velocity(x, t, cache, prefix.mask) - reference
+                velocity_at(model.flow_head, x, t, cache, prefix.mask) - reference
             ).abs().max() > 1e-6
         hidden = prefix.mask.clone()
         hidden[0, 3] = False
         cache = [KeyValues(k.clone(), v.clone()) for k, v in prefix.cache]
-        masked = model.flow_head.velocity(x, t, cache, hidden)
+        masked = velocity_at(model.flow_head, x, t, cache, hidden)
         for k, v in cache:
             k[:, :, 3], v[:, :, 3] = 5, 5
-        torch.testing.assert_close(model.flow_head.velocity(x, t, cache, hidden), masked)
+        torch.testing.assert_close(velocity_at(model.flow_head, x, t, cache, hidden), masked)
 
 
 def turn(x, positions, cfg):
@@ -138,7 +143,7 @@ def compare_with_joint_pass(model, batch, tolerance):
             streams[i] = x + layer.down(F.silu(gate) * up)
     joint = head.action_out(head.norm(streams[1]))
     read = model.vlm.encode(batch)
-    cached = head.velocity(x_t, t, read.cache, read.mask)
+    cached = velocity_at(head, x_t, t, read.cache, read.mask)
     assert joint.abs().max() > 0.1
     torch.testing.assert_close(cached, joint, rtol=0, atol=tolerance)
 

@@ -49,7 +49,7 @@ for folder in (os.environ["MS_ASSET_DIR"], None):
         del os.environ["MS_ASSET_DIR"]
     try:
         SubtaskEnv("set_table", "close", "fridge")
-    except FileNotFoundError as error:
+    except ValueError as error:
         print(error)
 """
 
@@ -135,7 +135,7 @@ def test_a_complete_folder_is_left_alone_and_another_seed_refused(generated, cap
     same, _ = generated
     generate(same, seed=0)
     assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(FileExistsError, match=f"mv {same} {same}-aside"):
+    with pytest.raises(ValueError, match=f"mv {same} {same}-aside"):
         generate(same, seed=1)
 
 

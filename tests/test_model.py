@@ -125,7 +125,7 @@ def test_without_latents_and_decoders_it_is_the_bare_vlm_and_still_acts():
     assert losses.keys() == {"action"} and all(p.grad is not None for p in params)
     prefix = bare.vlm.encode(batch)
     length = CFG.llm.prompt_length + CFG.num_views * CFG.patches
-    assert prefix.mask.shape == (2, length) and bare.latents(prefix.hidden).shape[1] == 0
+    assert prefix.mask.shape == (2, length) and bare.predict(prefix.hidden) == {}
     actions, predictions = bare.act(batch)
     assert actions.shape == (2, 1, 13) and predictions == {}
     with pytest.raises(ValueError, match="num_latents 0"):
@@ -191,8 +191,8 @@ def make_padded(b=3, cfg=CFG):
 def compare_cached_decoding(model, batch, tolerance):
     """Decoding on cached keys and values is what one pass over all 13 tokens gives."""
     first = model.cfg.llm.first_action_id
-    prefix, bins, states = model.decode(batch, torch.zeros(len(batch["images"]), 13))
-    cached = torch.cat([prefix.hidden[:, -1:], states], dim=1)  # [B, 13, D]
+    decoded, bins = model.decode_actions(batch, torch.zeros(len(batch["images"]), 13))
+    cached = decoded.hidden[:, -13:]  # [B, 13, D]
     whole = model.vlm.encode(batch, first + bins[:, :-1]).hidden[:, -13:]
     torch.testing.assert_close(cached, whole, rtol=0, atol=tolerance)
     logits = model.vlm.llm.logits(whole)[..., first : first + model.cfg.bins]
@@ -218,7 +218,7 @@ def test_a_draft_changes_the_passes_that_decoding_takes_and_not_its_tokens(model
     guess, passes = bins_to_actions(plain, model.cfg.bins), []
     guess[1, wrong] = -guess[1, wrong] + 0.1
     hook = model.vlm.llm.register_forward_hook(lambda *_: passes.append(1))
-    _, bins, _ = model.decode(batch, guess)
+    _, bins = model.decode_actions(batch, guess)
     hook.remove()
     assert torch.equal(bins, plain)
     # The prefix's own pass reads the guess too; the last token's is never read.
@@ -227,9 +227,9 @@ def test_a_draft_changes_the_passes_that_decoding_takes_and_not_its_tokens(model
 
 def everything_read(model, batch):
     """All that the model says of a batch: tokens, chunk, the decoders' predictions."""
-    prefix, tokens, _ = model.decode(batch, torch.zeros(len(batch["images"]), 13))
+    prefix, tokens = model.decode_actions(batch, torch.zeros(len(batch["images"]), 13))
     chunk = model.flow_head.sample(prefix.cache, prefix.mask, batch["noise"])
-    return {"tokens": tokens, "chunk": chunk} | model.predict(model.latents(prefix.hidden))
+    return {"tokens": tokens, "chunk": chunk} | model.predict(prefix.hidden)
 
 
 @torch.no_grad()
@@ -302,7 +302,7 @@ def test_prompts_and_action_ids_are_those_of_the_public_models():
 )
 def test_the_table_of_parameters_is_printed_within_ten_seconds(preset, everything, vlm, flow_head):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "training.memory", "--preset", preset]
+    command = [sys.executable, "model.py", "--preset", preset]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10

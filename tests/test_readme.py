@@ -19,7 +19,7 @@ import eval
 import train
 from storage.files import read_lines
 from storage.results import rate, table
-from tools.tables import lines_of
+from tools.claims import to_markdown
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
@@ -170,7 +170,7 @@ def test_the_miniature_tables_their_metrics_and_verdicts_are_those_in_results():
     page = words(PAGES["results.md"])
     for path in (ROOT / "results").glob("*/table-*.json"):
         table = json.loads(path.read_text())
-        lines = [line for line in [*lines_of(table), *table["differs"]] if line[:2] != "|-"]
+        lines = [line for line in [*to_markdown(table), *table["differs"]] if line[:2] != "|-"]
         missing = [line for line in lines if words(line) not in page]
         assert not missing, "\n".join(missing)
 

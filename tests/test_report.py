@@ -175,7 +175,7 @@ def test_films_beyond_the_pages_size_are_left_out_by_name(run, page, tmp_path, m
     assert "<video" in page
     shutil.copytree(run / "eval", tmp_path / "eval")
     video = (tmp_path / "eval/videos/pick_all_0_fail.mp4").stat().st_size
-    monkeypatch.setattr(report, "LIMIT", video)  # base64 takes a third more
+    monkeypatch.setattr(report, "EMBEDDED", video)  # base64 takes a third more
     write_report(tmp_path)
     content = (tmp_path / "report.html").read_text()
     left_out = "Left out, for the size of this page: videos/eval_pick_all_0_fail.mp4"

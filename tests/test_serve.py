@@ -1,4 +1,4 @@
-"""`tools.serve`: what it answers, and as a user starts it, driven by vla-eval's own client."""
+"""`tools.serve`: its answers, and the program as a user starts it, driven by vla-eval's client."""
 
 import asyncio
 import os
@@ -23,15 +23,15 @@ TEXT = "close the kitchen drawer"
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory) -> Path:
-    """Of a policy that acts on what it saw before, too."""
+    """A checkpoint whose policy reads past actions, too."""
     return train_tiny(tmp_path_factory.mktemp("run"), "base-history")
 
 
 def wire(seed: int, text: str = TEXT) -> dict:
-    """What a client sends for MS-HAB's observation."""
+    """An observation as a client sends it."""
     sensors = observation(seed)["sensor_data"]
-    plain = {c: {k: v[0].numpy() for k, v in pictures.items()} for c, pictures in sensors.items()}
-    return {"sensor_data": plain, "task_description": text, "state": np.zeros(12)}
+    arrays = {c: {k: v[0].numpy() for k, v in images.items()} for c, images in sensors.items()}
+    return {"sensor_data": arrays, "task_description": text, "state": np.zeros(12)}
 
 
 def expected(stage: Path, seeds: list[int]) -> list[np.ndarray]:
@@ -53,7 +53,7 @@ class Episode:
         asyncio.run(self.server.on_observation(observation, self))
 
 
-def test_several_episodes_at_once_get_the_policys_actions_each_its_own(stage):
+def test_several_episodes_at_once_each_get_the_policys_actions(stage):
     server = AuxVLAServer(ServeConfig(stage, device="cpu"))
     episodes = {(1, 2): Episode(server), (7, 8): Episode(server)}
     assert (expected(stage, [1, 7])[1] != expected(stage, [7])[0]).any()  # the past matters
@@ -68,29 +68,30 @@ def test_several_episodes_at_once_get_the_policys_actions_each_its_own(stage):
     assert not server.episodes
 
 
-def test_what_cannot_be_acted_on_is_told_and_the_episode_goes_on(stage):
+def test_an_unusable_observation_is_refused_and_the_episode_goes_on(stage):
     head = wire(3)["sensor_data"]["fetch_head"]
-    metres, batched = np.ones((128, 128, 1), np.float32), head["rgb"][None]
-    broken = {  # what is told of it: what is sent in the place of the head's pictures
-        "rgb: got None, expected an array uint8 [128, 128, 3]": None,
-        "depth: got float32 [128, 128, 1], expected an array int16": head | {"depth": metres},
-        "rgb: got uint8 [1, 128, 128, 3]": head | {"rgb": batched},
-        "rgb: got uint8 [64, 64, 3]": head | {"rgb": np.zeros((64, 64, 3), np.uint8)},
+    metres = np.ones((128, 128, 1), np.float32)
+    bad = {  # message: what the client sends instead
+        "fetch_head/rgb: got object [], expected uint8 [128, 128, 3]": {"fetch_head": None},
+        "depth: got float32 [128, 128, 1], expected int16": {
+            "fetch_head": head | {"depth": metres}
+        },
+        "rgb: got uint8 [1, 128, 128, 3]": {"fetch_head": head | {"rgb": head["rgb"][None]}},
     }
-    bad = [(told, {"sensor_data": {"fetch_head": sent}}) for told, sent in broken.items()]
+    bad = {message: {"sensor_data": sent} for message, sent in bad.items()}
     for text in ("wash up", None):
-        told = f"task_description: got {text!r}, expected one of ['{TEXT}']"
-        bad.append((told, {"task_description": text}))
+        message = f"task_description: got {text!r}, expected one of ['{TEXT}']"
+        bad[message] = {"task_description": text}
     episode = Episode(AuxVLAServer(ServeConfig(stage, device="cpu")))
-    for told, change in bad:
-        with pytest.raises(InputError, match=re.escape(told)):
+    for message, change in bad.items():
+        with pytest.raises(InputError, match=re.escape(message)):
             episode.see(wire(3) | change)
     for seed in (3, 4):
         episode.see(wire(seed))
     np.testing.assert_array_equal(episode.sent, expected(stage, [3, 4]))
 
 
-def test_any_instruction_is_taken_when_told_unless_too_long(stage):
+def test_any_instruction_is_accepted_with_the_flag_unless_too_long(stage):
     episode = Episode(AuxVLAServer(ServeConfig(stage, device="cpu", any_instruction=True)))
     episode.see(wire(0, "open the fridge"))
     with pytest.raises(ValueError, match="needs 38 tokens"):
@@ -98,9 +99,9 @@ def test_any_instruction_is_taken_when_told_unless_too_long(stage):
     assert len(episode.sent) == 1
 
 
-def test_what_serving_needs_is_named_with_its_command(stage, monkeypatch):
-    monkeypatch.setattr("tools.serve.serve", None)  # as where it is not installed
-    with pytest.raises(InputError, match=r"needs vla-eval, .*: pip install vla-eval"):
+def test_a_missing_vla_eval_is_named_with_the_command_that_installs_it(stage, monkeypatch):
+    monkeypatch.setattr("tools.serve.serve", None)  # as if it were not installed
+    with pytest.raises(InputError, match=r"needs the package vla-eval: pip install"):
         main(ServeConfig(stage))
 
 

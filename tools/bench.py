@@ -25,7 +25,7 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import ACTION_DIM, CAMERAS, PRESETS, ModelConfig, explained, model_config
+from config import ACTION_DIM, CAMERAS, PRESETS, ModelConfig, model_config, user_errors
 from data import Frames, StepOrder, batch_shapes, open_data
 from model import AuxVLA
 from policy import Policy
@@ -345,5 +345,5 @@ def main(bench: Verb) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # one core's figures are steady, and comparable between machines
-    with explained():
+    with user_errors():
         main(tyro.cli(Verb, description=__doc__))

@@ -137,7 +137,7 @@ def pack_findings(folder: Path, seconds: float) -> list[Finding]:
     except (InputError, OSError) as error:
         again = f"python data.py pack --data DATA --out {quoted(folder)}"
         mend = mend_of(getattr(error, "filename", folder), error) or f"{aside(folder)}{again}"
-        if isinstance(error, FileNotFoundError):  # no pack.json: packing was stopped, and goes on
+        if not (folder / "pack.json").is_file():  # no pack.json: packing was stopped, and goes on
             mend = again
         return [Finding("missing", "--data", brief(error), "a whole pack", mend)]
     got = f"{len(pack):,} frames; sha256 of {compared} of {len(pack.hashes)} files compared"

@@ -54,7 +54,7 @@ def acting(
                 *sight_findings(policy, frames, batcher, deadline),
                 *accuracy_findings(policy, frames, batcher, deadline),
             ]
-    except (ValueError, FileNotFoundError) as error:  # tokenize has a ValueError of its own
+    except ValueError as error:  # tokenize has a ValueError of its own
         mend = f"python -m tools.doctor --for train --data {quoted(data)}"
         return [Finding("missing", "acting", brief(error), "a checkpoint and its data", mend)]
 

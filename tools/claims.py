@@ -1,140 +1,89 @@
-"""The paper's claims, each with its size and test stated before any run, and the tables they need.
+"""The paper's claims and tables, counted from the episodes that tools/reproduce.py left.
 
-    python -m tools.claims    # every claim: what the paper found, what it takes to see it here
+    table = write_table(Path("results/set_table"), 2, rows, cell, "tiny")  # table-2.json
+    print("\n".join(to_markdown(table)))
 
-A claim is a difference of two rows' success rates. It is tested on a table that tools/reproduce.py
-filled, and the verdict is written whichever way it falls:
+A claim is a difference of two rows' success rates, written down before any run. Its verdict:
 
-    agrees        the 95 % interval of our difference lies wholly on the paper's side of 0
-    disagrees     it lies wholly on the other side
-    cannot tell   it contains 0, or one of the rows was trained once only, or in the columns that
-                  were run the paper's own figures do not have the sign of its claim
-    not run       one of the rows, or every column of the claim, is missing, or what it compares is
-                  the same here
+    agrees        the 95 % interval of our difference lies on the paper's side of 0
+    disagrees     the interval lies on the other side
+    cannot tell   the interval contains 0, or a row was trained once only, or the paper's own
+                  rates in the columns that were run do not have the sign of its claim
+    not run       a row or all columns of the claim are missing, or both rows are the same here
 
-Episodes of one training are not independent trainings. So an interval is the wider of two: that
-over episodes, as if all came from one policy (Wilson; for differences Newcombe), and that over the
-seeds' rates (Student's t).
+Episodes of one training are not independent trainings. An interval is the wider of two: over
+episodes, as if one policy ran all (Wilson; for differences Newcombe), and over the training seeds'
+rates (Student's t).
 """
 
+import csv
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, variance
+from statistics import NormalDist, mean, variance
 
 from scipy.stats import t as student
 
-from config import InputError
 from paper import COLUMNS, PAPER_COLUMNS, ROWS
-from storage.files import read_lines
+from storage.files import read_json, read_lines, write
 from storage.results import address, wilson
 
-ALPHA, POWER_Z, Z = 0.05, 0.841621, 1.959964  # two-sided; power 0.8
 SEED_SD = 0.1  # assumed spread of a row's success rate from one training to the next
 PLANNED_EPISODES = 60  # of each column and seed
+# Standard normal quantiles: two-sided test at 0.05, power 0.8.
+Z, Z_POWER = (NormalDist().inv_cdf(p) for p in (0.975, 0.8))
 
 
 @dataclass(frozen=True)
 class Claim:
+    """A line of claims.csv."""
+
     name: str
-    statement: str
-    a: str  # rows; the effect is b's rate less a's
+    a: str  # rows; the effect is b's rate minus a's
     b: str
-    columns: tuple[str, ...] = PAPER_COLUMNS
-    of_sizes: bool = False  # of two sizes of LLM; the tiny presets have one
+    columns: str  # separated by spaces; "": all
+    of_sizes: str  # "yes": compares two sizes of LLM, of which the tiny presets have one
+    statement: str
 
     @property
     def table(self) -> int:
         return max(ROWS[self.a].table, ROWS[self.b].table)
 
-    def paper(self, keys: Sequence[str]) -> float | None:
-        """The paper's difference over these task/column pairs."""
-        pairs = [(paper_rate(self.a, key), paper_rate(self.b, key)) for key in keys]
-        return mean(b - a for a, b in pairs) if pairs else None
-
     @property
-    def everywhere(self) -> list[str]:
-        """All task/column pairs that the claim is of."""
-        pairs = [(task, column) for task, rates in ROWS[self.a].paper.items() for column in rates]
-        return [f"{task}/{column}" for task, column in pairs if column in self.columns]
+    def keys(self) -> list[str]:
+        """All task/column pairs that the claim covers."""
+        rates, names = ROWS[self.a].paper, self.columns.split() or PAPER_COLUMNS
+        return [f"{task}/{name}" for task in rates for name in rates[task] if name in names]
 
-    def tests(self, keys: Sequence[str]) -> bool:
-        """Have the paper's own figures of these columns the sign of its claim?"""
-        effect = self.paper(keys)
-        return effect is not None and effect * self.paper(self.everywhere) > 1e-9
+    def paper_effect(self, keys: Sequence[str]) -> float:
+        """Return the paper's mean difference over these task/column pairs."""
+        return mean(paper_rate(self.b, key) - paper_rate(self.a, key) for key in keys)
+
+    def is_supported(self, keys: Sequence[str]) -> bool:
+        """Return whether the paper's own rates in these columns have the sign of its claim."""
+        return self.paper_effect(keys) * self.paper_effect(self.keys) > 1e-9
 
     def seeds_needed(self, keys: Sequence[str]) -> int | None:
-        """Trainings of each row that detect the paper's difference with power 0.8.
+        """Return the trainings of each row that detect the paper's difference with power 0.8.
 
         From SEED_SD and the paper's own rates; None where the paper saw no difference.
         """
-        effect = self.paper(keys)
-        if not self.tests(keys):
+        if not self.is_supported(keys):
             return None
         rates = [paper_rate(row, key) for row in (self.a, self.b) for key in keys]
         chance = mean(rate * (1 - rate) for rate in rates) / (PLANNED_EPISODES * len(keys))
-        spread = 2 * (SEED_SD**2 + chance)
-        return max(2, math.ceil((Z + POWER_Z) ** 2 * spread / effect**2) + 1)  # + 1: t, not normal
+        spread = 2 * (SEED_SD**2 + chance) * (Z + Z_POWER) ** 2
+        return max(2, math.ceil(spread / self.paper_effect(keys) ** 2) + 1)  # + 1: t, not normal
 
 
-PICKING, PLACING = ("pick_all",), ("place_all",)
-OPENING, DRAWERS = ("open_fridge", "open_drawer"), ("open_drawer", "close_drawer")
-
-CLAIMS = (
-    Claim("second-view-helps", "A hand camera beside the head's raises success (Sec. 6.2)",
-          "openvla", "openvla-multiview"),
-    Claim("views-and-depth-help", "Second view and depth raise the 7B baseline, 0.04 to 0.32 "
-          "(Sec. 6.2)", "openvla", "openvla-depth"),
-    Claim("views-and-depth-help-drawers", "They raise its opening and closing of drawers "
-          "(Sec. 6.2)", "openvla", "openvla-depth", DRAWERS),
-    Claim("depth-helps", "Depth raises success, 0.52 to 0.60 (Sec. 6.2)",
-          "base-multiview", "base-depth"),
-    Claim("smaller-llm-is-better", "The small VLM does better on the same inputs, 0.32 to 0.60 "
-          "(Sec. 6.2)", "openvla-depth", "base-depth", of_sizes=True),
-    Claim("history-hurts", "Four past steps lower success, 0.60 to 0.49 (Sec. 6.2)",
-          "base-depth", "base-history"),
-    Claim("naive-hurts", "Co-training from the start lowers success, 0.60 to 0.51 (Sec. 6.3)",
-          "auxvla", "auxvla-naive"),
-    Claim("progressive-helps", "Progressive co-training raises success, 0.60 to 0.73 (Sec. 6.3)",
-          "auxvla", "auxvla-all"),
-    Claim("progressive-beats-naive", "The same decoders in stages beat those from the start, 0.51 "
-          "to 0.73 (Sec. 6.3)", "auxvla-naive", "auxvla-all"),
-    Claim("grasp-helps", "The grasp decoder raises success, 0.60 to 0.66 (Sec. 6.3)",
-          "auxvla", "auxvla-grasp"),
-    Claim("grasp-helps-picking", "The grasp decoder raises picking, 0.16 to 0.30 (Sec. 6.3)",
-          "auxvla", "auxvla-grasp", PICKING),
-    Claim("qpos-helps", "The qpos decoder raises success, 0.60 to 0.71 (Sec. 6.3)",
-          "auxvla", "auxvla-qpos"),
-    Claim("qpos-helps-placing-and-drawers", "The qpos decoder raises placing and drawers "
-          "(Sec. 6.3)", "auxvla", "auxvla-qpos", PLACING + DRAWERS),
-    Claim("pos-helps", "The position decoder raises success, 0.60 to 0.65 (Sec. 6.3)",
-          "auxvla", "auxvla-pos"),
-    Claim("pos-helps-opening", "The position decoder raises opening of fridge and drawer "
-          "(Sec. 6.3)", "auxvla", "auxvla-pos", OPENING),
-    Claim("pos-hurts-pick-and-place", "The position decoder lowers picking and placing (Sec. 6.3)",
-          "auxvla", "auxvla-pos", PICKING + PLACING),
-    Claim("all-exceeds-the-best", "All three decoders exceed the paper's best one, qpos, 0.71 to "
-          "0.73 (Sec. 6.3)", "auxvla-qpos", "auxvla-all"),
-    Claim("seg-obj-helps", "Masks and object pose raise success, 0.27 to 0.47 (Sec. 6.3)",
-          "auxvla-pick-place", "auxvla-seg-obj"),
-    Claim("seg-obj-helps-picking", "Masks and object pose raise picking (Sec. 6.3)",
-          "auxvla-pick-place", "auxvla-seg-obj", PICKING),
-    Claim("seg-obj-helps-placing", "Masks and object pose raise placing (Sec. 6.3)",
-          "auxvla-pick-place", "auxvla-seg-obj", PLACING),
-    Claim("action-head-lowers-the-average", "The action head lowers the average, 0.73 to 0.69 "
-          "(Sec. 6.4)", "auxvla-tokens", "auxvla-action-head"),
-    Claim("action-head-helps-picking", "The action head raises picking, 0.13 to 0.27 (Sec. 6.4)",
-          "auxvla-tokens", "auxvla-action-head", PICKING),
-    Claim("action-head-helps-placing", "The action head raises placing, 0.70 to 0.80 (Sec. 6.4)",
-          "auxvla-tokens", "auxvla-action-head", PLACING),
-    Claim("action-head-hurts-opening", "It lowers opening of fridge and drawer (Sec. 6.4)",
-          "auxvla-tokens", "auxvla-action-head", OPENING),
-)  # fmt: skip
+with open(Path(__file__).with_suffix(".csv"), encoding="utf-8", newline="") as file:
+    CLAIMS = [Claim(**row) for row in csv.DictReader(file)]
 
 
 def paper_rate(row: str, key: str) -> float:
-    """The paper's rate of a row in `task/column`."""
+    """Return the paper's rate of a row in `task/column`."""
     task, column = key.split("/")
     return ROWS[row].paper[task][column]
 
@@ -142,119 +91,228 @@ def paper_rate(row: str, key: str) -> float:
 # --- Intervals ---
 
 
-def over_seeds(samples: Sequence[Sequence[float]]) -> tuple[float, float] | None:
-    """Mean and half-width of the last sample's mean, less the first's where there are two.
+def seed_interval(*samples: Sequence[float]) -> tuple[float, float]:
+    """Return Student's 95 % interval of a mean, or of the second mean minus the first.
 
-    Student's t; the two have a common variance. None with a single training in one of them.
+    Two samples have a common variance. NaN with a single training in a sample.
     """
+    if min(map(len, samples)) < 2:
+        return math.nan, math.nan
     freedom = sum(len(sample) - 1 for sample in samples)
-    if any(len(sample) < 2 for sample in samples):
-        return None
     pooled = sum(variance(sample) * (len(sample) - 1) for sample in samples) / freedom
     error = math.sqrt(pooled * sum(1 / len(sample) for sample in samples))
     centre = mean(samples[-1]) - (mean(samples[0]) if len(samples) == 2 else 0)
-    return centre, float(student.ppf(1 - ALPHA / 2, freedom)) * error
-
-
-def widened(low: float, high: float, seeds: tuple[float, float] | None, floor: float):
-    """An interval over episodes, widened to that over seeds, within [floor, 1]."""
-    if seeds is not None:
-        low, high = min(low, seeds[0] - seeds[1]), max(high, seeds[0] + seeds[1])
-    return max(floor, low), min(1.0, high)
+    half = float(student.ppf(0.975, freedom)) * error
+    return centre - half, centre + half
 
 
 def rate_of(by_seed: dict[str, tuple[int, int]]) -> dict:
-    """A cell from {training seed: (successes, episodes)}."""
+    """Return a cell from {training seed: (successes, episodes)}."""
     successes, n = (sum(each[i] for each in by_seed.values()) for i in (0, 1))
     rates = {seed: s / m for seed, (s, m) in by_seed.items()}
-    low, high = widened(*wilson(successes, n), over_seeds([[*rates.values()]]), floor=0.0)
+    (low, high), (low_seeds, high_seeds) = wilson(successes, n), seed_interval([*rates.values()])
+    # min and max keep their first argument where the other is NaN.
+    low, high = max(0.0, min(low, low_seeds)), min(1.0, max(high, high_seeds))
     return {"n": n, "rate": successes / n, "low": low, "high": high, "by_seed": rates}
 
 
 def difference(a: dict, b: dict) -> tuple[float, float, float]:
-    """b's rate less a's, with its interval, of two cells of `rate_of`.
+    """Return b's rate minus a's, with its interval, of two cells of `rate_of`.
 
     Newcombe's for independent proportions (Statistics in Medicine 17, 1998, p. 873, method 10): the
-    rows were run on equal episodes, but by trainings that differ, which pairing would ignore.
+    rows ran on equal episodes but were trained apart, which pairing would ignore.
     """
-    bounds = [
-        (cell["rate"], *wilson(round(cell["rate"] * cell["n"]), cell["n"])) for cell in (a, b)
-    ]
-    (rate_a, low_a, high_a), (rate_b, low_b, high_b) = bounds
+    (low_a, high_a), (low_b, high_b) = (wilson(round(c["rate"] * c["n"]), c["n"]) for c in (a, b))
+    rate_a, rate_b = a["rate"], b["rate"]
     low = rate_b - rate_a - math.hypot(rate_b - low_b, high_a - rate_a)
     high = rate_b - rate_a + math.hypot(high_b - rate_b, rate_a - low_a)
-    seeds = over_seeds([[*a["by_seed"].values()], [*b["by_seed"].values()]])
-    return rate_b - rate_a, *widened(low, high, seeds, floor=-1.0)
+    seeds = seed_interval([*a["by_seed"].values()], [*b["by_seed"].values()])
+    return rate_b - rate_a, max(-1.0, min(low, seeds[0])), min(1.0, max(high, seeds[1]))
 
 
 # --- Episodes ---
 
 
-def of_seeds(folder: Path, pattern: str) -> list[Path]:
-    """The files of a row's trainings, seed-0, seed-1 and so on, by number."""
-    paths = [p for p in folder.glob(f"seed-*/{pattern}") if number_of(folder, p) is not None]
-    return sorted(paths, key=lambda path: (number_of(folder, path), path))
+def find_seeds(folder: Path, pattern: str) -> list[tuple[str, Path]]:
+    """Return [(seed, file)] of FOLDER/seed-N/PATTERN in order of N; other folders do not count."""
+    paths = [path for path in folder.glob(f"seed-*/{pattern}")]
+    seeds = [path.relative_to(folder).parts[0].removeprefix("seed-") for path in paths]
+    found = [(int(seed), path) for seed, path in zip(seeds, paths) if seed.isdecimal()]
+    return [(str(seed), path) for seed, path in sorted(found)]
 
 
-def number_of(folder: Path, path: Path) -> int | None:
-    number = path.relative_to(folder).parts[0].removeprefix("seed-")
-    return int(number) if number.isdecimal() else None
-
-
-def read_cells(folder: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """{task/column: {training seed: (successes, episodes)}} of one row's folder."""
-    cells: dict[str, dict] = {}
-    for path in of_seeds(folder, "*/episodes.jsonl"):
-        seed, task = path.parts[-3].removeprefix("seed-"), path.parts[-2]
-        try:
-            episodes = {address(line): line["success_once"] for line in read_lines(path)}
-        except KeyError as error:
-            raise InputError(f"{path}: a line lacks {error}, expected those of eval.py") from error
+def count_successes(folder: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """Return {task/column: {training seed: (successes, episodes)}} of one row's folder."""
+    counts: dict[str, dict] = {}
+    for seed, path in find_seeds(folder, "*/episodes.jsonl"):
+        episodes = {address(line): line["success_once"] for line in read_lines(path)}
         for column in COLUMNS:
             outcomes = [success for (name, _), success in episodes.items() if name == column]
             if outcomes:
-                cells.setdefault(f"{task}/{column}", {})[seed] = (sum(outcomes), len(outcomes))
-    return cells
+                by_seed = counts.setdefault(f"{path.parent.name}/{column}", {})
+                by_seed[seed] = sum(outcomes), len(outcomes)
+    return counts
 
 
-def average_of(cells: dict[str, dict[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
-    """Successes and episodes of the seeds that have every column equally often."""
-    seeds = {seed for by_seed in cells.values() for seed in by_seed}
+def sum_columns(counts: dict[str, dict[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
+    """Return successes and episodes of the seeds that ran every column equally often."""
     summed = {}
-    for seed in sorted(seeds):
-        of_seed = [by_seed[seed] for by_seed in cells.values() if seed in by_seed]
-        if len(of_seed) == len(cells) and len({n for _, n in of_seed}) == 1:
-            summed[seed] = (sum(s for s, _ in of_seed), sum(n for _, n in of_seed))
+    for seed in sorted({seed for by_seed in counts.values() for seed in by_seed}):
+        successes, n = zip(*(by_seed.get(seed, (0, 0)) for by_seed in counts.values()))
+        if len(set(n)) == 1:
+            summed[seed] = sum(successes), sum(n)
     return summed
 
 
 def judge(claim: Claim, folders: dict[str, Path], preset: str) -> dict:
-    """A claim's verdict, from the episodes of its two rows in the columns that both have."""
-    counts = [read_cells(folders[row]) for row in (claim.a, claim.b)]
-    keys = [key for key in counts[0] if key in counts[1] and key.split("/")[1] in claim.columns]
-    whole = claim.everywhere
-    about = {"name": claim.name, "table": claim.table, "statement": claim.statement}
-    about |= {"rows": [claim.a, claim.b], "columns": keys, "paper_all_columns": claim.paper(whole)}
-    summed = [average_of({key: of_row[key] for key in keys}) for of_row in counts]
+    """Return a claim's verdict, from the episodes of its two rows in the columns that both have."""
+    counts = [count_successes(folders[row]) for row in (claim.a, claim.b)]
+    keys = [key for key in counts[0] if key in counts[1] and key in claim.keys]
+    summed = [sum_columns({key: row[key] for key in keys}) for row in counts]
+    paper = claim.paper_effect(claim.keys)
+    found = {"name": claim.name, "table": claim.table, "statement": claim.statement}
+    found |= {"rows": [claim.a, claim.b], "columns": keys, "paper_all_columns": paper}
     if claim.of_sizes and preset == "tiny":
-        return about | {"verdict": "not run", "why": "both rows have one size here"}
+        return found | {"verdict": "not run", "why": "both rows have one size here"}
     if not keys or not all(summed):
-        return about | {"verdict": "not run"}
+        return found | {"verdict": "not run"}
     ours, low, high = difference(*map(rate_of, summed))
-    paper = claim.paper(keys)
-    sign = math.copysign(1, claim.paper(whole))
-    about |= {"paper": paper, "ours": ours, "low": low, "high": high}
-    about |= {"seeds": min(map(len, summed)), "seeds_needed": claim.seeds_needed(keys)}
-    # One training of each says nothing of how trainings differ, whatever its episodes say.
-    if low <= 0 <= high or about["seeds"] < 2 or not claim.tests(keys):
-        return about | {"verdict": "cannot tell"}
-    return about | {"verdict": "agrees" if sign * ours > 0 else "disagrees"}
+    found |= {"paper": claim.paper_effect(keys), "ours": ours, "low": low, "high": high}
+    found |= {"seeds": min(map(len, summed)), "seeds_needed": claim.seeds_needed(keys)}
+    # One training of each row does not show how much trainings differ.
+    if low <= 0 <= high or found["seeds"] < 2 or not claim.is_supported(keys):
+        return found | {"verdict": "cannot tell"}
+    return found | {"verdict": "agrees" if paper * ours > 0 else "disagrees"}
 
 
-if __name__ == "__main__":
-    for claim in CLAIMS:
-        keys = claim.everywhere
-        print(
-            f"{claim.name}: {claim.statement}. {claim.a} to {claim.b}, {claim.paper(keys):+.2f} in "
-            f"the paper; {claim.seeds_needed(keys)} trainings of each would detect it"
-        )
+# --- Tables ---
+
+ALWAYS = (
+    "a generated apartment and a scripted expert instead of ReplicaCAD and MS-HAB's policies",
+    "a fixed number of steps for each epoch of the paper",
+    "a few columns of the table, by default those that a tiny model learns",
+)
+TINY = (
+    "a model of 4.6 M parameters with random weights instead of 1.3B pre-trained ones",
+    "64-pixel images in four patches of 32",
+    "learning rate 3e-4 (action head 1e-3), batch 32, not a constant 2e-5 and 512",
+    "warm-up and cool-down in every stage, of which rows in stages have two and others one",
+)
+TINY_OPENVLA = "OpenVLA's rows have the small VLM's size: Llama 2 differs in its head and biases"
+UNHELD = "nothing is held in these columns: the grasp decoder's label never changes"
+UNSUPPORTED = "the paper's own figures there do not have the sign of its claim"
+
+
+def average_metrics(folder: Path, stage: int) -> dict[str, dict]:
+    """Return the held-out metrics after a row's last stage: mean over seeds, with its interval."""
+    runs = [read_json(path) for _, path in find_seeds(folder, f"stage{stage}/validation.json")]
+    metrics = {}
+    for name in dict.fromkeys(name for run in runs for name in run["metrics"]):
+        values = [run["metrics"][name] for run in runs if name in run["metrics"]]
+        ours = [value["ours"] for value in values]
+        low, high = seed_interval(ours)
+        metrics[name] = {"ours": mean(ours)} | ({"low": low, "high": high} if low <= high else {})
+        metrics[name] |= {key: values[0][key] for key in ("trivial", "unit", "higher_is_better")}
+    return metrics
+
+
+def make_row(folder: Path, label: str, paper: dict[str, float], stage: int = 0) -> dict:
+    """Return one row: its cells, their average, and its held-out metrics."""
+    counts = count_successes(folder)
+    cells = {key: rate_of(by_seed) | {"paper": paper.get(key)} for key, by_seed in counts.items()}
+    if summed := sum_columns(counts):
+        theirs = [paper[key] for key in counts if key in paper]
+        cells["average"] = rate_of(summed) | {"paper": mean(theirs) if theirs else None}
+    seeds = sorted({int(seed) for by_seed in counts.values() for seed in by_seed})
+    metrics = average_metrics(folder, stage)
+    return {"label": label, "seeds": seeds, "cells": cells, "metrics": metrics}
+
+
+def write_table(results: Path, number: int, names: Sequence[str], cell: Callable, preset: str):
+    """Write results/table-N.json from the episodes there, and return its content.
+
+    `cell` maps a row to the row under whose name its results are kept (tools/reproduce.py).
+    """
+    rows = {}
+    for name in names:
+        row = ROWS[name]
+        paper = {f"{task}/{c}": row.paper[task][c] for task in row.paper for c in row.paper[task]}
+        rows[name] = make_row(results / cell(name), row.label, paper, row.stages[-1])
+    rows |= {bound: make_row(results / bound, bound, {}) for bound in ("random", "expert")}
+    folders = {name: results / cell(name) for name in ROWS}
+    columns = dict.fromkeys(key for row in rows.values() for key in row["cells"])
+    holds = any(word in key for key in columns for word in ("pick", "place"))
+    tiny = TINY + (TINY_OPENVLA,) * (number == 1) if preset == "tiny" else ()
+    table = {
+        "table": number,
+        "title": f"Table {number} in miniature",
+        "command": f"python -m tools.reproduce --table {number}",
+        "task_columns": [key.split("/") for key in columns if key != "average"],
+        "rows": rows,
+        "claims": [judge(claim, folders, preset) for claim in CLAIMS if claim.table == number],
+        "differs": [*tiny, *ALWAYS, *([] if holds else [UNHELD])],
+    }
+    write(results / f"table-{number}.json", (json.dumps(table, indent=1) + "\n").encode())
+    return table
+
+
+# --- Markdown ---
+
+
+def format_cell(cell: dict | None) -> str:
+    """Return `0.73 [0.56, 0.86] (0.87)`, the paper's rate in parentheses."""
+    if cell is None:
+        return "not run"
+    paper = "" if cell["paper"] is None else f" ({cell['paper']:.2f})"
+    return f"{cell['rate']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]{paper}"
+
+
+def format_claim(claim: dict) -> str:
+    if claim["verdict"] == "not run":
+        why = f"; {claim['why']}" if "why" in claim else ""
+        return f"- {claim['name']}: not run. {claim['statement']}{why}"
+    ours = f"{claim['ours']:+.2f} [{claim['low']:+.2f}, {claim['high']:+.2f}]"
+    needed = f"{claim['seeds']} seed{'s' * (claim['seeds'] != 1)}, " + (
+        f"{claim['seeds_needed']} would detect that" if claim["seeds_needed"] else UNSUPPORTED
+    )
+    return (
+        f"- {claim['name']}: **{claim['verdict']}**. {claim['statement']}. Here {ours}, the paper "
+        f"in these columns {claim['paper']:+.2f}; {needed}"
+    )
+
+
+def format_metric(metric: dict | None) -> str:
+    """Return `4.99 [4.61, 5.37] cm (95.6)`, the best constant in parentheses."""
+    if metric is None:
+        return "-"
+    ends = f" [{metric['low']:.3g}, {metric['high']:.3g}]" if "low" in metric else ""
+    unit = metric["unit"] if metric["unit"] not in ("share", "R2") else ""
+    return f"{metric['ours']:.3g}{ends} {unit}".strip() + f" ({metric['trivial']:.3g})"
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table without padding, which would make them three times as long."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    return [lines[0], "|---" * len(heads) + "|", *lines[1:]]
+
+
+def to_markdown(table: dict) -> list[str]:
+    """Return the lines of success rates, of held-out metrics and of claims."""
+    keys = ["/".join(pair) for pair in table["task_columns"]] + ["average"]
+    cells = [
+        [row["label"], str(len(row["seeds"])), *(format_cell(row["cells"].get(k)) for k in keys)]
+        for row in table["rows"].values()
+    ]
+    rows = [row for row in table["rows"].values() if row["metrics"]]
+    names = [*dict.fromkeys(name for row in rows for name in row["metrics"])]
+    heads = ["held out", *(name.replace("_", " ") for name in names)]
+    metrics = [[r["label"], *(format_metric(r["metrics"].get(n)) for n in names)] for r in rows]
+    return [
+        *markdown_table([table["title"], "seeds", *keys], cells), "",
+        *(markdown_table(heads, metrics) if rows else []), "",
+        *map(format_claim, table["claims"]),
+    ]  # fmt: skip
+
+
+def list_differences(table: dict) -> str:
+    return f"What differs from the paper's recipe: {'; '.join(table['differs'])}."

@@ -25,7 +25,7 @@ import torch
 import tyro
 from huggingface_hub import constants
 
-from config import PRESETS, TrainConfig, explained, model_config, quoted
+from config import PRESETS, TrainConfig, model_config, quoted, user_errors
 from model import AuxVLA
 from simulation.assets import assets
 from tools.check_files import checkpoint_weights, demonstrations, pretrained_weights
@@ -193,5 +193,5 @@ def main(cfg: Doctor) -> int:
 
 if __name__ == "__main__":
     constants.HF_HUB_OFFLINE = True  # it looks, it does not download
-    with explained():
+    with user_errors():
         sys.exit(main(tyro.cli(Doctor, description=__doc__)))

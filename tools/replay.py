@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import tyro
 
-from config import SUBTASKS, TASKS, InputError, explained
+from config import SUBTASKS, TASKS, InputError, user_errors
 from simulation.env import SubtaskEnv
 from storage.h5 import h5_files, load_sidecar
 from storage.trajectory import KEYS, DataError, clip, read_actions
@@ -86,5 +86,5 @@ def told(success: list[bool]) -> str:
 
 
 if __name__ == "__main__":
-    with explained():
+    with user_errors():
         tyro.cli(main, description=__doc__)

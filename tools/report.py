@@ -1,10 +1,10 @@
-"""The report of a run: success table, held-out metrics, curves, films.
+"""Write the report of a run: success table, held-out metrics, loss curves, films.
 
     python -m tools.report --run RUN     # RUN/report.md, report.html, results.json, videos/
 
-Reads RUN/eval*/results.json (one folder per policy), RUN/stage[123]/log.jsonl and validation.json,
-and the tables of tools/reproduce.py, RUN/table-N.json. What is not there is "not run". report.html
-(its template: report.html.j2) is one file for a browser, with charts and films.
+It reads RUN/eval*/results.json (one folder per policy), RUN/stage[123]/log.jsonl and
+validation.json, and RUN/table-N.json of tools/reproduce.py; absent parts are "not run". report.html
+(its template: report.html.j2) is one file with charts and films, without scripts.
 """
 
 import base64
@@ -18,22 +18,21 @@ from textwrap import fill
 
 import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib import rc_context
-from matplotlib.axes import Axes
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 
-from config import LOSSES, InputError, explained, quoted
+from config import LOSSES, InputError, quoted, user_errors
 from paper import DEFAULT_ROW, ROWS
 from storage.files import read_json, read_lines, write
 from storage.results import IMPLIED, NOT_RUN, markdown, shown, success_table
-from tools.tables import OTHERWISE, differs_text, lines_of
+from tools.claims import UNSUPPORTED, list_differences, to_markdown
 
 FILM = re.compile(r"(.+)_(\d+)_(success|fail)")  # column, seed: how eval.py names a finished film
-LIMIT = 20_000_000  # bytes of films inside report.html
-BLUE, RED = "#4a7fc4", "#d23f31"  # in charts: our figures, the paper's
+EMBEDDED = 20_000_000  # bytes of films inside report.html; the others are links
+BLUE, RED = "#4a7fc4", "#d23f31"  # in charts: our rates, the paper's
 STAGES = {"stage1": BLUE, "stage2": "#e07b1a", "stage3": "#2a9d5c"}
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-STYLE |= {"svg.fonttype": "none"}  # text stays text, in the browser's font
+rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+rcParams["svg.fonttype"] = "none"  # text stays text, in the browser's font
 
 # --- The run's files ---
 
@@ -57,11 +56,6 @@ def read_evaluations(run: Path) -> dict[str, dict]:
     evaluations = {}
     for path in sorted(run.glob("eval*/results.json")):
         results = read_json(path)
-        if "manifest" not in results:
-            raise InputError(
-                f"{path}: not of an evaluation, expected its `manifest`. eval.py with the same "
-                "flags writes it again from the episodes beside it"
-            )
         policy = results["manifest"]["policy"]
         heading = "ours" if policy == "learned" else policy
         if heading in evaluations:
@@ -76,88 +70,78 @@ def gather_videos(run: Path) -> dict[str, str]:
     for path in sorted(run.glob("eval*/videos/*.mp4")):
         if film := FILM.fullmatch(path.stem):
             column, seed, outcome = film.groups()
-            name = Path("videos") / f"{path.parts[-3]}_{path.name}"
+            name = f"videos/{path.parts[-3]}_{path.name}"
             (run / "videos").mkdir(exist_ok=True)
             shutil.copyfile(path, run / name)
-            gathered[str(name)] = f"{column}, seed {seed}: {outcome} ({path.parts[-3]})"
+            gathered[name] = f"{column}, seed {seed}: {outcome} ({path.parts[-3]})"
     return gathered
 
 
-# --- Tables in Markdown ---
-
-
-def verdict(metric: dict) -> str:
-    """Say how a held-out metric compares with the trivial predictor's."""
-    if metric.get("constant"):
-        return "the label never changes"
-    ours, trivial = metric["ours"], metric["trivial"]
-    beats = ours > trivial if metric["higher_is_better"] else ours < trivial
-    return f"{'beats' if beats else 'does not beat'} the trivial predictor"
-
-
-def metrics_table(validation: dict[str, dict]) -> list[str]:
-    """Return the lines of the held-out metrics beside the trivial predictor's, stage by stage."""
-    cells = []
-    for stage, metrics in validation.items():
-        for name, m in metrics.items():
-            values = [f"{m[key]:.3g} {m['unit']}".strip() for key in ("ours", "trivial")]
-            cells.append([stage, name, *values, str(m["n"]), verdict(m)])
-    return markdown(cells, ["stage", "metric", "ours", "trivial", "n", ""]) if cells else []
-
-
-def unlike(manifests: list[dict]) -> str:
-    """Warn when evaluations in one table are not of the same episodes; "" when they are."""
+def warn_unequal(manifests: list[dict]) -> str:
+    """Return a warning when evaluations in one table ran different episodes, else ""."""
     names = ("task", "split", "horizon", "assets", "simulation")
     manifests = [IMPLIED | each for each in manifests]
     differ = [name for name in names if len({each.get(name) for each in manifests}) > 1]
     return f"these evaluations differ in {', '.join(differ)}." if differ else ""
 
 
+def read_run(run: Path) -> dict:
+    """Return all that a report shows, by the names that report.html.j2 uses."""
+    evaluations, curves = read_evaluations(run), read_curves(run)
+    manifests = {heading: results["manifest"] for heading, results in evaluations.items()}
+    learned = [each for each in manifests.values() if each["policy"] == "learned"]
+    rows = {(each["row"], each["task"]) for each in learned} or {(DEFAULT_ROW, "set_table")}
+    files = sorted(run.glob("stage[123]/validation.json"))
+    validation = {path.parent.name: read_json(path)["metrics"] for path in files}
+    tables = [read_json(path) for path in sorted(run.glob("table-*.json"))]
+    columns = {heading: {} for heading in ("ours", "random", "expert")}
+    return {
+        "title": run.resolve().name,
+        "tables": tables,
+        # A folder of tables alone is not a run: it has no sections that say "not run".
+        "is_run": bool(not tables or evaluations or validation or curves),
+        "evaluations": evaluations,
+        "columns": columns | {heading: each["columns"] for heading, each in evaluations.items()},
+        "papers": {ROWS[name].label: ROWS[name].paper.get(task, {}) for name, task in sorted(rows)},
+        "warning": warn_unequal([*manifests.values()]),
+        "validation": validation,
+        "curves": curves,
+        "videos": gather_videos(run),
+        "manifests": json.dumps(manifests, indent=2) if manifests else "",
+    }
+
+
 # --- Charts ---
 
 
-def svg(figure: Figure) -> str:
-    """Draw a figure as an <svg> element, in which black becomes the page's text colour."""
-    file, about = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(file, format="svg", transparent=True, metadata=about)
+def to_svg(figure: Figure) -> str:
+    """Return a figure as an <svg> element, in which black becomes the page's text colour."""
+    file, metadata = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", transparent=True, metadata=metadata)
     text = file.getvalue()
     return text[text.index("<svg") :].replace("#000000", "currentColor")
 
 
-def draw_loss(axis: Axes, loss: str, lines: list[tuple[str, str, tuple, tuple]]):
-    """Draw a loss of read_curves: a colour for each stage, held-out values dashed."""
-    for stage, which, steps, values in lines:
-        style = dict(ls="--", lw=1.8) if which == "val" else dict(lw=1, alpha=0.6)
-        axis.plot(steps, values, color=STAGES[stage], label=f"{stage} {which}", **style)
-    axis.set_title(loss, loc="left", fontweight="bold")
-    axis.grid(alpha=0.3)
-    if all(min(values) > 0 for *_, values in lines):
-        axis.set_yscale("log")
-
-
-@rc_context(STYLE)
-def plot_curves(curves: dict, path: Path):
-    """Write all losses as one PNG, for report.md."""
-    rows = math.ceil(len(curves) / 3)
-    figure = Figure(figsize=(12, 3 * rows), layout="constrained")
-    axes = figure.subplots(rows, 3, squeeze=False).ravel()
+def draw_losses(curves: dict[str, list[tuple]], columns: int) -> Figure:
+    """Draw each loss of read_curves: a colour for each stage, held-out values dashed."""
+    rows = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, (loss, lines) in zip(axes, curves.items(), strict=False):
+        for stage, which, steps, values in lines:
+            style = dict(ls="--", lw=1.8) if which == "val" else dict(lw=1, alpha=0.6)
+            axis.plot(steps, values, color=STAGES[stage], label=f"{stage} {which}", **style)
+        axis.set_title(loss, loc="left", fontweight="bold")
+        axis.set_xlabel("step, stages end to end")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, frameon=False)
+        if all(min(values) > 0 for *_, values in lines):
+            axis.set_yscale("log")
     for axis in axes[len(curves) :]:
         axis.axis("off")
-    for axis, (loss, lines) in zip(axes, curves.items(), strict=False):
-        draw_loss(axis, loss, lines)
-        axis.set_xlabel("step, stages end to end")
-        axis.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
-@rc_context(STYLE)
-def loss_chart(loss: str, lines: list[tuple[str, str, tuple, tuple]]) -> str:
-    figure = Figure(figsize=(4, 2.1), layout="constrained")
-    draw_loss(figure.subplots(), loss, lines)
-    return svg(figure)
-
-
-@rc_context(STYLE)
 def rate_chart(rows: list[dict], column: str) -> str:
     """Draw a bar for each row that has the column: its interval as a line, the paper as a mark."""
     lines = [(row["label"], row["cells"][column]) for row in rows if column in row["cells"]]
@@ -176,127 +160,105 @@ def rate_chart(rows: list[dict], column: str) -> str:
     axis.set_yticks(range(len(lines)), [fill(name, 22) for name, _ in lines], parse_math=False)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    return svg(figure)
+    return to_svg(figure)
 
 
-# --- The report ---
+# --- Markdown and HTML ---
 
 
-def figures_of(results: dict) -> dict[str, dict]:
-    """Return an evaluation's columns with `rate` and `paper` as in a cell of tools/tables.py."""
-    learned = results["manifest"]["policy"] == "learned"
-    return {
-        name: each | {"rate": each["success_once"], "paper": each["paper"] if learned else None}
-        for name, each in results["columns"].items()
-    }
+def verdict(metric: dict) -> str:
+    """Return how a held-out metric compares with the trivial predictor's."""
+    if metric.get("constant"):
+        return "the label never changes"
+    ours, trivial = metric["ours"], metric["trivial"]
+    beats = ours > trivial if metric["higher_is_better"] else ours < trivial
+    return f"{'beats' if beats else 'does not beat'} the trivial predictor"
 
 
-def read_run(run: Path) -> dict:
-    """Return all that a report shows, by the names that report.html.j2 uses."""
-    evaluations = read_evaluations(run)
-    manifests = {heading: results["manifest"] for heading, results in evaluations.items()}
-    learned = [each for each in manifests.values() if each["policy"] == "learned"]
-    rows = {(each["row"], each["task"]) for each in learned} or {(DEFAULT_ROW, "set_table")}
-    validation = {
-        path.parent.name: read_json(path)["metrics"]
-        for path in sorted(run.glob("stage[123]/validation.json"))
-    }
-    columns = {heading: figures_of(results) for heading, results in evaluations.items()}
-    tables = [read_json(path) for path in sorted(run.glob("table-*.json"))]
-    curves = read_curves(run)
-    return {
-        "title": run.resolve().name,
-        "tables": tables,
-        # A folder of tables alone is not a run: it gets no sections that say "not run".
-        "is_run": bool(not tables or evaluations or validation or curves),
-        "evaluations": evaluations,
-        "columns": {key: {} for key in ("ours", "random", "expert")} | columns,
-        "papers": {ROWS[name].label: ROWS[name].paper.get(task, {}) for name, task in sorted(rows)},
-        "warning": unlike([*manifests.values()]),
-        "validation": validation,
-        "curves": curves,
-        "videos": gather_videos(run),
-        "manifests": json.dumps(manifests, indent=2) if manifests else "",
-    }
+def metrics_table(validation: dict[str, dict]) -> list[str]:
+    """Return the lines of the held-out metrics beside the trivial predictor's, stage by stage."""
+    cells = []
+    for stage, metrics in validation.items():
+        for name, m in metrics.items():
+            values = [f"{m[key]:.3g} {m['unit']}".strip() for key in ("ours", "trivial")]
+            cells.append([stage, name, *values, str(m["n"]), verdict(m)])
+    return markdown(cells, ["stage", "metric", "ours", "trivial", "n", ""]) if cells else []
 
 
-def section(title: str, lines: list[str]) -> list[str]:
-    return ["", f"## {title}", "", *(lines or [NOT_RUN])]
-
-
-def in_markdown(found: dict) -> str:
+def make_markdown(found: dict) -> str:
+    sections = [(each["title"], [*to_markdown(each), "", list_differences(each)])
+                for each in found["tables"]]  # fmt: skip
+    if found["is_run"]:
+        success = success_table(found["columns"], found["papers"])
+        if found["warning"]:
+            success += ["", f"**Not the same episodes**: {found['warning']}"]
+        listing = ["```json", found["manifests"], "```"] if found["manifests"] else []
+        sections += [
+            ("Success", success),
+            ("Held-out episodes", metrics_table(found["validation"])),
+            ("Losses", ["![losses](curves.png)"] if found["curves"] else []),
+            ("Videos", [f"- [{name}]({name})" for name in found["videos"]]),
+            ("Manifests", listing),
+        ]
     lines = [
         f"# {found['title']}",
         "",
         "Success at any step of an episode, with the Wilson 95 % interval: two intervals that",
-        "overlap do not separate two policies. The paper's figures are of the real apartments.",
+        "overlap do not separate two policies. The paper's rates are of the real apartments.",
     ]
-    for table in found["tables"]:
-        lines += section(table["title"], [*lines_of(table), "", differs_text(table)])
-    if found["is_run"]:
-        listing = ["```json", found["manifests"], "```"] if found["manifests"] else []
-        warning = ["", f"**Not the same episodes**: {found['warning']}"] * bool(found["warning"])
-        lines += [
-            *section("Success", success_table(found["columns"], found["papers"])),
-            *warning,
-            *section("Held-out episodes", metrics_table(found["validation"])),
-            *section("Losses", ["![losses](curves.png)"] if found["curves"] else []),
-            *section("Videos", [f"- [{name}]({name})" for name in found["videos"]]),
-            *section("Manifests", listing),
-        ]
+    for title, content in sections:
+        lines += ["", f"## {title}", "", *(content or [NOT_RUN])]
     return "\n".join(lines) + "\n"
 
 
-def in_html(found: dict, run: Path) -> str:
-    """Fill in report.html.j2; films stand in the page until LIMIT is reached."""
-    films, left = {}, LIMIT
+def make_html(found: dict, run: Path) -> str:
+    """Fill in report.html.j2; films are embedded until EMBEDDED is reached."""
+    films, left = {}, EMBEDDED
     for name in found["videos"]:
         content = base64.b64encode((run / name).read_bytes()).decode()
         if len(content) <= left:
             films[name], left = content, left - len(content)
+    rows = []  # as in a table of tools/claims.py; the paper's rates stand beside ours alone
+    for heading, columns in found["columns"].items():
+        cells = {name: each | {"rate": each["success_once"]} for name, each in columns.items()}
+        if not heading.startswith("ours"):
+            cells = {name: cell | {"paper": None} for name, cell in cells.items()}
+        rows.append({"label": heading, "cells": cells})
     loader = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
     jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     jinja.filters["words"] = lambda name: name.replace("_", " ")
-    jinja.globals |= dict(rate_chart=rate_chart, loss_chart=loss_chart, verdict=verdict)
-    jinja.globals |= dict(colours=STAGES, otherwise=OTHERWISE)
-    rows = [{"label": name, "cells": cells} for name, cells in found["columns"].items()]
-    stages = [{"label": name, "metrics": of} for name, of in found["validation"].items()]
-    more = dict(rows=rows, names=shown(found["columns"]), stages=stages, films=films)
+    jinja.globals |= dict(rate_chart=rate_chart, verdict=verdict)
+    more = dict(rows=rows, films=films, names=shown(found["columns"]), unsupported=UNSUPPORTED)
+    more["stages"] = [{"label": name, "metrics": m} for name, m in found["validation"].items()]
+    more["losses"] = [to_svg(draw_losses({n: lines}, 1)) for n, lines in found["curves"].items()]
     return jinja.get_template("report.html.j2").render(found, **more)
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report.md and .html, curves.png, results.json and videos/; the first one's path."""
+    """Write RUN/report.md and .html, curves.png, results.json and videos/; return report.md."""
+    if not [*run.glob("stage[123]"), *run.glob("eval*/"), *run.glob("table-*.json")]:
+        raise InputError(
+            f"{run}: no run, expected a folder that holds stage1/, eval/ or table-N.json. Of an "
+            f"evaluation: python -m tools.report --run {quoted(run.resolve().parent)}"
+        )
     found = read_run(run)
     if found["curves"]:
-        plot_curves(found["curves"], run / "curves.png")
+        draw_losses(found["curves"], 3).savefig(run / "curves.png", dpi=110)
     results = {key: found[key] for key in ("evaluations", "validation")}
     results["videos"] = [*found["videos"]]
     write(run / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-    write(run / "report.html", in_html(found, run).encode())
-    write(run / "report.md", in_markdown(found).encode())
+    write(run / "report.html", make_html(found, run).encode())
+    write(run / "report.md", make_markdown(found).encode())
     return run / "report.md"
 
 
 def main(run: Path):
     """Write the report of RUN, a folder with stage*/ and eval*/."""
-    if not run.is_dir():
-        raise FileNotFoundError(
-            f"{run}: no such run. One begins with: "
-            f"python train.py --stage 1 --data DATA --out {quoted(run / 'stage1')}"
-        )
-    if (run / "episodes.jsonl").exists():
-        raise InputError(
-            f"{run}: is one evaluation, expected the folder of the run that holds it: "
-            f"python -m tools.report --run {quoted(run.resolve().parent)}"
-        )
     report = write_report(run)
-    print(
-        report.read_text(encoding="utf-8").partition("## Losses")[0]
-        + f"All of it: {report}, {report.with_suffix('.html')}"
-    )
+    print(report.read_text(encoding="utf-8").partition("## Losses")[0])
+    print(f"All of it: {report}, {report.with_suffix('.html')}")
 
 
 if __name__ == "__main__":
-    with explained():
+    with user_errors():
         tyro.cli(main)

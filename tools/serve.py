@@ -1,6 +1,6 @@
-"""A checkpoint behind vla-eval's websocket protocol: its clients drive with the policy.
+"""A checkpoint as a model server of vla-eval (websocket): its clients drive with the policy.
 
-    pip install vla-eval  # here and where the robot is; nothing else needs it
+    pip install vla-eval  # on this machine and on the robot's; nothing else needs it
     python -m tools.serve --checkpoint RUN/stage2 --port 8000
 
 The client, in an async function:
@@ -15,7 +15,7 @@ An observation is MS-HAB's own, of one environment, and the instruction; other k
                      "fetch_hand": the same},
      "task_description": "close the kitchen drawer"}
 
-Each connection has its own episode; several at once take turns at the model.
+Each connection has its own episode. Connections take turns at the one model.
 """
 
 import logging
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import tyro
 
-from config import ACTION_DIM, CAMERAS, IMAGE_SIZE, InputError, explained
+from config import ACTION_DIM, CAMERAS, IMAGE_SIZE, InputError, user_errors
 from policy import Policy
 
 try:
@@ -39,69 +39,60 @@ try:
 except ImportError:  # main says how to install it
     ModelServer, serve = object, None
 
-PICTURES = {
-    "rgb": (np.uint8, (IMAGE_SIZE, IMAGE_SIZE, 3)),
-    "depth": (np.int16, (IMAGE_SIZE, IMAGE_SIZE, 1)),  # millimetres
-}
+IMAGES = {"rgb": (np.uint8, 3), "depth": (np.int16, 1)}  # type, channels; depth in millimetres
 
 
 @dataclass(frozen=True)
 class ServeConfig:
     checkpoint: Path  # RUN/stageN (its newest) or RUN/stageN/step-NNNNNNNN
-    host: str = "127.0.0.1"  # 0.0.0.0 lets other machines in, whoever they are
+    host: str = "127.0.0.1"  # 0.0.0.0 accepts clients from other machines
     port: int = 8000
     device: Literal["cpu", "cuda"] | None = None  # default: cuda if there is one
-    any_instruction: bool = False  # also those that the checkpoint was not trained on
+    any_instruction: bool = False  # accept instructions that the checkpoint was not trained on
 
 
-def cameras_of(observation: dict) -> dict:
-    """An observation for Policy.act, B = 1. Raises InputError, naming the key."""
-    sensors = {}
-    for camera in (f"fetch_{camera}" for camera in CAMERAS):
-        sensors[camera] = {}
-        for name, (dtype, shape) in PICTURES.items():
-            try:
-                got = observation["sensor_data"][camera][name]
-            except (KeyError, TypeError):  # a dict without the key, or no dict
-                got = None
-            if getattr(got, "dtype", None) != dtype or got.shape != shape:
-                shown = f"{got.dtype} {list(got.shape)}" if hasattr(got, "dtype") else repr(got)
+def read_images(observation: dict) -> dict:
+    """Return a client's images as Policy.act takes them, with a batch axis of 1."""
+    sensors = {f"fetch_{camera}": {} for camera in CAMERAS}
+    for camera, images in sensors.items():
+        for name, (dtype, channels) in IMAGES.items():
+            image = np.asarray((observation["sensor_data"].get(camera) or {}).get(name))
+            if image.dtype != dtype or image.shape != (IMAGE_SIZE, IMAGE_SIZE, channels):
                 raise InputError(
-                    f"observation, sensor_data/{camera}/{name}: got {shown}, expected an array "
-                    f"{np.dtype(dtype)} {list(shape)}"
+                    f"sensor_data/{camera}/{name}: got {image.dtype} {list(image.shape)}, expected "
+                    f"{np.dtype(dtype)} {[IMAGE_SIZE, IMAGE_SIZE, channels]}"
                 )
-            sensors[camera][name] = torch.from_numpy(got)[None]
+            images[name] = torch.from_numpy(image)[None]  # [1, 128, 128, C]
     return {"sensor_data": sensors}
 
 
 class AuxVLAServer(ModelServer):
-    """One model for all clients. vla-eval answers an observation that raises with the error."""
+    """One model for all clients. vla-eval sends the text of an exception to the client."""
 
     def __init__(self, cfg: ServeConfig):
         self.policy = replace(Policy.from_checkpoint(cfg.checkpoint, cfg.device), predict=False)
         self.known = None if cfg.any_instruction else self.policy.manifest["instructions"]
-        # vla-eval makes a context for each episode of each connection.
+        # A policy with its own past for each episode; vla-eval makes a context per episode.
         self.episodes: WeakKeyDictionary = WeakKeyDictionary()
 
     async def on_observation(self, obs: dict, ctx) -> None:
-        """Answer with the next action. Raises InputError for what cannot be acted on."""
         text = obs.get("task_description")
         if not isinstance(text, str) or (self.known and text not in self.known):
             raise InputError(
-                f"observation, task_description: got {text!r}, expected one of {self.known}; "
-                "tools.serve --any-instruction takes every text"
+                f"task_description: got {text!r}, expected one of {self.known}. With "
+                "--any-instruction the server accepts every text"
             )
+        images = read_images(obs)
         if ctx not in self.episodes:
             self.episodes[ctx] = replace(self.policy)
             self.episodes[ctx].reset()
-        action = self.episodes[ctx].act(cameras_of(obs), text)[0]
-        await ctx.send_action({"actions": action})
+        await ctx.send_action({"actions": self.episodes[ctx].act(images, text)[0]})
 
     def get_action_spec(self) -> dict:
-        parts = self.policy.manifest["action_schema"] or ()
-        names = ", ".join(f"{part['name']} ({part['unit']})" for part in parts)
-        format_ = "pd_joint_delta_pos"
-        return {"actions": DimSpec("actions", ACTION_DIM, format_, (-1, 1), description=names)}
+        slots = self.policy.manifest["action_schema"] or ()
+        names = ", ".join(f"{slot['name']} ({slot['unit']})" for slot in slots)
+        controller = "pd_joint_delta_pos"
+        return {"actions": DimSpec("actions", ACTION_DIM, controller, (-1, 1), description=names)}
 
     def get_observation_spec(self) -> dict:
         known = "; ".join(self.policy.manifest["instructions"])
@@ -110,11 +101,11 @@ class AuxVLAServer(ModelServer):
 
 def main(cfg: ServeConfig) -> None:
     if serve is None:
-        raise InputError("serving needs vla-eval, as nothing else here: pip install vla-eval")
+        raise InputError("the server needs the package vla-eval: pip install vla-eval")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     serve(AuxVLAServer(cfg), cfg.host, cfg.port)
 
 
 if __name__ == "__main__":
-    with explained(), suppress(KeyboardInterrupt):
+    with user_errors(), suppress(KeyboardInterrupt):
         main(tyro.cli(ServeConfig, description=__doc__))

@@ -1,7 +1,6 @@
 """What a training step will hold in memory, counted before the first one without running it.
 
     plan = memory_plan(cfg, world, device)   # {"weights": bytes, ...} per process
-    python -m training.memory --preset paper       # the model's parameters, part by part
 
 The forward pass runs once on tensors that have shapes and no content (torch's FakeTensorMode), and
 what autograd keeps of it is added up. Not counted: what lives within one kernel or block only, and
@@ -11,11 +10,10 @@ the allocator's own share; a tenth of the device is left for them.
 from collections.abc import Callable
 
 import torch
-import tyro
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from config import InputError, TrainConfig, model_config
+from config import InputError, TrainConfig
 from data import batch_shapes
 from model import AuxVLA
 
@@ -88,27 +86,3 @@ def describe_plan(
     if not cfg.recompute:
         remedy += ", or --recompute, which keeps little, for a third more arithmetic"
     raise InputError(f"{line}, but the GPU has {limit / SPARE / 2**30:.3g}: give {remedy}")
-
-
-def print_parameters(preset: str = "paper") -> None:
-    """Print the parameters of each part, counted on the meta device."""
-    with torch.device("meta"):
-        model = AuxVLA(model_config(preset), flow_head=True)
-    vlm = model.vlm
-    parts = {
-        "vision.dino": vlm.vision.dino,
-        "vision.siglip": vlm.vision.siglip,
-        "projector": vlm.projector,
-        "llm": vlm.llm,
-    }
-    parts |= {f"decoders.{name}": decoder for name, decoder in model.decoders.items()} | {
-        "flow_head": model.flow_head
-    }
-    for name, part in parts.items():
-        print(f"{name:18} {sum(p.numel() for p in part.parameters()):>15,}")
-    print(f"{'latent_queries':18} {vlm.latent_queries.numel():>15,}")
-    print(f"{'all':18} {sum(p.numel() for p in model.parameters()):>15,}")
-
-
-if __name__ == "__main__":
-    tyro.cli(print_parameters)

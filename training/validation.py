@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from config import CAMERAS, TrainConfig
+from config import CAMERAS, RECORDED_ACTIONS, TrainConfig
 from data import Batcher, Frames
 from flow_head import draw_noise
 from model import AuxVLA, actions_to_bins, label_counts
@@ -29,7 +29,7 @@ def validate(
     for part in np.array_split(rows, -(-len(rows) // cfg.micro_batch)):
         batch = batcher(frames[part], device)
         counts = label_counts(batch)
-        noise, t = draw_noise(len(batch["images"]), cfg.model.flow.action_horizon, generator)
+        noise, t = draw_noise(len(batch["images"]), RECORDED_ACTIONS, generator)
         batch |= {"noise": noise.to(device), "t": t.to(device)}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             for name, loss in model(batch, cfg.stage).items():
