@@ -1,15 +1,23 @@
-"""From a recorded or a live frame to a batch (paper Sec. 3, 4.2), and the pack that makes it fast.
+"""Recorded or live frames -> a batch (paper Sec. 3, 4.2), and the order of frames in training.
 
-    python data.py pack --data DATA --out PACK  # fixed-size records, memory-mapped; resumable
-    python data.py verify PACK                  # every block against its checksum
-    python data.py download --out DATA          # MS-HAB's released demonstrations; resumable
+    python data.py download  # MS-HAB's released demonstrations -> data/; resumable
+    python data.py pack      # data/ -> data/pack: memory-mapped records; resumable
+    python data.py verify    # every file of data/pack against its sha256
 
-The batch, the only contract between data and model (L = prompt length, C = cameras, V = views):
+A raw batch, of Frames or of the policy's live frames, has integer pictures of T time steps: the
+current one and, with history "frames", the 4 before it (T = 5, oldest first). B frames have
 
-    images       [B, V, 3, H, W]     float in [0, 1]; head rgb, hand rgb, head depth, hand depth;
-                                     history "frames": those of the 4 time steps before come first
-    past_actions [B, 4, 13]          history "actions": the last four, normalised, oldest first;
-                                     past_mask [B, 4]: 0 before the start of the episode
+    rgb [B, T, 2, h, w, 3] uint8     head camera, hand camera; depth [B, T, 2, h, w] int16 mm
+    instruction [B]                  row of the prompts
+    past_actions [B, 4, 13]          history "actions": robot units, oldest first
+    past_mask [B, 4]                 0 before the start of the episode
+
+and recorded frames the other fields of storage.trajectory.RECORD. make_batch turns it into the
+batch, the contract between data and model (L: prompt length, C: cameras, V: views of a time step):
+
+    images       [B, T*V, 3, H, W]   in [0, 1]; of each step head rgb, hand rgb, head depth,
+                                     hand depth
+    past_actions [B, 4, 13]          normalised; past_mask [B, 4]
     prompt_ids   [B, L] int64        first token, padding, the other tokens; prompt_mask [B, L] bool
     actions      [B, 8, 13]          normalised to [-1, 1] by ActionStats (GAP-23)
     action_mask  [B, 8]              0 past the end of the episode
@@ -17,17 +25,16 @@ The batch, the only contract between data and model (L = prompt length, C = came
     obj [B, 7] m, wxyz, base frame   seg [B, C, 128, 128] 0 or 1
     has_pos ... has_seg [B] bool     does the frame have the label?
 
-Everything that turns recorded numbers into these, and back, is in this file and is used by training
-and acting alike.
+Live frames give images, past actions and prompts only.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,12 +52,9 @@ from config import (
     InputError,
     ModelConfig,
     TrainConfig,
-    quoted,
     user_errors,
 )  # fmt: skip
-from storage.download import download
-from storage.h5 import SHUFFLE_POOL, Demonstrations
-from storage.pack import Pack, pack, verify
+from storage.h5 import SHUFFLE_POOL, Demonstrations, Episode, Index
 from storage.trajectory import RECORD, remarks
 
 # --- Images ---
@@ -59,11 +63,11 @@ from storage.trajectory import RECORD, remarks
 def normalize_depth(depth_mm: Tensor) -> Tensor:
     """Depth in whole millimetres -> [0, 1]; near is 1, far is 0 (Eq. 1).
 
-    Recorded and live depth is int16. Beyond 32.767 m it wraps to negative numbers, which are far.
-    GAP-20 (Eq. 1): depth 0 means that nothing was hit, yet becomes 1, "touching". Kept: MS-HAB's
-    own policies do so.
+    Depth beyond 32.767 m wraps to negative int16 numbers; they count as infinitely far.
+    GAP-20 (Eq. 1): depth 0 means that the ray hit nothing, yet becomes 1, "touching". We keep Eq. 1
+    as it stands, as MS-HAB's own policies do.
 
-    Raises ValueError on float input, which is likely metres and would become all ones.
+    Raises ValueError on float input: metres would all become 1.
     """
     if depth_mm.is_floating_point():
         raise ValueError(
@@ -76,36 +80,26 @@ def normalize_depth(depth_mm: Tensor) -> Tensor:
 
 
 def preprocess(rgb: Tensor, depth_mm: Tensor, cfg: ModelConfig) -> Tensor:
-    """Camera pictures -> `images` [B, V, 3, H, W] in [0, 1]; one function for training and acting.
+    """Camera pictures -> `images` [B, T*V, 3, H, W] in [0, 1]; the same for training and acting.
 
-    rgb [B, 2, h, w, 3] uint8 and depth_mm [B, 2, h, w] integer, head then hand.
+    rgb [B, T, 2, h, w, 3] uint8 and depth_mm [B, T, 2, h, w] integer, head camera then hand.
     """
     chosen = [CAMERAS.index(camera) for camera in cfg.cameras]
-    views = [
-        resize(rearrange(rgb[:, chosen].float() / 255, "b v h w c -> b v c h w"), cfg.image_size)
-    ]
+    views = [resize(rgb[:, :, chosen].float() / 255, cfg.image_size)]
     if cfg.depth:
-        # GAP-4 (Sec. 4.2): how depth enters an RGB encoder is not said; as one more picture,
-        # repeated to three channels.
-        near = resize(
-            rearrange(normalize_depth(depth_mm[:, chosen]), "b v h w -> b v 1 h w"), cfg.image_size
-        )
-        views.append(repeat(near, "b v 1 h w -> b v c h w", c=3))
-    return torch.cat(views, dim=1)  # [B, V, 3, H, W]
-
-
-def preprocess_steps(seen: list[tuple[Tensor, Tensor]], cfg: ModelConfig) -> Tensor:
-    """`images` of several time steps' (rgb, depth), oldest first, [B, steps * V, 3, H, W]."""
-    return torch.cat([preprocess(rgb, depth, cfg) for rgb, depth in seen], dim=1)
+        # GAP-4 (Sec. 4.2): how depth enters an RGB encoder is not said; we add it as one more
+        # picture, repeated to three channels.
+        near = rearrange(normalize_depth(depth_mm[:, :, chosen]), "b t v h w -> b t v h w 1")
+        views.append(repeat(resize(near, cfg.image_size), "b t v 1 h w -> b t v c h w", c=3))
+    return rearrange(torch.cat(views, dim=2), "b t v c h w -> b (t v) c h w")
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Bicubic with antialiasing, as PIL for Prismatic; [B, V, C, h, w] -> [B, V, C, size, size]."""
-    flat = rearrange(images, "b v c h w -> (b v) c h w")
-    flat = F.interpolate(
-        flat, size=(size, size), mode="bicubic", antialias=True, align_corners=False
-    )
-    return rearrange(flat.clamp(0, 1), "(b v) c h w -> b v c h w", b=len(images))
+    """[B, T, V, h, w, C] -> [B, T, V, C, size, size], bicubic with antialiasing as PIL's."""
+    flat = rearrange(images, "b t v h w c -> (b t v) c h w")
+    flat = F.interpolate(flat, (size, size), mode="bicubic", antialias=True, align_corners=False)
+    b, t = images.shape[:2]
+    return rearrange(flat.clamp(0, 1), "(b t v) c h w -> b t v c h w", b=b, t=t)
 
 
 def cameras(obs: dict) -> tuple[Tensor, Tensor]:
@@ -117,6 +111,15 @@ def cameras(obs: dict) -> tuple[Tensor, Tensor]:
     rgb = torch.stack([sensor["rgb"] for sensor in sensors], dim=1)
     depth = torch.stack([sensor["depth"][..., 0] for sensor in sensors], dim=1)
     return rgb, depth
+
+
+def history_steps(step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For step t of an episode, [B]: the steps t-4 ... t to look at, and do they exist? [B, 5].
+
+    GAP-5: the first step stands in for steps before the episode, in training and acting alike.
+    """
+    steps = rearrange(step, "b -> b 1") + np.arange(-HISTORY, 1)
+    return np.maximum(steps, 0), steps >= 0
 
 
 # --- Actions ---
@@ -147,59 +150,68 @@ class ActionStats:
         low, high = np.where(flat, actions.min(0), low), np.where(flat, actions.max(0), high)
         return ActionStats(tuple(low.tolist()), tuple(high.tolist()))
 
-    def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = torch.tensor([self.low, self.high], device=like.device)
-        return low, high
-
     def normalize(self, actions: Tensor) -> Tensor:
         """Robot units [..., 13] -> [-1, 1], clipped; a constant dimension becomes 0."""
-        low, high = self._tensors(actions)
+        low, high = bounds_on(self, actions.device)
         span = high - low
         scaled = 2 * (actions - low) / span.clamp(min=1e-8) - 1
         return torch.where(span > 0, scaled, 0.0).clamp(-1, 1)
 
     def denormalize(self, actions: Tensor) -> Tensor:
-        """[-1, 1] -> robot units; a constant dimension becomes its constant regardless."""
-        low, high = self._tensors(actions)
+        """[-1, 1] -> robot units; a constant dimension becomes its constant."""
+        low, high = bounds_on(self, actions.device)
         return low + (actions + 1) / 2 * (high - low)
+
+
+@lru_cache(maxsize=8)
+def bounds_on(stats: ActionStats, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Lower and upper bounds [13] on a device."""
+    low, high = torch.tensor([stats.low, stats.high], device=device)
+    return low, high
 
 
 # --- Batch ---
 
 
-def to_tensors(records: np.ndarray) -> dict[str, Tensor]:
-    """RECORDs [B] -> their fields as tensors; small types, ready to travel to the device."""
-    return {name: torch.from_numpy(np.array(records[name], order="C")) for name in RECORD.names}
+def raw_batch(records: np.ndarray, history: str = "none") -> dict[str, Tensor]:
+    """The raw batch of RECORDs [B, T]: with a history T = 5, the current step last."""
+    now = records[:, -1]
+    raw = {name: now[name] for name in RECORD.names}
+    seen = records if history == "frames" else records[:, -1:]
+    raw |= {"rgb": seen["rgb"], "depth": seen["depth"]}
+    if history == "actions":
+        raw["past_actions"] = records["actions"][:, :-1, 0]  # [B, 4, 13]
+        raw["past_mask"] = history_steps(now["frame"])[1][:, :-1]  # [B, 4]
+    # Contiguous copies, which a loader process can send and pin.
+    return {name: torch.from_numpy(np.array(value, order="C")) for name, value in raw.items()}
 
 
-@dataclass
-class Batcher:
-    """Makes the batch on the device from what the loader sends: raw pictures, actions, labels."""
+def make_batch(
+    raw: dict[str, Tensor], stats: ActionStats, prompts: tuple[Tensor, Tensor], cfg: ModelConfig
+) -> dict[str, Tensor]:
+    """The raw batch of recorded or live frames -> the batch, on the device of `prompts`.
 
-    cfg: ModelConfig
-    stats: ActionStats
-    prompts: tuple[Tensor, Tensor]  # of every instruction of the data
-
-    def __call__(self, raw: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        raw = {name: value.to(device, non_blocking=True) for name, value in raw.items()}
-        ids, mask = (prompt.to(device)[raw["instruction"].long()] for prompt in self.prompts)
-        chosen = [CAMERAS.index(camera) for camera in self.cfg.cameras]
-        steps = [(raw["rgb"], raw["depth"])]
-        if self.cfg.history == "frames":
-            steps = list(zip(raw["past_rgb"].unbind(1), raw["past_depth"].unbind(1))) + steps
-        batch = {
-            "images": preprocess_steps(steps, self.cfg),
-            "prompt_ids": ids,
-            "prompt_mask": mask,
-            "actions": self.stats.normalize(raw["actions"]),
-            "action_mask": raw["action_mask"].float(),
-            "seg": unpack_masks(raw["seg"][:, chosen]),
-        }
-        batch |= {name: raw[name] for name in ("pos", "grasp", "qpos", "obj")}
-        if self.cfg.history == "actions":
-            batch["past_actions"] = self.stats.normalize(raw["past_actions"])
-            batch["past_mask"] = raw["past_mask"]
-        return batch | {f"has_{name}": raw["has"][:, i].bool() for i, name in enumerate(LABELS)}
+    `prompts` are ids and mask [n, L] of every instruction.
+    """
+    ids, mask = prompts
+    raw = {name: value.to(ids.device, non_blocking=True) for name, value in raw.items()}
+    chosen = [CAMERAS.index(camera) for camera in cfg.cameras]
+    rows = raw["instruction"].long()
+    batch = {
+        "images": preprocess(raw["rgb"], raw["depth"], cfg),
+        "prompt_ids": ids[rows],
+        "prompt_mask": mask[rows],
+    }
+    if cfg.history == "actions":
+        batch["past_actions"] = stats.normalize(raw["past_actions"])
+        batch["past_mask"] = raw["past_mask"]
+    if "actions" not in raw:  # live frames
+        return batch
+    batch["actions"] = stats.normalize(raw["actions"])
+    batch["action_mask"] = raw["action_mask"].float()
+    batch["seg"] = unpack_masks(raw["seg"][:, chosen])
+    batch |= {name: raw[name] for name in ("pos", "grasp", "qpos", "obj")}
+    return batch | {f"has_{name}": raw["has"][:, i].bool() for i, name in enumerate(LABELS)}
 
 
 def unpack_masks(bits: Tensor) -> Tensor:
@@ -212,9 +224,9 @@ def unpack_masks(bits: Tensor) -> Tensor:
 def batch_shapes(
     cfg: ModelConfig, b: int, noise: bool = False, prompt: int | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of every key of a batch of b frames; `noise` adds what stage 3 draws.
+    """The shape of every key of a batch of b frames and prompts of length `prompt` (the longest).
 
-    `prompt` is the length of the prompts, by default the longest that may be.
+    `noise` adds the noise and times of stage 3.
     """
     prompt = prompt or cfg.llm.prompt_length
     shapes = {
@@ -231,17 +243,15 @@ def batch_shapes(
 
 def check_batch(batch: dict[str, Tensor], cfg: ModelConfig) -> None:
     """Raise ValueError, naming key, got and expected, unless a batch is as the file's top says."""
-    length = batch["prompt_ids"].shape[-1]
-    shapes = batch_shapes(cfg, len(batch["images"]), prompt=min(length, cfg.llm.prompt_length))
-    for key, shape in shapes.items():
-        if key not in batch or tuple(batch[key].shape) != shape:
-            got = tuple(batch[key].shape) if key in batch else "nothing"
+    length = min(batch["prompt_ids"].shape[-1], cfg.llm.prompt_length)
+    for key, shape in batch_shapes(cfg, len(batch["images"]), prompt=length).items():
+        got = tuple(batch[key].shape) if key in batch else "nothing"
+        if got != shape:
             raise ValueError(f"batch[{key!r}]: got {got}, expected {shape}")
-    for key, low in (("images", 0), ("actions", -1)):
-        if not (batch[key].min() >= low and batch[key].max() <= 1):
-            raise ValueError(
-                f"batch[{key!r}]: values {batch[key].min()}..{batch[key].max()}, expected {low}..1"
-            )
+    for key, lowest in (("images", 0), ("actions", -1)):
+        low, high = (x.item() for x in batch[key].aminmax())
+        if not lowest <= low <= high <= 1:
+            raise ValueError(f"batch[{key!r}]: values {low}..{high}, expected {lowest}..1")
 
 
 # --- Frames and their order ---
@@ -251,32 +261,25 @@ class Frames(Dataset):
     """Training or held-out frames; item [i, j, ...] is the raw batch of those frames."""
 
     def __init__(
-        self, source: Demonstrations | Pack, held_out: float, train: bool,
+        self, source: Index, held_out: float, train: bool,
         history: str = "none", tasks: tuple[str, ...] = (), subtasks: tuple[str, ...] = (),
     ):  # fmt: skip
         """Hold out the last share `held_out` of every file's episodes, at least one.
 
-        `tasks` and `subtasks`, where given, leave only their files, <task>/<subtask>/<target>.h5;
-        InputError if none is left. `history` adds what Batcher needs of the steps before.
+        Only files of `tasks` and `subtasks` are read, <task>/<subtask>/<target>.h5; empty: all.
+        Raises InputError if no file is left.
         """
         self.source, self.history = source, history
-        files = np.array([episode.file for episode in source.episodes])
-        wanted = [
-            (not tasks or episode.task in tasks) and (not subtasks or episode.subtask in subtasks)
-            for episode in source.episodes
-        ]
-        if not any(wanted):
+        wanted = np.array([matches(episode, tasks, subtasks) for episode in source.episodes])
+        if not wanted.any():
+            files = sorted({episode.file for episode in source.episodes})
             raise InputError(
                 f"{source.folder}: no demonstrations of {'/'.join((*tasks, *subtasks))} "
-                f"in <task>/<subtask>/<target>.h5; it has {', '.join(sorted(set(files)))}"
+                f"in <task>/<subtask>/<target>.h5; it has {', '.join(files)}"
             )
-        keep = np.zeros(len(files), bool)
-        for file in np.unique(files):
-            rows = np.flatnonzero(files == file)
-            first_val = len(rows) - max(1, round(held_out * len(rows)))
-            keep[rows[:first_val] if train else rows[first_val:]] = wanted[rows[0]]
+        keep = wanted & (held_out_episodes(source.episodes, held_out) != train)
         self.episode_ids = np.flatnonzero(keep)
-        # 4 bytes a frame: the index of the paper's 8 million takes 32 MB.
+        # 4 bytes a frame: the index of the paper's 8 million frames takes 32 MB.
         self.frames = np.flatnonzero(np.repeat(keep, np.diff(source.starts))).astype(np.int32)
 
     def __len__(self) -> int:
@@ -290,32 +293,17 @@ class Frames(Dataset):
 
     @property
     def blocks(self) -> np.ndarray | None:
-        """The block of each frame, where reading one inflates its neighbours; None in a pack."""
+        """The block of each frame: a block is inflated as a whole. None in a pack."""
         starts = self.source.blocks
         return None if starts is None else np.searchsorted(starts, self.frames, side="right") - 1
 
     def __getitem__(self, rows: np.ndarray) -> dict[str, Tensor]:
-        now = self.frames[rows]  # [B]
-        records = self.source.read(now)
-        if self.history == "none":
-            return to_tensors(records)
-        ago = np.arange(-HISTORY, 0)
-        # GAP-5: before the episode's start its first frame stands in, in training and acting alike.
-        past = now[:, None] + np.maximum(ago, -records["frame"][:, None])  # [B, 4]
-        earlier = rearrange(
-            self.source.read(rearrange(past, "b t -> (b t)")), "(b t) -> b t", t=HISTORY
-        )
-        seen = (
-            {"past_rgb": earlier["rgb"], "past_depth": earlier["depth"]}
-            if self.history == "frames"
-            else {
-                "past_actions": earlier["actions"][:, :, 0],
-                "past_mask": ago >= -records["frame"][:, None],
-            }
-        )
-        return to_tensors(records) | {
-            name: torch.from_numpy(np.array(value, order="C")) for name, value in seen.items()
-        }
+        frames = rearrange(self.frames[rows], "b -> b 1")
+        if self.history != "none":
+            _, step = self.source.place(self.frames[rows])  # [B]
+            frames = frames + history_steps(step)[0] - rearrange(step, "b -> b 1")  # [B, 5]
+        records = self.source.read(rearrange(frames, "b t -> (b t)"))
+        return raw_batch(rearrange(records, "(b t) -> b t", b=len(frames)), self.history)
 
     @cached_property
     def survey(self) -> np.ndarray:
@@ -329,7 +317,9 @@ class Frames(Dataset):
 
     @property
     def remarks(self) -> list[str]:
-        return remarks(self.survey, [self.source.episodes[e].file for e in self.episode_ids])
+        """What a user should know of these demonstrations, one sentence each."""
+        files = [self.source.episodes[e].file for e in self.episode_ids]
+        return [*self.source.notes, *remarks(self.survey, files)]
 
     def stats(self, bounds: str) -> ActionStats:
         """Action bounds: "controller" or "percentiles" of these episodes."""
@@ -339,22 +329,32 @@ class Frames(Dataset):
         return ActionStats.controller(actions[:, 0].min(0), actions[:, 1].max(0))
 
     def names(self, rows: np.ndarray) -> list[str]:
-        """File, trajectory and frame of each row, as a person looks for them."""
-        frames = self.frames[rows]
-        episodes = np.searchsorted(self.source.starts, frames, side="right") - 1
-        return [
-            f"{self.source.episodes[e].file} {self.source.episodes[e].trajectory} "
-            f"frame {frame - self.source.starts[e]}"
-            for e, frame in zip(episodes, frames)
-        ]
+        """File, trajectory and frame of each row."""
+        episodes, steps = self.source.place(self.frames[rows])
+        entries = [self.source.episodes[e] for e in episodes]
+        return [f"{e.file} {e.trajectory} frame {step}" for e, step in zip(entries, steps)]
+
+
+def matches(episode: Episode, tasks: tuple[str, ...], subtasks: tuple[str, ...]) -> bool:
+    return (not tasks or episode.task in tasks) and (not subtasks or episode.subtask in subtasks)
+
+
+def held_out_episodes(episodes: list[Episode], share: float) -> np.ndarray:
+    """Is each episode in the last `share` of its file, at least one? [episodes] bool"""
+    files = np.array([episode.file for episode in episodes])
+    out = np.zeros(len(files), bool)
+    for file in np.unique(files):
+        rows = np.flatnonzero(files == file)
+        out[rows[len(rows) - max(1, round(share * len(rows))) :]] = True
+    return out
 
 
 class StepOrder:
-    """Which frames a step trains on: a pure function of seed, stage and step, on any rank count.
+    """The frames of each step: a function of seed, stage and step, whatever the number of ranks.
 
-    Every epoch is a new permutation of all frames, of which an incomplete last batch is left out.
-    Iterating gives a rank's share of the batches `first`..`last` - 1. With `blocks`, the block of
-    each frame [num_frames], those that are read together stay near each other.
+    Each epoch permutes all frames and drops the incomplete last batch. Iterating gives the rank's
+    share of the batches `first`..`last` - 1. With `blocks`, the block of each frame [num_frames],
+    frames of one block stay near each other.
     """
 
     def __init__(
@@ -369,16 +369,16 @@ class StepOrder:
         """The global batch of a step, rows of Frames [batch_size]."""
         epoch, step = divmod(step, self.num_frames // self.batch_size)
         if epoch != self.epoch:
-            # Each stage has its own order; stage 1 keeps the one it had before stages differed.
+            # Each stage has its own order; the seed of stage 1 has no stage number (older runs).
             seeds = (self.seed, epoch) if self.stage == 1 else (self.seed, epoch, self.stage)
             self.order, self.epoch = self.shuffled(np.random.default_rng(seeds)), epoch
         return self.order[step * self.batch_size : (step + 1) * self.batch_size]
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
-        """All rows of Frames, [num_frames], in any order or in a window of SHUFFLE_POOL blocks.
+        """A permutation of the rows of Frames, [num_frames]; with blocks a local one.
 
-        The window slides: blocks come in random order, each of their frames somewhere in the
-        window behind its block's place, so that blocks are read at an even rate.
+        Blocks come in random order; each frame moves to a random place among the SHUFFLE_POOL
+        blocks that follow its own, so that blocks are read at an even rate.
         """
         if self.blocks is None:
             return rng.permutation(np.arange(self.num_frames, dtype=np.int32))
@@ -389,17 +389,17 @@ class StepOrder:
     def __len__(self) -> int:
         return self.last - self.first
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[np.ndarray]:
         for step in range(self.first, self.last):
             yield self.batch(step)[self.rank :: self.world]
 
 
-def loader(frames: Frames, order, workers: int) -> DataLoader:
+def loader(frames: Frames, order: StepOrder, workers: int) -> DataLoader:
     """Raw batches in the given order.
 
-    One process reads MS-HAB's files, where each would inflate the same blocks; several a pack. Its
-    own generator: otherwise each new iterator would draw from the global random state, which
-    shifts the noise of a resumed run.
+    One process reads MS-HAB's files, since each further process would inflate the same blocks.
+    DataLoader gets its own generator: each new iterator draws from it, and a draw from the global
+    random state would shift the noise of a resumed run.
     """
     if frames.blocks is not None:
         workers = min(workers, 1)
@@ -410,25 +410,18 @@ def loader(frames: Frames, order, workers: int) -> DataLoader:
     )  # fmt: skip
 
 
-def open_data(folder: str | Path, truncate: bool | None = None) -> Demonstrations | Pack:
-    """A pack if the folder is one, else the demonstrations below it.
+def open_data(folder: str | Path, truncate: bool | None = None) -> Index:
+    """The pack in a folder or in its subfolder pack/, else the demonstrations below it.
 
-    `truncate` ends demonstrations at their success; None takes a pack as it is. Raises
-    InputError when the folder has neither or its pack is of the other kind.
+    `truncate` ends demonstrations at their success; None takes a pack as it is. Raises InputError
+    when the folder has neither, or its pack differs in `truncate` or from the files beside it.
     """
-    if not (Path(folder) / "pack.json").is_file():
-        return Demonstrations(folder, bool(truncate))
-    pack = Pack(folder)
-    if truncate not in (None, pack.truncate):
-        kinds = {True: "demonstrations that end at their success", False: "whole demonstrations"}
-        flag = "--no-truncate-at-success"
-        again = "python data.py pack " + f"{flag} " * (not truncate)
-        raise InputError(
-            f"{folder}: a pack of {kinds[pack.truncate]}, expected one of {kinds[truncate]}. "
-            f"{'Give' if truncate else 'Drop'} {flag}, or pack again: {again}--data DATA --out "
-            f"{quoted(f'{folder}-again')}"
-        )
-    return pack
+    for place in (Path(folder), Path(folder) / "pack"):
+        if (place / "pack.json").is_file():
+            from storage.pack import open_pack  # not needed to read MS-HAB's files
+
+            return open_pack(place, Path(folder), truncate)
+    return Demonstrations(folder, bool(truncate))
 
 
 def open_frames(cfg: TrainConfig) -> tuple[Frames, Frames]:
@@ -447,5 +440,10 @@ def open_frames(cfg: TrainConfig) -> tuple[Frames, Frames]:
 
 
 if __name__ == "__main__":
+    import tyro  # these three stand here: `import data` needs none of them
+
+    from storage.download import download
+    from storage.pack import pack, verify
+
     with user_errors():
         tyro.extras.subcommand_cli_from_dict({"pack": pack, "verify": verify, "download": download})

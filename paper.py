@@ -1,12 +1,15 @@
-"""What the robot is asked to do: MS-HAB's tasks, targets, sentences; the tables' columns.
+"""The paper's tables: tasks, instructions, columns and the 16 rows with their success rates.
 
-One table for collect, train and eval: the instruction a policy hears in evaluation is the one it
-was trained on.
+    python paper.py   # print the rows
+    cfg = parse()     # the command line of train.py, over the defaults of its --preset and --row
+
+collect.py, train.py and eval.py take instructions from here, so a policy is evaluated with the
+sentences it was trained on.
 """
 
-import sys
+import argparse
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from pathlib import Path
 
 import tyro
 
@@ -28,19 +31,19 @@ OBJECTS = {  # what is picked and placed (MS-HAB: evaluate.py)
     "tidy_house": _YCB_HARD,
     "prepare_groceries": _YCB_HARD,
 }
-# Open and close, SetTable only.
+# What is opened and closed, in SetTable only.
 ARTICULATIONS = {"fridge": "fridge", "kitchen_counter": "kitchen drawer"}
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of Tables 1, 2 and 4: a subtask and its target; "all": each object of the task."""
+    """A column of Tables 1, 2 and 4: a subtask and its target; "all": every object of the task."""
 
     subtask: str
     target: str
 
     def target_in(self, task: str) -> str:
-        """The target's name in MS-HAB's files; "obj" is the task's first object."""
+        """The target's name in MS-HAB's files; "obj" is the first object of the task."""
         return OBJECTS[task][0] if self.target == "obj" else self.target
 
 
@@ -51,20 +54,20 @@ COLUMNS = {
     "open_drawer": Column("open", "kitchen_counter"),
     "close_fridge": Column("close", "fridge"),
     "close_drawer": Column("close", "kitchen_counter"),
-    # GAP-22 (Tables 1, 2, 4): the header reads "All Obj." over one figure; read as all objects.
-    # These two ask for one.
+    # GAP-22 (Tables 1, 2, 4): the header "All Obj." is over one figure; read as all objects. The
+    # next two columns take one object.
     "pick_obj": Column("pick", "obj"),
     "place_obj": Column("place", "obj"),
 }
 PAPER_COLUMNS = tuple(COLUMNS)[:6]
-# And one for each object, pick:013_apple; pick_each asks for all of them that the task has.
+# One more column for each object, such as pick:013_apple; pick_each is all of the task's.
 _OBJECTS = dict.fromkeys(name for names in OBJECTS.values() for name in names)
 COLUMNS |= {f"{sub}:{name}": Column(sub, name) for sub in ("pick", "place") for name in _OBJECTS}
 EACH = {"pick_each": "pick", "place_each": "place"}
 
 
 def targets(task: str, subtask: str) -> tuple[str, ...]:
-    """Every target of a subtask, as MS-HAB names its files; empty if the task lacks the subtask."""
+    """All targets of a subtask, as MS-HAB names its files; empty if the task lacks the subtask."""
     if subtask in ("pick", "place"):
         return OBJECTS[task]
     return tuple(ARTICULATIONS) if task == "set_table" else ()
@@ -79,8 +82,8 @@ def instruction(subtask: str, target: str) -> str:
     """The sentence for one subtask.
 
     GAP-19 (Sec. 4.1): the model reads "a natural language instruction", but MS-HAB's data has none.
-    One template per subtask, filled with the target's name. Nothing in the input says where the
-    goal of `place` is: MS-HAB hides its goal markers from the cameras.
+    One template per subtask takes the target's name. No input shows the goal of `place`: MS-HAB
+    hides its goal markers from the cameras.
     """
     templates = {
         "pick": "pick up the {}",
@@ -92,15 +95,10 @@ def instruction(subtask: str, target: str) -> str:
 
 
 def sentences(task: str, column: str) -> set[str]:
-    """Every instruction that a column's episodes may give."""
-    what = COLUMNS[column]
-    target = what.target_in(task)
-    names = targets(task, what.subtask) if target == "all" else (target,)
-    return {instruction(what.subtask, name) for name in names}
-
-
-def _set_table(*rates: float) -> dict[str, dict[str, float]]:
-    return {"set_table": dict(zip(PAPER_COLUMNS, rates, strict=True))}
+    """Every instruction that episodes of a column may have."""
+    subtask, target = COLUMNS[column].subtask, COLUMNS[column].target_in(task)
+    names = targets(task, subtask) if target == "all" else (target,)
+    return {instruction(subtask, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -108,18 +106,27 @@ class Row:
     table: int
     label: str  # the paper's
     epochs: tuple[int, int, int]  # of stages 1, 2, 3; 0: the row lacks the stage
-    paper: dict[str, dict[str, float]]  # task -> column -> success rate
+    rates: tuple[float, ...]  # success rates in the order of the table's columns
     decoders: tuple[str, ...] = ()
     cameras: tuple[str, ...] = CAMERAS
     depth: bool = True
     history: str = "none"
-    openvla: bool = False  # 7B, Llama 2; else the base VLM
-    tasks: tuple[str, ...] = ("set_table",)  # Tables 1, 2, 4 are of SetTable alone
+    openvla: bool = False  # OpenVLA (7B, Llama 2) instead of the base VLM
+    tasks: tuple[str, ...] = ("set_table",)
     subtasks: tuple[str, ...] = SUBTASKS
 
     @property
+    def paper(self) -> dict[str, dict[str, float]]:
+        """The paper's success rates, task -> column -> rate."""
+        tasks, columns = self.tasks, PAPER_COLUMNS
+        if self.table == 3:
+            tasks, columns = ("set_table", "prepare_groceries", "tidy_house"), PAPER_COLUMNS[:2]
+        rates = iter(self.rates)
+        return {task: {column: next(rates) for column in columns} for task in tasks}
+
+    @property
     def model(self) -> dict:
-        """Fields of ModelConfig. Rows without decoders, Table 2's first too, lack the 8 latents."""
+        """Fields of ModelConfig. Rows without decoders have no latents."""
         return dict(
             cameras=self.cameras, depth=self.depth, history=self.history, decoders=self.decoders,
             num_latents=8 if self.decoders else 0,
@@ -132,86 +139,82 @@ class Row:
 
 PLAIN, NAIVE, STAGED, FLOW = (10, 0, 0), (0, 10, 0), (3, 7, 0), (3, 7, 10)  # Sec. 6.2, 6.3; GAP-14
 ALL = ("pos", "grasp", "qpos")  # Table 2's "+ all"
-_ALL_RATES = _set_table(0.13, 0.70, 0.87, 0.77, 0.90, 1.00)
-
-
-def _table_3(label: str, decoders: tuple[str, ...], epochs: tuple, *rates: float) -> Row:
-    pairs = zip(TASKS_3, rates[::2], rates[1::2], strict=True)
-    paper = {task: {"pick_all": pick, "place_all": place} for task, pick, place in pairs}
-    return Row(3, label, epochs, paper, decoders, tasks=TASKS, subtasks=("pick", "place"))
-
-
-TASKS_3 = ("set_table", "prepare_groceries", "tidy_house")  # the order of Table 3's columns
+PICK_PLACE = dict(tasks=TASKS, subtasks=("pick", "place"))  # data of Table 3
 
 ROWS = {
     # Table 1: inputs (Sec. 6.2)
     "openvla": Row(
-        1, "OpenVLA", PLAIN, _set_table(0.00, 0.19, 0.02, 0.00, 0.00, 0.04), cameras=("head",),
-        depth=False, openvla=True,
-    ),
-    "openvla-multiview": Row(
-        1, "OpenVLA + multiview", PLAIN, _set_table(0.06, 0.35, 0.14, 0.38, 0.00, 0.53),
-        depth=False, openvla=True,
-    ),
-    "openvla-depth": Row(
-        1, "OpenVLA + multiview + depth", PLAIN, _set_table(0.12, 0.41, 0.43, 0.30, 0.00, 0.67),
+        1, "OpenVLA", PLAIN, (0.00, 0.19, 0.02, 0.00, 0.00, 0.04), cameras=("head",), depth=False,
         openvla=True,
     ),
+    "openvla-multiview": Row(
+        1, "OpenVLA + multiview", PLAIN, (0.06, 0.35, 0.14, 0.38, 0.00, 0.53), depth=False,
+        openvla=True,
+    ),
+    "openvla-depth": Row(
+        1, "OpenVLA + multiview + depth", PLAIN, (0.12, 0.41, 0.43, 0.30, 0.00, 0.67), openvla=True
+    ),
     "base-multiview": Row(
-        1, "Base VLM + multiview", PLAIN, _set_table(0.06, 0.53, 0.60, 0.30, 0.63, 0.93),
-        depth=False,
+        1, "Base VLM + multiview", PLAIN, (0.06, 0.53, 0.60, 0.30, 0.63, 0.93), depth=False
     ),
     "base-depth": Row(
-        1, "Base VLM + multiview + depth", PLAIN, _set_table(0.16, 0.56, 0.67, 0.36, 0.83, 1.00)
+        1, "Base VLM + multiview + depth", PLAIN, (0.16, 0.56, 0.67, 0.36, 0.83, 1.00)
     ),
     "base-history": Row(
-        1, "Base VLM + multiview + depth + history", PLAIN,
-        _set_table(0.00, 0.47, 0.57, 0.40, 0.47, 1.00), history="actions",  # GAP-5
+        1, "Base VLM + multiview + depth + history", PLAIN, (0.00, 0.47, 0.57, 0.40, 0.47, 1.00),
+        history="actions",  # GAP-5
     ),
     # Table 2: auxiliary tasks and progressive training (Sec. 6.3)
-    "auxvla": Row(2, "AuxVLA", PLAIN, _set_table(0.16, 0.56, 0.67, 0.36, 0.83, 1.00)),
+    "auxvla": Row(2, "AuxVLA", PLAIN, (0.16, 0.56, 0.67, 0.36, 0.83, 1.00)),
     "auxvla-naive": Row(
-        2, "AuxVLA + all, naive", NAIVE, _set_table(0.03, 0.50, 0.60, 0.23, 0.67, 1.00), ALL
+        2, "AuxVLA + all, naive", NAIVE, (0.03, 0.50, 0.60, 0.23, 0.67, 1.00), ALL
     ),
     "auxvla-grasp": Row(
-        2, "AuxVLA + is grasped", STAGED, _set_table(0.30, 0.53, 0.83, 0.57, 0.80, 0.93), ("grasp",)
+        2, "AuxVLA + is grasped", STAGED, (0.30, 0.53, 0.83, 0.57, 0.80, 0.93), ("grasp",)
     ),
-    "auxvla-qpos": Row(
-        2, "AuxVLA + qpos", STAGED, _set_table(0.23, 0.67, 0.87, 0.70, 0.90, 0.90), ("qpos",)
-    ),
+    "auxvla-qpos": Row(2, "AuxVLA + qpos", STAGED, (0.23, 0.67, 0.87, 0.70, 0.90, 0.90), ("qpos",)),
     "auxvla-pos": Row(
-        2, "AuxVLA + global pos", STAGED, _set_table(0.07, 0.27, 0.90, 0.70, 0.97, 1.00), ("pos",)
+        2, "AuxVLA + global pos", STAGED, (0.07, 0.27, 0.90, 0.70, 0.97, 1.00), ("pos",)
     ),
-    "auxvla-all": Row(2, "AuxVLA + all", STAGED, _ALL_RATES, ALL),
+    "auxvla-all": Row(2, "AuxVLA + all", STAGED, (0.13, 0.70, 0.87, 0.77, 0.90, 1.00), ALL),
     # Table 3: segmentation and object pose, on pick and place of three tasks (Sec. 6.3)
-    # GAP-13: such models train for 5 epochs (Sec. 6.1) or for 6 = 2 + 4 (Sec. 6.3); 6, which says
-    # how they divide.
-    # SG-VLA (its Table 4) prints 0.16 and 0.56, not 0.20 and 0.50, in the first of these rows.
-    "auxvla-pick-place": _table_3(
-        "AuxVLA (pick, place)", (), (6, 0, 0), 0.20, 0.50, 0.10, 0.33, 0.07, 0.40
+    # GAP-13: these models train for 5 epochs (Sec. 6.1) or for 6 = 2 + 4 (Sec. 6.3); 6, since
+    # Sec. 6.3 says how the epochs divide.
+    # SG-VLA (its Table 4) prints 0.16 and 0.56 instead of 0.20 and 0.50 in the first of these rows.
+    "auxvla-pick-place": Row(
+        3, "AuxVLA (pick, place)", (6, 0, 0), (0.20, 0.50, 0.10, 0.33, 0.07, 0.40), **PICK_PLACE
     ),
-    "auxvla-seg-obj": _table_3(
-        "AuxVLA + seg + obj pos", ("obj", "seg"), (2, 4, 0), 0.26, 0.78, 0.13, 0.60, 0.33, 0.73
+    "auxvla-seg-obj": Row(
+        3, "AuxVLA + seg + obj pos", (2, 4, 0), (0.26, 0.78, 0.13, 0.60, 0.33, 0.73),
+        ("obj", "seg"), **PICK_PLACE,
     ),
-    # Table 4: the action head (Sec. 6.4), over Table 2's "+ all"
-    "auxvla-tokens": Row(4, "AuxVLA (tokens)", STAGED, _ALL_RATES, ALL),
+    # Table 4: the action head (Sec. 6.4), on the model of Table 2's "+ all"
+    "auxvla-tokens": Row(4, "AuxVLA (tokens)", STAGED, (0.13, 0.70, 0.87, 0.77, 0.90, 1.00), ALL),
     "auxvla-action-head": Row(
-        4, "AuxVLA + action head", FLOW, _set_table(0.27, 0.80, 0.76, 0.60, 0.76, 0.97), ALL
+        4, "AuxVLA + action head", FLOW, (0.27, 0.80, 0.76, 0.60, 0.76, 0.97), ALL
     ),
 }  # fmt: skip
+DEFAULT_ROW = "auxvla-all"  # names the run, and the paper's rates beside ours, without --row
 
 
-DEFAULT_ROW = "auxvla-all"  # whose figures stand beside a run that names none
+def describe(name: str) -> str:
+    """A row in words, with the paper's success rates."""
+    row = ROWS[name]
+    inputs = f"{' + '.join(row.cameras)}, rgb{' + depth' * row.depth}, history {row.history}"
+    epochs = ", ".join(f"{epochs} of stage {i}" for i, epochs in enumerate(row.epochs, 1) if epochs)
+    lines = [name, f"Table {row.table}: {row.label}", f"inputs: {inputs}"]
+    lines += [f"decoders: {' '.join(row.decoders) or 'none'}; epochs: {epochs}"]
+    for task, rates in row.paper.items():
+        figures = "  ".join(f"{column} {rate:.2f}" for column, rate in rates.items())
+        lines.append(f"{task}: {figures}")
+    return "\n    ".join(lines)
 
 
-def row_of(name: str) -> Row:
-    if name not in ROWS:
-        raise InputError(f"--row {name}: no such row; the rows are {', '.join(ROWS)}")
-    return ROWS[name]
+# --- The command line of train.py ---
 
 
 def preset_of(row: Row, preset: str | None) -> str:
-    """The preset a row is trained with; openvla's rows need its LLM, at the size of `preset`."""
+    """The preset that trains a row; OpenVLA's rows take its LLM at the size of `preset`."""
     if row.openvla:
         return "tiny-openvla" if preset and preset.startswith("tiny") else "openvla"
     if preset and preset.endswith("openvla"):
@@ -219,101 +222,84 @@ def preset_of(row: Row, preset: str | None) -> str:
     return preset or "paper"
 
 
-def check_row(cfg: TrainConfig) -> Row:
-    """Raise InputError, naming the flag, when the command line is not the row it names."""
-    row = row_of(cfg.row)
-    fixed = row.model | {name: getattr(row, name) for name in ("tasks", "subtasks", "epochs")}
-    for name, value in fixed.items():
-        in_model = name in row.model
-        got = getattr(cfg.model if in_model else cfg, name)
-        if name == "history" and "none" not in (got, value):
+def check_row(cfg: TrainConfig, row: Row) -> None:
+    """Raise InputError, naming the flag, if the command line contradicts its --row."""
+    data = {name: getattr(row, name) for name in ("tasks", "subtasks", "epochs")}
+    expected = data | {f"model.{name}": value for name, value in row.model.items()}
+    for name, value in expected.items():
+        got = getattr(cfg if name in data else cfg.model, name.removeprefix("model."))
+        if name == "model.history" and "none" not in (got, value):
             continue  # both readings of GAP-5
         if got != value:
-            flag = f"--{'model.' if in_model else ''}{name.replace('_', '-')}"
+            flag = f"--{name.replace('_', '-')}"
             raise InputError(
                 f"--row {cfg.row} fixes {flag} at {value}, got {got}. Drop the flag, or the row"
             )
     if cfg.stage not in row.stages:
-        on_it = [
-            name for name, other in ROWS.items()
+        same = [
+            name
+            for name, other in ROWS.items()
             if other.model == row.model and cfg.stage in other.stages
-        ]  # fmt: skip
+        ]
         raise InputError(
             f"--row {cfg.row} has no stage {cfg.stage}; it has {row.stages}"
-            + f". With its inputs and decoders --row {' or '.join(on_it)} has one" * bool(on_it)
+            + f". Rows with its model and this stage: --row {' or '.join(same)}" * bool(same)
         )
-    if cfg.stage == 2 and 1 in row.stages and not cfg.init_from:
+
+
+def choose_folders(cfg: TrainConfig) -> TrainConfig:
+    """Fill in --out runs/RUN/stageN and --init-from, the folder of the run's stage before.
+
+    Raises InputError if the stage before is missing.
+    """
+    stages = ROWS[cfg.row].stages if cfg.row else (1, 2, 3)
+    before = max((stage for stage in stages if stage < cfg.stage), default=None)
+    folder = Path("runs", cfg.run or cfg.row or DEFAULT_ROW)
+    out = Path(cfg.out or folder / f"stage{cfg.stage}")
+    naive = "; or --row auxvla-naive for co-training from the start" if cfg.stage == 2 else ""
+    init_from = cfg.init_from
+    if before and not init_from and not cfg.out:
+        init_from = str(folder / f"stage{before}")
+        if not Path(init_from).is_dir() and not out.is_dir():
+            flags = {name: getattr(cfg, name) for name in ("row", "run")}
+            flags |= {} if cfg.preset == "paper" else {"preset": cfg.preset}
+            given = "".join(f" --{name} {value}" for name, value in flags.items() if value)
+            raise InputError(
+                f"no stage {before} in {folder}: torchrun --nproc_per_node=8 train.py "
+                f"--stage {before}{given}{naive}"
+            )
+    # Without --row, --stage 2 --out OUT is naive co-training.
+    if before and not init_from and (cfg.row or cfg.stage == 3):
         raise InputError(
-            f"--row {cfg.row} trains stage 2 on stage 1: give --init-from RUN/stage1. From the "
-            "start it would be --row auxvla-naive"
+            f"stage {cfg.stage} starts from stage {before}: give --init-from RUN/stage{before}"
+            + naive
         )
-    return row
-
-
-# --- The command line ---
-
-
-def given(args: list[str], flag: str) -> str | None:
-    """The value of a flag that decides on the defaults of the others."""
-    values = [b for a, b in pairwise(args) if a == flag]
-    values += [a.partition("=")[2] for a in args if a.startswith(f"{flag}=")]
-    return values[-1] if values else None
+    return replace(cfg, out=str(out), init_from=init_from)
 
 
 def parse(args: list[str] | None = None, description: str | None = None) -> TrainConfig:
-    """The command line of train.py over the defaults of its --preset and --row.
-
-    Raises InputError when a flag contradicts the row.
-    """
-    args = sys.argv[1:] if args is None else args
-    name, preset = given(args, "--row"), given(args, "--preset")
-    row = row_of(name) if name else None
-    default = replace(TrainConfig(data="", out=""), data=tyro.MISSING, out=tyro.MISSING)
-    if preset in (None, *PRESETS):  # otherwise tyro names the choices
-        chosen = preset_of(row, preset) if row else preset or "paper"
-        default = replace(default, preset=chosen, **PRESETS[chosen])
-        pairs = pairwise(["", *args])  # without --preset, which is now in the default
-        args = [b for a, b in pairs if "--preset" not in (a, b.partition("=")[0])]
+    """The command line of train.py. Raises InputError if a flag contradicts the row."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=PRESETS)
+    first.add_argument("--row")
+    chosen, others = first.parse_known_args(args)  # they set the defaults of the other flags
+    row, preset = ROWS.get(chosen.row), chosen.preset or "paper"
+    if chosen.row and not row:
+        raise InputError(f"--row {chosen.row}: no such row; the rows are {', '.join(ROWS)}")
     if row:
-        default = replace(
-            default, model=replace(default.model, **row.model), tasks=row.tasks,
-            subtasks=row.subtasks, epochs=row.epochs,
-        )  # fmt: skip
-    cfg = tyro.cli(TrainConfig, default=default, args=args, description=description)
+        preset = preset_of(row, chosen.preset)
+    default = TrainConfig(preset=preset, row=chosen.row, **PRESETS[preset])
     if row:
-        check_row(cfg)
+        model = replace(default.model, **row.model)
+        data = dict(tasks=row.tasks, subtasks=row.subtasks, epochs=row.epochs)
+        default = replace(default, model=model, **data)
+    cfg = tyro.cli(TrainConfig, default=default, args=others, description=description)
+    if row:
+        check_row(cfg, row)
     elif not cfg.epochs[cfg.stage - 1] and not cfg.steps:
-        raise InputError(f"--epochs {cfg.epochs} give stage {cfg.stage} none; give --steps")
-    return cfg
-
-
-# --- In words ---
-
-
-def summary(name: str) -> dict[str, str]:
-    """What a row resolves to, in words."""
-    row = ROWS[name]
-    views = "rgb + depth" if row.depth else "rgb"
-    history = "" if row.history == "none" else f" + history ({row.history})"
-    return {
-        "table": f"Table {row.table}: {row.label}",
-        "inputs": f"{' + '.join(row.cameras)} {views}{history}",
-        "decoders": " ".join(row.decoders) or "none",
-        "data": f"{' '.join(row.tasks)}: {' '.join(row.subtasks)}",
-        "epochs": ", ".join(f"stage {s}: {row.epochs[s - 1]}" for s in row.stages),
-    }
-
-
-def print_rows() -> None:
-    """Print every row with the paper's success rates."""
-    for name, row in ROWS.items():
-        print(name)
-        for key, text in summary(name).items():
-            print(f"    {key:9} {text}")
-        for task, rates in row.paper.items():
-            figures = "  ".join(f"{column} {rate:.2f}" for column, rate in rates.items())
-            print(f"    paper     {task}: {figures}")
+        raise InputError(f"--epochs {cfg.epochs}: 0 for stage {cfg.stage}; give --steps")
+    return choose_folders(cfg)
 
 
 if __name__ == "__main__":
-    print_rows()
+    print(*map(describe, ROWS), sep="\n")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from config import LABELS, RECORDED_ACTIONS, InputError, TrainConfig, user_errors
-from data import ActionStats, Batcher, Frames, StepOrder, check_batch, loader, open_frames
+from data import ActionStats, Frames, StepOrder, check_batch, loader, make_batch, open_frames
 from decoders import BatchNorm
 from flow_head import draw_noise
 from model import AuxVLA, label_counts
@@ -31,9 +31,8 @@ from paper import parse
 from storage import checkpoint
 from storage.checkpoint import whole
 from storage.files import sole_writer
-from storage.h5 import Demonstrations, label_command
-from storage.pack import Pack
-from storage.pretrained import load_pretrained, source_of
+from storage.h5 import Index, label_command
+from storage.pretrained import load_pretrained
 from storage.tokenizer import build_tokenizer, tokenize
 from training.checks import disk, packages, require, shared_memory
 from training.log import Log, Saver
@@ -83,16 +82,17 @@ def micro_batches(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]
 def prepare(cfg: TrainConfig, ranks: Ranks) -> tuple[AuxVLA, dict, Path | None]:
     """The model, its manifest (statistics, tokenizer), the checkpoint to resume from, if any."""
     torch.manual_seed(cfg.seed)  # the same weights on every rank
-    model = AuxVLA(cfg.model, flow_head=cfg.stage == 3)
     # The main rank alone hashes the files.
     found = ranks.decided(lambda: str(checkpoint.resumable(Path(cfg.out), cfg.resume) or ""))
     resumed = Path(found) if found else None
     source = resumed or (checkpoint.resolve(cfg.init_from) if cfg.init_from else None)
+    from_file = bool(source or cfg.pretrained)
+    model = AuxVLA(cfg.model, flow_head=cfg.stage == 3, meta=from_file)
     if source is None:
         if cfg.stage == 2 and not cfg.row and ranks.is_main:
             print("stage 2 without --init-from RUN/stage1: naive co-training (Table 2)")
         build_tokenizer(cfg.model.llm)  # fails now rather than after all weights were read
-        hashes = load_pretrained(model.vlm, source_of(cfg.pretrained)) if cfg.pretrained else {}
+        hashes = load_pretrained(model.vlm, cfg.pretrained) if cfg.pretrained else {}
         return model, {"pretrained": hashes}, None
     # resumable() has compared the hashes of what we resume; a stage starts without the moments.
     manifest = checkpoint.read_manifest(source, verify=not resumed, moments=bool(resumed))
@@ -137,8 +137,8 @@ def choose_decoders(cfg: TrainConfig, frames: Frames, is_main: bool) -> TrainCon
 
 def load_data(
     cfg: TrainConfig, frames: Frames, origin: dict, resumed: Path | None
-) -> tuple[Batcher, Tokenizer, dict]:
-    """What makes batches, the tokenizer, and what a checkpoint says of the data.
+) -> tuple[ActionStats, Tokenizer, dict]:
+    """Action statistics, the tokenizer, and what a checkpoint says of the data.
 
     Later stages keep the first one's units and tokenizer: its weights were trained with them.
     """
@@ -148,14 +148,13 @@ def load_data(
         tokenizer = Tokenizer.from_buffer((Path(origin["folder"]) / "tokenizer.json").read_bytes())
     else:
         stats, tokenizer = frames.stats(cfg.action_bounds), build_tokenizer(cfg.model.llm)
-    batcher = Batcher(cfg.model, stats, tokenize(data.instructions, tokenizer, cfg.model.llm))
     manifest = describe(cfg, data, frames, stats) | {"pretrained": origin["pretrained"]}
     if resumed and origin["data"] != manifest["data"]:
         raise checkpoint.CheckpointError(
             f"{resumed}: was trained on {origin['data']}, {cfg.data} has {manifest['data']}. "
             "Give the same data, or another --out with --init-from"
         )
-    return batcher, tokenizer, manifest
+    return stats, tokenizer, manifest
 
 
 def main(cfg: TrainConfig) -> int:
@@ -263,7 +262,9 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
     if resumed:
         checkpoint.load_optimizer(model, optimizer, resumed)
     step, skipped, stopped = origin["step"] if resumed else 0, 0, False
-    batcher, tokenizer, manifest = load_data(cfg, frames, origin, resumed)
+    stats, tokenizer, manifest = load_data(cfg, frames, origin, resumed)
+    prompts = tokenize(frames.source.instructions, tokenizer, cfg.model.llm)
+    prompts = tuple(each.to(device) for each in prompts)  # ids and mask [n, L]
     num_steps = cfg.steps or cfg.epochs[cfg.stage - 1] * (len(frames) // cfg.batch_size)
     if step > num_steps:
         raise InputError(
@@ -281,7 +282,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
     with signals() as stop, closing(saver):
         for raw in loader(frames, order, cfg.workers):
             log.data_arrived()
-            batch = batcher(raw, device)
+            batch = make_batch(raw, stats, prompts, cfg.model)
             if step == order.first:
                 check_batch(batch, cfg.model)
             batch["counts"] = global_counts(batch, stop(), ranks)
@@ -307,7 +308,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
                 saver.save(step, model, optimizer, manifest, tokenizer.to_str())
             if everywhere and len(held_out) and (step % cfg.val_every == 0 or last):
                 began = time.perf_counter()
-                figures = validate(model, held_out, batcher, cfg, device)
+                figures = validate(model, held_out, stats, prompts, cfg)
                 saver.rate(step, figures[0]["flow" if cfg.stage == 3 else "action"])
                 if ranks.is_main:
                     log.write_validation(step, *figures, time.perf_counter() - began)
@@ -322,9 +323,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
     return STOPPED if stopped else int(gave_up)
 
 
-def describe(
-    cfg: TrainConfig, data: Demonstrations | Pack, frames: Frames, stats: ActionStats
-) -> dict:
+def describe(cfg: TrainConfig, data: Index, frames: Frames, stats: ActionStats) -> dict:
     """What a checkpoint says of itself, beside its step and its files' hashes."""
     return {
         "stage": cfg.stage,

@@ -2,14 +2,14 @@
 
     python -m household.assets --out assets [--seed 0]       # then: MS_ASSET_DIR=assets
 
-ManiSkill-HAB's own, unpatched classes load it: SetTable, TidyHouse and PrepareGroceries, train and
-val. A seed is a family of apartments: colours and handles are the same in all its scenes, furniture
-positions and walls are not. Val has the scenes of train, with other episodes and start poses;
-apartments that nobody trained on come from another seed.
+ManiSkill-HAB's unpatched classes load it: SetTable, TidyHouse and PrepareGroceries, train and val.
+The scenes of one seed share colours and handles, and differ in furniture positions and walls. Val
+has the scenes of train, with other episodes and start poses; another seed gives apartments that
+were not in training.
 
-Where it differs from the real MS-HAB: one room, furniture of boxes, objects small enough for the
-gripper and always reachable from the front; the apple stands on a block in the fridge, and goals
-lie on a table.
+Differences from the real MS-HAB: one room, furniture of boxes, objects small enough for the gripper
+and always reachable from the front; the apple stands on a block in the fridge, and goals lie on a
+table.
 """
 
 import json
@@ -39,7 +39,7 @@ def main(out: Path, seed: int = 0) -> None:
         print(f"{out} is already the generated apartment of seed {seed}: nothing to do")
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside OUT, for an atomic rename: OUT is complete or not there, however the run ends.
+    # Written beside OUT, then renamed: OUT is complete or absent, even after a kill.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         apartment = Path(temporary, "apartment")
         generate(apartment / "data", seed)
@@ -65,7 +65,7 @@ def generate(data: Path, seed: int) -> None:
 
     @cache
     def tint(color):
-        """This family's shade of a colour."""
+        """This seed's shade of a colour."""
         return vary_color(rng, color)
 
     replica_cad = data / "scene_datasets/replica_cad_dataset"
@@ -94,8 +94,9 @@ def write_scene(folder: Path, name: str, rng: np.random.Generator) -> Scene:
     )
     stem = name.partition(".")[0]
     table = f"table_{stem}"
-    floor, *walls = [vary_color(rng, color) for color in [(150, 120, 95), *[(200, 200, 195)] * 4]]
-    parts.write_glb(folder / f"stages/{stem}.glb", parts.room_boxes(floor, walls))
+    colors = [(150, 120, 95), *[(200, 200, 195)] * 4]  # floor, walls
+    boxes = parts.room_boxes(*(vary_color(rng, color) for color in colors))
+    parts.write_glb(folder / f"stages/{stem}.glb", boxes)
     boxes = parts.table_boxes(vary_color(rng, (120, 75, 45)))
     parts.write_glb(folder / f"objects/{table}.glb", boxes)
     config = dict(render_asset=f"../../objects/{table}.glb")

@@ -1,7 +1,7 @@
-"""Episodes of the miniature apartment: where objects are, what is asked, where the robot starts.
+"""Episodes of the miniature apartment: object poses, task plans, start poses of the robot.
 
-Written as ReplicaCADRearrange's episodes and MS-HAB's task plans and spawn data. Positions are in
-the simulator's frame, metres; `rng` draws what varies between episodes and between start poses.
+They are written as ReplicaCADRearrange's episodes and MS-HAB's task plans and spawn data. Positions
+are in the simulator's frame, metres; `rng` varies episodes and start poses.
 """
 
 from dataclasses import dataclass
@@ -28,18 +28,19 @@ SLOTS = (-0.42, 0.0, 0.42)  # where objects stand along a table or counter, metr
 
 REST = Fetch.keyframes["rest"].qpos
 TO_TABLE, TO_CUPBOARDS = 0.0, np.pi  # yaw: the robot faces the table towards +x, cupboards -x
-# How far the base starts from the target, and how much that varies; metres, rad.
+# Distance of the base to the target at the start, and its variation; metres, rad.
 START_TABLE, START_DRAWER, START_DOOR, START_APPLE = 0.95, 1.35, 1.25, 1.15
-START_OPEN_DRAWER = START_DRAWER + 0.10  # so far out that closing needs no step back
+START_OPEN_DRAWER = START_DRAWER + 0.10  # closing needs no step back
 VARY_AHEAD, VARY_ASIDE, VARY_YAW = 0.10, 0.08, 0.06
-# Opening starts towards the handle; closing towards the hinge, where the open door's outside is.
+# Sideways from the fridge's middle: opening starts at the handle's side, closing at the hinge's,
+# where the outside of the open door is.
 DOOR_ASIDE = 0.12
 
 # ReplicaCAD's files are y-up (mani_skill: replicacad/rearrange/scene_builder.py).
 Y_UP = axangle2quat([1, 0, 0], np.pi / 2)
 # The gripper at rest points down: an upright object's z is its -x, and the fingers close along y.
 UPRIGHT_IN_HAND = mat2quat(np.array([[0, 0, -1], [0, 1, 0], [1, 0, 0]]))
-PALM_DEPTH = 0.029  # palm to tcp, less than the mesh has: nothing may touch the palm at the start
+PALM_DEPTH = 0.029  # palm to tcp, less than in the mesh: nothing may touch the palm at the start
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Scene:
 
 @dataclass
 class Episode:
-    """Where the objects are at the start: name -> x, y, z and yaw."""
+    """The objects' poses at the start: name -> x, y, z and yaw."""
 
     name: str
     scene: Scene
@@ -76,7 +77,7 @@ def write_episode(folder: Path, episode: Episode) -> None:
 
 
 def standing(name: str, x: float, y: float, surface: float) -> np.ndarray:
-    """Position of an object on a surface at this height."""
+    """Return the position of an object that stands on a surface of this height."""
     return np.array([x, y, surface + parts.OBJECTS[name][1][2] + 0.002])
 
 
@@ -84,8 +85,8 @@ def standing(name: str, x: float, y: float, surface: float) -> np.ndarray:
 class Surface:
     """A top with a row of objects near the edge that the robot faces."""
 
-    furniture: str  # as Scene names it
-    row: float  # x of the row, from the furniture's own, metres
+    furniture: str  # a field of Scene
+    row: float  # x of the row relative to the furniture, metres
     vary: float
     yaw: float  # of the robot
     height: float
@@ -104,7 +105,7 @@ PICKED_FROM = dict(tidy_house=TABLE, prepare_groceries=COUNTER)
 
 
 class Plans:
-    """The plans and start poses of one task, subtask and split, collected and then written."""
+    """The plans and start poses of one task, subtask and split."""
 
     def __init__(self, task: str, subtask: str, split: str):
         self.task, self.subtask, self.split = task, subtask, split
@@ -112,7 +113,7 @@ class Plans:
         self.spawns: dict[str, dict[str, torch.Tensor]] = {}
 
     def add(self, target: str, episode: Episode, starts: list[dict], **fields) -> None:
-        """Add one plan; `starts` are the spawns of `start_pose`, `fields` the subtask's own."""
+        """Add one plan with the start poses `starts`; `fields` are the subtask's own."""
         number = len(self.plans.setdefault(target, []))
         uid = f"{self.task}-{self.subtask}-{self.split}-{target}-{number}-0"
         plan = dict(
@@ -127,7 +128,7 @@ class Plans:
         }
 
     def write(self, rearrange: Path) -> None:
-        """Write one plan file per target, of objects also all.json, and the start poses."""
+        """Write one plan file for each target, for objects also all.json, and the start poses."""
         place = Path(self.task, self.subtask, self.split)
         plans = dict(self.plans)
         if self.subtask in ("pick", "place"):
@@ -141,7 +142,7 @@ class Plans:
 
 
 def start_pose(xy, yaw: float, distance: float, rng: np.random.Generator) -> dict:
-    """A start of the robot at rest, `distance` metres before `xy` and facing it."""
+    """Return a start pose at rest, `distance` metres before `xy` and facing it."""
     forward, left = np.array([np.cos(yaw), np.sin(yaw)]), np.array([-np.sin(yaw), np.cos(yaw)])
     ahead, aside = rng.uniform(-1, 1, 2) * [VARY_AHEAD, VARY_ASIDE]
     base = np.asarray(xy) - forward * (distance + ahead) + left * aside
@@ -152,7 +153,10 @@ def start_pose(xy, yaw: float, distance: float, rng: np.random.Generator) -> dic
 
 
 def add_place(plans: Plans, name: str, episode: Episode, slot: float, rng) -> None:
-    """The object starts between the fingers: its centre at the tcp, or lower if it is tall."""
+    """Add a plan to place an object that starts between the fingers.
+
+    Its centre is at the tcp, or lower if the object is tall.
+    """
     x, y = TABLE.slot(episode.scene, slot, rng)
     _, half_width, half_height = parts.OBJECTS[name][1]
     below = max(0.0, half_height - PALM_DEPTH)
@@ -169,12 +173,12 @@ def add_place(plans: Plans, name: str, episode: Episode, slot: float, rng) -> No
 
 
 def write_clutter(rearrange: Path, task: str, split: str, scenes: list[Scene], rng) -> None:
-    """TidyHouse: from table to table. PrepareGroceries: from the kitchen counter to the table."""
+    """Write pick and place. TidyHouse picks from the table, PrepareGroceries from the counter."""
     pick, place = Plans(task, "pick", split), Plans(task, "place", split)
     top = PICKED_FROM[task]
     for i in range(EPISODES):
         scene = scenes[i % len(scenes)]
-        # Each object meets each scene and each slot.
+        # Every object occurs in every scene and at every slot.
         names = [CLUTTER[(3 * (i // len(scenes)) + i + k) % len(CLUTTER)] for k in (0, 4, 8)]
         slots = dict(zip(names, rng.permutation(SLOTS), strict=True))
         objects = {}
@@ -193,7 +197,7 @@ def write_clutter(rearrange: Path, task: str, split: str, scenes: list[Scene], r
 
 
 def write_set_table(rearrange: Path, split: str, scenes: list[Scene], counter, fridge, rng) -> None:
-    """The bowl is in the drawer and the apple in the fridge, open when they are to be picked."""
+    """Write SetTable: the bowl is in the drawer, the apple in the fridge, both open for a pick."""
     plans = {sub: Plans("set_table", sub, split) for sub in ("pick", "place", "open", "close")}
     for i in range(EPISODES):
         scene = scenes[i % len(scenes)]
@@ -215,7 +219,7 @@ def write_set_table(rearrange: Path, split: str, scenes: list[Scene], counter, f
 
 
 def add_cupboard(plans: dict[str, Plans], episode: Episode, cupboard, name, starts, rng) -> None:
-    """Pick the object `name` from the open cupboard; open it; close it."""
+    """Add plans to pick the object `name` from the open cupboard, to open and to close it."""
     number = START_POSES[plans["pick"].split]
     pick, open_, close = zip(*(starts(episode, cupboard, rng) for _ in range(number)))
     fields = dict(
@@ -232,18 +236,18 @@ def add_cupboard(plans: dict[str, Plans], episode: Episode, cupboard, name, star
 
 
 def opened(cupboard: parts.Furniture, low: float, high: float, rng) -> np.ndarray:
-    """Joint positions with the handle's joint between these fractions of its range."""
+    """Return joint positions with the handle's joint between two fractions of its range."""
     qpos, upper = np.zeros(len(cupboard.links) - 1), cupboard.links[cupboard.handle_link].upper
     qpos[cupboard.handle_joint] = upper * rng.uniform(low, high)
     return qpos
 
 
 def bowl_starts(episode: Episode, counter, rng) -> tuple[dict, dict, dict]:
-    """Starts to pick the bowl, to open and to close the drawer."""
+    """Return start poses to pick the bowl, to open and to close the drawer."""
     front = episode.scene.counter + np.array([0, parts.DRAWER_Z])
     qpos = opened(counter, 0.97, 1.0, rng)
     bowl, _ = episode.objects["024_bowl"]
-    bowl = bowl + np.array([qpos[counter.handle_joint], 0, 0])  # it came out with the drawer
+    bowl = bowl + np.array([qpos[counter.handle_joint], 0, 0])  # the drawer carries the bowl
     pick = start_pose((front[0], bowl[1]), TO_CUPBOARDS, START_DRAWER, rng)
     pick |= dict(articulation_qpos=qpos, obj_raw_pose=[*bowl, 1, 0, 0, 0])
     open_ = start_pose(front, TO_CUPBOARDS, START_DRAWER, rng)
@@ -253,10 +257,10 @@ def bowl_starts(episode: Episode, counter, rng) -> tuple[dict, dict, dict]:
 
 
 def apple_starts(episode: Episode, fridge, rng) -> tuple[dict, dict, dict]:
-    """Starts to pick the apple, to open and to close the fridge."""
+    """Return start poses to pick the apple, to open and to close the fridge."""
     front, aside = episode.scene.fridge, np.array([0, DOOR_ASIDE])
     apple, _ = episode.objects["013_apple"]
-    # On the side away from the open door, or the robot's upper arm meets its edge.
+    # On the side away from the open door, whose edge would meet the robot's upper arm.
     pick = start_pose(apple[:2] - aside, TO_CUPBOARDS, START_APPLE, rng)
     qpos = opened(fridge, 0.97, 1.0, rng)
     pick |= dict(articulation_qpos=qpos, obj_raw_pose=[*apple, 1, 0, 0, 0])

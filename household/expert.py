@@ -1,10 +1,10 @@
 """A scripted demonstrator for MS-HAB's pick, place, open and close in the generated apartment.
 
-It reads the simulator's state (object, handle and joint poses) and acts through the robot's own
-13 action dimensions. What makes its motions learnable from images: one canonical arm posture per
-grasp, so that like situations get like actions; the joints move together at the controller's full
-speed and slow down smoothly; a phase ends when a distance is reached, never after a number of
-steps; nothing is random and no step is idle.
+It reads the simulator's state (object, handle and joint poses) and acts through the robot's 13
+action dimensions. Its motions can be learned from images: each grasp has one arm posture, so equal
+situations get equal actions; the joints move together at the controller's full speed and slow down
+smoothly; a phase ends when a distance is reached, never after a number of steps; nothing is random
+and no step is idle.
 
 With the arm in its posture, the hand is a point `reach` metres ahead of the base. Driving and
 turning move that point in any direction, so the base alone brings the hand to an object or along
@@ -20,7 +20,7 @@ import numpy as np
 import sapien
 from transforms3d.quaternions import mat2quat
 
-from simulation.env import SubtaskEnv
+from simulation.env import SubtaskEnvs
 
 ARM = [5, 7, 8, 9, 10, 11, 12]  # in the simulator's 15 joints, in the order of action[0:7]
 TORSO, FINGERS = 3, [13, 14]
@@ -29,24 +29,23 @@ REST_ARM = np.array([-0.370, -1.032, 0.695, 0.955, -0.1, 2.077, 0.0])  # Fetch's
 OPEN, CLOSE = 1.0, -1.0  # gripper: an absolute target
 Motion = Iterator[np.ndarray]
 FULL_SPEED = 0.5  # m/s of the hand point when it is driven
-GRID = 0.05  # of the arm's and torso's actions: digits below it would be noise to a learner
+GRID = 0.05  # the arm's and torso's actions are rounded to it: finer digits are noise to a learner
 # Fractions of the joint's range; MS-HAB's limits (sequential_task.py) are 0.01, 0.9 and 0.75.
 CLOSED, OPEN_DRAWER, OPEN_FRIDGE, SPARE = 0.005, 0.91, 0.76, 0.05
 
 
 @dataclass(frozen=True)
 class Posture:
-    """A way to hold the gripper: `reach` metres ahead of the base, `pitch` rad downwards, and
-    turned by `roll` rad about the direction in which it points."""
+    """The gripper `reach` metres ahead of the base, pitched down by `pitch`, rolled by `roll`."""
 
     reach: float
     pitch: float
     roll: float
-    seed: tuple[float, ...]  # arm joints where the inverse kinematics start, which fixes the elbow
+    seed: tuple[float, ...]  # arm joints where inverse kinematics start: decides the elbow's side
 
 
 # The seeds are the solutions nearest to the rest posture: no joint moves by more than about 1.1
-# rad, some 30 steps. Gripper pointing ahead costs 2.5 rad and more, so nothing is grasped that way.
+# rad, some 30 steps. A gripper that points ahead costs 2.5 rad and more: no grasp uses that.
 DOWN = Posture(0.70, np.pi / 2, 0.0, (-0.186, -0.404, 0.424, 1.198, -0.512, 0.880, 0.102))
 SHELF = Posture(0.80, 1.3, 0.0, (-0.150, -0.750, 0.470, 0.750, -0.390, 1.370, 0.170))
 PUSH = Posture(0.78, np.pi / 2, 0.0, (-0.086, 0.037, 0.420, 0.510, -0.483, 1.073, -0.090))
@@ -56,11 +55,11 @@ FRONT = Posture(0.90, 0.8, 0.0, (-0.371, -0.656, 1.154, 0.941, -1.199, 0.991, 0.
 
 
 class ScriptedExpert:
-    """Act after `env.reset(seed)` and `reset()`; when the motion is over, keep still at rest."""
+    """Acts in one environment after its reset and `reset()`; after the motion it rests."""
 
-    obs_mode = "state_dict"  # it reads the simulator itself
+    obs_mode = "state_dict"  # no images: it reads the simulator's state
 
-    def __init__(self, env: SubtaskEnv):
+    def __init__(self, env: SubtaskEnvs):
         self.env = env
 
     def reset(self) -> None:
@@ -71,18 +70,19 @@ class ScriptedExpert:
         self.model = robot.create_pinocchio_model()
         self.gripper_link = robot.links.index(sim.agent.tcp._objs[0])
         self.object, self.goal = sim.subtask_objs[0], sim.subtask_goals[0]
+        subtask, target = self.env.episodes[0]["subtask"], self.env.targets[0]
         skills = {
             ("open", "kitchen_counter"): self.open_drawer,
             ("open", "fridge"): self.open_fridge,
             ("close", "kitchen_counter"): self.close_drawer,
             ("close", "fridge"): self.close_fridge,
-            ("pick", self.env.target): self.pick,
-            ("place", self.env.target): self.place,
+            ("pick", target): self.pick,
+            ("place", target): self.place,
         }
-        self.motion = skills[self.env.episode["subtask"], self.env.target]()
+        self.motion = skills[subtask, target]()
 
     def act(self, obs: dict, instruction: str) -> np.ndarray:
-        """Return the next action, float32 [1, 13]; both arguments are unused, the state is read."""
+        """Return the next action, float32 [1, 13]; both arguments are unused."""
         return next(self.motion)[None]
 
     # ---- state
@@ -104,7 +104,7 @@ class ScriptedExpert:
 
     @property
     def opening(self) -> float:
-        """How far drawer or door is open, as a fraction of its range."""
+        """The opening of drawer or door, as a fraction of its range."""
         index = self.plan.articulation_handle_active_joint_idx
         low, high = self.articulation_joint.limits[0]
         return (float(self.env.mshab.subtask_articulations[0].qpos[0, index]) - low) / (high - low)
@@ -115,9 +115,9 @@ class ScriptedExpert:
         return self.articulation_joint.global_pose.to_transformation_matrix()[:3, 0]
 
     def on_arc(self, angle: float, fraction: float = 1.0, outward: float = 0.0) -> np.ndarray:
-        """Return a point [3] of the handle's arc about its hinge.
+        """Return a point [3] near the handle's arc about its hinge.
 
-        The handle, swung by `angle` rad (opening is positive), drawn in to `fraction` of its
+        The handle is swung by `angle` rad (opening is positive), drawn in to `fraction` of its
         distance from the hinge and moved `outward` metres away from the door.
         """
         hinge, axis = self.articulation_joint.global_pose.p, self.axis
@@ -128,7 +128,7 @@ class ScriptedExpert:
         return hinge + fraction * swung + outward * normal
 
     def in_hand(self, point: np.ndarray, bar=(0.0, 0.0, 0.0)) -> bool:
-        """Is `point` between the fingers, or another of the bar that runs along `bar` [3]?"""
+        """Is `point`, or another point of the bar along the direction `bar` [3], in the hand?"""
         away = point - self.agent.tcp_pose.sp.p
         return bool(np.linalg.norm(away - np.multiply(bar, np.clip(away @ bar, -0.1, 0.1))) < 0.06)
 
@@ -173,8 +173,10 @@ class ScriptedExpert:
         return float(np.abs(arm - self.joints[ARM]).max())
 
     def toward(self, arm: np.ndarray, gripper: float, drive=(0.0, 0.0)) -> np.ndarray:
-        """Return the action [13] that moves all arm joints in proportion towards `arm`, and the
-        base with `drive` = (m/s, rad/s)."""
+        """Return the action [13] that moves the arm joints in proportion to `arm` and the base.
+
+        `drive` is the base's (m/s, rad/s).
+        """
         joints = self.joints
         delta = np.append(arm - joints[ARM], REST_TORSO - joints[TORSO])
         delta = delta / max(np.abs(delta).max(), 0.1)  # full speed, slower over the last 0.1 rad
@@ -186,15 +188,15 @@ class ScriptedExpert:
         return np.clip(action, -1, 1)
 
     def hold(self, gripper: float, drive) -> np.ndarray:
-        """Return the action [13] that moves the base and leaves the arm as the load has bent it.
+        """Return the action [13] that moves the base and sends the arm no correction.
 
         Action tokens are decoded arm before base: small corrections of the arm would tell the phase
-        of the motion, and a learner would read it there instead of in the pictures.
+        of the motion, and a learner would read the phase there instead of in the images.
         """
         return self.toward(self.joints[ARM], gripper, drive)
 
     def offset(self, point: np.ndarray, reach: float, slack=(0.0, 0.0)) -> np.ndarray:
-        """Where `point` lies from the hand point, beyond `slack`; [forward, left] metres."""
+        """Return `point` relative to the hand point, less `slack`; [forward, left] metres."""
         seen = self.agent.base_link.pose.sp.inv() * sapien.Pose([*point[:2], 0])
         away = seen.p[:2] - [reach, 0]
         return np.sign(away) * np.maximum(np.abs(away) - slack, 0)
@@ -205,8 +207,8 @@ class ScriptedExpert:
         """Return the forward and turning velocity that bring the hand point to `point`.
 
         By default the offset fades as slowly as the arm unfolds, so that many frames show how to
-        correct one. What the task forgives is `slack`: corrected, it would be in no later frame,
-        and a learner that cannot see so finely is lost there.
+        correct an offset. `slack` is the offset that the task forgives. It stays uncorrected:
+        a learner that does not see so finely would otherwise meet states without a demonstration.
         """
         velocity = gain * self.offset(point, reach, slack)
         velocity *= min(1.0, FULL_SPEED / max(np.linalg.norm(velocity), 1e-6))
@@ -222,7 +224,7 @@ class ScriptedExpert:
             yield self.toward(arm, gripper, self.drive_to(point, reach, slack=slack))
 
     def retreat(self, point: np.ndarray, distance: float, gripper: float) -> Motion:
-        """Fold the arm and back off to `distance` metres from `point`; then keep still."""
+        """Fold the arm and back off to `distance` metres from `point`; then keep still forever."""
         while True:
             gap = np.linalg.norm(self.offset(point, reach=0.0))
             yield self.toward(REST_ARM, gripper, (np.clip(3 * (gap - distance), -FULL_SPEED, 0), 0))
@@ -230,9 +232,8 @@ class ScriptedExpert:
     def back_off(self, point: np.ndarray, distance: float) -> Motion:
         """Drive back to `distance` metres from `point` with the hand open; only then retreat.
 
-        So the arm folds where it never unfolds on the way in, and an open hand is on its way home:
-        else both ways pass through the same pictures but for a door or drawer that is shut, and a
-        learner dithers.
+        The arm folds where it never unfolds on the way in, and an open hand means the way back.
+        Otherwise images of both ways differ only in the door or drawer, and a learner dithers.
         """
         while np.linalg.norm(self.offset(point, reach=0.0)) < distance:
             yield self.hold(OPEN, (-FULL_SPEED, 0))
@@ -252,7 +253,7 @@ class ScriptedExpert:
         held = False
         while not held:
             position = self.object.pose.sp.p
-            # High up the arm cannot hang down, and in the fridge the elbow must stay off the door.
+            # High up the gripper cannot point down; in the fridge the elbow must clear the door.
             hold, clear = (DOWN, 0.12) if position[2] < 1.0 else (SHELF, 0.08)
             above, at = (self.posture(hold, position[2] + lift) for lift in (clear, 0.005))
             yield from self.bring(self.aligned(above), position, hold.reach, OPEN)
@@ -265,9 +266,9 @@ class ScriptedExpert:
 
     def place(self) -> Motion:
         goal = self.goal.pose.sp.p
-        in_hand = (self.object.pose.sp.p - self.agent.tcp_pose.sp.p)[2]  # its centre hangs there
+        in_hand = (self.object.pose.sp.p - self.agent.tcp_pose.sp.p)[2]  # its centre above the tcp
         above, at = (self.posture(DOWN, goal[2] - in_hand + lift) for lift in (0.12, 0.01))
-        slack = (0.05, 0.05)  # MS-HAB takes 0.15 m off the goal for placed
+        slack = (0.05, 0.05)  # MS-HAB counts 0.15 m from the goal as placed
         yield from self.bring(above, goal, DOWN.reach, CLOSE, slack=slack)
         yield from self.bring(at, goal, DOWN.reach, CLOSE, slack=slack)
         yield from self.squeeze(at, OPEN)
@@ -275,7 +276,7 @@ class ScriptedExpert:
         yield from self.retreat(goal, DOWN.reach, OPEN)
 
     def close_drawer(self) -> Motion:
-        """Push the handle with the closed hand; anywhere along the bar will do."""
+        """Push the handle with the closed hand, anywhere along the bar."""
         arm, outward, slack = self.posture(PUSH, self.handle[2]), self.axis, (0.11, 0.10)
         before = self.handle + 0.23 * outward
         yield from self.bring(arm, before, PUSH.reach, CLOSE, slack=slack)
@@ -297,10 +298,10 @@ class ScriptedExpert:
                 yield self.toward(at, CLOSE, self.drive_to(outside, HOOK.reach, 3.0, slack))
             yield from self.squeeze(at, OPEN)
             yield from self.bring(above, self.handle, HOOK.reach, OPEN, near=0.1, slack=slack)
-        yield from self.retreat(self.handle, HOOK.reach + 0.1, CLOSE)  # shut: on its way home
+        yield from self.retreat(self.handle, HOOK.reach + 0.1, CLOSE)  # closed: the way back
 
     def close_fridge(self) -> Motion:
-        """Push the outer side of the door, aiming at where it will be a little later."""
+        """Push the outer side of the door, aiming ahead along its arc."""
         arm = self.posture(REACH, self.handle[2])
         yield from self.bring(arm, self.on_arc(0.0, 0.7, 0.20), REACH.reach, CLOSE, near=0.05)
         while self.opening > CLOSED:

@@ -1,8 +1,8 @@
-"""The things in the miniature apartment, as ReplicaCAD and YCB files: furniture and objects.
+"""Furniture and objects of the miniature apartment, written as ReplicaCAD and YCB files.
 
-Files are y-up with the front of a cupboard towards +x, as ReplicaCAD's; mani_skill turns them by 90
-degrees about x, so (x, y, z) here is (x, -z, y) in the simulator. Only the objects are z-up.
-Lengths are metres, colours RGB in 0..255. `tint` gives the apartment's own shade of a colour.
+Files are y-up with the front of a cupboard towards +x, as in ReplicaCAD; mani_skill turns them by
+90 degrees about x, so (x, y, z) here is (x, -z, y) in the simulator. Only the objects are z-up.
+Lengths are metres, colours RGB in 0..255. `tint` returns the apartment's shade of a colour.
 """
 
 import json
@@ -26,15 +26,15 @@ DRAWER_HANDLE_X, DRAWER_HANDLE_LENGTH = 0.10, 0.26
 FRIDGE_SIZE = (0.6, 1.70, 0.56)  # depth, height, width; the front is at x = 0
 DOOR_THICKNESS, DOOR_WIDTH = 0.05, 0.54
 DOOR_BOTTOM, DOOR_HINGE_Z = 0.72, -0.275
-# rad; MS-HAB wants three quarters of it, which a robot in front of the fridge reaches in one pull.
+# rad; MS-HAB asks for three quarters of it, which one pull from in front of the fridge reaches.
 DOOR_RANGE = 1.25
 DOOR_HANDLE_X, DOOR_HANDLE_Z, DOOR_HANDLE_LENGTH = 0.125, 0.47, 0.40
 SHELF_TOP = 1.06
 STAND_TOP = SHELF_TOP + 0.06  # the apple stands clear of the shelf: room for the gripper
 STAND_X, STAND_Z = -0.12, 0.06
 
-# Half sizes (radius, radius, half height for round things), colour, density. Fetch's fingers open
-# to 10 cm and close along y; they reach 3 cm to either side of the tcp, and there the palm begins.
+# Half sizes (of round objects radius, radius, half height), colour, density. Fetch's fingers open
+# to 10 cm and close along y; they reach 3 cm to either side of the tcp, where the palm begins.
 OBJECTS = {
     "013_apple": ("ball", (0.036, 0.036, 0.036), (210, 30, 30), 400),
     "024_bowl": ("can", (0.040, 0.040, 0.030), (200, 60, 140), 400),
@@ -49,8 +49,8 @@ OBJECTS = {
 }
 
 WOOD, WORKTOP, WHITE, GREY = (165, 140, 110), (80, 80, 85), (225, 225, 230), (90, 90, 95)
-HANDLE = (0, 170, 60)  # the only strong green: a small network finds handles by it
-INSIDE = (30, 70, 200)  # the furniture's only blue: it shows that a drawer or the fridge is open
+HANDLE = (0, 170, 60)  # the only strong green: a small network finds handles by their colour
+INSIDE = (30, 70, 200)  # the furniture's only blue, visible when a drawer or the fridge is open
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Box:
 
 @dataclass
 class Link:
-    """A rigid part of a cupboard; all but the first hang on a joint of the first."""
+    """A rigid part of a cupboard; a joint connects each to the first, the root."""
 
     name: str
     boxes: list[Box]
@@ -77,7 +77,7 @@ class Link:
 
 @dataclass
 class Furniture:
-    """A cupboard and its handle. Link and joint indices are SAPIEN's, the order of the file."""
+    """A cupboard and its handle. SAPIEN numbers links and joints in the order of the file."""
 
     name: str
     links: list[Link]
@@ -86,7 +86,7 @@ class Furniture:
 
     @property
     def handle_joint(self) -> int:
-        return self.handle_link - 1  # the first link has none
+        return self.handle_link - 1  # the root has no joint
 
 
 def kitchen_counter(rng: np.random.Generator, tint) -> Furniture:
@@ -128,7 +128,7 @@ def drawer_boxes(front, handle_y: float) -> list[Box]:
 
 
 def fridge(rng: np.random.Generator, tint) -> Furniture:
-    """A fridge with two doors; the tasks use the top one, which coasts shut when it is pushed."""
+    """A fridge with two doors; the tasks use the top door, which coasts shut after a push."""
     depth, height, width = FRIDGE_SIZE
     white, back, side = tint(WHITE), -depth / 2, width / 2 - 0.015
     levels, middle = (0.015, 0.70, height - 0.015), height / 2
@@ -160,13 +160,10 @@ def door_box(height: float, color) -> Box:
 
 
 def door_handle(bar: tuple[float, float, float]) -> list[Box]:
-    """Two posts and the bar."""
+    """Two posts and the bar at `bar`."""
     x, y, z = bar
-    post, post_x, post_y = (
-        x - DOOR_THICKNESS,
-        (DOOR_THICKNESS + x) / 2,
-        DOOR_HANDLE_LENGTH / 2 - 0.015,
-    )
+    post, post_x, post_y = x - DOOR_THICKNESS, (DOOR_THICKNESS + x) / 2, DOOR_HANDLE_LENGTH / 2
+    post_y -= 0.015
     return [
         *[Box((post, 0.02, 0.02), (post_x, y + dy, z), HANDLE) for dy in (-post_y, post_y)],
         Box((0.025, DOOR_HANDLE_LENGTH, 0.03), bar, HANDLE),
@@ -174,7 +171,7 @@ def door_handle(bar: tuple[float, float, float]) -> list[Box]:
 
 
 def stand_boxes(color) -> list[Box]:
-    """A block with a rim just narrower than the apple, which keeps it from rolling away."""
+    """A block with a rim just narrower than the apple, which keeps the apple from rolling away."""
     size, rim, height = 0.056, 0.008, STAND_TOP - SHELF_TOP
     y, rim_y, edge = SHELF_TOP + height / 2, STAND_TOP + rim / 2, (size - rim) / 2
     return [
@@ -184,8 +181,8 @@ def stand_boxes(color) -> list[Box]:
     ]
 
 
-def room_boxes(floor, walls: list) -> list[Box]:
-    """Floor and four walls; `walls` has one colour for each."""
+def room_boxes(floor, *walls) -> list[Box]:
+    """Floor and four walls, from their colours."""
     half, height = ROOM / 2 + 0.05, WALL_HEIGHT
     sides = [(-half, 0), (half, 0), (0, -half), (0, half)]
     boxes = [Box((ROOM, 0.1, ROOM), (0, -0.05, 0), floor)]
@@ -265,7 +262,7 @@ def numbers(values) -> str:
 
 
 def write_objects(folder: Path, tint) -> None:
-    """Write the OBJECTS, z-up and centred, and info_pick_v0.json."""
+    """Write the meshes of OBJECTS, z-up and centred, and info_pick_v0.json."""
     infos = {}
     for name, (shape, half, color, density) in OBJECTS.items():
         if shape == "ball":

@@ -1,12 +1,12 @@
-"""A Fetch that renders fast: the simulator's robot with lighter visual meshes, physics untouched.
+"""A Fetch that renders fast: the simulator's robot with lighter visual meshes and equal physics.
 
     write_light_fetch(Path("assets/data/robots/fetch_light"))        # fetch.urdf, meshes; about 3 s
 
-The visual meshes of mani_skill's Fetch are loaded unindexed: 384,507 vertices, 98 % of the
-miniature apartment's, and a software renderer's time is spent on vertices. Here the vertices of a
-cell of 10 mm become one, which leaves about 2.5 % of them; the cameras' colours change by less than
-1 % on average. Joints, inertia and collision meshes are copied. Paths in the URDF are relative: the
-folder can be moved.
+mani_skill loads Fetch's visual meshes unindexed: 384,507 vertices, 98 % of the miniature
+apartment's, and a software renderer spends its time on vertices. Here all vertices in a cell of
+10 mm become one. About 2.5 % remain; the cameras' colours change by less than 1 % on average.
+Joints, inertia and collision meshes are copied. Paths in the URDF are relative: the folder can be
+moved.
 """
 
 import shutil
@@ -20,8 +20,8 @@ from mani_skill import PACKAGE_ASSET_DIR
 
 from household.furniture import painted
 
-CELL = 0.010  # metres; at 20 mm the fingers in the hand camera's picture are visibly wrong
-COLORS_PER_MESH = 6  # a baked texture's main colours; each is one more mesh to draw
+CELL = 0.010  # metres; at 20 mm the fingers in the hand camera's image are visibly wrong
+COLORS_PER_MESH = 6  # a texture's main colours; each makes one more mesh to draw
 COLOR_STEPS = 7  # per channel, for finding the main colours
 SRGB_GAMMA = 2.2  # textures hold sRGB, base colour factors are linear
 
@@ -30,7 +30,9 @@ def write_light_fetch(folder: Path) -> None:
     """Write fetch.urdf, fetch.srdf and meshes into `folder`."""
     meshes = folder / "meshes"
     meshes.mkdir(parents=True)
-    urdf = Path(PACKAGE_ASSET_DIR) / "robots/fetch/fetch.urdf"  # Fetch's own: env.py replaces it
+    urdf = (
+        Path(PACKAGE_ASSET_DIR) / "robots/fetch/fetch.urdf"
+    )  # not Fetch.urdf_path, which env.py sets
     tree = ElementTree.parse(urdf)
     for link in tree.getroot().iter("link"):
         for mesh in link.findall("collision/geometry/mesh"):

@@ -1,9 +1,6 @@
-"""The apartment in MS_ASSET_DIR, generated or real: its folders, and a sample of its files.
+"""The apartment in MS_ASSET_DIR, generated or real: where its files lie, and what is missing.
 
-    require(assets())
-
-Unlike env.py it imports no simulator, and follows one plan of each subtask to the files that an
-episode of it would load.
+This file imports no simulator.
 """
 
 import json
@@ -12,178 +9,141 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from config import SUBTASKS, TASKS, quoted
+from config import SUBTASKS, TASKS, InputError, quoted
 from paper import OBJECTS, targets
-from training.checks import Finding
+from storage.files import sha256
 
-REPLICA = "data/scene_datasets/replica_cad_dataset"
-ASSETS = {  # what mani_skill calls them: a folder that each must have, below MS_ASSET_DIR
-    "ReplicaCAD": f"{REPLICA}/configs/scenes",
-    "ReplicaCADRearrange": f"{REPLICA}/rearrange/task_plans",
-    "ycb": "data/assets/mani_skill2_ycb/models",
-}
+REPLICA = Path("data/scene_datasets/replica_cad_dataset")
+YCB = Path("data/assets/mani_skill2_ycb")
+REMEDY = (
+    "Generate an apartment (`python -m household.assets --out assets && export "
+    "MS_ASSET_DIR=$PWD/assets`), or download the real one into a folder of its own (`export "
+    "MS_ASSET_DIR=$PWD/replica_cad`, then `python -m mani_skill.utils.download_asset -y X` for "
+    "X in ycb, ReplicaCAD, ReplicaCADRearrange, in this order)"
+)
 
 
-def assets(name: str | None = None, tasks: tuple[str, ...] = TASKS) -> list[Finding]:
-    """Each of the three asset folders, and the files that one episode of each subtask leads to.
-
-    `name` stands for MS_ASSET_DIR.
-    """
-    name = name or os.environ.get("MS_ASSET_DIR")
-    expected = "an apartment, generated or ReplicaCAD"
+def asset_folder() -> Path:
+    """MS_ASSET_DIR. Raises InputError when it is not set or has no folder `data`."""
+    name = os.environ.get("MS_ASSET_DIR")
     if not name:
-        known = (Path("assets"), Path("replica_cad"), Path.home() / ".maniskill")
-        known = [path.absolute() for path in known if (path / "data").is_dir()]
-        mend = export(known[0]) if known else generated("assets")
-        return [Finding("missing", "MS_ASSET_DIR", "not set", expected, mend)]
-    root = Path(name).absolute()
-    if not (root / "data").is_dir():
-        near = [*root.parents, *(root.iterdir() if root.is_dir() else ())]
-        near = [path for path in near if (path / "data/scene_datasets").is_dir()]
-        mend = export(near[0]) if near else generated(root)
-        got = f"{root}: no folder data in it"
-        return [Finding("missing", "MS_ASSET_DIR", got, expected, mend)]
-    if found := mixed(root):
-        return found
-    broken = {asset: [] for asset in ASSETS}
-    for asset, path in sampled(root, tasks):
-        if (fault := fault_of(path)) and all(fault not in each for each in broken[asset]):
-            broken[asset].append(fault)
-    found = []
-    for asset, where in ASSETS.items():
-        if not (root / where).is_dir():
-            mend = rename(root, Path(where)) or fetch(root, asset)
-            found.append(Finding("missing", asset, f"no {root / where}", "a folder", mend))
-        elif faults := broken[asset]:
-            got = f"{len(faults)} files of a sample: {'; '.join(faults[:3])}"
-            found.append(Finding("missing", asset, got, "whole files", fetch(root, asset)))
-        else:
-            got = f"{root / where}: {len([*(root / where).iterdir()])} entries; a sample is whole"
-            found.append(Finding("ok", asset, got))
-    return found
+        raise InputError(f"MS_ASSET_DIR is not set: no asset folder. {REMEDY}")
+    if not Path(name, "data").is_dir():
+        raise InputError(f"MS_ASSET_DIR={name}: expected a folder `data` in it. {REMEDY}")
+    return Path(name).absolute()
 
 
-def mixed(root: Path) -> list[Finding]:
-    """Downloaded scenes or objects in the folder of a generated apartment.
+def plan_files(task: str, subtask: str, target: str, split: str) -> tuple[Path, Path]:
+    """MS-HAB's task plans and start poses of a subtask. Raises InputError when one is missing."""
+    root = asset_folder()
+    place, rearrange = Path(task, subtask, split), root / REPLICA / "rearrange"
+    files = (
+        rearrange / "task_plans" / place / f"{target}.json",
+        rearrange / "spawn_data" / place / "spawn_data.pt",
+    )
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"no {path} (MS_ASSET_DIR={root}). {REMEDY}")
+    return files
 
-    There the simulator would put the generated apartment's simplified robot into real scenes.
-    Generated scenes have file names of real ones, but name a table that no real one has.
+
+def apartment(root: Path | None = None) -> str | None:
+    """The sha256 that names a generated apartment; None for the real ones.
+
+    Raises InputError when a download lies in a generated apartment's folder: the simulator would
+    put the generated apartment's simplified robot into real scenes. Generated scenes have file
+    names of real scenes, but name a table that no real scene has.
     """
-    marker, ycb = root / "household.json", root / ASSETS["ycb"]
-    if not marker.is_file():
-        return []
-    scenes = [path for path in (root / ASSETS["ReplicaCAD"]).glob("*.json") if content(path)]
-    table = {path: f"objects/table_{path.name.partition('.')[0]}".encode() for path in scenes}
-    made = [path for path in scenes if table[path] in path.read_bytes()]
-    models = [path for path in ycb.glob("*/") if path.name not in sum(OBJECTS.values(), ())]
-    real = [*(set(scenes) - set(made)), *models]
-    if not real:
-        return []
-    parts = [marker, root / "data/robots"]
-    parts += [folder for folder, ours in ((root / REPLICA, made), (ycb.parent, not models)) if ours]
-    parts = [path for path in parts if path.exists()]
-    aside, own = f"{root}-generated", f"{root}-real"
-    mend = f"mkdir {quoted(aside)} && mv {quoted(*parts, aside)} && mv -T {quoted(root, own)}"
-    got = f"{marker} of a generated apartment, and {min(real)} of a download"
-    expected = "a folder for each"
-    return [Finding("missing", "MS_ASSET_DIR", got, expected, f"{mend} && {export(own)}")]
-
-
-def export(root: object) -> str:
-    return f"export MS_ASSET_DIR={quoted(root)}"
-
-
-def generated(folder: object, seed: int = 0) -> str:
-    out = Path(folder).absolute()
-    return f"python -m household.assets --out {quoted(out)} --seed {seed} && {export(out)}"
-
-
-def fetch(root: Path, asset: str) -> str:
-    """The command that brings an asset again, and removes nothing else.
-
-    mani_skill's own download of ReplicaCAD would: its folder holds rearrange and, by default,
-    rearrange-dataset.
-    """
+    root = root or asset_folder()
     marker = root / "household.json"
-    if marker.is_file():
-        again = generated(root, content(marker).get("seed", 0))
-        return f"mv -T {quoted(root)} {quoted(root)}-aside && {again}"
-    if asset == "ReplicaCAD":
-        folder = quoted(root / REPLICA)
-        return f"hf download haosulab/ReplicaCAD --repo-type dataset --local-dir {folder}"
-    return f"MS_ASSET_DIR={quoted(root)} python -m mani_skill.utils.download_asset -y {asset}"
+    if not marker.is_file():
+        return None
+    scenes = (root / REPLICA / "configs/scenes").glob("*.json")
+    real = [p for p in scenes if f"objects/table_{p.name.partition('.')[0]}" not in p.read_text()]
+    models = (root / YCB / "models").glob("*/")
+    real += [path for path in models if path.name not in sum(OBJECTS.values(), ())]
+    if real:
+        raise InputError(
+            f"{marker} is of a generated apartment, {min(real)} of a download: one folder cannot "
+            f"hold both. {REMEDY}"
+        )
+    return sha256(marker)
 
 
-def rename(root: Path, where: Path) -> str | None:
-    """The `mv` for a folder that is there under another name, or one level too deep."""
-    part = root
-    for depth, name in enumerate(where.parts):
-        rest = Path(*where.parts[depth + 1 :])
-        if not (part / name).is_dir():
-            for other in part.glob("*/"):
-                if rest.parts and (other / rest).is_dir():
-                    return f"mv {quoted(other, part / name)}"
-                if (other / name / rest).is_dir():
-                    return f"mv {quoted(other)}/* {quoted(part)}"
-            return None
-        part /= name
-    return None
+def check_assets(root: Path | None = None, tasks: tuple[str, ...] = TASKS) -> str:
+    """Look at a sample of the files: all plans, and what one episode of each subtask loads.
+
+    Raises InputError, with the command that brings the file again.
+    """
+    root = root or asset_folder()
+    for path in needed_files(root, tasks):
+        if fault := fault_of(path):
+            raise InputError(f"{path}: {fault}. {command_for(root, path)}")
+    generated = apartment(root)
+    return f"{root}: {'a generated apartment' if generated else 'ReplicaCAD'}, a sample is complete"
 
 
 def fault_of(path: Path) -> str | None:
-    """Why a file cannot be used, if that can be seen at its ends."""
+    """Why a file cannot be used, as far as its size and its last bytes tell."""
     if not path.is_file() or not path.stat().st_size:
-        return f"{path}: {'empty' if path.is_file() else 'not there'}"
+        return "the file is empty" if path.is_file() else "no such file"
     if path.suffix == ".json":
         with path.open("rb") as file:
             file.seek(-min(64, path.stat().st_size), os.SEEK_END)
-            whole = file.read().rstrip().endswith((b"}", b"]"))
+            complete = file.read().rstrip().endswith((b"}", b"]"))
     else:
-        whole = path.suffix != ".pt" or zipfile.is_zipfile(path)
-    return None if whole else f"{path}: cut off"
+        complete = path.suffix != ".pt" or zipfile.is_zipfile(path)
+    return None if complete else "the file is cut off"
 
 
-def content(path: Path) -> dict:
-    """A JSON file; {} when it is broken, which fault_of says."""
-    return {} if fault_of(path) else json.loads(path.read_bytes())
+def command_for(root: Path, path: Path) -> str:
+    """The command that brings a missing or damaged file again and removes nothing else."""
+    marker = root / "household.json"
+    if marker.is_file():
+        seed = json.loads(marker.read_bytes())["seed"]
+        again = f"python -m household.assets --out {quoted(root)} --seed {seed}"
+        return f"mv -T {quoted(root)} {quoted(root)}-aside && {again}"
+    if "rearrange" in path.parts or YCB.name in path.parts:
+        name = "ycb" if YCB.name in path.parts else "ReplicaCADRearrange"
+        download = f"python -m mani_skill.utils.download_asset -y {name}"
+        return f"MS_ASSET_DIR={quoted(root)} {download}"
+    # mani_skill's download of ReplicaCAD would remove its folder, and ReplicaCADRearrange with it.
+    folder = quoted(root / REPLICA)
+    return f"hf download haosulab/ReplicaCAD --repo-type dataset --local-dir {folder}"
 
 
-def sampled(root: Path, tasks: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
-    """(asset, file): all plans and starts, and what the first validation plan of each leads to."""
-    rearrange, models = root / REPLICA / "rearrange", root / ASSETS["ycb"]
-    yield "ycb", models.parent / "info_pick_v0.json"
+def needed_files(root: Path, tasks: tuple[str, ...]) -> Iterator[Path]:
+    """All plans and start poses, and the files of each subtask's first validation episode.
+
+    A caller that finds a file missing must stop: the files that follow are named in that file.
+    """
+    rearrange, models = root / REPLICA / "rearrange", root / YCB / "models"
+    yield root / YCB / "info_pick_v0.json"
     for task in tasks:
         for model in OBJECTS[task]:
-            yield "ycb", models / model / "collision.ply"
-            yield "ycb", models / model / "textured.obj"
-        for subtask in SUBTASKS:
+            yield models / model / "collision.ply"
+            yield models / model / "textured.obj"
+        for subtask in (each for each in SUBTASKS if targets(task, each)):
             names = targets(task, subtask)
-            for split in ("train", "val") if names else ():
+            for split in ("train", "val"):
                 plans = rearrange / "task_plans" / task / subtask / split
-                every = ("all",) if subtask in ("pick", "place") else ()
-                for name in (*names, *every):
-                    yield "ReplicaCADRearrange", plans / f"{name}.json"
-                starts = rearrange / "spawn_data" / task / subtask / split / "spawn_data.pt"
-                yield "ReplicaCADRearrange", starts
-            if names and (plan := content(plans / f"{names[0]}.json").get("plans")):
-                yield "ReplicaCADRearrange", rearrange / plan[0]["init_config_name"]
-                yield from scene_files(root / REPLICA, plan[0]["build_config_name"])
+                for name in (*names, "all") if subtask in ("pick", "place") else names:
+                    yield plans / f"{name}.json"
+                yield rearrange / "spawn_data" / task / subtask / split / "spawn_data.pt"
+            plan = json.loads((plans / f"{names[0]}.json").read_bytes())["plans"][0]
+            yield rearrange / plan["init_config_name"]
+            yield from scene_files(root / REPLICA, plan["build_config_name"])
 
 
-def scene_files(replica: Path, scene: str) -> Iterator[tuple[str, Path]]:
-    """A scene and what it is built of, where mani_skill's ReplicaCAD scene builder looks for it."""
-    path = replica / "configs/scenes" / scene
-    yield "ReplicaCAD", path
-    parts = content(path)
-    if parts:
-        stage = Path(parts["stage_instance"]["template_name"]).name
-        yield "ReplicaCAD", replica / f"stages/{stage}.glb"
-    for part in parts.get("object_instances", ()):
-        config = replica / f"configs/objects/{Path(part['template_name']).name}.object_config.json"
-        yield "ReplicaCAD", config
-        if asset := content(config).get("render_asset"):
-            yield "ReplicaCAD", config.parent / asset
-    for part in parts.get("articulated_object_instances", ()):
-        name = part["template_name"]
-        if "door" not in name:  # skipped by the scene builder
-            yield "ReplicaCAD", replica / f"urdf/{name}/{name}.urdf"
+def scene_files(replica: Path, scene: str) -> Iterator[Path]:
+    """A scene and its parts, where mani_skill's ReplicaCAD scene builder looks for them."""
+    yield (path := replica / "configs/scenes" / scene)
+    parts = json.loads(path.read_bytes())
+    yield replica / f"stages/{Path(parts['stage_instance']['template_name']).name}.glb"
+    for part in parts["object_instances"]:
+        name = Path(part["template_name"]).name
+        yield (config := replica / f"configs/objects/{name}.object_config.json")
+        yield config.parent / json.loads(config.read_bytes())["render_asset"]
+    for name in (part["template_name"] for part in parts["articulated_object_instances"]):
+        if "door" not in name:  # the scene builder leaves doors out
+            yield replica / f"urdf/{name}/{name}.urdf"

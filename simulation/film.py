@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import imageio.v2 as imageio
 import numpy as np
@@ -15,8 +14,9 @@ from data import normalize_depth
 FPS = 20  # the control rate: films run in real time
 VIEW, INSET, PANEL = 512, 128, 208  # pixels; h264 wants every sum to be a multiple of 16
 PREDICTED, TRUE = np.array([255, 110, 0]), np.array([0, 255, 90])  # colours of masks and of text
+WHITE = np.array([255, 255, 255])
 FONT = ImageFont.load_default(13)
-WRITTEN = {  # a decoder's name: the line above its numbers
+CAPTIONS = {  # a decoder's name: the line above its numbers
     "grasp": "holds the target",
     "pos": "base x y, world (m)",
     "obj": "object x y z, base (m)",
@@ -40,17 +40,8 @@ def draw_masks(rgb: np.ndarray, true: np.ndarray, predicted: np.ndarray | None) 
     return image.astype(np.uint8)
 
 
-def numbers(values: Sequence[float]) -> str:
+def format_numbers(values: Sequence[float]) -> str:
     return " ".join(f"{value:.2f}" for value in values)
-
-
-class View(NamedTuple):
-    """What one camera sees, [128, 128]."""
-
-    rgb: np.ndarray
-    depth: np.ndarray  # as the model gets it, in 255 grey levels
-    true: np.ndarray  # the target's mask
-    predicted: np.ndarray | None  # probability that a pixel is the target's
 
 
 class Film:
@@ -60,71 +51,65 @@ class Film:
     head depth, head RGB, hand depth, hand RGB. Orange is predicted, green is true.
     """
 
-    obs_mode = "rgb+depth+segmentation"  # the observations that a film needs
-
-    def __init__(self, env, policy, folder: Path, name: str):
+    def __init__(self, envs, policy, folder: Path, name: str):
         folder.mkdir(parents=True, exist_ok=True)
-        self.env, self.policy, self.folder, self.name = env, policy, folder, name
-        self.part = folder / f"{name}.part.mp4"
-        self.writer = imageio.get_writer(self.part, fps=FPS, codec="libx264", quality=7)
+        self.envs, self.policy, self.folder, self.name = envs, policy, folder, name
+        self.unfinished = folder / f"{name}.part.mp4"
+        self.writer = imageio.get_writer(self.unfinished, fps=FPS, codec="libx264", quality=7)
 
-    def add(self, obs: dict, step: int):
+    def add(self, obs: dict, step: int) -> None:
         """Append the frame of one observation; call after `policy.act` on it."""
         self.writer.append_data(self.draw(obs, step))
 
-    def save(self, success: bool):
+    def save(self, success: bool) -> None:
         """Finish the film under its final name."""
         self.writer.close()
-        self.part.replace(self.folder / f"{self.name}_{'success' if success else 'fail'}.mp4")
+        result = "success" if success else "fail"
+        self.unfinished.replace(self.folder / f"{self.name}_{result}.mp4")
 
     def draw(self, obs: dict, step: int) -> np.ndarray:
         """Compose uint8 [VIEW, VIEW + INSET + PANEL, 3]."""
-        # The policy looks once per chunk of actions; until then its last predictions are shown.
+        # A policy predicts once per chunk of actions; until the next chunk the film repeats that.
         predictions = {} if self.policy is None else self.policy.predictions
-        views = self.views(obs, predictions)
         canvas = np.zeros((VIEW, VIEW + INSET + PANEL, 3), np.uint8)
-        canvas[:, :VIEW] = Image.fromarray(self.env.third_person()).resize((VIEW, VIEW))
-        insets = []
-        for view in views:
-            insets.append(repeat(view.depth, "h w -> h w 3"))
-            insets.append(draw_masks(view.rgb, view.true, view.predicted))
-        canvas[:, VIEW : VIEW + INSET] = np.concatenate(insets)
+        canvas[:, :VIEW] = Image.fromarray(self.envs.third_person()).resize((VIEW, VIEW))
+        canvas[:, VIEW : VIEW + INSET] = np.concatenate(self.insets(obs, predictions))
         image = Image.fromarray(canvas)
         draw = ImageDraw.Draw(image)
-        lines = self.caption(step, self.true(obs), predictions)
-        if any(view.predicted is not None for view in views):
-            lines.append(("target: tint predicted", PREDICTED))
-        for i, (text, colour) in enumerate(lines):
+        for i, (text, colour) in enumerate(self.lines(step, self.true(obs), predictions)):
             place = (VIEW + INSET + 8, 8 + 17 * i)
             draw.text(place, text, fill=tuple(map(int, colour)), font=FONT)
         return np.asarray(image)
 
-    def views(self, obs: dict, predictions: dict) -> list[View]:
-        """Return the view of each camera, head and hand."""
-        views = []
-        for camera, mask in zip(CAMERAS, self.env.target_masks(obs), strict=True):
-            data, seg = obs["sensor_data"][f"fetch_{camera}"], None
-            near = normalize_depth(data["depth"][0]).cpu().numpy()  # [128, 128, 1] in (0, 1]
+    def insets(self, obs: dict, predictions: dict) -> list[np.ndarray]:
+        """Return each camera's depth as the model reads it and its RGB, uint8 [128, 128, 3]."""
+        images = []
+        for camera, mask in zip(CAMERAS, self.envs.masks(obs)[0], strict=True):
+            data, predicted = obs["sensor_data"][f"fetch_{camera}"], None
+            depth = normalize_depth(data["depth"][0]).cpu().numpy()  # [128, 128, 1] in (0, 1]
             if "seg" in predictions and camera in self.policy.model.cfg.cameras:
-                seg = predictions["seg"][0, self.policy.model.cfg.cameras.index(camera)]
-            depth = (255 * near[..., 0]).astype(np.uint8)
-            views.append(View(data["rgb"][0].cpu().numpy(), depth, mask, seg))
-        return views
+                predicted = predictions["seg"][0, self.policy.model.cfg.cameras.index(camera)]
+            images.append(repeat((255 * depth).astype(np.uint8), "h w 1 -> h w 3"))
+            images.append(draw_masks(data["rgb"][0].cpu().numpy(), mask, predicted))
+        return images
 
     def true(self, obs: dict) -> dict[str, np.ndarray]:
-        """Return the true values of WRITTEN; without "obj" where the subtask has no object."""
-        values = {"grasp": np.ravel(obs["extra"]["is_grasped"][0]), "pos": self.env.pos}
+        """Return the true values of CAPTIONS; no "obj" where the subtask has no object."""
+        grasp = np.ravel(obs["extra"]["is_grasped"][0])
+        values = {"grasp": grasp, "pos": self.envs.positions[0]}
         obj = np.asarray(obs["extra"]["obj_pose_wrt_base"][0, :3])
         return values | ({"obj": obj} if obj.any() else {})  # MS-HAB: zeros without an object
 
-    def caption(self, step: int, true: dict, predictions: dict) -> list[tuple[str, np.ndarray]]:
+    def lines(self, step: int, true: dict, predictions: dict) -> list[tuple[str, np.ndarray]]:
         """Return the panel's lines and their colours: each prediction above its true value."""
-        white = np.array([255, 255, 255])
-        lines = [(self.env.instruction, white), (f"step {step}", white), ("", white)]
+        lines = [(self.envs.instructions[0], WHITE), (f"step {step}", WHITE), ("", WHITE)]
         for key, values in true.items():
-            lines.append((WRITTEN[key], white))
+            lines.append((CAPTIONS[key], WHITE))
             if key in predictions:
                 predicted = predictions[key][0].ravel()[: len(values)]
-                lines.append((f"  {numbers(predicted)}  predicted", PREDICTED))
-            lines.append((f"  {numbers(values)}  true", TRUE))
-        return [*lines, ("", white), ("target: outline true", TRUE)]
+                lines.append((f"  {format_numbers(predicted)}  predicted", PREDICTED))
+            lines.append((f"  {format_numbers(values)}  true", TRUE))
+        lines += [("", WHITE), ("target: outline true", TRUE)]
+        if "seg" in predictions:
+            lines.append(("target: tint predicted", PREDICTED))
+        return lines

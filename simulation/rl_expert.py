@@ -1,13 +1,13 @@
-"""MS-HAB's released RL policies: they drive the robot in collect.py and in eval.py.
+"""MS-HAB's released RL policies, for collect.py --expert rl and eval.py --policy rl.
 
     hf download arth-shukla/mshab_checkpoints --include "rl/*" --local-dir mshab_checkpoints
     policy = RLPolicy.load(Path("mshab_checkpoints"), "set_table", "close", "kitchen_counter")
     policy.reset()                          # at the start of an episode
     action = policy.act(obs, instruction)   # MS-HAB's obs, B environments -> [B, 13]
 
-The networks are MS-HAB's own (mshab/agents). They see what its wrappers make of an observation:
-depth of both cameras in millimetres, three frames, and the state in the simulator's order. PPO's
-network itself makes 1 - tanh(mm / 1000) of the depth; SAC's takes the millimetres.
+The networks are MS-HAB's own (mshab/agents). They read the observation that its wrappers make:
+three depth images of both cameras in millimetres, and the state in the simulator's order. PPO's
+network itself makes 1 - tanh(mm / 1000) of the depth; SAC's reads the millimetres.
 """
 
 import pickle
@@ -30,7 +30,7 @@ from storage.files import sha256
 
 HUB = "arth-shukla/mshab_checkpoints"
 CAMERAS = {"fetch_head_depth": "fetch_head", "fetch_hand_depth": "fetch_hand"}  # by input
-FRAMES = 3  # depth pictures, oldest first (MS-HAB: EnvConfig.frame_stack)
+FRAMES = 3  # depth images, oldest first (MS-HAB: EnvConfig.frame_stack)
 STATE_DIM = QPOS_DIM + QPOS_DIM + 7 + 7 + 3 + 1  # qpos, qvel, hand, object, goal, is_grasped
 HEAD = slice(8, 10)  # pan and tilt of the head: MS-HAB holds them still (FetchActionWrapper)
 SAC_SIZES = (
@@ -42,9 +42,9 @@ Actor = Callable[[dict], Tensor]  # pixels {input: [B, 3, 128, 128]}, state [B, 
 
 
 class RLPolicy:
-    """One policy of MS-HAB's, without sampling, for B environments that move in step."""
+    """One policy of MS-HAB's, without sampling, for B environments that step together."""
 
-    obs_mode = "depth"  # what it needs of the simulator
+    obs_mode = "depth"  # the images it reads
 
     def __init__(self, actor: Actor, sha: str):
         self.actor, self.sha = actor, sha
@@ -52,44 +52,43 @@ class RLPolicy:
 
     @classmethod
     def load(cls, root: Path, task: str, subtask: str, target: str, device="cpu") -> "RLPolicy":
-        """From ROOT/rl/<task>/<subtask>/<target>/, MS-HAB's layout; `device` is the observations'.
+        """Load ROOT/rl/<task>/<subtask>/<target>/, MS-HAB's layout, to the observations' device.
 
         Raises InputError when a file is missing, would run code, or does not fit the other.
         """
         folder = Path(root) / "rl" / task / subtask / target
-        include = f"rl/{task}/{subtask}/{target}/*"
-        remedy = f'Get it by `hf download {HUB} --include "{include}" --local-dir {quoted(root)}`'
-        config, weights = folder / "config.yml", folder / "policy.pt"
-        for path in (config, weights):
-            if not path.is_file():
-                raise InputError(f"no {path}. {remedy}, or give another --policies")
+        weights = folder / "policy.pt"
         try:
-            agent, actor = build(read_algo(config))
-            load_strictly(agent, weights)
-        except InputError as error:
-            raise InputError(f"{error}. {remedy}") from error
+            agent, actor = build(read_algo(folder / "config.yml"))
+            load_weights(agent, weights)
+        except (InputError, OSError) as error:
+            include = f"rl/{task}/{subtask}/{target}/*"
+            raise InputError(
+                f"{error}. Get the policy by `hf download {HUB} --include "
+                f'"{include}" --local-dir {quoted(root)}`, or give another --policies'
+            ) from error
         agent.to(device).eval()
         return cls(actor, sha256(weights))
 
     def reset(self) -> None:
-        """Forget the episode: the pictures seen."""
+        """Forget the images of the last episode."""
         self.seen: deque[dict[str, Tensor]] = deque(maxlen=FRAMES)
 
     @torch.no_grad()
     def act(self, obs: dict, instruction: str) -> np.ndarray:
-        """The next action, float32 [B, 13] in [-1, 1]; the instruction is unused."""
+        """Return the next action, float32 [B, 13] in [-1, 1]; the instruction is unused."""
         depth = {key: obs["sensor_data"][camera]["depth"] for key, camera in CAMERAS.items()}
         self.seen.append({key: rearrange(mm, "b h w 1 -> b h w") for key, mm in depth.items()})
-        while len(self.seen) < FRAMES:  # at the start the first picture stands in
+        while len(self.seen) < FRAMES:  # an episode begins with copies of its first image
             self.seen.append(self.seen[0])
         pixels = {  # [B, 3, 128, 128] each
-            key: torch.stack([picture[key] for picture in self.seen], dim=1).float()
+            key: torch.stack([images[key] for images in self.seen], dim=1).float()
             for key in CAMERAS
         }
         state = [flatten_state_dict(obs[part], use_torch=True) for part in ("agent", "extra")]
         action = self.actor({"pixels": pixels, "state": torch.cat(state, dim=1).float()})
         action[:, HEAD] = 0
-        # The controller would clip them too; recorded actions are to be the ones that were taken.
+        # The controller would clip them too; clipped here, recorded actions are the executed ones.
         return action.clamp(-1, 1).cpu().numpy()
 
 
@@ -97,15 +96,15 @@ class RLPolicy:
 
 
 class PlainLoader(yaml.SafeLoader):
-    """Safe, and does without Python's own objects: OmegaConf, which MS-HAB writes with, tags paths
-    as such, and the algorithm has none."""
+    """A safe loader that reads Python objects as None: OmegaConf, with which MS-HAB writes, tags
+    paths as such, and the algorithm has none."""
 
 
 PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
 
 
 def read_algo(path: Path) -> dict:
-    """The part of MS-HAB's config.yml that names the network and its sizes."""
+    """Read `algo` of MS-HAB's config.yml, which names the network and its sizes."""
     try:
         config = yaml.load(path.read_bytes(), PlainLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -113,69 +112,44 @@ def read_algo(path: Path) -> dict:
     algo = config.get("algo") if isinstance(config, dict) else None
     if not isinstance(algo, dict) or algo.get("name") not in ("ppo", "sac"):
         raise InputError(f"{path}: expected algo.name to be ppo or sac, got algo = {algo}")
-    needed = (*SAC_SIZES, "actor_log_std_min", "actor_log_std_max") if algo["name"] == "sac" else ()
-    given = {key for key, value in algo.items() if value is not None or key == "critic_dropout"}
-    if missing := [key for key in needed if key not in given]:
-        raise InputError(
-            f"{path}: algo lacks {', '.join(missing)}, of which the SAC network is made"
-        )
     return algo
 
 
 def build(algo: dict) -> tuple[nn.Module, Actor]:
-    """MS-HAB's network as its evaluate.py makes it, and its action without sampling."""
-    picture = (FRAMES, IMAGE_SIZE, IMAGE_SIZE)
+    """Build MS-HAB's network as its evaluate.py does, and its action without sampling."""
+    image = (FRAMES, IMAGE_SIZE, IMAGE_SIZE)
     if algo["name"] == "ppo":
-        pixels = {key: torch.zeros(1, *picture) for key in CAMERAS}
+        pixels = {key: torch.zeros(1, *image) for key in CAMERAS}
         agent = PPO({"pixels": pixels, "state": torch.zeros(1, STATE_DIM)}, (ACTION_DIM,))
         return agent, lambda obs: agent.get_action(obs, deterministic=True)
+    needed = {*SAC_SIZES, "actor_log_std_min", "actor_log_std_max"} - {"critic_dropout"}
+    if missing := sorted(key for key in needed if algo.get(key) is None):
+        raise InputError(f"the config's algo lacks {', '.join(missing)} of the SAC network")
     # The Dict sorts its keys, as MS-HAB's did in training: SAC's hand camera comes first.
-    boxes = spaces.Dict({key: spaces.Box(0, np.inf, picture) for key in CAMERAS})
+    boxes = spaces.Dict({key: spaces.Box(0, np.inf, image) for key in CAMERAS})
     agent = SAC(
-        boxes,
-        (STATE_DIM,),
-        (ACTION_DIM,),
-        **{key: algo[key] for key in SAC_SIZES},
-        log_std_min=algo["actor_log_std_min"],
-        log_std_max=algo["actor_log_std_max"],
+        boxes, (STATE_DIM,), (ACTION_DIM,), **{key: algo.get(key) for key in SAC_SIZES},
+        log_std_min=algo["actor_log_std_min"], log_std_max=algo["actor_log_std_max"],
         device="cpu",
-    )
+    )  # fmt: skip
     return agent, lambda obs: agent.actor(
         obs["pixels"], obs["state"], compute_pi=False, compute_log_pi=False
     )[0]
 
 
-def load_strictly(agent: nn.Module, path: Path) -> None:
+def load_weights(agent: nn.Module, path: Path) -> None:
     """Fill the network from policy.pt. Raises InputError unless every key and shape is its own."""
     try:
-        # A pickle: only tensors and containers are ever built from it.
-        found = torch.load(path, map_location="cpu", weights_only=True)["agent"]
-    except (
-        RuntimeError, OSError, EOFError, LookupError, TypeError, pickle.UnpicklingError
-    ) as error:  # fmt: skip
+        # A pickle; weights_only builds nothing but tensors and containers.
+        state = torch.load(path, map_location="cpu", weights_only=True)["agent"]
+    except (RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
         raise InputError(
             f"{path}: refused, it is cut off, has no 'agent', or is a pickle of more than tensors, "
             "which could run code"
         ) from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: 'agent' is {describe(found)}, expected a dict of tensors")
-    expected = {key: describe(value) for key, value in agent.state_dict().items()}
-    found_as = {key: describe(value) for key, value in found.items()}
-    wrong = [
-        f"{key}: {found_as.get(key, 'missing')}, expected {expected.get(key, 'no such key')}"
-        for key in sorted(expected | found_as)
-        if expected.get(key) != found_as.get(key)
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise InputError(
-            f"{path} does not fit the network of its config.yml: {'; '.join(wrong[:6])}{more}"
-        )
-    agent.load_state_dict(found)
-
-
-def describe(value) -> str:
-    """A tensor's shape; what is wrong with it, if it is none or has values that are not finite."""
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    return f"{tuple(value.shape)}" + ("" if value.isfinite().all() else " with values not finite")
+    try:
+        agent.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"{path} does not fit the network of its config.yml: {error}") from error
+    if wrong := [key for key, value in state.items() if not value.isfinite().all()]:
+        raise InputError(f"{path}: values of {', '.join(wrong)} are not finite")

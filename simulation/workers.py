@@ -3,10 +3,10 @@
     workers = Workers(2, serve)
     for job, result in workers.run(next_job): ...
 
-`serve(jobs)` runs in each worker: an iterator of jobs in, an iterator of their results out, so that
-it can keep a simulator from one job to the next. `next_job(running)` is asked in the main process
-whenever a worker is free, and knows what is running and all results so far; None: nothing to do
-until another result is in.
+`serve(jobs)` runs in each worker. It turns an iterator of jobs into an iterator of their results,
+so it can keep a simulator from one job to the next. `next_job(running)` is called in the main
+process when a worker is free, after all earlier results were yielded; None means that there is no
+job until the next result.
 """
 
 import multiprocessing
@@ -17,17 +17,19 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
+import torch
+
 from config import InputError
 
-Job = tuple  # (name, seed or seeds, whatever else `serve` needs)
+Job = tuple  # (name, seed or seeds, anything else that `serve` needs)
 Serve = Callable[[Iterator[Job]], Iterator]
-HUNG_UP = (EOFError, BrokenPipeError, ConnectionResetError)  # the other end of a pipe is gone
+CLOSED = (EOFError, BrokenPipeError, ConnectionResetError)  # the other end of a pipe is gone
 
 
-def work(pipe: Connection, serve: Serve):
-    """Send each job's result, or our own error and end, until the main process hangs up."""
+def work(pipe: Connection, serve: Serve) -> None:
+    """Send each job's result until the main process closes the pipe; on InputError send that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends us
-    with suppress(*HUNG_UP):  # done or gone, and with it the only writer of the files
+    with suppress(*CLOSED):
         try:
             for result in serve(iter(pipe.recv, None)):
                 pipe.send(result)
@@ -39,22 +41,29 @@ class Workers:
     """At most `count` processes, each started when there is a job for it."""
 
     def __init__(self, count: int, serve: Serve):
-        # Inherited: one core each, so the same sums for any number of workers; and one hash seed,
-        # since the simulator builds objects in the order of a set of names (init_config_idx).
+        # The workers inherit one core each, so the sums are the same for any number of workers, and
+        # one hash seed: the simulator builds objects in the order of a set (init_config_idx).
         os.environ.update(OMP_NUM_THREADS="1", LP_NUM_THREADS="1", PYTHONHASHSEED="0")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        every = map(str, range(torch.cuda.device_count()))
+        self.gpus = [*every] if visible is None else visible.split(",")
         self.count, self.serve = count, serve
         self.processes: dict[Connection, BaseProcess] = {}
 
     def start(self) -> Connection:
+        if self.gpus:
+            # A GPU for each worker in turn. SAPIEN's renderer reads this variable (its issue 101),
+            # which must be set before the worker imports torch.
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus[len(self.processes) % len(self.gpus)]
         context = multiprocessing.get_context("spawn")
         pipe, theirs = context.Pipe()
         self.processes[pipe] = context.Process(target=work, args=(theirs, self.serve), daemon=True)
         self.processes[pipe].start()
-        theirs.close()  # the only copy is the worker's: when it dies, our end says so
+        theirs.close()  # the worker has the only copy: when it dies, our end is closed
         return pipe
 
     def run(self, next_job: Callable[[list[Job]], Job | None]) -> Iterator[tuple[Job, object]]:
-        """Yield every job and its result. Ends the program when a worker dies; stderr says why."""
+        """Yield every job and its result. Ends the program when a worker dies."""
         idle, running = list(self.processes), {}
         while True:
             while idle or len(self.processes) < self.count:
@@ -63,7 +72,7 @@ class Workers:
                     break
                 pipe = idle.pop() if idle else self.start()
                 running[pipe] = job
-                with suppress(*HUNG_UP):  # died while it was idle: `receive` says so
+                with suppress(*CLOSED):  # it died while it was idle: `receive` reports that
                     pipe.send(job)
             if not running:
                 return
@@ -72,16 +81,16 @@ class Workers:
                 yield job, self.receive(pipe, job)
                 idle.append(pipe)
 
-    def receive(self, pipe: Connection, job: Job):
-        """The job's result. Raises the worker's InputError, or SystemExit when it died."""
+    def receive(self, pipe: Connection, job: Job) -> object:
+        """Return the job's result. Raises the worker's InputError, or SystemExit when it died."""
         try:
             result = pipe.recv()
-        except HUNG_UP:
+        except CLOSED:
             self.processes[pipe].join()
             raise SystemExit(
                 f"The worker at seed {str(job[1]).strip('[]')} of {job[0]} died (exit code "
-                f"{self.processes[pipe].exitcode}); if it could say why, it did so above. "
-                "Finished episodes are kept: the same command goes on"
+                f"{self.processes[pipe].exitcode}); its last words, if any, are above. Finished "
+                "episodes are kept: the same command goes on"
             ) from None
         if isinstance(result, InputError):
             raise result

@@ -326,10 +326,15 @@ def check_config(cfg: TrainConfig, manifest: dict, source: Path, resumed: bool):
 
 
 def load_weights(model: nn.Module, folder: Path, new: tuple[str, ...] = ()) -> None:
-    """Weights into the model. Parts named in `new` may be absent from the file, others not."""
-    missing, unexpected = model.load_state_dict(
-        load_file(folder / "model.safetensors"), strict=False
-    )
+    """Fill the model, which may be on the meta device, with fp32 copies of the file's weights.
+
+    Parts named in `new` may be absent from the file, others not.
+    """
+    weights = {
+        name: weight.to(torch.float32 if weight.is_floating_point() else weight.dtype, copy=True)
+        for name, weight in load_file(folder / "model.safetensors").items()
+    }
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     missing = [key for key in missing if not key.startswith(new)]
     if missing or unexpected:
         raise CheckpointError(

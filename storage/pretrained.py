@@ -1,77 +1,199 @@
-"""Public weights into AuxVLA's VLM (paper Sec. 4.1): an explicit map of names, strict both ways.
+"""Public weights for AuxVLA's VLM (paper Sec. 4.1): an explicit map of names, strict both ways.
 
-    python train.py --pretrained PRISM ...  # a Prismatic folder (or hub name), vision towers from
-                                            # the hub if it has none
-    python train.py --preset openvla ...    # openvla-7b, or its Prismatic form openvla-7b-prismatic
-    python train.py --pretrained hub ...    # DINOv2, SigLIP and Qwen2.5 each from its own hub
-                                            # model; a new projector
+    python train.py --pretrained PRISM ...  # a Prismatic folder or hub name; vision encoders from
+                                            # the hub if the checkpoint has none
+    python train.py --preset openvla ...    # openvla-7b, or openvla-7b-prismatic
+    python train.py --pretrained hub ...    # DINOv2, SigLIP and Qwen2.5, each from its own hub
+                                            # repository; a new projector
     python train.py --pretrained DIR ...    # the same from DIR/dinov2-with-registers-large,
                                             # DIR/siglip-so400m-patch14-224, DIR/Qwen2.5-0.5B
 
-Every key of a file is used or named as dead here; every parameter of the VLM is filled or named as
-new. Anything else is a PretrainedError that lists the keys and shapes. HF_HUB_OFFLINE=1 is
-respected: files must then be in the cache or in folders.
+Every key of a file is used or listed as dead in weight_names.py. Every parameter of the VLM is
+filled or listed in NEW. Anything else is a PretrainedError that lists keys and shapes. Downloads go
+through huggingface_hub; with HF_HUB_OFFLINE=1 its cache must have the files.
 """
 
+import json
 import math
+import pickle
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from einops import rearrange
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from config import ModelConfig
+from config import InputError, ModelConfig, quoted
+from storage import weight_names
+from storage.download import reachable
 from storage.files import sha256
-from storage.weight_files import (
-    DINO_HUB,
-    QWEN_HUB,
-    SIGLIP_HUB,
-    PretrainedError,
-    files_in,
-    folder_of,
-    read_prismatic,
-    read_safetensors,
-    trained_on_actions,
-)
-from storage.weight_names import (
-    DINO_HF,
-    DINO_HF_DEAD,
-    LLM_HF,
-    LLM_HF_DEAD,
-    LLM_HF_UNTIED,
-    OPENVLA,
-    PRISMATIC,
-    SIGLIP_HF,
-    SIGLIP_HF_DEAD,
-    TIMM,
-    TIMM_DEAD,
-)  # fmt: skip
 
-NEW = {"latent_queries"}  # in no public checkpoint (GAP-2)
+NEW = {"latent_queries"}  # parameters in no public checkpoint (GAP-2)
+HUB = {
+    "llm": "Qwen/Qwen2.5-0.5B",
+    "dino": "facebook/dinov2-with-registers-large",
+    "siglip": "google/siglip-so400m-patch14-224",
+}
+INDEX = "model.safetensors.index.json"  # of several shards: {"weight_map": {key: shard}}
+# The last step in Prismatic's repositories. A step has 2.6 or 30 GB; only the last one is read.
+LAST_STEPS = {
+    "Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b": "020792-epoch-01-loss=0.5268",
+    "openvla/openvla-7b-prismatic": "295000-epoch-40-loss=0.2200",
+}
+
+
+class PretrainedError(InputError):
+    """The weights do not fit the model or cannot be read; the message lists keys and shapes."""
+
+
+# --- Files ---
+
+
+def find_folder(name: str, cached_only: bool = False) -> Path:
+    """A local folder as given. Any other name is a hub repository, downloaded or in the cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    remedy = (
+        f"Where there is a network: {download_command(name, f'DIR/{Path(name).name}')}; then "
+        "--pretrained DIR for the hub models, or that folder itself for a whole VLM. --pretrained "
+        "None starts from random weights"
+    )
+    with reachable(name, remedy):
+        try:
+            files = [] if cached_only else select_files(HfApi().list_repo_files(name), name)
+        except (HTTPError, OSError):
+            files = []  # the hub does not answer, the cache may have the files
+        return Path(snapshot_download(name, allow_patterns=files, local_files_only=cached_only))
+
+
+def download_command(name: str, folder: str | Path | None = None) -> str:
+    """The command that downloads a hub repository's files that we read; default: to the cache."""
+    if name in LAST_STEPS:
+        patterns = ["config.json", f"checkpoints/step-{LAST_STEPS[name]}.pt"]
+    else:
+        patterns = ["config.json", INDEX, "*.safetensors", "checkpoints/latest-checkpoint.pt"]
+    include = [part for pattern in patterns for part in ("--include", pattern)]
+    return quoted("hf", "download", name, *include, *(("--local-dir", folder) if folder else ()))
+
+
+def select_files(names: Iterable[str], source: object) -> list[str]:
+    """The weight files and config.json among the files of a folder or repository.
+
+    Of several Prismatic checkpoints: latest-checkpoint.pt, else the last step. Raises
+    PretrainedError that names the files found if there are no weights.
+    """
+    names = sorted(names)
+    steps = {
+        name: int(found[1]) if found[1] else math.inf
+        for name in names
+        if (found := re.fullmatch(r"checkpoints/(?:latest-checkpoint|step-(\d+).*)\.pt", name))
+    }
+    weights = [max(steps, key=steps.get)] if steps else [
+        name for name in names if name == INDEX or re.fullmatch(r"[^/]+\.safetensors", name)
+    ]  # fmt: skip
+    if not weights:
+        hubs = ", ".join(Path(name).name for name in HUB.values())
+        raise PretrainedError(
+            f"{source}: neither checkpoints/latest-checkpoint.pt, checkpoints/step-*.pt nor "
+            f"*.safetensors in it; it has {', '.join(names[:12]) or 'no files'}. Give another "
+            "--pretrained: the folder of a Prismatic checkpoint, of openvla-7b, or one that holds "
+            f"the folders {hubs}"
+        )
+    return ["config.json"] * ("config.json" in names) + weights
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files that select_files picks in a folder; of shards only those that the index names."""
+    found = [*folder.glob("*"), *folder.glob("checkpoints/*")]
+    names = select_files((str(path.relative_to(folder)) for path in found), folder)
+    if INDEX in names:
+        listed = set(read_json(folder / INDEX).get("weight_map", {}).values())
+        if not listed or listed - set(names):
+            lacking = ", ".join(sorted(listed - set(names))) or "no shards"
+            raise PretrainedError(f"{folder / INDEX}: names {lacking}; expected files in {folder}")
+        if "model.safetensors" in set(names) - listed:  # transformers would read this file instead
+            raise PretrainedError(
+                f"{folder}: model.safetensors beside {INDEX}, which names {sorted(listed)}: two "
+                "saves; move the files of the older one into another folder"
+            )
+        names = [name for name in names if name in listed or name.endswith(".json")]
+    return [folder / name for name in names]
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise PretrainedError(
+            f"{path}: cannot be read ({error}); download it from where the weights are"
+        ) from error
+
+
+def read_tensors(files: list[Path], headers: bool = False) -> dict[str, Tensor]:
+    """The tensors of all weight files; with `headers` only their shapes, on the meta device.
+
+    Keys are those of the file; in a Prismatic checkpoint "component/key". Raises PretrainedError
+    for a file that is cut off or of another format, and for a key that is in two files.
+    """
+    out: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            if path.suffix == ".pt":
+                # Prismatic's format is a pickle. weights_only builds tensors and containers alone.
+                checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                tensors = {
+                    f"{component}/{key}": tensor.to("meta") if headers else tensor
+                    for component, part in checkpoint["model"].items()
+                    for key, tensor in part.items()
+                }
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "pt") as file:
+                    tensors = {
+                        key: torch.empty(file.get_slice(key).get_shape(), device="meta")
+                        if headers else file.get_tensor(key)
+                        for key in file.keys()  # noqa: SIM118  no dict
+                    }  # fmt: skip
+            else:
+                continue
+        except (
+            SafetensorError, RuntimeError, OSError, EOFError, LookupError, TypeError,
+            AttributeError, pickle.UnpicklingError,
+        ) as error:  # fmt: skip
+            raise PretrainedError(
+                f"{path}: cut off or in another format ({error}); download it again"
+            ) from error
+        if twice := sorted(out.keys() & tensors.keys()):
+            raise PretrainedError(
+                f"{path}: {twice[0]} is in another file of the folder too, and no {INDEX} chooses "
+                "between them: move the files of the older save into another folder"
+            )
+        out |= tensors
+    return out
+
+
+# --- Names and shapes ---
 
 
 def translate(
     tensors: dict[str, Tensor], names: dict[str, str], dead: tuple[str, ...], source: str
 ) -> dict[str, Tensor]:
-    """Rename a file's tensors by a map, fuse the parts marked "#", drop the dead, refuse others."""
+    """Rename tensors by a map, fuse the parts marked "#", drop the dead, refuse unknown keys."""
     out, parts, unknown = {}, {}, []
     for key, tensor in tensors.items():
-        new = next(
-            (match.expand(to) for name, to in names.items() if (match := re.fullmatch(name, key))),
-            None,
-        )
-        if new is None:
-            if not any(re.fullmatch(pattern, key) for pattern in dead):
-                unknown.append(f"{key} {list(tensor.shape)}")
-        elif "#" in new:
-            name, _, index = new.partition("#")
+        found = ((re.fullmatch(pattern, key), new) for pattern, new in names.items())
+        new = next((match.expand(new) for match, new in found if match), "")
+        name, _, index = new.partition("#")
+        if index:
             parts.setdefault(name, {})[int(index)] = tensor
-        else:
-            out[new] = tensor
+        elif name:
+            out[name] = tensor
+        elif not any(re.fullmatch(pattern, key) for pattern in dead):
+            unknown.append(f"{key} {list(tensor.shape)}")
     if unknown:
         raise PretrainedError(
             f"{source}: {len(unknown)} keys that are not of this model: {', '.join(unknown[:8])}"
@@ -89,15 +211,10 @@ def translate(
     return out
 
 
-def drop_last_block(tensors: dict[str, Tensor], built: int) -> dict[str, Tensor]:
-    """The checkpoint's last block is not built: features are the second-to-last block's output."""
-    return {key: value for key, value in tensors.items() if not key.startswith(f"blocks.{built}.")}
+def fit_encoder(tensors: dict[str, Tensor], from_hub: bool, patches: int) -> dict[str, Tensor]:
+    """An encoder's translated tensors in our shapes: prefix [T, C], pos_embed [P, C].
 
-
-def vision_tower(tensors: dict[str, Tensor], hub_format: bool, patches: int) -> dict[str, Tensor]:
-    """A tower's translated tensors in our shapes: prefix [T, C], pos_embed [P, C].
-
-    What does not fit stays as it is; load_pretrained names it.
+    Tensors of unexpected shapes stay as they are: load_pretrained names them.
     """
     out = dict(tensors)
     for name in ("prefix", "pos_embed"):
@@ -105,58 +222,23 @@ def vision_tower(tensors: dict[str, Tensor], hub_format: bool, patches: int) -> 
             out[name] = out[name][0]  # [T, C], [P or 1 + P, C]
     if "pos_embed" in out:
         pos, prefix = out["pos_embed"], out.get("prefix")
-        if hub_format and prefix is not None and prefix.shape[-1] == pos.shape[-1]:
+        if from_hub and prefix is not None and prefix.shape[-1] == pos.shape[-1]:
             # DINOv2 adds the first position to the cls token.
             out["prefix"], pos = torch.cat([prefix[:1] + pos[:1], prefix[1:]]), pos[1:]
         side = math.isqrt(len(pos))
-        if len(pos) != patches and len(pos) == side**2:  # 518 -> 224 pixels, as timm resizes it
-            grid = rearrange(pos.float(), "(h w) c -> 1 c h w", h=side)
+        if len(pos) != patches and len(pos) == side**2:  # 518 -> 224 pixels, resized as timm does
+            pos = rearrange(pos.float(), "(h w) c -> 1 c h w", h=side)
             size = (math.isqrt(patches),) * 2
-            grid = F.interpolate(
-                grid, size=size, mode="bicubic", antialias=True, align_corners=False
-            )
-            pos = rearrange(grid, "1 c h w -> (h w) c")
+            pos = F.interpolate(pos, size, mode="bicubic", antialias=True, align_corners=False)
+            pos = rearrange(pos, "1 c h w -> (h w) c")
         out["pos_embed"] = pos
     return out
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where the weights are: hub names or local folders."""
+def ascending_actions(llm: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
+    """A VLA's LLM with its action tokens in our order (GAP-3).
 
-    vlm: str | None = None  # Prismatic's, openvla-7b or its Prismatic form
-    dino: str = DINO_HUB
-    siglip: str = SIGLIP_HUB
-    qwen: str = QWEN_HUB
-
-
-def split(tensors: dict[str, Tensor], names: dict[str, str], source: str) -> dict[str, dict]:
-    """A whole VLM's tensors by part: projector, llm, dino, siglip."""
-    parts = {"projector": {}, "llm": {}, "dino": {}, "siglip": {}}
-    for key, tensor in translate(tensors, names, (), source).items():
-        part, _, name = key.partition("/")
-        parts[part][name] = tensor
-    return parts
-
-
-def read_vlm(folder: Path, cfg: ModelConfig, headers: bool) -> dict[str, dict[str, Tensor]]:
-    """The parts of whichever of the two formats the folder holds."""
-    *_, path = files = files_in(folder)
-    if path.suffix == ".pt":
-        parts = split(read_prismatic(path, headers), PRISMATIC, str(folder))
-    else:
-        parts = split(read_safetensors(files, headers), OPENVLA, str(folder))
-    if trained_on_actions(folder):
-        parts["llm"] = rising(parts["llm"], cfg)
-    # A Prismatic VLM that was trained on frozen encoders is stored without them.
-    kept = parts if parts["dino"] or parts["siglip"] else ("projector", "llm")
-    return {part: parts[part] for part in kept}
-
-
-def rising(llm: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
-    """The LLM of a VLA with its action tokens in our order (GAP-3).
-
-    There a larger action has a smaller id (Prismatic's ActionTokenizer).
+    In Prismatic's ActionTokenizer a larger action has a smaller id.
     """
     first, end = cfg.llm.first_action_id, cfg.llm.first_action_id + cfg.bins
     tables = ("model.embed_tokens.weight", "lm_head.weight")  # [vocabulary, width]
@@ -167,79 +249,99 @@ def rising(llm: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
     }
 
 
-def parts_of(
-    vlm: nn.Module, source: Source, hashes: dict[str, str], headers: bool
+# --- Into the model ---
+
+
+def choose_sources(name: str) -> dict[str, str]:
+    """The hub names or folders behind --pretrained, by part: whole VLM ("vlm"), llm, dino, siglip.
+
+    A folder in `name` that is named like one of the hub models stands for that model.
+    """
+    sources = dict(HUB)
+    for part, hub in HUB.items():
+        if (folder := Path(name, Path(hub).name)).is_dir():
+            sources[part] = str(folder)
+    whole = name != "hub" and sources["llm"] == HUB["llm"]
+    return sources | ({"vlm": name} if whole else {})
+
+
+def read_parts(
+    vlm: nn.Module, sources: dict[str, str], hashes: dict[str, str], headers: bool
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Each part of the VLM: (prefix, tensors under our names).
+    """Each part of the VLM: (prefix, tensors under our names). `hashes` gets each file's sha256."""
 
-    `hashes` gets the sha256 of every file read; of `headers`, which are not hashed, none.
-    """
+    def read(name: str) -> tuple[Path, dict[str, Tensor]]:
+        folder = find_folder(name, cached_only=headers)
+        files = files_in(folder)
+        for path in () if headers else files:
+            hashes[f"{name}/{path.relative_to(folder)}"] = sha256(path)
+        return folder, read_tensors(files, headers)
 
-    def folder(name: str) -> Path:
-        found = folder_of(name, cached=headers)
-        for path in () if headers else files_in(found):
-            hashes[f"{name}/{path.relative_to(found)}"] = sha256(path)
-        return found
-
-    whole = {}
-    if source.vlm:
-        whole = read_vlm(folder(source.vlm), vlm.cfg, headers)
-        yield "projector.", whole["projector"]
-        llm = whole["llm"]
+    parts = {"projector": {}, "llm": {}, "dino": {}, "siglip": {}}
+    if whole := sources.get("vlm"):
+        folder, tensors = read(whole)
+        prismatic = any("/" in key for key in tensors)
+        names = weight_names.PRISMATIC if prismatic else weight_names.OPENVLA
+        for key, tensor in translate(tensors, names, (), whole).items():
+            part, _, key = key.partition("/")
+            parts[part][key] = tensor
+        if lacking := [part for part in ("projector", "llm") if not parts[part]]:
+            raise PretrainedError(f"{whole}: has no tensors of the {' and '.join(lacking)}")
+        yield "projector.", parts["projector"]
+        # Only a VLA's config.json has "vla" (Prismatic) or "norm_stats" (openvla).
+        if {"vla", "norm_stats"} & set(read_json(folder / "config.json")):
+            parts["llm"] = ascending_actions(parts["llm"], vlm.cfg)
     else:
-        llm = read_safetensors(files_in(folder(source.qwen)), headers)
-    names, dead = (LLM_HF, LLM_HF_DEAD) if vlm.cfg.llm.tied else (LLM_HF_UNTIED, ())
-    yield "llm.", translate(llm, names, dead, "llm")
-    for name, hub, names, dead in (
-        ("dino", source.dino, DINO_HF, DINO_HF_DEAD),
-        ("siglip", source.siglip, SIGLIP_HF, SIGLIP_HF_DEAD),
+        parts["llm"] = read(sources["llm"])[1]
+    names, dead = weight_names.LLM_HF_UNTIED, ()
+    if vlm.cfg.llm.tied:
+        names, dead = weight_names.LLM_HF, weight_names.LLM_HF_DEAD
+    yield "llm.", translate(parts["llm"], names, dead, sources.get("vlm", sources["llm"]))
+    # Prismatic stores no encoders that stayed frozen while the VLM was trained.
+    stored = parts["dino"] or parts["siglip"]
+    for name, names, dead in (
+        ("dino", weight_names.DINO_HF, weight_names.DINO_HF_DEAD),
+        ("siglip", weight_names.SIGLIP_HF, weight_names.SIGLIP_HF_DEAD),
     ):
-        if name in whole:
-            tensors = translate(whole[name], TIMM, TIMM_DEAD, name)
-        else:
-            tensors = read_safetensors(files_in(folder(hub)), headers)
-            tensors = translate(tensors, names, dead, hub)
-        tensors = vision_tower(tensors, name not in whole, vlm.cfg.patches)
-        built = len(getattr(vlm.vision, name).blocks)
-        yield f"vision.{name}.", drop_last_block(tensors, built)
+        if stored:
+            names, dead = weight_names.TIMM, weight_names.TIMM_DEAD
+        tensors = parts[name] if stored else read(sources[name])[1]
+        source = f"{sources['vlm']}, {name}" if stored else sources[name]
+        tensors = translate(tensors, names, dead, source)
+        unused = f"blocks.{len(getattr(vlm.vision, name).blocks)}."  # the last block is not built
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(unused)}
+        yield f"vision.{name}.", fit_encoder(tensors, not stored, vlm.cfg.patches)
 
 
-def load_pretrained(vlm: nn.Module, source: Source, headers: bool = False) -> dict[str, str]:
-    """Fill the VLM; returns the sha256 of every file used, {"<--pretrained>/<file>": sha256}.
+def load_pretrained(vlm: nn.Module, name: str, headers: bool = False) -> dict[str, str]:
+    """Fill the VLM, which may be on the meta device, from what --pretrained names.
 
-    `headers`, for a VLM on the meta device: names and shapes alone are read and compared, nothing
-    is downloaded. Raises PretrainedError that names the keys and shapes which do not fit.
+    Returns the sha256 of every file used, {"<source>/<file>": sha256}. With `headers` only names
+    and shapes are compared and nothing is downloaded or hashed; the VLM stays without values.
+    Raises PretrainedError that names the keys and shapes which do not fit.
     """
-    hashes: dict[str, str] = {}
-    ours = dict(vlm.state_dict())
-    new = {key for key in ours if key.startswith("projector.") and not source.vlm} | NEW
-    unfilled = {key for key, value in ours.items() if value.numel()} - new  # SigLIP has no prefix
-    wrong = []
-    for prefix, tensors in parts_of(vlm, source, hashes, headers):
+    sources, hashes, wrong = choose_sources(name), {}, []
+    ours = vlm.state_dict()
+    new = {key for key in ours if key.startswith("projector.") and "vlm" not in sources} | NEW
+    # SigLIP has no prefix tokens: an empty parameter, in no file
+    empty = {key: torch.empty(value.shape) for key, value in ours.items() if not value.numel()}
+    unfilled = ours.keys() - new - empty.keys()
+    vlm.load_state_dict(empty, strict=False, assign=True)
+    for prefix, tensors in read_parts(vlm, sources, hashes, headers):
+        filled = {}
         for key, tensor in tensors.items():
-            name = prefix + key
-            unfilled.discard(name)
-            if name in ours and ours[name].shape == tensor.shape:
-                ours[name].copy_(tensor)
+            key = prefix + key
+            unfilled.discard(key)
+            if key in ours and ours[key].shape == tensor.shape:
+                filled[key] = tensor.to(torch.float32, copy=True).contiguous()
             else:
-                expected = list(ours[name].shape) if name in ours else "no such parameter"
-                wrong.append(f"{name}: the file has {list(tensor.shape)}, this model {expected}")
-    lacking = [f"{name} {list(ours[name].shape)}" for name in sorted(unfilled)]
+                expected = list(ours[key].shape) if key in ours else "no such parameter"
+                wrong.append(f"{key}: the file has {list(tensor.shape)}, this model {expected}")
+        vlm.load_state_dict(filled, strict=False, assign=True)
+    lacking = [f"{key} {list(ours[key].shape)}" for key in sorted(unfilled)]
     if wrong or lacking:
         raise PretrainedError(
-            f"{source.vlm or 'the hub models'}: {len(wrong)} tensors do not fit, "
-            f"{len(lacking)} are missing: {'; '.join([*wrong[:8], *lacking[:8]])}. Are these the "
-            "files of --preset's model, and all of them?"
+            f"{name}: {len(wrong)} tensors do not fit, {len(lacking)} are missing: "
+            f"{'; '.join([*wrong[:8], *lacking[:8]])}. Are these all files of --preset's model?"
         )
     return hashes
-
-
-def source_of(name: str) -> Source:
-    """What --pretrained names: "hub", or the folder or hub name of a whole VLM.
-
-    A folder in it that is named as one of the hub models stands for that model.
-    """
-    hubs = {"dino": DINO_HUB, "siglip": SIGLIP_HUB, "qwen": QWEN_HUB}
-    folders = {part: Path(name, Path(hub).name) for part, hub in hubs.items()}
-    local = {part: str(folder) for part, folder in folders.items() if folder.is_dir()}
-    return Source(vlm=None if name == "hub" or "qwen" in local else name, **local)

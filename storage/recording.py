@@ -1,13 +1,13 @@
-"""Demonstrations as files in MS-HAB's h5 + json layout, which grow without ever being half written.
+"""Demonstrations in MS-HAB's h5 + json layout, in files that are complete at every moment.
 
     recording = Recording(Path("DATA/set_table/close"), "kitchen_counter", recipe)
     recording.start()
     recording.add(seed, success, steps, encode(trajectory, header, episode))
     recording.merge()
 
-A finished attempt is on the disk before it counts: a success as <target>.parts/<seed>.part, an h5
-with one episode; a failure as a line of <target>.parts/attempts.jsonl. `merge` makes <target>.h5
-and .json of them.
+A finished attempt is on disk before it counts: a success as <target>.parts/<seed>.part, an h5 with
+one episode; a failure as a line of <target>.parts/attempts.jsonl. `merge` makes <target>.h5 and
+.json of them.
 """
 
 import errno
@@ -29,7 +29,7 @@ GZIP = dict(compression="gzip", compression_opts=5)  # (MS-HAB: envs/wrappers/re
 
 
 def encode(trajectory: dict, header: dict, episode: dict) -> bytes:
-    """The bytes of an h5 file: the trajectory as traj_0, the json's part as attributes."""
+    """Return an h5 file: the trajectory as traj_0, `header` and `episode` as attributes."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         write_tree(file.create_group("traj_0", track_order=True), trajectory)
@@ -57,9 +57,9 @@ def stack(rows: list) -> dict | np.ndarray:
 class Recording:
     """The files of one target.
 
-    `recipe` decides what the episode of a seed is, and recipe["seed"] is the first one. `done` maps
-    every attempted seed to whether it succeeded; `episodes` is the list in the json. Raises
-    InputError when the files were recorded with another recipe.
+    `recipe` holds the settings that determine an episode; recipe["seed"] is the first seed. `done`
+    maps every attempted seed to its success; `episodes` is the list in the json. Raises InputError
+    when the files have another recipe, or when one of h5 and json is missing or damaged.
     """
 
     def __init__(self, folder: Path, target: str, recipe: dict):
@@ -67,13 +67,14 @@ class Recording:
         self.parts = folder / f"{target}.parts"
         self.attempts = self.parts / "attempts.jsonl"
         self.recipe, self.episodes, self.done = recipe, [], {}
-        self.check_pair()
         if self.json.exists():
-            sidecar = json.loads(self.json.read_bytes())
+            sidecar = self.read_sidecar()
             self.check_recipe(self.json, sidecar)
             self.episodes = sidecar["episodes"]
             self.done = dict.fromkeys(sidecar["failed_seeds"], False)
             self.done |= {episode["seed"]: True for episode in self.episodes}
+        elif self.h5.exists() and not self.parts.exists():  # with parts: killed between the two
+            raise self.incomplete(f"no {self.json.name}")
         merged = len(self.done)
         if lines := read_lines(self.attempts, mend=True):
             first, *failures = lines
@@ -87,23 +88,21 @@ class Recording:
     def successes(self) -> int:
         return sum(self.done.values())
 
-    def check_pair(self) -> None:
-        """Raise InputError when one of h5 and json is missing or cut off, before it is replaced."""
-        wrong = None
-        if self.json.exists():
-            try:
-                json.loads(self.json.read_bytes())
-                h5py.File(self.h5).close()
-            except (OSError, ValueError) as error:
-                if mend := mend_of(self.h5, error):
-                    raise InputError(f"{self.h5}: {error}. It may be whole: {mend}") from error
-                wrong = f"{self.json} and {self.h5.name} are not both whole ({error})"
-        elif self.h5.exists() and not self.parts.exists():  # with parts: killed between the two
-            wrong = f"{self.h5}: no {self.json.name} beside it"
-        if wrong:
-            raise InputError(
-                f"{wrong}. Nothing is replaced: move what is there away, or give another --out"
-            )
+    def read_sidecar(self) -> dict:
+        """Read the json of a pair whose h5 opens."""
+        try:
+            h5py.File(self.h5).close()
+            return json.loads(self.json.read_bytes())
+        except (OSError, ValueError) as error:
+            if mend := mend_of(self.h5, error):
+                raise InputError(f"{self.h5}: {error}. Try again after: {mend}") from error
+            raise self.incomplete(error) from error
+
+    def incomplete(self, reason: object) -> InputError:
+        return InputError(
+            f"{self.h5} and {self.json.name} are not both complete ({reason}). Nothing is "
+            "replaced: move them away, or give another --out"
+        )
 
     def check_recipe(self, path: Path, found: dict) -> None:
         if found.get("recipe") != self.recipe:
@@ -119,16 +118,16 @@ class Recording:
 
     def add(self, seed: int, success: bool, steps: int, part: bytes) -> None:
         if success:
-            # Not .h5: readers take every .h5 below DATA for a whole file.
+            # Not .h5: readers take every .h5 below DATA for a complete file.
             write(self.parts / f"{seed:08d}.part", part)
         else:
             append(self.attempts, {"seed": seed, "success": False, "steps": steps})
         self.done[seed] = success
 
     def next_seed(self, running: list[int], episodes: int) -> int | None:
-        """The lowest seed not attempted yet; None once `episodes` lower ones succeeded or may.
+        """Return the lowest seed not attempted yet; None if `episodes` lower ones succeed or may.
 
-        So no episode is recorded in vain, and which ones are kept does not depend on the workers.
+        No episode is recorded in vain, and the kept ones do not depend on the workers.
         """
         seeds = count(self.recipe["seed"])
         seed = next(s for s in seeds if s not in self.done and s not in running)
@@ -139,7 +138,7 @@ class Recording:
         """Write the h5, then the json that makes it count, then remove the parts."""
         merged = {episode["seed"] for episode in self.episodes}
         parts = {int(part.stem): part for part in self.parts.glob("*.part")}
-        top, sources = {}, [*parts.values(), *([self.h5] if merged else [])]
+        header, sources = {}, [*parts.values(), *([self.h5] if merged else [])]
         if shutil.disk_usage(self.parts).free < sum(path.stat().st_size for path in sources):
             # Before h5py meets a full disk: it raises RuntimeError, or fails on closing.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.h5))
@@ -152,10 +151,10 @@ class Recording:
                 number = len(self.episodes)
                 with h5py.File(parts[seed]) as part:
                     part.copy("traj_0", file, f"traj_{number}")
-                    top = json.loads(part.attrs["header"])
+                    header = json.loads(part.attrs["header"])
                     episode = json.loads(part.attrs["episode"])
                 self.episodes.append({"episode_id": number, **episode})
         failed = sorted(seed for seed, success in self.done.items() if not success)
-        top |= {"recipe": self.recipe, "failed_seeds": failed, "episodes": self.episodes}
-        write(self.json, json.dumps(top, indent=1).encode())
+        header |= {"recipe": self.recipe, "failed_seeds": failed, "episodes": self.episodes}
+        write(self.json, json.dumps(header, indent=1).encode())
         shutil.rmtree(self.parts)

@@ -1,73 +1,65 @@
-"""The files of an evaluation: a line for each episode, and the tables that are counted from them.
+"""The files of an evaluation: a line for each episode, the run's settings, and the tables.
 
-Under torchrun each rank writes a file of its own, OUT/episodes.RANK.jsonl, so that no line is torn
-by another writer. `merge` moves them into OUT/episodes.jsonl, also after a kill.
+OUT/episodes.jsonl has one line for each finished episode; OUT/config.json has the settings, the
+same for all of them. Older evaluations have the settings on every line, and may have a file
+episodes.RANK.jsonl for each process.
 """
 
-import math
 from pathlib import Path
 
 from tabulate import tabulate
 
 from config import InputError
 from paper import COLUMNS, PAPER_COLUMNS
-from storage.files import append, read_lines
+from storage.files import read_json, read_lines
 
 NOT_RUN = "not run"
-# What is true of the lines from before their program wrote the key.
+# The settings of evaluations that were written before these keys existed.
 IMPLIED = {"simulation": "physx_cpu", "device": "cpu"}
 
 
-def address(episode: dict) -> tuple[str, int]:
-    """Column and seed: what a run has once."""
-    return episode["column"], episode["seed"]
+def read_episodes(out: Path, mend: bool = False) -> dict[tuple[str, int], dict]:
+    """Return {(column, seed): episode with the run's settings} of an evaluation's folder.
 
-
-def part(path: Path, rank: int | str) -> Path:
-    """Where a rank ("*": any) writes the episodes that belong in `path`."""
-    return path.with_name(f"{path.stem}.{rank}{path.suffix}")
-
-
-def merge(path: Path) -> list[dict]:
-    """Move the ranks' episodes into `path`, each once; return all of it.
-
-    Killed between any two of its steps and done again, it ends with the same lines.
+    `mend` cuts off a last line that was torn by a kill. Raises DamagedError for any other damage.
     """
-    episodes = read_lines(path, mend=True)
-    for file in sorted(path.parent.glob(part(path, "*").name)):
-        done = {address(episode) for episode in episodes}
-        for episode in read_lines(file, mend=True):
-            if address(episode) not in done:
-                append(path, episode)
-                episodes.append(episode)
-        file.unlink()
-    return episodes
+    config = out / "config.json"
+    settings = IMPLIED | (read_json(config) if config.exists() else {})
+    lines = [
+        line for path in sorted(out.glob("episodes*.jsonl")) for line in read_lines(path, mend)
+    ]
+    return {(line["column"], line["seed"]): settings | line for line in lines}
 
 
-def check_same_run(path: Path, episodes: list[dict], identity: dict):
-    """Raise InputError when the file holds episodes of another evaluation."""
-    for episode in episodes:
-        before = IMPLIED | episode
-        for name, now in identity.items():
-            theirs = before.get(name)
-            if isinstance(now, dict) and isinstance(theirs, dict):  # by column, which may be added
-                now = {key: now.get(key, value) for key, value in theirs.items()}
-            if theirs != now:
+def merge_settings(out: Path, episodes: dict[tuple[str, int], dict], settings: dict) -> dict:
+    """Return the settings of a run that goes on in `out`; `policies` keeps the other columns'.
+
+    Raises InputError when the folder's episodes were run with other settings.
+    """
+    merged = dict(settings)
+    for episode in episodes.values():
+        for name, ours in settings.items():
+            theirs = episode.get(name)
+            if isinstance(ours, dict) and isinstance(theirs, dict):  # by column
+                merged[name] = theirs | merged[name]
+                ours = {key: ours.get(key, value) for key, value in theirs.items()}
+            if theirs != ours:
                 raise InputError(
-                    f"{path} has episodes with {name} = {theirs!r}, this run has "
-                    f"{now!r}: one table cannot mix them. Give another --out"
+                    f"{out} has episodes with {name} = {theirs!r}, this run has {ours!r}: one "
+                    "table cannot mix them. Give another --out"
                 )
+    return merged
 
 
 def table(episodes: list[dict], paper: dict[str, float]) -> dict[str, dict]:
     """Return {column: n, success_once, success_at_end, low, high, paper}; None where not run."""
     columns = {}
     for name in COLUMNS:
-        of_column = [episode for episode in episodes if episode["column"] == name]
-        if not of_column:
+        in_column = [episode for episode in episodes if episode["column"] == name]
+        if not in_column:
             continue
-        n, once = len(of_column), sum(episode["success_once"] for episode in of_column)
-        ends = [episode["success_at_end"] for episode in of_column]
+        n, once = len(in_column), sum(episode["success_once"] for episode in in_column)
+        ends = [episode["success_at_end"] for episode in in_column]
         low, high = wilson(once, n)
         columns[name] = {
             "n": n,
@@ -80,15 +72,15 @@ def table(episodes: list[dict], paper: dict[str, float]) -> dict[str, dict]:
     return columns
 
 
-def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the Wilson score interval of successes / n; z is the two-sided 95 % quantile."""
-    rate, shrink = successes / n, 1 + z * z / n
-    centre = (rate + z * z / (2 * n)) / shrink
-    half = z / shrink * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of successes / n."""
+    from scipy.stats import binomtest  # here: a second that most programs need not wait
+
+    interval = binomtest(successes, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
-def rate(column: dict | None) -> str:
+def format_rate(column: dict | None) -> str:
     """Write `22/30 = 0.73 [0.56, 0.86]` and the success at the end."""
     if column is None:
         return NOT_RUN
@@ -102,8 +94,8 @@ def markdown(cells: list[list[str]], heads: list[str]) -> list[str]:
     return tabulate(cells, heads, tablefmt="github", disable_numparse=True).splitlines()
 
 
-def shown(policies: dict[str, dict]) -> list[str]:
-    """Return the paper's columns, and those that a policy of {policy: {column: figures}} has."""
+def columns_to_show(policies: dict[str, dict]) -> list[str]:
+    """Return the paper's columns, and the others of {policy: {column: figures}}."""
     ran = {name for columns in policies.values() for name in columns}
     return [name for name in COLUMNS if name in PAPER_COLUMNS or name in ran]
 
@@ -111,7 +103,8 @@ def shown(policies: dict[str, dict]) -> list[str]:
 def success_table(policies: dict[str, dict], papers: dict[str, dict[str, float]]) -> list[str]:
     """Return the lines of a table from {policy: {column: figures}} and {row: {column: rate}}."""
     cells = []
-    for name in shown(policies):
+    for name in columns_to_show(policies):
         theirs = [f"{paper[name]:.2f}" if name in paper else "-" for paper in papers.values()]
-        cells.append([name, *(rate(columns.get(name)) for columns in policies.values()), *theirs])
+        ours = [format_rate(columns.get(name)) for columns in policies.values()]
+        cells.append([name, *ours, *theirs])
     return markdown(cells, ["", *policies, *(f"paper, {row}" for row in papers)])

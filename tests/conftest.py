@@ -1,4 +1,4 @@
-"""The generated apartment that all tests share."""
+"""The generated apartment and the simulators that all tests share."""
 
 import os
 import shutil
@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ FOLDER = pytest.StashKey[Path]()
 
 
 def pytest_configure(config):
-    # mani_skill reads the variable once, at its import, which may be that of any test module: so it
-    # is set before they are collected, and the folder is filled when a test first asks for it.
+    # mani_skill reads the variable when any test module imports it, so the variable is set before
+    # they are collected, and the folder is filled when a test first asks for it.
     config.stash[FOLDER] = Path(tempfile.mkdtemp(prefix="apartment-"))
     os.environ["MS_ASSET_DIR"] = str(config.stash[FOLDER] / "assets")
     # A shell's background job ignores Ctrl-C, and so would the programs that the tests start.
@@ -35,6 +36,23 @@ def assets(pytestconfig) -> Path:
     command = [sys.executable, "-m", "household.assets", "--out", str(out)]
     subprocess.run(command, cwd=REPOSITORY, check=True)
     return out
+
+
+@pytest.fixture(scope="session")
+def simulator(assets) -> Iterator[Callable]:
+    """simulator(task, subtask, target, split, obs_mode=..., number=0): made once, then shared."""
+    from simulation.env import SubtaskEnvs  # here: most tests need no simulator
+
+    made = []
+
+    @cache
+    def get(*address, obs_mode: str = "state_dict", number: int = 0) -> SubtaskEnvs:
+        made.append(SubtaskEnvs(*address, obs_mode=obs_mode))
+        return made[-1]
+
+    yield get
+    for envs in made:
+        envs.close()
 
 
 @pytest.fixture

@@ -48,15 +48,15 @@ def grow(rearrange: Path, plans: int, scenes: int):
 
 
 def measure(rearrange: Path) -> dict:
-    from simulation.env import SubtaskEnv
+    from simulation.env import SubtaskEnvs
 
     opened, seconds, files = [], [time.perf_counter()], []
     sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))
-    env = SubtaskEnv("set_table", "close", "fridge", obs_mode="state_dict")
+    env = SubtaskEnvs("set_table", "close", "fridge", obs_mode="state_dict")
     for seed in range(RESETS):
         seconds.append(time.perf_counter())
         opened.clear()
-        env.reset(seed)
+        env.reset([seed])
         files.append(sum(name.startswith(str(rearrange)) for name in opened))
     seconds.append(time.perf_counter())
     make, *resets = [round(end - start, 3) for start, end in pairwise(seconds)]

@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from config import InputError
 from storage import checkpoint
 from storage.files import read_lines, sha256, sole_writer, write_json
-from storage.pack import BLOCK, PACKED, Pack, block_name
-from storage.trajectory import SURVEY
+from storage.pack import FORMAT, npy_name
+from storage.trajectory import RECORD, SURVEY
 from training.log import Saver
 
 KILLED = 100  # exit code of an injected kill
@@ -273,7 +273,7 @@ def flips(folder: Path, check: Callable[[], None], count: int) -> int:
     The files that hold the hashes, manifest.json and pack.json, are left out.
     """
     hashes = ("manifest.json", "pack.json")
-    files = sorted(path for path in folder.glob("[!.]*") if path.name not in hashes)
+    files = sorted(path for path in folder.rglob("[!.]*.*") if path.name not in hashes)
     rng = random.Random(0)
     sizes = [path.stat().st_size for path in files]
     for number in range(count):
@@ -294,39 +294,31 @@ def flips(folder: Path, check: Callable[[], None], count: int) -> int:
     return count
 
 
-def read_all(folder: Path) -> None:
-    """As training reads a pack: what is known of the episodes, then every record."""
-    pack = Pack(folder)
-    every = np.arange(len(pack.episodes))
-    pack.survey(every)
-    pack.actions_of(every)
-    pack.read(np.arange(len(pack)))
-
-
 # --- Size ---
 
 
 def write_large_index(folder: Path, episodes: int, length: int) -> None:
-    """A pack whose index is real and whose blocks are holes of the right size."""
+    """A pack whose index is real and whose frames are holes of the right size."""
     entries = [
         {"file": f"set_table/pick/{i % 9}.h5", "trajectory": f"traj_{i}", "length": length,
          "instruction": 0, "task": "set_table", "subtask": "pick"} for i in range(episodes)
     ]  # fmt: skip
-    frames = episodes * length
-    names = [block_name(number) for number in range(-(-frames // BLOCK))]
-    for number, name in enumerate(names):
-        with open(folder / name, "wb") as file:
-            file.truncate(min(BLOCK, frames - number * BLOCK) * PACKED.itemsize)
-    np.save(folder / "survey.npy", np.zeros(episodes, SURVEY))
-    hashes = dict.fromkeys(names, "0" * 64) | {"survey.npy": sha256(folder / "survey.npy")}
-    about = {"instructions": [""], "action_schema": None, "qpos_names": None, "sizes": {}}
-    content = {"files": hashes, "record": PACKED.itemsize, "episodes": entries} | about
+    for number in range(9):
+        path = folder / npy_name(entries[number]["file"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        frames = len(entries[number::9]) * length
+        np.lib.format.open_memmap(path, "w+", RECORD, (frames,))  # a file of holes
+    np.savez(folder / "summary.npz", survey=np.zeros(episodes, SURVEY))
+    sizes = {entry["file"]: 0 for entry in entries}
+    about = {"instructions": [""], "action_schema": None, "qpos_names": None, "truncate": True}
+    content = {"format": FORMAT, "sha256": {}, "sizes": sizes, "episodes": entries} | about
     write_json(folder / "pack.json", content)
 
 
 OPEN = """
 import re, sys, time
-from data import Frames, Pack, StepOrder
+from data import Frames, StepOrder
+from storage.pack import Pack
 
 STATUS = "/proc/self/status"
 

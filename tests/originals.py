@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from config import ModelConfig
 from model import VLM
-from storage.weight_files import DINO_HUB, INDEX, QWEN_HUB, SIGLIP_HUB
+from storage.pretrained import HUB, INDEX
 from tools.reference import Originals
 
-DINO, SIGLIP, QWEN = (Path(name).name for name in (DINO_HUB, SIGLIP_HUB, QWEN_HUB))
+DINO, SIGLIP, QWEN = (Path(HUB[part]).name for part in ("dino", "siglip", "llm"))
 
 
 def saved(model: nn.Module, folder: Path) -> dict[str, Tensor]:

@@ -198,44 +198,6 @@ def a_CPU_that_is_to_draw_beside_a_GPU_and_has_no_Mesa(plant):
     return doctor.renderer_findings(NO_DEVICE, {"VK_ICD_FILENAMES": doctor.LAVAPIPE})
 
 
-def physics(plant: Plant, fetch: bool, cuda: bool = True, physx: bytes = b"") -> list[Finding]:
-    """What is said of SAPIEN's libraries in a home folder of its own, without a way to GitHub."""
-    if torch.cuda.is_available():
-        pytest.skip("this machine has its own libcuda.so")
-    if cuda:  # any library will do: SAPIEN loads it and asks it for nothing yet
-        (plant.tmp / "libcuda.so").symlink_to(LIBRARY)
-    if physx:
-        version = subprocess.check_output(
-            [sys.executable, "-c", "from sapien import physx; print(physx.version())"], text=True
-        )
-        folder = plant.tmp / ".sapien/physx" / version.strip()
-        folder.mkdir(parents=True)
-        (folder / "libPhysXGpu_64.so").write_bytes(physx)
-    proxy = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    home = {"HOME": str(plant.tmp), "LD_LIBRARY_PATH": str(plant.tmp)}
-    return elsewhere(f"checks.gpu_physics(physx.version(), {fetch})", **proxy, **home)
-
-
-@fault("libcuda.so: cannot open", r"ln -s .*libcuda.so.1.* /usr/lib/libcuda.so$")
-def a_driver_whose_libcuda_has_another_name(plant):
-    return physics(plant, fetch=True, cuda=False)
-
-
-@fault(r"no /.*/\.sapien/physx/[^/]+/libPhysXGpu_64.so", "p.enable_gpu.*; without internet, ")
-def a_PhysX_that_is_not_there_yet(plant):
-    return physics(plant, fetch=False)
-
-
-@fault("libPhysXGpu_64.so: .*github.com.*Unable to connect", "^/.*p.enable_gpu.*; without internet")
-def a_PhysX_that_cannot_be_downloaded(plant):
-    return physics(plant, fetch=True)
-
-
-@fault("libPhysXGpu_64.so: .*(file too short|exit code -)", "^mv .* .*.aside && .*p.enable_gpu")
-def a_PhysX_that_was_not_unpacked_to_its_end(plant):
-    return physics(plant, fetch=False, physx=LIBRARY.read_bytes()[:1000])
-
-
 # --- Disk and memory ---
 
 

@@ -15,9 +15,8 @@ from planted import ROOT, fault
 from safetensors.torch import load_file, save_file
 
 from config import TINY_MODEL
-from data import Batcher, to_tensors
+from data import make_batch, raw_batch
 from policy import Policy
-from simulation.assets import assets
 from storage import checkpoint
 from storage.files import read_json, sha256, write_json
 from storage.h5 import Demonstrations
@@ -25,8 +24,6 @@ from storage.tokenizer import build_tokenizer, tokenize
 from tools.check_files import checkpoint_weights, demonstrations, pretrained_weights
 from tools.check_policy import acting
 from training.checks import Finding
-
-REPLICA = "data/scene_datasets/replica_cad_dataset"
 
 
 def write_prismatic(folder: Path, change: Callable[[dict], None] = lambda components: None):
@@ -50,98 +47,6 @@ def flip(path: Path) -> None:
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
-
-
-# --- Assets ---
-
-
-@fault("household.json of a generated .*, and .*v3_sc0_staging_00.* of a download", "mv -T ")
-def a_download_of_scenes_into_the_generated_apartment(plant):
-    root = plant.assets()
-    shutil.rmtree(root / REPLICA)  # as mani_skill does first
-    for name in ("v3_sc0_staging_00", "v3_sc1_staging_04"):  # the first is a generated one's too
-        scene = root / REPLICA / f"configs/scenes/{name}.scene_instance.json"
-        scene.parent.mkdir(parents=True, exist_ok=True)
-        scene.write_text('{"stage_instance": {"template_name": "stages/Stage"}}')
-    return assets(root)
-
-
-@fault("household.json of a generated .*, and .*models/077_rubiks_cube of a download", "mv -T ")
-def a_download_of_objects_into_the_generated_apartment(plant):
-    root = plant.assets()
-    (root / "data/assets/mani_skill2_ycb/models/077_rubiks_cube").mkdir()
-    return assets(root)
-
-
-@fault("024_bowl/collision.ply: not there", "household.assets .* --seed 0")
-def an_object_that_is_missing(plant):
-    root = plant.assets()
-    shutil.rmtree(root / "data/assets/mani_skill2_ycb/models/024_bowl")
-    return assets(root)
-
-
-@fault("024_bowl", "MS_ASSET_DIR=.* -y ycb")
-def an_object_that_is_missing_in_a_download(plant):
-    root = plant.assets()
-    (root / "household.json").unlink()
-    shutil.rmtree(root / "data/assets/mani_skill2_ycb/models/024_bowl")
-    return assets(root)
-
-
-@fault("glb: empty", "household.assets")
-def a_stage_that_is_empty(plant):
-    root = plant.assets()
-    for stage in (root / REPLICA / "stages").glob("*.glb"):
-        cut(stage, 0)
-    return assets(root)
-
-
-@fault("glb: not there", "hf download haosulab/ReplicaCAD ")
-def a_stage_that_is_missing_in_a_download(plant):
-    root = plant.assets()
-    (root / "household.json").unlink()
-    shutil.rmtree(root / REPLICA / "stages")
-    return assets(root)
-
-
-@fault("no .*rearrange/task_plans", "mv .*-dataset' .*/rearrange'$")
-def a_folder_under_a_wrong_name(plant):
-    folder = plant.assets() / REPLICA / "rearrange"
-    folder.rename(folder.with_name("rearrange-dataset"))
-    return assets(folder.parents[3])
-
-
-@fault("no .*mani_skill2_ycb/models", r"mv .*/inner'/\* ")
-def an_archive_unpacked_one_level_too_deep(plant):
-    folder = plant.assets() / "data/assets/mani_skill2_ycb"
-    folder.rename(plant.tmp / "inner")
-    shutil.move(plant.tmp / "inner", folder / "inner")
-    return assets(folder.parents[2])
-
-
-@fault("no folder data", "export MS_ASSET_DIR='.*/my assets'$")
-def MS_ASSET_DIR_one_level_too_deep(plant):
-    return assets(plant.assets() / "data")
-
-
-@fault("not set", "export MS_ASSET_DIR=")
-def MS_ASSET_DIR_that_is_not_set(plant):
-    plant.patch.delenv("MS_ASSET_DIR")
-    return assets()
-
-
-@fault("spawn_data.pt: cut off", "household.assets")
-def start_poses_that_are_cut_off(plant):
-    root = plant.assets()
-    cut(root / REPLICA / "rearrange/spawn_data/set_table/close/val/spawn_data.pt")
-    return assets(root)
-
-
-@fault("fridge.json: cut off", "household.assets")
-def a_plan_that_is_cut_off(plant):
-    root = plant.assets()
-    cut(root / REPLICA / "rearrange/task_plans/set_table/close/val/fridge.json")
-    return assets(root)
 
 
 # --- Demonstrations ---
@@ -203,9 +108,9 @@ def demonstrations_under_another_name(plant):
     return demonstrations(plant.tmp / "rearrange")
 
 
-@fault("frames-00000.bin: .*sha256 differs", "mv (.*) .*damaged && python data.py pack .* \\1$")
+@fault("kitchen_counter.npy: .*sha256 differs", "mv (.*) .*damaged && python data.py pack .* \\1$")
 def a_changed_byte_in_a_pack(plant):
-    flip(plant.copy("pack") / "frames-00000.bin")
+    flip(plant.copy("pack") / "set_table/close/kitchen_counter.npy")
     return demonstrations(plant.tmp / "pack")
 
 
@@ -314,7 +219,7 @@ def write_known(policy: Policy, folder: Path) -> None:
     raw = Demonstrations(shutil.copytree(folder / "known", folder / "pictures"))
     cfg, records = policy.model.cfg, raw.read(np.arange(len(raw)))
     prompts = tokenize(raw.instructions, policy.tokenizer, cfg.llm)
-    batch = Batcher(cfg, policy.stats, prompts)(to_tensors(records), policy.device)
+    batch = make_batch(raw_batch(records[:, None]), policy.stats, prompts, cfg)
     actions = policy.stats.denormalize(policy.model.act(batch)[0][:, 0]).numpy()
     for begin, episode in zip(raw.starts, raw.episodes):
         with h5py.File(folder / "known" / episode.file, "r+") as file:

@@ -28,13 +28,16 @@ from model import AuxVLA
 from paper import OBJECTS, targets
 from policy import Policy
 from simulation import episodes as rollout
-from simulation.env import SENSORS, SubtaskEnv, SubtaskEnvs, cupboards, plan_files
+from simulation.assets import plan_files
+from simulation.env import SENSORS, SubtaskEnvs, articulations
 from simulation.episodes import Job, Outcome, RandomPolicy, batches, run_episodes
 from storage.files import append, read_lines
 from storage.recording import Recording
+from storage.results import read_episodes
 from storage.tokenizer import build_tokenizer
 from tools.compare import compare
 
+IMAGES = "rgb+depth+segmentation"
 GPU = torch.cuda.is_available()
 DRAWER = ("set_table", "close", "kitchen_counter", "val")
 ANY = ("set_table", "pick", "all", "val")  # the apple from the fridge or the bowl from the drawer
@@ -70,15 +73,15 @@ def stacked(trees: Sequence) -> dict | torch.Tensor:
 class SideBySide:
     """Simulators on the CPU behind the interface of SubtaskEnvs."""
 
-    def __init__(self, *envs: SubtaskEnv):
+    def __init__(self, *envs: SubtaskEnvs):
         self.envs, self.num_envs = envs, len(envs)
 
-    def start(self, seeds: list[int]) -> dict:
-        self.obs = [env.reset(seed) for env, seed in zip(self.envs, seeds, strict=True)]
+    def reset(self, seeds: list[int]) -> dict:
+        self.obs = [env.reset([seed]) for env, seed in zip(self.envs, seeds, strict=True)]
         return stacked(self.obs)
 
-    def move(self, actions: np.ndarray) -> tuple[dict, dict]:
-        pairs = [env.move(action[None]) for env, action in zip(self.envs, actions, strict=True)]
+    def step(self, actions: np.ndarray) -> tuple[dict, dict]:
+        pairs = [env.step(action[None]) for env, action in zip(self.envs, actions, strict=True)]
         self.obs, info = zip(*pairs)
         return stacked(self.obs), stacked(info)
 
@@ -89,15 +92,15 @@ class SideBySide:
         return getattr(self.envs[0], name)
 
     positions = property(lambda self: np.concatenate([env.positions for env in self.envs]))
-    episodes = property(lambda self: [env.episode for env in self.envs])
-    targets = property(lambda self: [env.target for env in self.envs])
-    instructions = property(lambda self: [env.instruction for env in self.envs])
+    episodes = property(lambda self: [env.episodes[0] for env in self.envs])
+    targets = property(lambda self: [env.targets[0] for env in self.envs])
+    instructions = property(lambda self: [env.instructions[0] for env in self.envs])
 
 
 class Experts:
     """A scripted expert for each of the simulators."""
 
-    def __init__(self, *envs: SubtaskEnv):
+    def __init__(self, *envs: SubtaskEnvs):
         self.experts = [ScriptedExpert(env) for env in envs]
 
     def reset(self) -> None:
@@ -119,11 +122,8 @@ def equal(one, other) -> bool:
 
 
 @pytest.fixture(scope="module")
-def three(assets):
-    envs = [SubtaskEnv(*ANY) for _ in range(3)]
-    yield envs
-    for env in envs:
-        env.close()
+def three(simulator) -> list[SubtaskEnvs]:
+    return [simulator(*ANY, obs_mode=IMAGES, number=i) for i in range(3)]
 
 
 # --- One environment ---
@@ -133,10 +133,10 @@ def three(assets):
     ("kind", "address", "seed"), [("random", ANY, 0), ("learned", TIDY, 1), ("random", DRAWER, 2)]
 )
 def test_an_episode_is_the_one_that_mshab_makes_of_its_whole_files_bit_for_bit(
-    kind, address, seed, three
+    kind, address, seed, simulator
 ):
     """Indices, observations, states, successes; MS-HAB has a number, not lists, as its seed."""
-    envs = three[0] if address == ANY else SubtaskEnvs(*address)
+    envs = simulator(*address, obs_mode=IMAGES)
     spec, (plan_file, spawn_file) = envs.mshab.spec, plan_files(*address)
     whole = dict(task_plans=plan_data_from_file(plan_file).plans, spawn_data_fp=spawn_file)
     mshab = gymnasium.make(spec.id, **spec.kwargs | whole).unwrapped
@@ -155,9 +155,9 @@ def test_an_episode_is_the_one_that_mshab_makes_of_its_whole_files_bit_for_bit(
         obs, _, _, _, info = mshab.step(action[0])
         steps.append((action, obs, bool(info["success"])))
     assert digest.hexdigest()[:16] == record["actions"]
-    assert equal(envs.start([seed]), first)
+    assert equal(envs.reset([seed]), first)
     for action, theirs, success in steps:
-        ours, info = envs.move(action)
+        ours, info = envs.step(action)
         assert equal(ours, theirs) and info["success"].tolist() == [success]
     assert equal(envs.mshab.get_state_dict(), mshab.get_state_dict())  # init_config_idxs are there
     mshab.close()
@@ -172,7 +172,7 @@ def test_what_is_simulated_at_once_has_one_kind_of_articulation_and_of_start(ass
                 plan_file, spawn_file = plan_files(task, subtask, target, "train")
                 starts, found = torch.load(spawn_file, weights_only=True), {}
                 plans = json.loads(plan_file.read_text())["plans"]
-                kinds = set(map(cupboards(plan_file), range(100)))
+                kinds = set(map(articulations(plan_file), range(100)))
                 for plan in plans:
                     subtasks = plan["subtasks"][0]
                     of = subtasks.get("articulation_config") or subtasks
@@ -181,7 +181,7 @@ def test_what_is_simulated_at_once_has_one_kind_of_articulation_and_of_start(ass
                     alike += [subtasks.get("remove_obj_id"), sorted(starts[subtasks["uid"]])]
                     assert found.setdefault(kind, alike) == alike
                 assert kinds == set(found)
-    assert set(map(cupboards(plan_files(*ANY)[0]), range(9))) == {"fridge", "kitchen_counter"}
+    assert set(map(articulations(plan_files(*ANY)[0]), range(9))) == {"fridge", "kitchen_counter"}
 
 
 # --- Several ---
@@ -206,8 +206,8 @@ def test_an_episode_is_recorded_as_if_it_were_alone(kind, three):
     assert untimed(fewer) == untimed(alone[:2])
 
 
-def test_who_succeeds_early_keeps_the_record_while_the_others_go_on(assets):
-    envs = [SubtaskEnv(*DRAWER, obs_mode="state_dict") for _ in range(2)]
+def test_who_succeeds_early_keeps_the_record_while_the_others_go_on(simulator):
+    envs = [simulator(*DRAWER, number=i) for i in range(2)]
     for stop_at_success in (True, False):
         cfg, seeds = settings(130, stop_at_success), [0, 3]
         together = run_episodes(SideBySide(*envs), Experts(*envs), seeds, cfg)
@@ -220,8 +220,6 @@ def test_who_succeeds_early_keeps_the_record_while_the_others_go_on(assets):
         assert all(record["success_once"] for record in together)
         ends = [record["success_at_end"] for record in together]
         assert (ends == [None, None]) == stop_at_success
-    for env in envs:
-        env.close()
 
 
 def test_a_settled_record_does_not_change():
@@ -257,8 +255,8 @@ def test_a_batch_has_one_column_one_cupboard_and_at_most_so_many_episodes():
 class Lucky(SideBySide):
     """The first environment succeeds at its second step."""
 
-    def move(self, actions: np.ndarray) -> tuple[dict, dict]:
-        obs, info = super().move(actions)
+    def step(self, actions: np.ndarray) -> tuple[dict, dict]:
+        obs, info = super().step(actions)
         info["success"][0] = self.envs[0].elapsed == 2
         return obs, info
 
@@ -337,12 +335,37 @@ def test_without_a_gpu_several_environments_are_refused_with_a_way_out(tmp_path)
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(GPU, reason="here is a GPU")
-def test_what_a_gpu_simulation_loads_is_looked_for_before_any_worker_starts(tmp_path, monkeypatch):
+@pytest.mark.skipif(GPU, reason="this machine has its own libraries")
+@pytest.mark.parametrize(
+    ("cuda", "content", "download", "message"),
+    [
+        (False, None, True, "libcuda.so: cannot open.*sudo ln -s .* /usr/lib/libcuda.so"),
+        (True, None, True, "libPhysXGpu_64.so: .*github.com.*Unable to connect.*without internet"),
+        (True, b"\x7fELF", False, "(file too short|exit code -).* mv .* .*.aside && .*enable_gpu"),
+    ],
+)
+def test_what_a_gpu_simulation_loads_is_looked_for_before_any_worker_starts(
+    cuda, content, download, message, tmp_path, monkeypatch
+):
+    """In a home folder of its own, without a way to GitHub."""
     monkeypatch.setattr(rollout, "device_of", lambda device: torch.device("cuda"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(InputError, match=r"libcuda.so: cannot open.*\n.*mend: sudo ln -s"):
-        main(EvalConfig(tmp_path / "eval", policy="random", envs=4))
+    for proxy in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+    if cuda:
+        # Any library will do: SAPIEN loads it and asks it for nothing yet.
+        (tmp_path / "libcuda.so").symlink_to(np._core._multiarray_umath.__file__)
+        monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+        monkeypatch.setattr(rollout.ctypes, "CDLL", lambda name: None)
+        assert "the first --envs downloads it" in rollout.check_gpu_physics(download=False)
+    if content:
+        library = tmp_path / ".sapien/physx" / rollout.physx.version() / "libPhysXGpu_64.so"
+        library.parent.mkdir(parents=True)
+        library.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        if download:
+            main(EvalConfig(tmp_path / "eval", policy="random", envs=4))
+        rollout.check_gpu_physics(download=False)
     assert not (tmp_path / "eval").exists()
 
 
@@ -351,12 +374,15 @@ def test_a_file_from_before_there_was_a_choice_goes_on_and_physics_are_not_mixed
     main(cfg)
     path = tmp_path / "episodes.jsonl"
     (line,) = read_lines(path)
-    assert line.pop("simulation") == "physx_cpu"
-    path.write_text(json.dumps(line) + "\n")
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert settings.pop("simulation") == "physx_cpu" and settings.pop("device") == "cpu"
+    (tmp_path / "config.json").unlink()
+    path.write_text(json.dumps(settings | line) + "\n")  # as it was
     main(replace(cfg, episodes=2))
-    assert [read["seed"] for read in read_lines(path)] == [0, 1] and read_lines(path)[0] == line
+    first, second = read_episodes(tmp_path).values()
+    assert (first["seed"], second["seed"]) == (0, 1) and first == first | settings | line
     (tmp_path / "gpu").mkdir()
-    append(tmp_path / "gpu/episodes.jsonl", line | {"simulation": "physx_cuda"})
+    append(tmp_path / "gpu/episodes.jsonl", settings | line | {"simulation": "physx_cuda"})
     with pytest.raises(InputError, match="simulation = 'physx_cuda', this run has 'physx_cpu'"):
         main(replace(cfg, out=tmp_path / "gpu"))
     with pytest.raises(InputError, match=r"simulation is 'physx_cpu' in .*, 'physx_cuda' in"):
@@ -368,7 +394,7 @@ def test_on_a_gpu_a_column_is_simulated_at_once(assets, tmp_path):
     columns = ("close_drawer", "pick_all", "place_all")
     cfg = EvalConfig(tmp_path, policy="random", columns=columns, envs=4, episodes=6, horizon=3)
     main(replace(cfg, video=1))
-    episodes = read_lines(tmp_path / "episodes.jsonl")
+    episodes = [*read_episodes(tmp_path).values()]
     assert sorted((each["column"], each["seed"]) for each in episodes) == sorted(
         (column, seed) for column in columns for seed in range(6)
     )

@@ -13,11 +13,11 @@ from processes import REPOSITORY, start
 from test_eval import outcomes, trained  # noqa: F401  a fixture
 
 from config import TASKS, InputError
-from eval import EvalConfig, main, own_gpu
+from eval import EvalConfig, main
 from paper import OBJECTS, targets
-from simulation.episodes import scenes
+from simulation.episodes import count_scenes
+from simulation.workers import Workers
 from storage.files import append, read_lines
-from storage.results import merge, part
 from tools.compare import Pairs, compare
 
 LEARN = REPOSITORY / "results/learn"
@@ -42,7 +42,7 @@ def test_every_object_of_a_task_is_a_column(task, assets, tmp_path):
     cfg = EvalConfig(out=tmp_path, policy="random", task=task, columns=("pick_each", "place_each"))
     subtasks = ("pick", "place")
     assert cfg.names == tuple(f"{sub}:{name}" for sub in subtasks for name in targets(task, sub))
-    assert [cfg.plan_files(name)[0].stem for name in cfg.names] == [*OBJECTS[task]] * 2
+    assert [cfg.plan_file(name).stem for name in cfg.names] == [*OBJECTS[task]] * 2
     foreign = "pick:013_apple" if task != "set_table" else "place:003_cracker_box"
     with pytest.raises(InputError, match=f"--columns {foreign}: {task} has none; it picks"):
         EvalConfig(out=tmp_path, policy="random", task=task, columns=(foreign,))
@@ -50,8 +50,8 @@ def test_every_object_of_a_task_is_a_column(task, assets, tmp_path):
 
 def test_so_many_seeds_reach_every_scene_and_one_less_does_not(assets, tmp_path, capsys):
     chosen = dict(out=tmp_path, policy="random", task="tidy_house", columns=("pick_all",))
-    plan_file = EvalConfig(**chosen).plan_files("pick_all")[0]
-    needed = scenes(plan_file, [], 0)["seeds_for_all"]
+    plan_file = EvalConfig(**chosen).plan_file("pick_all")
+    needed = count_scenes(plan_file, [], 0)["seeds_for_all"]
     for episodes, reached in ((needed - 1, 2), (needed, 3)):
         main(EvalConfig(**chosen, episodes=episodes, horizon=1))
         told = (
@@ -66,45 +66,35 @@ def test_thirty_seeds_reach_every_scene_of_every_task_here(assets, tmp_path):
     for task, split in product(TASKS, ("train", "val")):
         cfg = EvalConfig(out=tmp_path, policy="random", task=task, split=split)
         for name in cfg.names:
-            found = scenes(cfg.plan_files(name)[0], [], 0)
+            found = count_scenes(cfg.plan_file(name), [], 0)
             assert found["of"] == 3 and 3 <= found["seeds_for_all"] <= 30, (task, name)
 
 
-# --- One process, torchrun (test_eval.py: the expert, also killed, also several workers) ---
+# --- One process, several (test_eval.py: the expert, also killed) ---
 
 
-def test_a_learned_policy_takes_the_same_actions_in_one_process_and_in_ranks(trained, tmp_path):  # noqa: F811
+def test_a_learned_policy_takes_the_same_actions_in_one_process_and_in_two(trained, tmp_path):  # noqa: F811
     flags = "--columns close_drawer --episodes 2 --horizon 5 --device cpu --checkpoint"
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2"
-    for name, program in (("one", ""), ("ranks", torchrun)):
-        command = (*program.split(), "eval.py", *flags.split(), trained, "--out", tmp_path / name)
-        run = start(*command)
-        _, errors = run.communicate()
-        assert run.returncode == 0, errors
-    one, ranks = (outcomes(tmp_path / name) for name in ("one", "ranks"))
-    assert one == ranks and len({dict(episode)["actions"] for episode in one}) == 2
+    for workers in (1, 2):
+        run = start(
+            "eval.py", *flags.split(), trained, "--workers", workers, "--out",
+            tmp_path / str(workers),
+        )  # fmt: skip
+        assert run.wait() == 0, run.communicate()
+    one, two = (outcomes(tmp_path / name) for name in ("1", "2"))
+    assert one == two and len({dict(episode)["actions"] for _, episode in one}) == 2
 
 
-def test_the_ranks_files_become_one_also_when_that_is_interrupted(tmp_path, capsys):
-    path = tmp_path / "episodes.jsonl"
-    lines = [{"column": "pick_all", "seed": seed} for seed in range(5)]
-    for line in lines[:2]:
-        append(path, line)
-    append(part(path, 0), lines[1])  # killed after this one was moved, before the file was removed
-    append(part(path, 0), lines[2])
-    for line in lines[3:]:
-        append(part(path, 11), line)
-    part(path, 11).write_text(part(path, 11).read_text() + '{"column": "pi')
-    assert merge(path) == lines == read_lines(path) == merge(path)
-    assert [file.name for file in tmp_path.iterdir()] == ["episodes.jsonl"]
-    assert "episodes.11.jsonl: dropped an incomplete last line" in capsys.readouterr().err
+def visible_gpu(jobs):
+    for _ in jobs:
+        yield os.environ["CUDA_VISIBLE_DEVICES"]
 
 
-def test_a_rank_sees_its_own_gpu(monkeypatch):
+def test_the_workers_take_the_gpus_in_turn(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    own_gpu()
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
+    jobs = iter([("a", seed) for seed in range(3)])
+    results = Workers(3, visible_gpu).run(lambda running: next(jobs, None))
+    assert sorted(gpu for _, gpu in results) == ["4", "4", "6"]
 
 
 # --- A against B ---

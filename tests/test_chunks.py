@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
-from storage.chunks import read_rows
+from storage.trajectory import read_rows
 
 STORED = {
     "MS-HAB's": dict(compression="gzip", compression_opts=5),

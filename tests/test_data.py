@@ -20,18 +20,18 @@ from tokenizers.processors import TemplateProcessing
 from config import CAMERAS, LABELS, InputError, model_config
 from data import (
     ActionStats,
-    Batcher,
     Frames,
     StepOrder,
     cameras,
     check_batch,
+    make_batch,
     normalize_depth,
     open_data,
     preprocess,
-    to_tensors,
+    raw_batch,
 )
 from storage.h5 import Demonstrations
-from storage.pack import BLOCK, PACKED, Pack, pack, verify
+from storage.pack import Pack, pack, verify
 from storage.tokenizer import build_tokenizer, tokenize
 from storage.trajectory import DataError
 
@@ -47,9 +47,10 @@ def demos(tmp_path_factory):
     return folder
 
 
-def make_batcher(source, frames=None, cfg=CFG):
-    stats = (frames or Frames(source, 0.1, train=True)).stats("controller")
-    return Batcher(cfg, stats, tokenize(source.instructions, build_tokenizer(cfg.llm), cfg.llm))
+def batch_of(source, raw):
+    stats = Frames(source, 0.1, train=True).stats("controller")
+    prompts = tokenize(source.instructions, build_tokenizer(CFG.llm), CFG.llm)
+    return make_batch(raw, stats, prompts, CFG)
 
 
 # --- Images and actions ---
@@ -80,17 +81,17 @@ def test_a_live_frame_and_the_recorded_one_give_equal_images(demos):
                 for camera in ("fetch_head", "fetch_hand")
             }
         }
-    recorded = to_tensors(source.read([4]))
-    live = preprocess(*cameras(obs), CFG)
+    recorded = raw_batch(source.read([4])[:, None])
+    live = preprocess(*(pictures[:, None] for pictures in cameras(obs)), CFG)
     assert torch.equal(live, preprocess(recorded["rgb"], recorded["depth"], CFG))
     assert live.shape == (1, 4, 3, 64, 64)
 
 
 def test_views_are_head_rgb_hand_rgb_head_depth_hand_depth():
-    rgb = torch.zeros(1, 2, 128, 128, 3, dtype=torch.uint8)
-    rgb[:, 1] = 255
-    depth = torch.zeros(1, 2, 128, 128, dtype=torch.int16)
-    depth[:, 1] = 32000
+    rgb = torch.zeros(1, 1, 2, 128, 128, 3, dtype=torch.uint8)
+    rgb[:, :, 1] = 255
+    depth = torch.zeros(1, 1, 2, 128, 128, dtype=torch.int16)
+    depth[:, :, 1] = 32000
     means = preprocess(rgb, depth, CFG).mean((0, 2, 3, 4))
     torch.testing.assert_close(means, torch.tensor([0.0, 1.0, 1.0, 0.0]), rtol=0, atol=1e-4)
     only_hand = preprocess(rgb, depth, replace(CFG, cameras=("hand",), depth=False))
@@ -208,7 +209,7 @@ def test_a_prompt_that_is_too_long_is_refused():
 def test_a_batch_is_what_its_documentation_says(demos):
     source = open_data(demos)
     frames = Frames(source, 0.1, train=True)
-    batch = make_batcher(source)(frames[np.arange(6)], torch.device("cpu"))
+    batch = batch_of(source, frames[np.arange(6)])
     check_batch(batch, CFG)
     with pytest.raises(ValueError, match=r"batch\['qpos'\]: got \(6, 11\), expected \(6, 12\)"):
         check_batch(batch | {"qpos": batch["qpos"][:, :11]}, CFG)
@@ -217,7 +218,7 @@ def test_a_batch_is_what_its_documentation_says(demos):
 def test_labels_and_masks_arrive_as_recorded(demos):
     source = open_data(demos)
     records = source.read_episode(0)
-    batch = make_batcher(source)(to_tensors(records), torch.device("cpu"))
+    batch = batch_of(source, raw_batch(records[:, None]))
     with h5py.File(demos / source.episodes[0].file) as file:
         group = file[source.episodes[0].trajectory]
         assert np.array_equal(batch["pos"].numpy(), group["labels/pos"][:-1])
@@ -281,23 +282,28 @@ def test_a_resumed_order_is_the_tail_of_the_whole_one():
 # --- The pack ---
 
 
-def test_a_pack_holds_every_frame_as_the_files_do(demos, tmp_path):
-    pack(str(demos), str(tmp_path))
-    source, packed = open_data(demos), open_data(tmp_path)
-    assert isinstance(packed, Pack) and len(packed) == len(source)
+CLOSE = "set_table/close/kitchen_counter.npy"
+
+
+@pytest.fixture
+def packed(demos, tmp_path):
+    folder = tmp_path / "my pack"
+    pack(str(demos), str(folder))
+    return folder
+
+
+def test_a_pack_holds_every_frame_as_the_files_do(demos, packed):
+    source, packs = open_data(demos), open_data(packed)
+    assert isinstance(packs, Pack) and len(packs) == len(source)
     rows = np.arange(len(source))
-    assert source.read(rows).tobytes() == packed.read(rows).tobytes()
-    assert (
-        np.array_equal(source.actions_of([2, 4]), packed.actions_of([2, 4]))
-        and source.instructions == packed.instructions
-    )
-    verify(str(tmp_path))
+    assert source.read(rows).tobytes() == packs.read(rows).tobytes()
+    assert np.array_equal(source.actions_of([2, 4]), packs.actions_of([2, 4]))
+    assert source.episodes == packs.episodes and source.instructions == packs.instructions
+    verify(str(packed))
 
 
-def test_an_interrupted_pack_goes_on_and_gives_the_same_bytes(demos, tmp_path, monkeypatch):
-    monkeypatch.setattr("storage.pack.BLOCK", 10)
-    pack(str(demos), str(tmp_path / "whole"))
-    original = Demonstrations.read_episode
+def test_an_interrupted_pack_goes_on_and_gives_the_same_bytes(demos, packed, tmp_path, monkeypatch):
+    read, original = [], Demonstrations.read_episode
 
     def fail_at_4(self, episode):
         if episode == 4:
@@ -307,44 +313,62 @@ def test_an_interrupted_pack_goes_on_and_gives_the_same_bytes(demos, tmp_path, m
     monkeypatch.setattr(Demonstrations, "read_episode", fail_at_4)
     with pytest.raises(KeyboardInterrupt):
         pack(str(demos), str(tmp_path / "cut"))
-    assert not (tmp_path / "cut/pack.json").exists() and list(
-        (tmp_path / "cut").glob("frames-*.bin")
+    assert not (tmp_path / "cut/pack.json").exists()
+    assert [path.name for path in (tmp_path / "cut").rglob("*.np*")] == ["kitchen_counter.npy"]
+    monkeypatch.setattr(
+        Demonstrations, "read_episode", lambda self, e: read.append(e) or original(self, e)
     )
-    monkeypatch.setattr(Demonstrations, "read_episode", original)
     pack(str(demos), str(tmp_path / "cut"))
-    for block in (tmp_path / "whole").iterdir():
-        assert block.read_bytes() == (tmp_path / "cut" / block.name).read_bytes()
+    assert read == [3, 4, 5]  # the finished file is not read again
+    names = {str(path.relative_to(packed)) for path in packed.rglob("*.*")}
+    assert names == {".lock", "pack.json", CLOSE, "set_table/pick/013_apple.npy", "summary.npz"}
+    for name in names - {".lock"}:
+        assert (packed / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
 
-def test_verify_names_the_block_in_which_one_bit_was_flipped(demos, tmp_path):
-    folder = tmp_path / "my pack"
-    pack(str(demos), str(folder))
-    block = folder / "frames-00000.bin"
-    content = bytearray(block.read_bytes())
+def test_verify_names_the_file_in_which_one_bit_was_flipped(packed):
+    content = bytearray((packed / CLOSE).read_bytes())
     content[len(content) // 2] ^= 1
-    block.write_bytes(content)
-    aside = f"mv '{folder}' '{folder}.damaged' && python data.py pack --data DATA --out '{folder}'"
-    with pytest.raises(DataError, match=rf"frames-00000.bin: missing or damaged.* {aside}"):
-        verify(str(folder))
-    with pytest.raises(DataError, match=rf"record \d+: damaged, .* {aside}"):
-        Pack(folder).read(range(len(Pack(folder))))
+    (packed / CLOSE).write_bytes(content)
+    aside = f"mv '{packed}' '{packed}.damaged' && python data.py pack --data DATA --out '{packed}'"
+    with pytest.raises(DataError, match=rf"kitchen_counter.npy: missing or damaged.* {aside}"):
+        verify(str(packed))
 
 
 def test_a_folder_that_is_no_pack_is_refused_with_the_command_that_makes_one(tmp_path):
-    with pytest.raises(ValueError, match=r"no pack\.json; make one: python data\.py pack"):
+    with pytest.raises(InputError, match=r"no pack\.json; make one: python data\.py pack"):
         verify(str(tmp_path))
 
 
-def test_a_cut_block_is_found_when_the_pack_is_opened(demos, tmp_path):
-    pack(str(demos), str(tmp_path))
-    block = tmp_path / "frames-00000.bin"
-    block.write_bytes(block.read_bytes()[: -PACKED.itemsize])
-    with pytest.raises(DataError, match=r"frames-00000.bin"):
+def test_a_cut_file_is_found_when_the_pack_is_opened(demos, packed):
+    (packed / CLOSE).write_bytes((packed / CLOSE).read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"kitchen_counter.npy: cannot be read.* Pack again: mv"):
+        open_data(packed)
+    (packed / CLOSE).unlink()
+    pack(str(demos), str(packed))
+    assert len(open_data(packed)) == len(open_data(demos))
+
+
+def test_a_pack_of_an_older_format_is_refused_with_the_command_that_packs_again(packed):
+    meta = json.loads((packed / "pack.json").read_text())
+    del meta["format"]
+    (packed / "pack.json").write_text(json.dumps(meta | {"record": 172_440}))
+    with pytest.raises(DataError, match=r"other records than this code reads\. Pack again: mv"):
+        open_data(packed)
+
+
+def test_data_with_a_pack_is_read_from_it_unless_a_file_is_newer(tmp_path):
+    path = write_demos(tmp_path / "set_table/close/fridge")
+    pack(str(tmp_path))
+    assert open_data(tmp_path, truncate=True).folder == tmp_path / "pack"
+    write_demos(tmp_path / "set_table/open/fridge")
+    again = f"python data.py pack --data {tmp_path} --out {tmp_path / 'pack'}$"
+    with pytest.raises(InputError, match=f"lacks set_table/open/fridge.h5 .*{again}"):
         open_data(tmp_path)
-    assert BLOCK == 1024
-    block.unlink()
-    pack(str(demos), str(tmp_path))  # what the message says to do
-    assert len(open_data(tmp_path)) == len(open_data(demos))
+    pack(str(tmp_path))
+    assert len(open_data(tmp_path).episodes) == 6
+    path.unlink()  # to save disk
+    assert len(open_data(tmp_path).episodes) == 6
 
 
 # --- Blocks: frames of MS-HAB's files that are inflated together ---
@@ -367,12 +391,12 @@ def test_an_epoch_of_blocks_has_every_frame_once_and_inflates_every_block_once(
     for i in range(4):
         write_demos(tmp_path / f"{i}/close/fridge", lengths=(12,) * 20, seed=i)
     frames = Frames(Demonstrations(tmp_path), 0.1, train=True)
-    read, original = [], Demonstrations._read_block
+    read, original = [], Demonstrations.read_block
     monkeypatch.setattr("storage.h5.READ_AHEAD", 60)
     monkeypatch.setattr("data.SHUFFLE_POOL", 40)
     monkeypatch.setattr(
         Demonstrations,
-        "_read_block",
+        "read_block",
         lambda self, block: read.append(block) or original(self, block),
     )
     batches = list(StepOrder(len(frames), 8, 0, 0, len(frames) // 8, 0, 1, frames.blocks))
@@ -472,7 +496,7 @@ def test_bad_demonstrations_are_refused_naming_file_trajectory_and_cause(fault, 
 def test_a_truncated_h5_is_refused_naming_the_file(tmp_path):
     path = write_demos(tmp_path / "set_table/close/kitchen_counter")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(DataError, match=r"kitchen_counter.h5, traj_0: cannot be read"):
+    with pytest.raises(DataError, match=r"kitchen_counter.h5: cannot be read"):
         Demonstrations(tmp_path).read([0])
 
 
@@ -482,7 +506,7 @@ def test_a_cut_sidecar_and_an_empty_folder_are_refused(tmp_path):
     path = write_demos(tmp_path / "set_table/close/kitchen_counter")
     sidecar = path.with_suffix(".json")
     sidecar.write_text(sidecar.read_text()[:-5])
-    with pytest.raises(DataError, match="not whole"):
+    with pytest.raises(DataError, match="incomplete"):
         Demonstrations(tmp_path)
     sidecar.unlink()
     with pytest.raises(DataError, match=r"no kitchen_counter.json beside it"):
@@ -491,9 +515,8 @@ def test_a_cut_sidecar_and_an_empty_folder_are_refused(tmp_path):
 
 ENTRIES = {
     "an id twice": (dict(episode_id=0), "its own episode_id"),
-    "no steps": (dict(elapsed_steps=0), "at least 1"),
-    "steps unknown": (dict(elapsed_steps=None), "at least 1"),
-    "half a step": (dict(elapsed_steps=8.5), "at least 1"),
+    "steps unknown": (dict(elapsed_steps=None), "a whole number of elapsed_steps"),
+    "half a step": (dict(elapsed_steps=8.5), "a whole number of elapsed_steps"),
     "another controller": (dict(control_mode="pd_joint_pos"), "expected pd_joint_delta_pos"),
     "whole steps as a float": (dict(elapsed_steps=9.0, control_mode=None), None),
     "no sentence": (dict(instruction=None), None),
@@ -513,6 +536,18 @@ def test_an_episode_that_its_sidecar_cannot_mean_is_refused(name, tmp_path):
     else:
         demos = Demonstrations(tmp_path, truncate=True)
         assert demos.instructions == ["close the fridge"] and len(demos.read_episode(1)) == 9
+
+
+def test_an_episode_of_no_steps_and_trajectories_not_in_the_json_are_skipped_with_a_note(tmp_path):
+    sidecar = write_demos(tmp_path / "close/fridge", lengths=(9, 9, 9)).with_suffix(".json")
+    content = json.loads(sidecar.read_text())
+    content["episodes"] = [content["episodes"][0], content["episodes"][1] | {"elapsed_steps": 0}]
+    sidecar.write_text(json.dumps(content))
+    demos = Demonstrations(tmp_path, truncate=True)
+    assert [episode.trajectory for episode in demos.episodes] == ["traj_0"]
+    noted = "\n".join(Frames(demos, 0.1, train=False).remarks)
+    assert "fridge.h5, traj_1: no steps, skipped" in noted
+    assert "fridge.h5: 1 trajectories not in its .json, skipped" in noted
 
 
 def test_files_that_disagree_on_the_action_schema_are_refused(tmp_path):

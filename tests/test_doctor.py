@@ -18,8 +18,6 @@ from planted_files import resealed, write_known, write_prismatic  # and its faul
 from config import InputError
 from paper import parse
 from policy import Policy
-from simulation.assets import assets as asset_findings
-from simulation.assets import mixed
 from storage.pack import pack
 from tools.check_files import checkpoint_weights, demonstrations, pretrained_weights
 from tools.check_policy import acting
@@ -70,35 +68,6 @@ def test_a_fault_is_named_with_the_command_that_mends_it(name, plant):
         re.search(got, f"{each.got}; expected {each.expected}") and re.search(mend, each.mend)
         for each in found
     ), "\n".join(map(str, found))
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "an_object_that_is_missing",
-        "a_folder_under_a_wrong_name",
-        "an_archive_unpacked_one_level_too_deep",
-    ],
-)
-def test_the_command_mends_the_apartment(name, plant):
-    lacking = [each for each in FAULTS[name][0](plant) if each.state == "missing"]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = ["bash", "-c", lacking[0].mend]
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": path}, check=True)
-    assert {each.state for each in asset_findings(plant.tmp / "my assets")} == {"ok"}
-
-
-@pytest.mark.parametrize("what", ["scenes", "objects"])
-def test_a_download_and_a_generated_apartment_are_separated_and_nothing_is_lost(what, plant):
-    (lacking,) = FAULTS[f"a_download_of_{what}_into_the_generated_apartment"][0](plant)
-    before = sum(path.is_file() for path in plant.tmp.rglob("*"))
-    subprocess.run(["bash", "-c", lacking.mend], check=True)
-    real, generated = (plant.tmp / f"my assets-{name}" for name in ("real", "generated"))
-    assert before == sum(path.is_file() for path in plant.tmp.rglob("*"))
-    assert (generated / "household.json").is_file() and (generated / "robots").is_dir()
-    assert (generated / "replica_cad_dataset").is_dir() == (what == "objects")
-    assert any(real.rglob("v3_sc1*" if what == "scenes" else "077*"))
-    assert not any(real.rglob("024_bowl" if what == "scenes" else "v3_sc*")) and not mixed(real)
 
 
 def test_make_clean_removes_the_runs_and_no_download(tmp_path):
@@ -230,7 +199,7 @@ def test_nothing_is_found_where_nothing_is_missing(whole, assets, monkeypatch):
         *checks.shared_memory(1, 1), *demonstrations(whole / "demos"),
         *demonstrations(whole / "pack"), *checkpoint_weights(whole / "stage1"),
         *pretrained_weights(str(whole / "prism"), "paper")[:1],  # its tokenizer is not here
-        *asset_findings(assets), *acting(whole / "stage2", whole / "known", "cpu"),
+        *acting(whole / "stage2", whole / "known", "cpu"),
     ]  # fmt: skip
     assert {each.state for each in found} == {"ok"}, "\n".join(map(str, found))
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -14,29 +15,29 @@ from processes import REPOSITORY, start, workers_of
 from tiny_run import write_untrained
 
 from config import InputError
-from eval import EvalConfig, main, prepare
+from eval import EvalConfig, choose, main
 from paper import ROWS
 from policy import check_schema
-from simulation.env import SubtaskEnv
-from storage.files import append, code_commit, read_json, read_lines, sha256, write_json
-from storage.results import check_same_run, success_table, table, wilson
+from storage.files import (
+    append,
+    code_commit,
+    read_json,
+    read_lines,
+    sha256,
+    sole_writer,
+    write_json,
+)
+from storage.results import merge_settings, read_episodes, success_table, table, wilson
 from tools.report import write_report
 
-EXPERT = "--policy expert --stop-at-success --columns close_drawer pick_all --episodes 3"
+DRAWER = ("set_table", "close", "kitchen_counter", "val")
+EXPERT = "--policy expert --columns close_drawer pick_all --episodes 3 --horizon 40"
 
 
 def outcomes(out: Path) -> list[tuple]:
-    """What may not depend on the run: everything but the order and the time."""
-    episodes = [
-        episode | {"seconds": 0, "policy_seconds": 0}
-        for episode in read_lines(out / "episodes.jsonl")
-    ]
-    return sorted(tuple(episode.items()) for episode in episodes)
-
-
-def ranks_of(torchrun: subprocess.Popen) -> list[int]:
-    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-    return [int(c) for c in children if "eval.py" in Path(f"/proc/{c}/cmdline").read_text()]
+    """All that may not depend on the run: everything but the order and the time."""
+    untimed = {"seconds": 0, "policy_seconds": 0}
+    return sorted((key, tuple((e | untimed).items())) for key, e in read_episodes(out).items())
 
 
 def wait_for_episodes(out: Path, count: int, process: subprocess.Popen):
@@ -55,12 +56,10 @@ def one_worker(assets, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(assets, tmp_path_factory) -> Path:
+def trained(simulator, tmp_path_factory) -> Path:
     """A stage folder with an untrained checkpoint of the tiny model, made for this robot."""
-    env = SubtaskEnv("set_table", "close", "kitchen_counter", obs_mode="state_dict")
     stage = tmp_path_factory.mktemp("run") / "stage2"
-    write_untrained(stage, env, "close the kitchen drawer")
-    env.close()
+    write_untrained(stage, simulator(*DRAWER), "close the kitchen drawer")
     return stage
 
 
@@ -109,7 +108,7 @@ def test_a_torn_last_line_is_dropped_with_a_warning(tmp_path, capsys):
     append(path, {"seed": 0})
     path.write_text(path.read_text() + '{"seed": 1, "succ')
     assert read_lines(path, mend=True) == [{"seed": 0}]
-    assert "torn" in capsys.readouterr().err
+    assert "incomplete" in capsys.readouterr().err
     append(path, {"seed": 1})
     assert read_lines(path) == [{"seed": 0}, {"seed": 1}]
 
@@ -133,23 +132,32 @@ def test_a_report_of_one_evaluation_is_refused_and_changes_nothing(tmp_path):
     assert [path.name for path in (tmp_path / "run/eval").iterdir()] == ["results.json"]
 
 
-def test_episodes_of_another_evaluation_are_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match="split = 'train', this run has 'val'"):
-        check_same_run(tmp_path / "e", [{"split": "train", "task": "t"}], {"split": "val"})
+def test_settings_stand_once_or_on_every_line_and_may_not_change(tmp_path):
+    line = {"column": "place_obj", "seed": 0, "split": "train"}
+    append(tmp_path / "episodes.jsonl", line)  # as old evaluations, and as a killed torchrun
+    append(tmp_path / "episodes.1.jsonl", line | {"seed": 1})
+    (tmp_path / "config.json").write_text('{"policies": {"place_obj": "a"}}')
+    done = read_episodes(tmp_path)
+    assert sorted(done) == [("place_obj", 0), ("place_obj", 1)]
+    assert {episode["simulation"] for episode in done.values()} == {"physx_cpu"}
+    with pytest.raises(InputError, match="split = 'train', this run has 'val'"):
+        merge_settings(tmp_path, done, {"split": "val"})
+    added = merge_settings(tmp_path, done, {"policies": {"pick_obj": "b"}, "device": "cpu"})
+    assert added == {"policies": {"place_obj": "a", "pick_obj": "b"}, "device": "cpu"}
+    with pytest.raises(InputError, match=r"policies = \{'place_obj': 'a'\}, this run has"):
+        merge_settings(tmp_path, done, {"policies": {"place_obj": "b"}})
+    with pytest.raises(InputError, match="device = 'cpu', this run has 'cuda'"):
+        merge_settings(tmp_path, done, {"device": "cuda"})
 
 
-def test_a_column_may_be_added_and_what_acts_in_it_may_not_change(tmp_path):
-    before = [{"policies": {"place_obj": "a"}}]
-    check_same_run(tmp_path / "e", before, {"policies": {"pick_obj": "b"}, "device": "cpu"})
-    with pytest.raises(ValueError, match=r"policies = \{'place_obj': 'a'\}, this run has"):
-        check_same_run(tmp_path / "e", before, {"policies": {"place_obj": "b"}})
-    with pytest.raises(ValueError, match="device = 'cpu', this run has 'cuda'"):
-        check_same_run(tmp_path / "e", before, {"device": "cuda"})
+def test_results_of_this_repository_are_read_with_their_settings():
+    old = read_episodes(REPOSITORY / "weights/eval")
+    assert old["close_drawer", 0]["horizon"] == 200 and old["close_drawer", 0]["device"] == "cpu"
 
 
 def test_only_the_learned_policy_takes_a_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match="needs one"):
-        EvalConfig(out=tmp_path)
+    with pytest.raises(InputError, match="no --policy but learned"):
+        EvalConfig(out=tmp_path, checkpoint=tmp_path, policy="random")
     with pytest.raises(ValueError, match="only set_table"):
         EvalConfig(out=tmp_path, policy="random", task="tidy_house", columns=("open_fridge",))
 
@@ -177,37 +185,35 @@ def test_a_kill_neither_loses_nor_repeats_an_episode(one_worker, tmp_path):
     assert orphans and not any(Path(f"/proc/{worker}").exists() for worker in orphans)
 
 
-def test_so_does_torchrun_whose_ranks_share_the_episodes_out(one_worker, tmp_path):
-    """Killed as a whole, then gone on with: one file, every episode once, the same actions."""
-    program = "-m torch.distributed.run --standalone --nproc_per_node=2 eval.py"
-    two_ranks = (*program.split(), *EXPERT.split(), "--out", tmp_path)
-    process = start(*two_ranks)
-    parts = [tmp_path / f"episodes.{rank}.jsonl" for rank in (0, 1)]
-    while not all(part.exists() for part in parts):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGSTOP)  # it would end its ranks when one dies
-    refused = start("eval.py", *EXPERT.split(), "--out", tmp_path)
-    assert "is writing to it" in refused.communicate()[1]
-    for pid in ranks_of(process):
-        os.kill(pid, signal.SIGKILL)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    kept = sum(len(read_lines(part)) for part in parts)
-    assert kept >= 2 and not (tmp_path / "episodes.jsonl").exists()
+def test_a_folder_has_one_writer_and_one_horizon(one_worker):
+    with sole_writer(one_worker):
+        refused = start("eval.py", *EXPERT.split(), "--out", one_worker).communicate()[1]
+    assert "is writing to it" in refused
+    cfg = EvalConfig(one_worker, policy="expert", columns=("close_drawer",), horizon=7)
+    with pytest.raises(InputError, match="episodes with horizon = 40, this run has 7"):
+        main(cfg)
 
-    process = start(*two_ranks)
-    printed, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert len(re.findall(", seed ", printed)) == 6 - kept
-    assert outcomes(tmp_path) == outcomes(one_worker)
-    assert printed.count("| close_drawer") == 1 and not any(part.exists() for part in parts)
 
-    again = start(*two_ranks, "--horizon", 7)  # not those episodes: the main rank refuses
-    refused = again.communicate()[1]
-    assert again.returncode == 1 and refused.count("error: ") == 1
-    assert "episodes with horizon = 200, this run has 7" in refused
-    assert 'eval.py", line' not in refused  # no rank's traceback
+def test_without_flags_the_newest_stage_of_the_run_acts(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"no trained stage in runs.*train.py --stage 1"):
+        choose(EvalConfig())
+    for stage in ("stage1", "stage2"):
+        shutil.copytree(trained, tmp_path / "runs/auxvla-all" / stage)
+    cfg = choose(EvalConfig())
+    assert cfg.checkpoint == Path("runs/auxvla-all/stage2/step-00000001")
+    assert cfg.out == Path("runs/auxvla-all/eval") and cfg.row == "auxvla-all"
+    assert choose(EvalConfig(policy="random", run="mine")).out == Path("runs/mine/eval-random")
+
+
+def test_a_simulator_process_loads_neither_tools_nor_a_plotting_library(assets):
+    """mani_skill itself imports matplotlib and imageio, but draws nothing."""
+    program = "import sys, mani_skill.envs, mshab.envs; mani_skill = {*sys.modules}; "
+    program += "import eval, collect; print(*{*sys.modules} - mani_skill)"
+    loaded = start("-c", program).communicate()[0].split()
+    unwanted = ("tools", "matplotlib", "jinja2", "imageio", "transformers", "simulation.film")
+    assert "simulation.episodes" in loaded
+    assert not [name for name in loaded if name.startswith(unwanted)]
 
 
 def test_the_random_policy_runs_through_the_same_code(assets, tmp_path):
@@ -221,19 +227,16 @@ def test_the_random_policy_runs_through_the_same_code(assets, tmp_path):
     assert results["manifest"]["seeds"] == [5, 6] and results["manifest"]["versions"]["mani_skill"]
 
 
-def test_a_checkpoint_drives_the_robot_and_is_filmed(trained, tmp_path):
-    chosen = dict(columns=("close_drawer",), episodes=1, horizon=3, video=1)
-    main(EvalConfig(out=tmp_path, checkpoint=trained, **chosen))
-    (episode,) = read_lines(tmp_path / "episodes.jsonl")
+def test_a_checkpoint_drives_the_robot_and_is_filmed_unless_that_comes_too_late(
+    trained, tmp_path, capsys
+):
+    cfg = EvalConfig(tmp_path, trained, columns=("close_drawer",), episodes=1, horizon=3)
+    main(cfg)
+    (episode,) = read_episodes(tmp_path).values()
     assert episode["checkpoint"] == sha256(trained / "step-00000001/manifest.json")
-    assert [path.name for path in (tmp_path / "videos").iterdir()] == ["close_drawer_0_fail.mp4"]
-
-
-def test_a_film_that_comes_too_late_is_said(trained, tmp_path, capsys):
-    chosen = dict(columns=("close_drawer",), episodes=1, horizon=2, checkpoint=trained)
-    main(EvalConfig(out=tmp_path, **chosen))
-    main(EvalConfig(out=tmp_path, video=1, **chosen))
+    main(replace(cfg, episodes=2, video=2))
     assert "close_drawer, seeds [0]: run already, without a film" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "videos").iterdir()] == ["close_drawer_1_fail.mp4"]
 
 
 def test_the_readmes_example_drives_a_step(trained):
@@ -249,19 +252,21 @@ def test_columns_whose_sentences_the_checkpoint_never_heard_run_only_when_told_t
     trained, tmp_path, capsys
 ):
     seen = EvalConfig(out=tmp_path, checkpoint=trained)
-    assert prepare(seen)[0].names == ("close_drawer",)
+    assert choose(seen).names == ("close_drawer",)
     assert "never saw 'close the fridge', 'open the fridge'" in capsys.readouterr().err
     asked = replace(seen, columns=("close_drawer", "open_fridge"))
     with pytest.raises(InputError, match=r"never saw 'open the fridge'.*--unseen-instructions"):
-        prepare(asked)
+        choose(asked)
     told = replace(asked, unseen_instructions=True)
-    assert prepare(told)[0].names == ("close_drawer", "open_fridge")
+    assert choose(told).names == ("close_drawer", "open_fridge")
 
 
-def test_a_checkpoint_of_another_robot_is_refused_naming_the_slot(trained, tmp_path, capfd):
+def test_a_checkpoint_of_another_robot_is_refused_naming_the_slot(
+    trained, simulator, tmp_path, capfd
+):
     manifest_file = trained / "step-00000001/manifest.json"
     manifest = read_json(manifest_file)
-    env = SubtaskEnv("set_table", "close", "kitchen_counter", obs_mode="state_dict")
+    env = simulator(*DRAWER)
     check_schema(env, manifest)
     with pytest.raises(ValueError, match="qpos_names: 11 slots in the checkpoint, 12 here"):
         check_schema(env, manifest | {"qpos_names": manifest["qpos_names"][1:]})
@@ -277,7 +282,6 @@ def test_a_checkpoint_of_another_robot_is_refused_naming_the_slot(trained, tmp_p
     check_schema(env, manifest | {"action_schema": None, "qpos_names": None})
     assert "the training data had no action_schema" in capfd.readouterr().err
     write_json(manifest_file, manifest)
-    env.close()
 
 
 def test_the_report_says_what_was_not_run_and_what_does_not_beat_the_trivial_predictor(tmp_path):
@@ -330,7 +334,7 @@ def test_the_report_says_when_its_evaluations_are_not_of_the_same_episodes(tmp_p
 
 def test_results_name_the_commit_and_whether_a_program_differs_from_it(tmp_path, monkeypatch):
     monkeypatch.setattr("storage.files.__file__", str(tmp_path / "storage/files.py"))
-    (tmp_path / "tools").mkdir()
+    (tmp_path / "storage").mkdir()
     assert code_commit() is None
     git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a"]
     (tmp_path / "eval.py").write_text("1")

@@ -20,10 +20,12 @@ import paper
 from config import InputError
 from household.assets import main as generate
 from simulation import env
-from simulation.env import SubtaskEnv
+from simulation.assets import apartment, check_assets
+from simulation.env import SubtaskEnv, SubtaskEnvs
 
 REPOSITORY = Path(__file__).parents[1]
 REARRANGE = "data/scene_datasets/replica_cad_dataset/rearrange"
+MODELS = "data/assets/mani_skill2_ycb/models"
 SPLITS = ("train", "val")
 STILL = np.array([0] * 7 + [-1] + [0] * 5)  # closes the gripper
 # (task, subtask, target, split) that are run: every column, every class, every task.
@@ -43,13 +45,14 @@ ENVIRONMENTS = [
 
 MISSING = """
 import os
-from simulation.env import SubtaskEnv
+from config import InputError
+from simulation.env import SubtaskEnvs
 for folder in (os.environ["MS_ASSET_DIR"], None):
     if folder is None:
         del os.environ["MS_ASSET_DIR"]
     try:
-        SubtaskEnv("set_table", "close", "fridge")
-    except ValueError as error:
+        SubtaskEnvs("set_table", "close", "fridge")
+    except InputError as error:
         print(error)
 """
 
@@ -77,7 +80,7 @@ def generated(assets, tmp_path_factory) -> tuple[Path, Path]:
 
 
 def run(task: str, subtask: str, target: str, split: str) -> dict:
-    """What came of three episodes of an environment."""
+    """The results of three episodes of an environment."""
     env = SubtaskEnv(task, subtask, target, split)
     choices = [env.choose(seed) for seed in range(20)]
     first = env.reset(0)
@@ -94,7 +97,7 @@ def run(task: str, subtask: str, target: str, split: str) -> dict:
     )
     for seed in (3, 4, 0):
         obs = env.reset(seed)
-        report["mask"] += int(env.target_masks(obs).sum())
+        report["mask"] += int(env.masks(obs).sum())
         words = dict(instruction=env.instruction, target=env.target)
         report["episodes"].append(env.episode | words)
     report["cameras"] = obs["sensor_data"]
@@ -103,7 +106,7 @@ def run(task: str, subtask: str, target: str, split: str) -> dict:
     report["pos"] = env.pos.tolist()
     for _ in range(12):
         obs, info = env.step(STILL)
-    report |= dict(elapsed=info["elapsed"], success=info["success"], picture=env.third_person())
+    report |= dict(elapsed=env.elapsed, success=info["success"], picture=env.third_person())
     report["grasped"] = bool(obs["extra"]["is_grasped"][0])
     env.close()
     return report
@@ -135,7 +138,7 @@ def test_a_complete_folder_is_left_alone_and_another_seed_refused(generated, cap
     same, _ = generated
     generate(same, seed=0)
     assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=f"mv {same} {same}-aside"):
+    with pytest.raises(InputError, match=f"mv {same} {same}-aside"):
         generate(same, seed=1)
 
 
@@ -250,19 +253,98 @@ def test_a_missing_asset_folder_is_named_with_the_command_that_mends_it(tmp_path
 
 def test_mesas_driver_draws_where_it_was_chosen_beside_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert env.renderer() == "gpu"
+    assert env.render_backend() == "gpu"
     monkeypatch.setenv("VK_ICD_FILENAMES", "/usr/share/vulkan/icd.d/lvp_icd.json")
-    assert env.renderer() == "cpu"
+    assert env.render_backend() == "cpu"
 
 
-def test_a_download_has_the_real_robot_and_is_refused_under_a_marker(assets, tmp_path, monkeypatch):
-    monkeypatch.setattr(env, "HOUSEHOLD", tmp_path / "household.json")
-    SubtaskEnv("set_table", "close", "fridge", obs_mode="state_dict").close()
-    assert (env.apartment(), Fetch.urdf_path) == (None, env.REAL_FETCH_URDF)
-    shutil.copy(assets / "household.json", env.HOUSEHOLD)
-    (tmp_path / "data/assets/mani_skill2_ycb/models/077_rubiks_cube").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"household.json .*077_rubiks_cube of a download"):
-        env.apartment()
+def test_a_download_has_the_real_robot(assets, monkeypatch):
+    monkeypatch.setattr(env, "apartment", lambda: None)
+    SubtaskEnvs("set_table", "close", "fridge", obs_mode="state_dict").close()
+    assert Fetch.urdf_path == env.REAL_FETCH_URDF
+
+
+# --- Faults in the asset folder ---
+
+
+@pytest.fixture
+def copied(assets, tmp_path) -> Path:
+    return shutil.copytree(assets, tmp_path / "my assets")
+
+
+def scene_of_a_download(root: Path) -> None:
+    shutil.rmtree(root / REARRANGE / "..")  # as mani_skill does first
+    for name in ("v3_sc0_staging_00", "v3_sc1_staging_04"):  # the first is a generated one's too
+        scene = root / REARRANGE / f"../configs/scenes/{name}.scene_instance.json"
+        scene.parent.mkdir(parents=True, exist_ok=True)
+        scene.write_text('{"stage_instance": {"template_name": "stages/Stage"}}')
+
+
+MIXED = "household.json is of a generated apartment, .*{} of a download.*MS_ASSET_DIR="
+FAULTS = {
+    "scenes of a download": (scene_of_a_download, MIXED.format("v3_sc0_staging_00.*json")),
+    "an object of a download": (
+        lambda root: (root / MODELS / "077_rubiks_cube").mkdir(), MIXED.format("077_rubiks_cube")
+    ),
+    "no object": (
+        lambda root: shutil.rmtree(root / MODELS / "024_bowl"),
+        "024_bowl/collision.ply: no such file. mv -T .*household.assets .* --seed 0",
+    ),
+    "an empty stage": (
+        lambda root: [os.truncate(path, 0) for path in root.rglob("stages/*.glb")],
+        "glb: the file is empty.*household.assets",
+    ),
+    "starts cut off": (
+        lambda root: os.truncate(
+            root / REARRANGE / "spawn_data/set_table/close/val/spawn_data.pt", 1000
+        ),
+        "spawn_data.pt: the file is cut off",
+    ),
+    "a plan cut off": (
+        lambda root: os.truncate(
+            root / REARRANGE / "task_plans/set_table/close/val/fridge.json", 1000
+        ),
+        "fridge.json: the file is cut off",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_in_the_apartment_is_named_with_the_command_that_mends_it(name, copied):
+    assert "a sample is complete" in check_assets(copied)
+    plant, message = FAULTS[name]
+    plant(copied)
+    with pytest.raises(InputError, match=message):
+        check_assets(copied)
+    if "download" in name:
+        with pytest.raises(InputError, match=message):
+            apartment(copied)
+
+
+def test_the_command_mends_the_apartment(copied):
+    shutil.rmtree(copied / MODELS / "024_bowl")
+    with pytest.raises(InputError) as error:
+        check_assets(copied)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", "-c", str(error.value).partition("no such file. ")[2]]
+    subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"PATH": path}, check=True)
+    assert check_assets(copied)
+
+
+@pytest.mark.parametrize(
+    ("folder", "command"),
+    [
+        (MODELS, "MS_ASSET_DIR=.* -y ycb"),
+        (f"{REARRANGE}/task_plans", "MS_ASSET_DIR=.* -y ReplicaCADRearrange"),
+        (f"{REARRANGE}/../stages", "hf download haosulab/ReplicaCAD "),
+    ],
+)
+def test_a_download_is_mended_by_a_command_that_removes_nothing_else(folder, command, copied):
+    (copied / "household.json").unlink()
+    assert "ReplicaCAD, a sample" in check_assets(copied)
+    shutil.rmtree(copied / folder)
+    with pytest.raises(InputError, match=f"no such file. {command}"):
+        check_assets(copied)
 
 
 def test_the_light_robot_has_the_joints_and_collisions_of_the_original(assets, reports):

@@ -31,17 +31,15 @@ from paper import HUB_DATASETS, parse
 from storage import checkpoint
 from storage.download import download
 from storage.files import sha256
-from storage.pretrained import load_pretrained, source_of
-from storage.tokenizer import build_tokenizer
-from storage.weight_files import (
-    DINO_HUB,
+from storage.pretrained import (
+    HUB,
     INDEX,
-    QWEN_HUB,
-    SIGLIP_HUB,
     PretrainedError,
-    chosen,
-    fetching,
-)  # fmt: skip
+    download_command,
+    load_pretrained,
+    select_files,
+)
+from storage.tokenizer import build_tokenizer
 from tools.reference import build_originals
 from train import main
 
@@ -79,8 +77,8 @@ def files(tmp_path_factory):
 
 
 def load(folder, cfg=CFG):
-    vlm = VLM(cfg).eval()
-    return vlm, load_pretrained(vlm, source_of(str(folder)))
+    vlm = VLM(cfg, meta=True).eval()
+    return vlm, load_pretrained(vlm, str(folder))
 
 
 @pytest.mark.parametrize("source", ["hub", "prismatic", "openvla", "openvla-prismatic"])
@@ -103,9 +101,23 @@ def test_a_prismatic_file_fills_the_projector_and_keeps_the_latents(files):
     folder, _, components = files
     vlm = VLM(CFG)
     queries = vlm.latent_queries.clone()
-    load_pretrained(vlm, source_of(str(folder / "prismatic")))
+    load_pretrained(vlm, str(folder / "prismatic"))
     assert torch.equal(vlm.projector[2].weight, components["projector"]["projector.2.weight"])
     assert torch.equal(vlm.latent_queries, queries)
+
+
+def test_a_vlm_on_the_meta_device_is_filled_like_one_with_initial_values(files):
+    folder, *_ = files
+    built = VLM(CFG)
+    load_pretrained(built, str(folder / "hub"))
+    filled, _ = load(folder / "hub")
+    for (name, one), other in zip(filled.named_buffers(), built.buffers(), strict=True):
+        assert torch.equal(one, other), name
+    for (name, one), other in zip(filled.named_parameters(), built.parameters(), strict=True):
+        is_new = name.startswith(("latent_queries", "projector"))
+        assert one.requires_grad and one.isfinite().all() and (is_new or torch.equal(one, other)), (
+            name
+        )
 
 
 def test_a_prismatic_file_without_encoders_takes_them_from_folders_beside_it(files, tmp_path):
@@ -130,7 +142,7 @@ def test_the_paper_preset_is_filled_exactly_by_the_real_checkpoints_keys_and_sha
         vlm = VLM(model_config("paper"))
         components = {part: {key: torch.empty(shape) for key, shape in manifest[part].items()}
                       for part in ("projector", "llm_backbone", "vision_backbone")}  # fmt: skip
-    load_pretrained(vlm, source_of(str(save_prismatic(components, tmp_path / "prism"))))
+    load_pretrained(vlm, str(save_prismatic(components, tmp_path / "prism")))
 
 
 def test_the_openvla_preset_is_filled_exactly_by_openvla_7bs_keys_and_shapes(monkeypatch, tmp_path):
@@ -139,11 +151,11 @@ def test_the_openvla_preset_is_filled_exactly_by_openvla_7bs_keys_and_shapes(mon
         vlm = VLM(model_config("openvla"))
         tensors = {key: torch.empty(shape) for key, shape in manifest.items()}
     # A safetensors file, unlike a Prismatic one, cannot hold meta tensors: 15 GB on the disk.
-    monkeypatch.setattr("storage.pretrained.read_safetensors", lambda files, headers: tensors)
+    monkeypatch.setattr("storage.pretrained.read_tensors", lambda files, headers: tensors)
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.json").write_text('{"norm_stats": {}}')
     assert len(tensors) == 982
-    load_pretrained(vlm, source_of(str(tmp_path)))
+    load_pretrained(vlm, str(tmp_path))
 
 
 # --- Wrong files ---
@@ -225,7 +237,7 @@ def test_a_file_that_is_not_there_is_named_or_what_it_should_hold(damaged):
     path.unlink()
     message = refusal(folder, cfg)
     lacking = [f"{each}: neither checkpoints/latest" for each in (folder, path.parent)]
-    assert any(text in message for text in (*lacking, f"names ['{path.name}'], which are not"))
+    assert any(text in message for text in (*lacking, f"names {path.name}; expected files"))
     assert "it has " in message or INDEX in message
 
 
@@ -251,11 +263,11 @@ def test_a_prismatic_file_is_refused_whole_when_a_part_of_it_is_foreign(files, t
     assert "are missing: vision.siglip.blocks.0.fc1.bias [768]" in message
     bare = {"projector": components["projector"]}
     message = refusal(save_prismatic(bare, tmp_path / "bare"), CFG)
-    assert "lacks the components ['llm_backbone']; it has ['projector']" in message
+    assert "bare: has no tensors of the llm" in message
     path = save_prismatic({}, tmp_path / "other") / STEP
     for content in ({"model": Path("a foreign object")}, {"weights": {}}, [torch.zeros(3)]):
         torch.save(content, path)
-        assert "cut off or not a Prismatic checkpoint" in refusal(tmp_path / "other", CFG)
+        assert "cut off or in another format" in refusal(tmp_path / "other", CFG)
 
 
 def test_shards_of_an_older_save_beside_new_ones_are_not_read(files, tmp_path):
@@ -272,9 +284,9 @@ def test_shards_of_an_older_save_beside_new_ones_are_not_read(files, tmp_path):
     save_file(zero, folder / "model.safetensors")
     assert "model.safetensors beside model.safetensors.index.json" in refusal(folder, LLAMA)
     (folder / INDEX).write_text("{}")
-    assert f"{folder / INDEX}: no index of shards" in refusal(folder, LLAMA)
+    assert f"{folder / INDEX}: names no shards" in refusal(folder, LLAMA)
     (folder / INDEX).unlink()
-    assert "is in model-00001-of-00002.safetensors too" in refusal(folder, LLAMA)
+    assert "is in another file of the folder too" in refusal(folder, LLAMA)
 
 
 @pytest.mark.parametrize("source", ["prismatic", "openvla"])
@@ -284,7 +296,7 @@ def test_a_vlm_of_which_nothing_says_whether_it_was_trained_on_actions_is_refuse
     folder = shutil.copytree(files[0] / source, tmp_path / "vlm")
     (folder / "config.json").unlink()
     message = refusal(folder, LLAMA if source == "openvla" else CFG)
-    assert f"{folder / 'config.json'}: it tells whether the model was trained on act" in message
+    assert f"{folder / 'config.json'}: cannot be read" in message
 
 
 # --- The hub ---
@@ -322,11 +334,11 @@ def test_of_a_repository_with_three_steps_the_last_alone_is_fetched(
     assert load(PRISM)[1] == hashes  # from the cache
 
     latest = hub.repositories[PRISM] | {"checkpoints/latest-checkpoint.pt": b""}
-    assert chosen(latest, PRISM)[-1] == "checkpoints/latest-checkpoint.pt"
+    assert select_files(latest, PRISM)[-1] == "checkpoints/latest-checkpoint.pt"
 
 
 def test_the_command_that_fetches_a_repository_leads_to_a_folder_that_loads(hub, files, tmp_path):
-    command = f"{Path(sys.executable).parent}/{fetching(PRISM, tmp_path / 'my prism')}"
+    command = f"{Path(sys.executable).parent}/{download_command(PRISM, tmp_path / 'my prism')}"
     env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     subprocess.run(["bash", "-c", command], env=env, check=True)
     assert sorted(hub.fetched) == [STEP, "config.json"]
@@ -379,8 +391,8 @@ def test_a_checkpoint_records_source_and_sha256_of_the_public_weights(files, tmp
 
 
 HUB_SCRIPT = """
-from test_pretrained import CFG, VLM, load_pretrained, source_of
-print(*load_pretrained(VLM(CFG), source_of("hub")), sep="\\n")
+from test_pretrained import CFG, VLM, load_pretrained
+print(*load_pretrained(VLM(CFG), "hub"), sep="\\n")
 """
 
 
@@ -394,14 +406,14 @@ def python(*args, cache):
 
 
 def test_offline_the_hub_models_come_from_the_cache(files, tmp_path):
-    for name in (DINO_HUB, SIGLIP_HUB, QWEN_HUB):
+    for name in (HUB["dino"], HUB["siglip"], HUB["llm"]):
         model = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
         shutil.copytree(files[0] / "hub" / Path(name).name, model / "snapshots" / ("0" * 40))
         (model / "refs").mkdir()
         (model / "refs/main").write_text("0" * 40)
     done = python("-c", HUB_SCRIPT, cache=tmp_path)
     assert done.returncode == 0, done.stderr
-    names = (QWEN_HUB, DINO_HUB, SIGLIP_HUB)
+    names = (HUB["llm"], HUB["dino"], HUB["siglip"])
     files = ("config.json", "model.safetensors")
     assert done.stdout.split() == [f"{name}/{file}" for name in names for file in files]
 
@@ -412,5 +424,5 @@ def test_offline_and_without_a_cache_the_error_says_what_to_do(tmp_path):
     flags += ("--out", tmp_path / "out")
     done = python("train.py", *map(str, flags), cache=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.startswith(f"error: {QWEN_HUB}: not to be had from the hub")
-    assert f"hf download {QWEN_HUB} --include" in done.stderr and f"DIR/{QWEN}" in done.stderr
+    assert done.stderr.startswith(f"error: {HUB['llm']}: not to be had from the hub")
+    assert f"hf download {HUB['llm']} --include" in done.stderr and f"DIR/{QWEN}" in done.stderr

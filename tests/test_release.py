@@ -276,7 +276,7 @@ def test_a_pack_says_whether_its_episodes_end_at_their_success(tmp_path):
     for name, truncated in (("whole", False), ("cut", True)):
         pack(str(tmp_path / "data"), str(tmp_path / name), truncate_at_success=truncated)
         meta = json.loads((tmp_path / name / "pack.json").read_text())
-        assert meta["truncated_at_success"] is truncated
+        assert meta["truncate"] is truncated
     cut = open_data(tmp_path / "cut", truncate=True)
     assert [episode.length for episode in cut.episodes] == [6, 9, 15] and cut.truncate
     files = open_data(tmp_path / "data", truncate=True)

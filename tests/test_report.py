@@ -183,7 +183,7 @@ def test_films_beyond_the_pages_size_are_left_out_by_name(run, page, tmp_path, m
 
 
 def test_a_film_shows_the_inputs_the_masks_and_the_numbers_of_a_step(assets, tmp_path):
-    env = SubtaskEnv("set_table", "place", "all", obs_mode=Film.obs_mode)
+    env = SubtaskEnv("set_table", "place", "all", obs_mode="rgb+depth+segmentation")
     write_untrained(tmp_path / "stage2", env, "place the apple")
     policy = Policy.from_checkpoint(tmp_path / "stage2", device="cpu")
     torch.manual_seed(0)
@@ -196,7 +196,7 @@ def test_a_film_shows_the_inputs_the_masks_and_the_numbers_of_a_step(assets, tmp
         depth, shown = insets[2 * i : 2 * i + 2]
         seen = obs["sensor_data"][f"fetch_{camera}"]
         rgb, near = seen["rgb"][0].numpy(), normalize_depth(seen["depth"][0]).numpy()
-        around = outline(env.target_masks(obs)[i])
+        around = outline(env.masks(obs)[0, i])
         tinted = (policy.predictions["seg"][0, i] > 0.5) & ~around
         assert (depth == (255 * near).astype(np.uint8)).all()
         assert around.any() and (shown[around] == TRUE).all()

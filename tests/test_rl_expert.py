@@ -27,11 +27,11 @@ from config import InputError
 from eval import EvalConfig
 from eval import main as evaluate
 from household.expert import ScriptedExpert
-from simulation.env import SubtaskEnv
+from simulation.env import SubtaskEnvs
 from simulation.rl_expert import RLPolicy
-from storage.files import read_lines
 from storage.h5 import Demonstrations
 from storage.recording import Recording
+from storage.results import read_episodes
 
 ADDRESS = ("set_table", "place", "024_bowl")  # every part of its state is in use
 STEPS = 40
@@ -58,8 +58,8 @@ def write(root: Path, algo: dict, agent: torch.nn.Module) -> None:
 
 
 @pytest.fixture(scope="module")
-def env(assets) -> SubtaskEnv:
-    return SubtaskEnv(*ADDRESS)
+def env(simulator) -> SubtaskEnvs:
+    return simulator(*ADDRESS, "train", obs_mode="rgb+depth+segmentation")
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +105,10 @@ def act_of(agent: torch.nn.Module, obs: dict) -> torch.Tensor:
     return agent.actor(obs["pixels"], obs["state"], compute_pi=False, compute_log_pi=False)[0]
 
 
-def episode_of_mshab(env: SubtaskEnv, wrapped, agent, seed: int) -> list[tuple[dict, np.ndarray]]:
+def episode_of_mshab(env: SubtaskEnvs, wrapped, agent, seed: int) -> list[tuple[dict, np.ndarray]]:
     """What the network sees and answers, steered through MS-HAB's wrappers."""
-    env.reset(seed)
-    at = env.episode
+    env.reset([seed])
+    at = env.episodes[0]
     options = dict(
         reconfigure=True,
         build_config_idxs=[at["build_config_idx"]],
@@ -132,9 +132,9 @@ def test_an_episode_is_the_one_that_mshabs_wrappers_and_network_make(
     theirs = episode_of_mshab(env, wrapped, agents[name], seed=3)
     loaded, inputs = RLPolicy.load(roots[name], *ADDRESS), []
     policy = RLPolicy(lambda seen: inputs.append(seen) or loaded.actor(seen), loaded.sha)
-    obs = env.reset(3)
+    obs = env.reset([3])
     for seen, action in theirs:
-        ours = policy.act(obs, env.instruction)
+        ours = policy.act(obs, env.instructions)
         assert ours.shape == (1, 13) and ours.dtype == np.float32
         assert torch.equal(inputs[-1]["state"], seen["state"])
         for camera, pictures in seen["pixels"].items():
@@ -142,7 +142,7 @@ def test_an_episode_is_the_one_that_mshabs_wrappers_and_network_make(
         expected = action.clip(-1, 1)
         expected[:, 8:10] = 0
         np.testing.assert_allclose(ours, expected, atol=1e-5)
-        obs, _ = env.step(ours[0])
+        obs, _ = env.step(ours)
     answers = np.concatenate([action for _, action in theirs])
     assert (answers[:, 8:10] != 0).all()  # there was a head to hold still,
     assert name == "sac" or np.abs(answers).max() > 1  # an action to clip,
@@ -158,8 +158,8 @@ def test_every_environment_of_a_batch_gets_its_own_action(env, roots, name):
 
     episodes = []
     for seed in (1, 2):
-        episodes.append([env.reset(seed)])
-        episodes[-1] += [env.step(np.full(13, 0.5, np.float32))[0] for _ in range(4)]
+        episodes.append([env.reset([seed])])
+        episodes[-1] += [env.step(np.full((1, 13), 0.5, np.float32))[0] for _ in range(4)]
     together, alone = RLPolicy.load(roots[name], *ADDRESS), RLPolicy.load(roots[name], *ADDRESS)
     both = np.stack([together.act(stacked(*pair), "") for pair in zip(*episodes)])  # [5, 2, 13]
     for i, episode in enumerate(episodes):
@@ -169,7 +169,7 @@ def test_every_environment_of_a_batch_gets_its_own_action(env, roots, name):
     assert np.abs(both[:, 0] - both[:, 1]).max() > 1e-3
 
 
-def scripted(env: SubtaskEnv, drop_at: float = 0.0) -> RLPolicy:
+def scripted(env: SubtaskEnvs, drop_at: float = 0.0) -> RLPolicy:
     """The scripted expert behind the RL interface; `drop_at` metres from the goal it lets go."""
     expert = ScriptedExpert(env)
 
@@ -227,7 +227,7 @@ def test_a_policy_that_never_succeeds_ends_with_that_sentence(roots, tmp_path):
 def test_a_missing_policy_is_named_with_the_command_that_gets_it(assets, tmp_path):
     code, message = collect(tmp_path, tmp_path / "none")
     assert code == 1 and "Traceback" not in message
-    assert f"error: no {tmp_path}/none/rl/set_table/place/024_bowl/config.yml" in message
+    assert f"No such file or directory: '{tmp_path}/none/rl/set_table/place/024_bowl" in message
     assert 'hf download arth-shukla/mshab_checkpoints --include "rl/set_table/place/' in message
 
 
@@ -252,7 +252,7 @@ def test_eval_runs_it_filmed_or_not(roots, tmp_path):
         horizon=30, video=1,
     )  # fmt: skip
     evaluate(cfg)
-    lines = read_lines(tmp_path / "out/episodes.jsonl")
+    lines = [*read_episodes(tmp_path / "out").values()]
     assert [line["length"] for line in lines] == [30, 30]
     assert not any(line["success_once"] for line in lines)
     assert lines[0]["policies"] == {"place_obj": RLPolicy.load(roots["ppo"], *ADDRESS).sha}
@@ -280,22 +280,19 @@ def tensors(change):
 
 BIAS = "actor_mean.2.bias"
 FAULTS = {
-    "no weights": (lambda f: (f / "policy.pt").unlink(), "no .*policy.pt"),
-    "no config": (lambda f: (f / "config.yml").unlink(), "no .*config.yml"),
+    "no weights": (lambda f: (f / "policy.pt").unlink(), "No such .*policy.pt"),
+    "no config": (lambda f: (f / "config.yml").unlink(), "No such .*config.yml"),
     "code": (lambda f: (f / "policy.pt").write_bytes(pickle.dumps({"agent": Code()})), "run code"),
     "cut off": (lambda f: os.truncate(f / "policy.pt", 1_000_000), "policy.pt: refused"),
     "no agent": (lambda f: torch.save({}, f / "policy.pt"), "has no 'agent'"),
-    "a list": (lambda f: torch.save({"agent": []}, f / "policy.pt"), "'agent' is a list"),
-    "a key too few": (tensors(lambda a: a.pop(BIAS)), rf"{BIAS}: missing, expected \(13,\)"),
-    "a key too many": (tensors(lambda a: a.update(x=torch.ones(2))), r"x: \(2,\), expected no"),
-    "a shape": (
-        tensors(lambda a: a.update({BIAS: torch.ones(12)})),
-        rf"{BIAS}: \(12,\), expected \(13,\)",
-    ),
-    "not a number": (tensors(lambda a: a[BIAS].fill_(np.nan)), f"{BIAS}: .*not finite"),
+    "a list": (lambda f: torch.save({"agent": []}, f / "policy.pt"), "does not fit .*'list'"),
+    "a key too few": (tensors(lambda a: a.pop(BIAS)), f"(?s)Missing key.*{BIAS}"),
+    "a key too many": (tensors(lambda a: a.update(x=torch.ones(2))), '(?s)Unexpected key.*"x"'),
+    "a shape": (tensors(lambda a: a.update({BIAS: torch.ones(12)})), f"(?s)mismatch for {BIAS}"),
+    "not a number": (tensors(lambda a: a[BIAS].fill_(np.nan)), f"{BIAS} are not finite"),
     "of another algorithm": (
         lambda f: (f / "config.yml").write_text(yaml.safe_dump({"algo": SAC_ALGO})),
-        r"actor.encoder.cnns.fetch_hand_depth.layers.0.bias: missing, .* more",
+        r"(?s)policy.pt does not fit .*actor.encoder.cnns.fetch_hand_depth.layers.0.bias",
     ),
     "an unknown algorithm": (
         lambda f: (f / "config.yml").write_text("algo:\n  name: bc\n"),
@@ -303,7 +300,7 @@ FAULTS = {
     ),
     "a size too few": (
         lambda f: (f / "config.yml").write_text("algo:\n  name: sac\n"),
-        "algo lacks actor_hidden_dims, .*actor_log_std_max",
+        "algo lacks actor_hidden_dims, .*cnn_strides",
     ),
     "sizes of nothing": (
         lambda f: (f / "config.yml").write_text(

@@ -11,7 +11,7 @@ import torch
 from files import write_demos
 
 from config import PRESETS, InputError, model_config
-from data import ActionStats, Batcher, Frames, check_batch
+from data import ActionStats, Frames, check_batch, make_batch
 from eval import EvalConfig, run_jobs
 from model import AuxVLA, actions_to_bins
 from paper import ROWS, parse
@@ -147,25 +147,23 @@ def test_the_policy_sees_the_history_that_it_was_trained_on(history, tmp_path):
     cfg = replace(model_config("tiny"), history=history)
     frames = Frames(source, 0.1, train=True, history=history)
     tokenizer = build_tokenizer(cfg.llm)
-    batcher = Batcher(
-        cfg, frames.stats("controller"), tokenize(source.instructions, tokenizer, cfg.llm)
-    )
-    policy = Policy(
-        AuxVLA(cfg).eval(), frames.stats("controller"), tokenizer, {}, torch.device("cpu")
-    )
+    stats, prompts = (
+        frames.stats("controller"), tokenize(source.instructions, tokenizer, cfg.llm)
+    )  # fmt: skip
+    policy = Policy(AuxVLA(cfg).eval(), stats, tokenizer, {}, torch.device("cpu"))
     policy.reset()
     for t, record in enumerate(source.read_episode(0)):
-        expected = batcher(frames[np.array([t])], torch.device("cpu"))
+        expected = make_batch(frames[np.array([t])], stats, prompts, cfg)
         check_batch(expected, cfg)
         now = (torch.tensor(record["rgb"])[None], torch.tensor(record["depth"])[None])
-        live = policy.batch(now, source.instructions[0])
+        policy.seen.append(now)
+        live = policy.batch(source.instructions[0])
         for key, value in live.items():
             if key == "past_actions":  # masked before the start: whatever stands there
                 value, expected[key] = (
                     x * live["past_mask"][..., None] for x in (value, expected[key])
                 )
             torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-6)
-        policy.seen.append(now)
         policy.done.append(torch.tensor(record["actions"][:1]))
     if history == "frames":
         assert expected["images"].shape[1] == 20
@@ -190,7 +188,7 @@ def test_the_policy_keeps_its_history_while_it_executes_a_chunk(history):
         obs = {"sensor_data": {"fetch_head": picture, "fetch_hand": picture}}
         actions.append(policy.act(obs, "close the fridge"))
     if history == "frames":
-        assert [int(rgb.max()) for rgb, _ in policy.seen] == [2, 3, 4, 5]
+        assert [int(rgb.max()) for rgb, _ in policy.seen] == [1, 2, 3, 4, 5]
     assert all(np.array_equal(kept, done) for kept, done in zip(policy.done, actions[2:]))
 
 
@@ -220,9 +218,7 @@ def test_latents_read_from_the_action_states_are_the_same_in_training_and_acting
     cfg = replace(model_config("tiny"), latents="action_states")
     frames = Frames(source, 0.1, train=True)
     prompts = tokenize(source.instructions, build_tokenizer(cfg.llm), cfg.llm)
-    batch = Batcher(cfg, frames.stats("controller"), prompts)(
-        frames[np.arange(3)], torch.device("cpu")
-    )
+    batch = make_batch(frames[np.arange(3)], frames.stats("controller"), prompts, cfg)
     torch.manual_seed(0)
     model = AuxVLA(cfg)
     assert model.vlm.latent_queries.numel() == 0

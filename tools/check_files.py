@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from config import LABELS, PRESETS, InputError, TrainConfig, model_config, quoted
 from model import VLM, AuxVLA
 from storage import checkpoint, pretrained
-from storage.files import mend_of
+from storage.files import mend_of, sha256
 from storage.h5 import (
     Demonstrations,
     h5_files,
@@ -28,10 +28,10 @@ from storage.h5 import (
     load_sidecar,
     task_and_subtask,
 )  # fmt: skip
-from storage.pack import Pack
+from storage.pack import Pack, damaged
+from storage.pretrained import HUB, LAST_STEPS, download_command
 from storage.tokenizer import build_tokenizer, check_tokenizer
 from storage.trajectory import DataError, remarks
-from storage.weight_files import DINO_HUB, LAST_STEPS, QWEN_HUB, SIGLIP_HUB, fetching
 from training.checks import Finding, brief, size
 
 SECONDS = 4.0  # for samples of demonstrations or a pack
@@ -103,7 +103,7 @@ def read_samples(demos: Demonstrations, deadline: float) -> list[Finding]:
 
 def misplaced(folder: Path, error: InputError) -> Finding:
     """A file that does not fit those beside it. It may be whole, so it is moved aside."""
-    pair, other = error.file.with_suffix(""), f"{folder}-aside"
+    pair, other = Path(str(error).partition(".h5")[0].partition(".json")[0]), f"{folder}-aside"
     mend = f"mkdir -p {quoted(other)} && mv {quoted(f'{pair}.h5', f'{pair}.json', f'{other}/')}"
     return Finding("missing", "--data", brief(error), "files of one robot in MS-HAB's tree", mend)
 
@@ -132,7 +132,8 @@ def pack_findings(folder: Path, seconds: float) -> list[Finding]:
         for name in random.sample(sorted(pack.hashes), len(pack.hashes)):
             if compared and time.monotonic() > deadline:
                 break
-            pack.verify(name)
+            if sha256(folder / name) != pack.hashes[name]:
+                raise damaged(folder, f"{folder / name}: its sha256 differs")
             compared += 1
     except (InputError, OSError) as error:
         again = f"python data.py pack --data DATA --out {quoted(folder)}"
@@ -198,17 +199,16 @@ def pretrained_weights(name: str, preset: str, tokenizer: str | None = None) -> 
     try:
         with torch.device("meta"):
             vlm = VLM(cfg)
-        pretrained.load_pretrained(vlm, pretrained.source_of(name), headers=True)
+        pretrained.load_pretrained(vlm, name, headers=True)
         found = [Finding("ok", "--pretrained", f"{name}: all keys and shapes of --preset {preset}")]
     except InputError as error:
-        hubs = (DINO_HUB, SIGLIP_HUB, QWEN_HUB)
-        part = next((hub for hub in hubs if Path(hub).name in brief(error)), None)
+        part = next((hub for hub in HUB.values() if Path(hub).name in brief(error)), None)
         whole = PRESETS[preset].get("pretrained") or TrainConfig.pretrained
         if name in ("hub", whole, *LAST_STEPS):  # those are in the hub's cache
-            mend = fetching(part or (whole if name == "hub" else name))
+            mend = download_command(part or (whole if name == "hub" else name))
         else:
             folder = Path(name, Path(part).name) if part else Path(name)
-            mend = fetching(part or whole, folder)
+            mend = download_command(part or whole, folder)
             if folder.is_dir():  # which may be whole, and another model's
                 mend = f"mv {quoted(folder, f'{folder}-aside')} && {mend}"
         expected = f"the weights of --preset {preset}"

@@ -6,18 +6,18 @@ The checkpoint is loaded, as the robot loads it, and reads as many frames as ACT
 """
 
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from config import TrainConfig, quoted
-from data import Batcher, Frames, open_data
+from data import Frames, make_batch, open_data
 from model import actions_to_bins
 from policy import Policy
 from storage import checkpoint
-from storage.h5 import Demonstrations
-from storage.pack import Pack
+from storage.h5 import Index
 from storage.tokenizer import tokenize
 from training.checks import PIP, ROOT, Finding, brief
 from training.validation import action_accuracy
@@ -45,7 +45,9 @@ def acting(
         frames = Frames(open_data(data, cut), of["val_episodes"], False, cfg.history, *only)
         known = policy.manifest["instructions"]
         texts = [*frames.source.instructions, known[0], known[-1]]
-        batcher = Batcher(cfg, policy.stats, tokenize(texts, policy.tokenizer, cfg.llm))
+        prompts = tokenize(texts, policy.tokenizer, cfg.llm)
+        prompts = tuple(each.to(policy.device) for each in prompts)
+        batcher = partial(make_batch, stats=policy.stats, prompts=prompts, cfg=cfg)
         on_gpu = policy.device.type == "cuda"
         with torch.autocast(policy.device.type, torch.bfloat16, enabled=on_gpu):
             return [
@@ -59,7 +61,7 @@ def acting(
         return [Finding("missing", "acting", brief(error), "a checkpoint and its data", mend)]
 
 
-def name_findings(manifest: dict, data: Demonstrations | Pack) -> list[Finding]:
+def name_findings(manifest: dict, data: Index) -> list[Finding]:
     """Do checkpoint and data name the same actions and joints, slot by slot?"""
     found = []
     for key in ("action_schema", "qpos_names"):
@@ -104,11 +106,11 @@ def too_slow(what: str) -> Finding:
 
 
 def sight_findings(
-    policy: Policy, frames: Frames, batcher: Batcher, deadline: float
+    policy: Policy, frames: Frames, batcher: partial, deadline: float
 ) -> list[Finding]:
     """Do pictures, depth and instruction change the logits of the action tokens?"""
     raw, known = frames[np.array([0])], policy.manifest["instructions"]
-    *_, one, other = range(len(batcher.prompts[0]))
+    *_, one, other = range(len(batcher.keywords["prompts"][0]))
     same = torch.ones_like(raw["instruction"])
     raw |= {"rgb": raw["rgb"] * 0, "depth": raw["depth"] * 0 + 500, "instruction": same * one}
     changes = {"black and white pictures": {"rgb": raw["rgb"] + 255}}
@@ -116,13 +118,13 @@ def sight_findings(
         changes["depths of 0.5 and 2 m"] = {"depth": raw["depth"] * 4}
     if known[0] != known[-1]:
         changes["two instructions"] = {"instruction": same * other}
-    logits, _ = policy.model.teacher_forced(batcher(raw, policy.device))
+    logits, _ = policy.model.teacher_forced(batcher(raw))
     found = []
     for what, change in changes.items():
         if found and time.monotonic() > deadline:
             found.append(too_slow(what))
             continue
-        changed, _ = policy.model.teacher_forced(batcher(raw | change, policy.device))
+        changed, _ = policy.model.teacher_forced(batcher(raw | change))
         differ, largest = (x.abs().max().item() for x in (changed - logits, logits))
         if differ > EQUAL * largest:
             got = f"{what}: logits up to {largest:.2g} differ by up to {differ:.2g}"
@@ -138,7 +140,7 @@ def sight_findings(
 
 
 def accuracy_findings(
-    policy: Policy, frames: Frames, batcher: Batcher, deadline: float
+    policy: Policy, frames: Frames, batcher: partial, deadline: float
 ) -> list[Finding]:
     """The share of held-out action tokens that are right, on the frames that there is time for."""
     if time.monotonic() > deadline:
@@ -146,12 +148,14 @@ def accuracy_findings(
     rows, began = np.random.default_rng(0).permutation(len(frames))[:HELD_OUT], time.monotonic()
     bins, true, each, count = [], [], 0.0, 1
     while len(true) < len(rows) and (not true or time.monotonic() + count * each < deadline):
-        batch = batcher(frames[rows[len(true) : len(true) + count]], policy.device)
+        batch = batcher(frames[rows[len(true) : len(true) + count]])
         bins += policy.model.teacher_forced(batch)[0].argmax(-1).cpu()
         true += actions_to_bins(batch["actions"][:, 0], policy.model.cfg.bins).cpu()
         each, count = (time.monotonic() - began) / len(true), min(16, 2 * count)
     found = [token_finding(policy, torch.stack(bins), torch.stack(true))]
-    figure = action_accuracy({"bins": torch.stack(bins), "true_bins": torch.stack(true)}, batcher)
+    figure = action_accuracy(
+        {"bins": torch.stack(bins), "true_bins": torch.stack(true)}, policy.stats
+    )
     got = f"{figure['ours']:.3f} of the tokens right on {len(true)} of {len(frames)} held-out "
     got += f"frames, {each:.2g} s each"
     better = f"above the best constant's {figure['trivial']:.3f}"

@@ -27,8 +27,8 @@ from statistics import NormalDist, mean, variance
 from scipy.stats import t as student
 
 from paper import COLUMNS, PAPER_COLUMNS, ROWS
-from storage.files import read_json, read_lines, write
-from storage.results import address, wilson
+from storage.files import read_json, write
+from storage.results import read_episodes, wilson
 
 SEED_SD = 0.1  # assumed spread of a row's success rate from one training to the next
 PLANNED_EPISODES = 60  # of each column and seed
@@ -145,7 +145,8 @@ def count_successes(folder: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """Return {task/column: {training seed: (successes, episodes)}} of one row's folder."""
     counts: dict[str, dict] = {}
     for seed, path in find_seeds(folder, "*/episodes.jsonl"):
-        episodes = {address(line): line["success_once"] for line in read_lines(path)}
+        lines = read_episodes(path.parent)
+        episodes = {key: line["success_once"] for key, line in lines.items()}
         for column in COLUMNS:
             outcomes = [success for (name, _), success in episodes.items() if name == column]
             if outcomes:

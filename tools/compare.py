@@ -16,8 +16,7 @@ from tyro.conf import Positional
 
 from config import InputError, quoted, user_errors
 from paper import COLUMNS
-from storage.files import read_lines
-from storage.results import IMPLIED, address, markdown, wilson
+from storage.results import markdown, read_episodes, wilson
 
 # Standard normal quantiles: two-sided test at 0.05, power 0.8.
 Z, Z_POWER = (NormalDist().inv_cdf(p) for p in (0.975, 0.8))
@@ -80,20 +79,20 @@ class Pairs(NamedTuple):
         return [str(n), f"{a:.2f}", f"{b:.2f}", difference, *map(str, counts)]
 
 
-def read_episodes(folder: Path) -> dict[tuple[str, int], dict]:
+def read_evaluation(folder: Path) -> dict[tuple[str, int], dict]:
     """Return an evaluation's episodes by column and seed."""
-    lines = read_lines(folder / "episodes.jsonl")
-    if not lines:
+    episodes = read_episodes(folder)
+    if not episodes:
         raise InputError(
             f"no episodes in {folder}: expected the --out of an evaluation. Make one with: "
             f"python eval.py --checkpoint RUN/stage2 --out {quoted(folder)}"
         )
-    return {address(line): IMPLIED | line for line in lines}
+    return episodes
 
 
 def compare(a: Positional[Path], b: Positional[Path]) -> str:
     """Return a table of B - A for two folders of evaluations."""
-    of_a, of_b = read_episodes(a), read_episodes(b)
+    of_a, of_b = read_evaluation(a), read_evaluation(b)
     shared = [key for key in of_a if key in of_b]
     if not shared:
         raise InputError(f"{a} and {b} share no column and seed: use equal --columns and --seed")

@@ -25,9 +25,9 @@ import torch
 import tyro
 from huggingface_hub import constants
 
-from config import PRESETS, TrainConfig, model_config, quoted, user_errors
+from config import PRESETS, InputError, TrainConfig, model_config, quoted, user_errors
 from model import AuxVLA
-from simulation.assets import assets
+from simulation.assets import check_assets
 from tools.check_files import checkpoint_weights, demonstrations, pretrained_weights
 from tools.check_policy import acting
 from training import checks
@@ -134,8 +134,18 @@ def simulator() -> list[Finding]:
 
 def gpu_physics() -> list[Finding]:
     """What eval.py and collect.py --envs N load."""
-    code, version = start("-c", "from sapien import physx; print(physx.version())")
-    return checks.gpu_physics(version.splitlines()[0]) if code == 0 else []  # see simulator()
+    check = "from simulation.episodes import check_gpu_physics as c; print(c(download=False))"
+    code, output = start("-c", check)
+    state = "ok" if code == 0 else "missing"
+    return [Finding(state, "PhysX on a GPU", (output.splitlines() or [""])[-1])]
+
+
+def apartment() -> list[Finding]:
+    """MS_ASSET_DIR's folders, and a sample of its files."""
+    try:
+        return [Finding("ok", "MS_ASSET_DIR", check_assets())]
+    except InputError as error:
+        return [Finding("missing", "MS_ASSET_DIR", str(error))]
 
 
 # --- All of them ---
@@ -166,7 +176,7 @@ def chosen(cfg: Doctor) -> Iterator[Callable[[], list[Finding]]]:
     if cfg.checkpoint and cfg.data:
         yield partial(acting, cfg.checkpoint, cfg.data, cfg.device)
     if cfg.part != "train":
-        yield assets
+        yield apartment
         if torch.cuda.is_available():
             yield gpu_physics
         yield simulator

@@ -22,9 +22,8 @@ from data import ActionStats, cameras
 from decoders import DECODERS
 from model import AuxVLA, actions_to_bins, bins_to_actions, label_counts, masked_mean
 from policy import Policy
-from storage.pretrained import load_pretrained, source_of
+from storage.pretrained import HUB, load_pretrained
 from storage.tokenizer import build_tokenizer
-from storage.weight_files import DINO_HUB, QWEN_HUB, SIGLIP_HUB
 
 # --- The public models ---
 
@@ -39,8 +38,8 @@ class Originals:
 
     def save(self, folder: Path) -> None:
         """Each model in a folder of its own, with the hub's names, as --pretrained reads them."""
-        for model, name in zip(vars(self).values(), (DINO_HUB, SIGLIP_HUB, QWEN_HUB)):
-            model.save_pretrained(folder / Path(name).name)
+        for part, model in vars(self).items():
+            model.save_pretrained(folder / Path(HUB[part]).name)
 
 
 def build_originals(cfg: ModelConfig, dino_image_size: int) -> Originals:
@@ -105,7 +104,7 @@ class Port(nn.Module):
         """Give `ours` the port's weights, through the files that pretrained.py reads."""
         with TemporaryDirectory() as folder:
             Originals(self.dino, self.siglip, self.llm).save(Path(folder))
-            load_pretrained(ours.vlm, source_of(folder))
+            load_pretrained(ours.vlm, folder)
         ours.vlm.projector.load_state_dict(self.projector.state_dict())
         ours.decoders.load_state_dict(self.decoders.state_dict())
         with torch.no_grad():

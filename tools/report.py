@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from config import LOSSES, InputError, quoted, user_errors
 from paper import DEFAULT_ROW, ROWS
 from storage.files import read_json, read_lines, write
-from storage.results import IMPLIED, NOT_RUN, markdown, shown, success_table
+from storage.results import IMPLIED, NOT_RUN, columns_to_show, markdown, success_table
 from tools.claims import UNSUPPORTED, list_differences, to_markdown
 
 FILM = re.compile(r"(.+)_(\d+)_(success|fail)")  # column, seed: how eval.py names a finished film
@@ -228,7 +228,8 @@ def make_html(found: dict, run: Path) -> str:
     jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     jinja.filters["words"] = lambda name: name.replace("_", " ")
     jinja.globals |= dict(rate_chart=rate_chart, verdict=verdict)
-    more = dict(rows=rows, films=films, names=shown(found["columns"]), unsupported=UNSUPPORTED)
+    more = dict(rows=rows, films=films, unsupported=UNSUPPORTED)
+    more["names"] = columns_to_show(found["columns"])
     more["stages"] = [{"label": name, "metrics": m} for name, m in found["validation"].items()]
     more["losses"] = [to_svg(draw_losses({n: lines}, 1)) for n, lines in found["curves"].items()]
     return jinja.get_template("report.html.j2").render(found, **more)

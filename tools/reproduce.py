@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from config import SUBTASKS, InputError, quoted, user_errors
 from paper import COLUMNS, PAPER_COLUMNS, ROWS, Row, preset_of
-from storage.files import read_lines, sole_writer, write
-from storage.results import address
+from storage.files import sole_writer, write
+from storage.results import read_episodes
 from tools.claims import list_differences, to_markdown, write_table
 
 KEPT = ("config.json", "log.jsonl", "validation.json")  # of each stage
@@ -180,7 +180,7 @@ class Runner:
             task: self.out / name / f"seed-{seed}" / task / "episodes.jsonl"
             for task in self.cfg.any_row.tasks
         }
-        return [task for task in files if wanted - {*map(address, read_lines(files[task]))}]
+        return [task for task in files if wanted - read_episodes(files[task].parent).keys()]
 
     def run_cell(self, name: str, seed: int):
         """Train a row, or take a bound's policy, and run the episodes that OUT lacks."""

@@ -6,8 +6,6 @@ Here are software and machine; files are in check_files.py and check_assets.py. 
 weights or imports the simulator. tools/doctor.py prints them all.
 """
 
-import ctypes
-import fcntl
 import os
 import re
 import shutil
@@ -151,37 +149,6 @@ def cuda_findings(
         if int(driver[1]) >= DRIVERS["12"]:
             mend += f"  # or {reinstall} from torch's own index for CUDA 12.6"
     return [Finding("missing", "gpu", got, expected, mend)]
-
-
-def gpu_physics(version: str, fetch: bool = False) -> list[Finding]:
-    """What `--envs N` loads: the driver's libcuda.so and PhysX's GPU library of this version.
-
-    SAPIEN downloads that library at its first use, every process for itself. With `fetch` it is
-    downloaded here and now, by one process of this machine at a time.
-    """
-    library = Path.home() / ".sapien/physx" / version / "libPhysXGpu_64.so"
-    state = "missing" if fetch else "warn"
-    try:
-        ctypes.CDLL("libcuda.so")
-    except OSError as error:  # torch asks for libcuda.so.1, which every driver has
-        mend = "sudo ln -s $(ldconfig -p | grep -om1 '/.*libcuda.so.1$') /usr/lib/libcuda.so"
-        return [Finding(state, "libcuda.so", str(error), "the driver's library, for --envs", mend)]
-    got, load = f"no {library}", "import sapien.physx as p; p.enable_gpu()"
-    if fetch or library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with open(library.with_suffix(".lock"), "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            command = [sys.executable, "-W", "ignore", "-c", load]  # a damaged library may crash it
-            done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-        if done.returncode == 0:
-            return [Finding("ok", "PhysX on a GPU", str(library))]
-        got = f"{library}: {(done.stderr.splitlines() or [f'exit code {done.returncode}'])[-1]}"
-    mend = f"{quoted(sys.executable)} -c '{load}'"
-    if library.exists():
-        mend = f"mv {quoted(library)} {quoted(library)}.aside && {mend}"
-    mend += "; without internet, run this elsewhere and copy its ~/.sapien here"
-    expected = "a library that loads, for --envs; SAPIEN downloads it from GitHub"
-    return [Finding(state, "PhysX on a GPU", got, expected, mend)]
 
 
 def size(number: float) -> str:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from config import TrainConfig
-from paper import summary
+from paper import describe
 from storage import checkpoint
 from storage.files import read_lines, write
 from training.ranks import Ranks
@@ -45,7 +45,7 @@ class Log:
             disable=not sys.stderr.isatty(),
         )  # fmt: skip
         if cfg.row:
-            print("\n".join(f"{key:9} {text}" for key, text in summary(cfg.row).items()))
+            print(describe(cfg.row))
         trained = sum(p.numel() for p in params) / 1e6
         print(
             f"stage {cfg.stage}: {frames:,} frames, {held_out:,} held out, "

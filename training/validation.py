@@ -10,16 +10,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from config import CAMERAS, RECORDED_ACTIONS, TrainConfig
-from data import Batcher, Frames
+from data import ActionStats, Frames, make_batch
 from flow_head import draw_noise
 from model import AuxVLA, actions_to_bins, label_counts
 
 
 @torch.no_grad()
 def validate(
-    model: AuxVLA, frames: Frames, batcher: Batcher, cfg: TrainConfig, device: torch.device
-) -> tuple[dict, dict]:
+    model: AuxVLA, frames: Frames, stats: ActionStats, prompts: tuple[Tensor, Tensor],
+    cfg: TrainConfig,
+) -> tuple[dict, dict]:  # fmt: skip
     """Losses {name: mean} and metrics {name: `figure`} over the held-out frames."""
+    device = prompts[0].device
     model.eval()
     rows = np.unique(np.linspace(0, len(frames) - 1, min(cfg.val_frames, len(frames))).astype(int))
     sums: dict[str, float] = {}
@@ -27,7 +29,7 @@ def validate(
     seen: dict[str, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(cfg.seed)
     for part in np.array_split(rows, -(-len(rows) // cfg.micro_batch)):
-        batch = batcher(frames[part], device)
+        batch = make_batch(frames[part], stats, prompts, cfg.model)
         counts = label_counts(batch)
         noise, t = draw_noise(len(batch["images"]), RECORDED_ACTIONS, generator)
         batch |= {"noise": noise.to(device), "t": t.to(device)}
@@ -49,11 +51,11 @@ def validate(
             seen.setdefault(key, []).append(value.cpu())
     model.train_stage(cfg.stage)
     losses = {name: total / labels[name] for name, total in sums.items() if labels[name]}
-    return losses, metrics({key: torch.cat(values) for key, values in seen.items()}, batcher)
+    return losses, metrics({key: torch.cat(values) for key, values in seen.items()}, stats)
 
 
-def metrics(seen: dict[str, Tensor], batcher: Batcher) -> dict[str, dict]:
-    out = {"action_token_accuracy": action_accuracy(seen, batcher)}
+def metrics(seen: dict[str, Tensor], stats: ActionStats) -> dict[str, dict]:
+    out = {"action_token_accuracy": action_accuracy(seen, stats)}
     if "chunk" in seen:
         out["flow_action_error"] = chunk_error(seen)
     per_label = {
@@ -79,12 +81,12 @@ def figure(
     )
 
 
-def action_accuracy(seen: dict[str, Tensor], batcher: Batcher) -> dict:
+def action_accuracy(seen: dict[str, Tensor], stats: ActionStats) -> dict:
     """Share of exactly right tokens, given the true earlier ones.
 
     Dimensions that never move in training are left out.
     """
-    moving = torch.tensor(batcher.stats.high) > torch.tensor(batcher.stats.low)
+    moving = torch.tensor(stats.high) > torch.tensor(stats.low)
     pred, true = seen["bins"][:, moving], seen["true_bins"][:, moving]
     majority = true.mode(dim=0).values
     return figure(
