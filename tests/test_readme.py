@@ -18,7 +18,7 @@ import collect
 import eval
 import train
 from storage.files import read_lines
-from storage.results import rate, table
+from storage.results import format_rate, table
 from tools.claims import to_markdown
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +93,10 @@ def help_of(*program: str) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_parses_with_its_values(command):
+def test_a_command_parses_with_its_values(command, tmp_path, monkeypatch):
+    for stage in ("stage1", "stage2"):  # a later stage starts from the folder of the one before
+        (tmp_path / "runs/auxvla-all" / stage).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     words = shlex.split(command)
     script = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "-m")
     program, rest = words[script], words[script + 1 :]
@@ -161,7 +164,7 @@ def test_success_of_learn_and_weights_is_counted_from_their_episodes(page):
             assert column["n"] == count
             label = name.replace("_", " ") + (", flow head" if folder == "eval-flow" else "")
             rows = re.findall(rf"^\| {label}(?:, weights/)? \|.*", PAGES[page], re.M)
-            figure = rate(column).split(", at the end")[0]
+            figure = format_rate(column).split(", at the end")[0]
             short = re.sub(r" = [\d.]+", "", figure)
             assert any(figure in row or short in row for row in rows), f"{label}: {figure}"
 

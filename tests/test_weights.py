@@ -8,7 +8,7 @@ from processes import REPOSITORY, start
 from config import model_config
 from storage.checkpoint import model_config_of, newest, read_manifest
 from storage.files import read_lines, sha256
-from storage.results import rate, table
+from storage.results import format_rate, table
 
 STAGE = REPOSITORY / "weights/stage2"
 COLUMNS = ("close_fridge", "close_drawer")
@@ -34,7 +34,7 @@ def test_their_table_is_counted_from_their_episodes_and_lies_above_one_half():
         figures = columns[name]
         assert results["columns"][name] == figures | {"paper": results["columns"][name]["paper"]}
         assert figures["n"] >= 60 and figures["low"] > max(0.5, chance[name]["high"])
-        text = rate(figures).split(", at the end")[0]
+        text = format_rate(figures).split(", at the end")[0]
         (line,) = re.findall(rf"^\| {name.replace('_', ' ')}, weights/ .*", page, re.M)
         assert text in line and text in report
     metrics = json.loads((STAGE / "validation.json").read_text())["metrics"]
