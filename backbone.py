@@ -19,6 +19,13 @@ from torch.nn import functional as F
 
 from config import LLMConfig, ModelConfig, VisionConfig
 
+
+def draw_normal(*shape: int, std: float) -> Tensor:
+    """Initial values ~ N(0, std^2); none on the meta device: drawing imports torch._dynamo."""
+    weight = torch.empty(shape)
+    return weight if weight.is_meta else weight.normal_(std=std)
+
+
 # --- Vision ---
 
 
@@ -57,10 +64,9 @@ class VisionTransformer(nn.Module):
         self.prefix_tokens = cfg.prefix_tokens
         self.patch_embed = nn.Conv2d(3, cfg.width, patch_size, stride=patch_size)
         # The cls token, then the registers.
-        self.prefix = nn.Parameter(torch.randn(cfg.prefix_tokens, cfg.width) * 0.02)
-        self.pos_embed = nn.Parameter(
-            torch.randn((image_size // patch_size) ** 2, cfg.width) * 0.02
-        )
+        self.prefix = nn.Parameter(draw_normal(cfg.prefix_tokens, cfg.width, std=0.02))
+        patches = (image_size // patch_size) ** 2
+        self.pos_embed = nn.Parameter(draw_normal(patches, cfg.width, std=0.02))
         self.blocks = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.depth - 1))
         for name in ("mean", "std"):  # in no file: on the CPU also when the model is built on meta
             value = torch.tensor(getattr(cfg, name), device="cpu")[:, None, None]
@@ -188,7 +194,8 @@ class LLM(nn.Module):
     def __init__(self, cfg: LLMConfig):
         super().__init__()
         self.cfg = cfg
-        self.embed = nn.Embedding(cfg.vocab, cfg.width)
+        table = draw_normal(cfg.vocab, cfg.width, std=1.0)
+        self.embed = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(LLMLayer(cfg, cfg.width, cfg.mlp) for _ in range(cfg.depth))
         self.norm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
         if not cfg.tied:

@@ -15,28 +15,27 @@ side by side, tools/compare.py compares two on equal seeds.
 
 import platform
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-import sapien
 import tyro
 
 from config import HORIZON, TASKS, InputError, user_errors
 from paper import COLUMNS, DEFAULT_ROW, EACH, OBJECTS, PAPER_COLUMNS, ROWS, sentences, targets
 from simulation.assets import apartment, asset_folder, check_assets, plan_files
-from simulation.env import articulations
-from simulation.episodes import (
+from simulation.plans import (
+    Job,
+    articulations,
     batches,
     check_envs,
     count_scenes,
     film_name,
-    run_jobs,
     simulation_backend,
 )
-from simulation.rl_expert import RLPolicy
 from simulation.workers import Workers
 from storage.checkpoint import read_manifest, resolve
 from storage.files import append, code_commit, read_json, sha256, sole_writer, write_json
@@ -103,17 +102,13 @@ class EvalConfig:
             names += [f"{EACH[name]}:{target}" for target in each] if name in EACH else [name]
         return tuple(dict.fromkeys(names))
 
+    def address(self, column: str) -> tuple[str, str, str]:
+        """MS-HAB's task, subtask and target of a column."""
+        return self.task, COLUMNS[column].subtask, COLUMNS[column].target_in(self.task)
+
     def plan_file(self, column: str) -> Path:
         """MS-HAB's task plans of a column. Raises InputError when a file is missing."""
-        what = COLUMNS[column]
-        return plan_files(self.task, what.subtask, what.target_in(self.task), self.split)[0]
-
-    def rl_policy(self, column: str, device="cpu") -> RLPolicy | None:
-        """MS-HAB's policy for a column; None when another one acts."""
-        if self.policy != "rl":
-            return None
-        subtask, target = COLUMNS[column].subtask, COLUMNS[column].target_in(self.task)
-        return RLPolicy.load(self.policies, self.task, subtask, target, device)
+        return plan_files(*self.address(column), self.split)[0]
 
 
 def choose(cfg: EvalConfig) -> EvalConfig:
@@ -166,11 +161,15 @@ def known_columns(cfg: EvalConfig, manifest: dict) -> tuple[str, ...]:
 def settings_of(cfg: EvalConfig) -> dict:
     """The settings that determine an episode; a results folder may not mix two of them."""
     same = ("task", "split", "policy", "horizon", "stop_at_success", "real_meshes")
-    rl = cfg.policy == "rl"
+    policies = None
+    if cfg.policy == "rl":
+        from simulation.rl_expert import RLPolicy  # here: it imports the simulator
+
+        policies = {name: RLPolicy.load(cfg.policies, *cfg.address(name)).sha for name in cfg.names}
     return {key: getattr(cfg, key) for key in same} | {
         "simulation": simulation_backend(cfg.envs),
         "checkpoint": sha256(cfg.checkpoint / "manifest.json") if cfg.checkpoint else None,
-        "policies": {name: cfg.rl_policy(name).sha for name in cfg.names} if rl else None,
+        "policies": policies,
         "device": device_of(cfg.device).type if cfg.checkpoint else "cpu",  # a GPU acts in bf16
         "assets": apartment(),
     }
@@ -178,6 +177,8 @@ def settings_of(cfg: EvalConfig) -> dict:
 
 def provenance(cfg: EvalConfig) -> dict:
     """Checkpoint path, command, commit, renderer and versions."""
+    import sapien  # here, and the simulator in the workers: --help and mistakes in flags are fast
+
     marker = asset_folder() / "household.json"
     return {
         "checkpoint_path": str(cfg.checkpoint) if cfg.checkpoint else None,
@@ -189,6 +190,13 @@ def provenance(cfg: EvalConfig) -> dict:
         "renderer": sapien.render.get_device_summary().partition("\n")[0],
         "versions": {"python": platform.python_version()} | {x: version(x) for x in LIBRARIES},
     }
+
+
+def serve(cfg: EvalConfig, jobs: Iterator[Job]) -> Iterator[list[dict]]:
+    """Run in a worker."""
+    from simulation.episodes import run_jobs  # here: the main process needs no simulator
+
+    return run_jobs(cfg, jobs)
 
 
 def run(cfg: EvalConfig, done: dict[tuple[str, int], dict]) -> None:
@@ -206,7 +214,7 @@ def run(cfg: EvalConfig, done: dict[tuple[str, int], dict]) -> None:
                 late.append(seed)
         if late:
             print(f"{name}, seeds {late}: run already, without a film; another --out films them")
-    jobs, workers = iter(batches(missing, cfg.envs)), Workers(cfg.workers, partial(run_jobs, cfg))
+    jobs, workers = iter(batches(missing, cfg.envs)), Workers(cfg.workers, partial(serve, cfg))
     results = workers.run(lambda running: next(jobs, None))
     for i, episode in enumerate((each for _, job in results for each in job), start=1):
         append(cfg.out / "episodes.jsonl", episode)

@@ -166,7 +166,8 @@ class AuxVLA(nn.Module):
         self.vlm = VLM(cfg, meta)
         self.decoders = nn.ModuleDict({name: DECODERS[name][0](cfg) for name in cfg.decoders})
         self.flow_head = FlowHead(cfg) if flow_head else None
-        init_weights(self.vlm.llm, cfg.llm.init_std)
+        if not meta:
+            init_weights(self.vlm.llm, cfg.llm.init_std)
         if self.flow_head:
             init_weights(self.flow_head, cfg.llm.init_std)
 

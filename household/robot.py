@@ -82,9 +82,9 @@ def cluster(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, ...]:
     merged /= count[:, None]
     faces = cell[faces]
     a, b, c = faces.T
-    whole = np.flatnonzero((a != b) & (b != c) & (c != a))
-    _, first = np.unique(np.sort(faces[whole], axis=1), axis=0, return_index=True)
-    kept = whole[first]
+    proper = np.flatnonzero((a != b) & (b != c) & (c != a))
+    _, first = np.unique(np.sort(faces[proper], axis=1), axis=0, return_index=True)
+    kept = proper[first]
     faces = faces[kept]
     corners = merged[faces]  # [G, 3 corners, 3]
     face_normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])

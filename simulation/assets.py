@@ -1,4 +1,4 @@
-"""The apartment in MS_ASSET_DIR, generated or real: where its files lie, and what is missing.
+"""The apartment in MS_ASSET_DIR, generated or real: its files, and a check of them.
 
 This file imports no simulator.
 """
@@ -58,7 +58,7 @@ def apartment(root: Path | None = None) -> str | None:
     marker = root / "household.json"
     if not marker.is_file():
         return None
-    scenes = (root / REPLICA / "configs/scenes").glob("*.json")
+    scenes = [p for p in (root / REPLICA / "configs/scenes").glob("*.json") if not fault_of(p)]
     real = [p for p in scenes if f"objects/table_{p.name.partition('.')[0]}" not in p.read_text()]
     models = (root / YCB / "models").glob("*/")
     real += [path for path in models if path.name not in sum(OBJECTS.values(), ())]
@@ -71,15 +71,15 @@ def apartment(root: Path | None = None) -> str | None:
 
 
 def check_assets(root: Path | None = None, tasks: tuple[str, ...] = TASKS) -> str:
-    """Look at a sample of the files: all plans, and what one episode of each subtask loads.
+    """Check a sample of the files: all plans, and the files of one episode of each subtask.
 
     Raises InputError, with the command that brings the file again.
     """
     root = root or asset_folder()
+    generated = apartment(root)
     for path in needed_files(root, tasks):
         if fault := fault_of(path):
             raise InputError(f"{path}: {fault}. {command_for(root, path)}")
-    generated = apartment(root)
     return f"{root}: {'a generated apartment' if generated else 'ReplicaCAD'}, a sample is complete"
 
 

@@ -1,133 +1,27 @@
-"""Episodes in one simulator process: which ones run at once, the loop, and what is counted.
+"""Episodes in one simulator process: its jobs, the loop, and the counts.
 
-    for job in batches(episodes, envs=16):
-        records = run_episodes(SubtaskEnvs(..., num_envs=16), policy, job.seeds, cfg)
+    for records in run_jobs(cfg, [Job("close_drawer", seeds=[0, 1])]): ...
 
 One environment on the CPU is a batch of one, by the same code. `cfg` is an eval.EvalConfig.
 """
 
-import ctypes
-import fcntl
 import hashlib
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import attrgetter
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from mani_skill.utils.common import to_cpu_tensor
-from sapien import physx
 
-from config import ACTION_DIM, InputError, quoted
+from config import ACTION_DIM
 from household.expert import ScriptedExpert
-from paper import COLUMNS
 from policy import Policy, check_schema
-from simulation.env import SubtaskEnvs, draw_plan
+from simulation.env import SubtaskEnvs
+from simulation.plans import Job, film_name, pad_seeds, simulation_backend
 from simulation.rl_expert import RLPolicy
-from training.ranks import device_of
-
-# --- Several environments at once ---
-
-
-def check_envs(envs: int, scripted: bool, device: str | None = None) -> None:
-    """Raise InputError when so many environments cannot be simulated at once.
-
-    Downloads PhysX's GPU library if it is missing.
-    """
-    if envs == 1:
-        return
-    instead = "leave it out; --workers 2 runs two processes"
-    if scripted:
-        raise InputError(
-            f"--envs {envs}: the scripted expert drives one environment, on the CPU; {instead}"
-        )
-    if device_of(device).type == "cpu":
-        raise InputError(
-            f"--envs {envs}: ManiSkill simulates several environments in one process on a GPU "
-            f"alone, expected a GPU that torch finds, and no --device cpu; {instead}"
-        )
-    check_gpu_physics()
-
-
-def check_gpu_physics(download: bool = True) -> str:
-    """Load what --envs needs: the driver's libcuda.so and PhysX's GPU library.
-
-    SAPIEN downloads PhysX's library at its first use, in every process. With `download` one
-    process of this machine at a time does so here. Raises InputError when a library does not load.
-    """
-    try:
-        ctypes.CDLL("libcuda.so")
-    except OSError as error:  # torch asks for libcuda.so.1, which every driver has
-        raise InputError(
-            f"{error}; --envs needs the driver's libcuda.so. This makes the link: "
-            "sudo ln -s $(ldconfig -p | grep -om1 '/.*libcuda.so.1$') /usr/lib/libcuda.so"
-        ) from error
-    library = Path.home() / ".sapien/physx" / physx.version() / "libPhysXGpu_64.so"
-    if not library.exists() and not download:
-        return f"no {library} yet: the first --envs downloads it from GitHub"
-    library.parent.mkdir(parents=True, exist_ok=True)
-    load = "import sapien.physx as p; p.enable_gpu()"
-    with open(library.with_suffix(".lock"), "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        command = [sys.executable, "-W", "ignore", "-c", load]  # a damaged library may crash it
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        reason = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
-        aside = f"mv {quoted(library)} {quoted(library)}.aside && " if library.exists() else ""
-        raise InputError(
-            f"PhysX on a GPU: {library}: {reason}. SAPIEN downloads it from GitHub: "
-            f"{aside}{quoted(sys.executable)} -c '{load}'; without internet, run this on another "
-            "machine and copy its ~/.sapien here"
-        )
-    return f"{library} loads"
-
-
-def simulation_backend(envs: int) -> str:
-    """ManiSkill's simulation backend. CPU and GPU physics give different episodes.
-
-    GAP-27 (Sec. 6.1): the paper names neither backend nor split nor seeds. Here: CPU physics (the
-    GPU's with --envs), the val split (GAP-18), and each seed draws a plan and with it a scene.
-    """
-    return "physx_cpu" if envs == 1 else "physx_cuda"
-
-
-class Job(NamedTuple):
-    """Episodes of a column, in collect.py of a target, that are simulated at once."""
-
-    column: str
-    seeds: list[int]
-    filmed: bool = False
-
-
-def batches(episodes: Iterable[tuple[str, int, bool, str]], envs: int) -> list[Job]:
-    """Group episodes (column, seed, filmed, articulation) into jobs of at most `envs`.
-
-    The episodes of a job differ in the seed alone. A filmed episode has a job of its own.
-    """
-    groups: dict[tuple, list[int]] = {}
-    for column, seed, filmed, articulation in episodes:
-        groups.setdefault((column, filmed, articulation), []).append(seed)
-    return [
-        Job(column, seeds[i : i + size], filmed)
-        for (column, filmed, _), seeds in groups.items()
-        for size in [1 if filmed else envs]
-        for i in range(0, len(seeds), size)
-    ]
-
-
-def pad_seeds(seeds: list[int], num_envs: int) -> list[int]:
-    """Repeat the last seed for the environments to spare; their episodes are dropped."""
-    return seeds + seeds[-1:] * (num_envs - len(seeds))
-
-
-# --- The worker ---
 
 
 class RandomPolicy:
@@ -154,16 +48,11 @@ POLICIES = {
 
 def make_envs(cfg, column: str, filmed: bool) -> SubtaskEnvs:
     """Make a column's simulator, which renders the images that the policy or the film reads."""
-    what, mode = COLUMNS[column], POLICIES[cfg.policy].obs_mode
+    mode = "rgb+depth+segmentation" if filmed else POLICIES[cfg.policy].obs_mode
     return SubtaskEnvs(
-        cfg.task, what.subtask, what.target_in(cfg.task), cfg.split,
-        obs_mode="rgb+depth+segmentation" if filmed else mode, real_meshes=cfg.real_meshes,
+        *cfg.address(column), cfg.split, obs_mode=mode, real_meshes=cfg.real_meshes,
         simulation=simulation_backend(cfg.envs), num_envs=1 if filmed else cfg.envs,
     )  # fmt: skip
-
-
-def film_name(column: str, seed: int) -> str:
-    return f"{column}_{seed}".replace(":", "_")  # scp reads a colon as a host
 
 
 def run_jobs(cfg, jobs: Iterable[Job]) -> Iterator[list[dict]]:
@@ -174,8 +63,10 @@ def run_jobs(cfg, jobs: Iterable[Job]) -> Iterator[list[dict]]:
         if learned is not None:
             check_schema(envs, learned.manifest)
             learned.predict = filmed  # a film alone shows the auxiliary predictions
-        rl = cfg.rl_policy(column, envs.mshab.device)
-        policy = learned or rl or POLICIES[cfg.policy](envs)
+        if cfg.policy == "rl":
+            policy = RLPolicy.load(cfg.policies, *cfg.address(column), envs.mshab.device)
+        else:
+            policy = learned or POLICIES[cfg.policy](envs)
         for job in group:
             film = None
             if filmed:
@@ -194,7 +85,7 @@ def run_episodes(envs: SubtaskEnvs, policy, seeds: list[int], cfg, film=None) ->
     A batch keeps its size, so that a GPU keeps its graph: environments to spare run along. A batch
     takes as long as its longest episode, and each record has an equal share of that time.
     """
-    torch.manual_seed(seeds[0])  # what a policy samples must not depend on the episodes before
+    torch.manual_seed(seeds[0])  # a policy's samples must not depend on earlier episodes
     started, thought = time.perf_counter(), 0.0
     obs = envs.reset(pad_seeds(seeds, envs.num_envs))
     policy.reset()
@@ -253,19 +144,3 @@ class Outcome:
             "length": self.length,
             "actions": self.actions.hexdigest()[:16],  # equal for two runs with equal actions
         }
-
-
-def count_scenes(plan_file: Path, episodes: list[dict], first_seed: int) -> dict[str, int]:
-    """Count the scenes that were reached, those of the split, and the seeds that reach them all.
-
-    MS-HAB's plans lie unevenly over the scenes, and a seed draws a plan: 30 seeds miss some.
-    """
-    plans = json.loads(plan_file.read_bytes())["plans"]
-    missing, seed = {plan["build_config_name"] for plan in plans}, first_seed
-    total = len(missing)
-    while missing:
-        plan, _ = draw_plan(seed, len(plans))
-        missing.discard(plans[plan]["build_config_name"])
-        seed += 1
-    reached = {episode["scene"] for episode in episodes}
-    return {"reached": len(reached), "of": total, "seeds_for_all": seed - first_seed}

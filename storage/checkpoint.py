@@ -1,15 +1,15 @@
-"""A checkpoint: a folder that is enough to resume training exactly and enough to drive the robot.
+"""A checkpoint: a folder that resumes training exactly and drives the robot.
 
     RUN/stage1/step-00000250/model.safetensors      weights
                              optimizer.safetensors  Adam's moments, by parameter name
                              tokenizer.json
                              manifest.json          config, stage, step, action statistics and
-                                                    schema, sha256 of each file and of itself
+                                                    schema; size and sha256 of the other files
     RUN/stage1/last, best                           names: the newest, the lowest held-out loss
     RUN/stage1/step-00000500.damaged                moved aside: the run resumed from an older one
 
-A checkpoint is written under a hidden name, its manifest last, fsynced and renamed. No pickles.
-Without optimizer.safetensors it still drives the robot and starts the next stage:
+A checkpoint is written under a hidden name, fsynced and renamed. It contains no pickles. Without
+optimizer.safetensors it still drives the robot and starts the next stage:
 
     python -m storage.checkpoint export --checkpoint RUN/stage2 --out RUN/light  # bf16, to share
 """
@@ -24,39 +24,40 @@ from pathlib import Path
 
 import dacite
 import torch
+import torch.distributed as dist
 import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from config import InputError, ModelConfig, TrainConfig, quoted, user_errors
 from storage.files import DamagedError, read_json, sha256, sync, write_json
-from storage.files import write as write_whole
+from storage.files import write as write_file
 
 FORMAT = 2
 MOMENTS = "optimizer.safetensors"
-# What a resumed run may change. None alters a step, but `steps` and `epochs` move the cool-down.
-MAY_CHANGE = {
-    "data", "out", "init_from", "resume", "steps", "epochs", "device", "workers", "val_every",
-    "val_frames", "pretrained", "log_every", "save_every", "keep", "max_skipped", "tracker",
-    "shard", "recompute", "action_bounds",
+# Fields of TrainConfig that may differ on resume. None changes an optimizer step, except that steps
+# and epochs shift the cool-down.
+RESUME_MAY_CHANGE = {
+    "data", "out", "run", "init_from", "resume", "steps", "epochs", "device", "workers",
+    "val_every", "val_frames", "pretrained", "log_every", "save_every", "keep", "max_skipped",
+    "tracker", "shard", "recompute", "action_bounds",
 }  # fmt: skip
 
 
 class CheckpointError(InputError):
-    """A checkpoint that cannot be used here, though its files may be whole; it is named."""
+    """A checkpoint that cannot be used here; the message names it."""
 
 
 # --- Writing ---
 
 
 def snapshot(
-    model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool
+    model: nn.Module, optimizer: torch.optim.Optimizer, is_main: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Copies on the host: weights by name, Adam's state as "<parameter>/<moment>".
 
-    Collective where the model is sharded; ranks that do not `keep` get empty dicts.
+    Collective if the model is sharded; ranks other than the main one get empty dicts.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     moments = {
@@ -66,12 +67,8 @@ def snapshot(
     }
 
     def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        out = {}
-        for key, tensor in tensors.items():
-            full = whole(tensor.detach())
-            if keep:
-                out[key] = full.to("cpu", copy=True).contiguous()
-        return out
+        full = ((key, full_tensor(tensor.detach())) for key, tensor in tensors.items())
+        return {key: t.to("cpu", copy=True).contiguous() for key, t in full if is_main}
 
     return copies(model.state_dict()), copies(moments)
 
@@ -80,35 +77,24 @@ def write(
     out: Path, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor] | None,
     manifest: dict, tokenizer: str, keep: int,
 ) -> None:  # fmt: skip
-    """Write out/step-NNNNNNNN, then out/last; then `prune`.
+    """Write out/step-NNNNNNNN and out/last, then `prune`.
 
-    Without moments it drives the robot and starts a stage, but does not resume one. Raises
-    CheckpointError when the disk fails; the older ones are then as they were.
+    Without moments the checkpoint cannot be resumed. Raises CheckpointError when the disk fails;
+    older checkpoints stay as they were.
     """
     final = folder_of(out, step)
-    partial = hidden(final, "partial")
+    partial = final.with_name(f".{final.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file(weights, partial / "model.safetensors")
-        if moments is not None:
-            save_file(moments, partial / MOMENTS)
-        (partial / "tokenizer.json").write_bytes(tokenizer.encode())
-        files, mode = sorted(partial.iterdir()), (partial / "tokenizer.json").stat().st_mode
-        for path in files:
-            path.chmod(mode)  # safetensors lets nobody else read; this is the umask's
-            sync(path)
-        hashes = {path.name: sha256(path) for path in files}
-        sizes = {path.name: path.stat().st_size for path in files}
-        content = {"format": FORMAT, "step": step, **manifest, "sizes": sizes, "files": hashes}
-        write_json(partial / "manifest.json", content)
-        if final.exists():  # never in a run: `resumable` has moved damaged ones aside
+        save(partial, weights, moments, tokenizer, {"format": FORMAT, "step": step} | manifest)
+        if final.exists():
             discard(final)
         os.replace(partial, final)
         sync(out)
-        write_whole(out / "last", final.name.encode())
+        write_file(out / "last", final.name.encode())
         prune(out, keep, final)
-    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         raise CheckpointError(
             f"{final}: could not be saved ({error}); earlier checkpoints in {out} are as they were"
         ) from error
@@ -116,18 +102,35 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def save(
+    folder: Path, weights: dict[str, Tensor], moments: dict[str, Tensor] | None, tokenizer: str,
+    manifest: dict,
+) -> None:  # fmt: skip
+    save_file(weights, folder / "model.safetensors")
+    if moments is not None:
+        save_file(moments, folder / MOMENTS)
+    (folder / "tokenizer.json").write_bytes(tokenizer.encode())
+    files, mode = sorted(folder.iterdir()), (folder / "tokenizer.json").stat().st_mode
+    for path in files:
+        path.chmod(mode)  # safetensors ignores the umask: its files are readable by the owner only
+        sync(path)
+    sizes = {path.name: path.stat().st_size for path in files}
+    hashes = {path.name: sha256(path) for path in files}
+    write_json(folder / "manifest.json", manifest | {"sizes": sizes, "files": hashes})
+
+
 def rate(out: Path, step: int, score: float, keep: int) -> None:
-    """Write a step's score into its manifest, then `prune`."""
-    path = folder_of(out, step) / "manifest.json"
-    write_json(path, read_json(path) | {"score": score})
-    prune(out, keep, path.parent)
+    """Add the held-out loss of a checkpoint to its manifest, then `prune`."""
+    folder = folder_of(out, step)
+    write_json(folder / "manifest.json", read_json(folder / "manifest.json") | {"score": score})
+    prune(out, keep, folder)
 
 
 def prune(out: Path, keep: int, saved: Path) -> None:
-    """Name the one of the lowest `score` in out/best; keep it, `saved` and the newest `keep`.
+    """Write the name of the checkpoint with the lowest score to out/best; remove old checkpoints.
 
-    Damaged checkpoints are not counted and not removed. Only the manifest's seal and the files'
-    sizes are compared: hashing all files would take a minute at each save of the paper's model.
+    The best, `saved` and the newest `keep` stay. Damaged checkpoints are neither counted nor
+    removed. Only sizes are compared: hashing takes a minute for each save of the paper's model.
     """
     scores = {}
     for folder in steps_in(out):
@@ -138,7 +141,7 @@ def prune(out: Path, keep: int, saved: Path) -> None:
     rated = [folder for folder, score in scores.items() if score is not None]
     best = min(rated, key=scores.get, default=None)
     if best:
-        write_whole(out / "best", best.name.encode())
+        write_file(out / "best", best.name.encode())
     for folder in [*scores][:-keep]:
         if folder not in (best, saved):
             discard(folder)
@@ -148,19 +151,22 @@ def folder_of(out: Path, step: int) -> Path:
     return out / f"step-{step:08d}"
 
 
-def hidden(folder: Path, what: str) -> Path:
-    return folder.with_name(f".{folder.name}.{what}")
-
-
 def discard(folder: Path) -> None:
-    """Remove a checkpoint; killed in between, it does not stay behind as a damaged one."""
-    trash = hidden(folder, "trash")
+    """Remove a checkpoint. The hidden name keeps a kill in between from leaving a damaged one."""
+    trash = folder.with_name(f".{folder.name}.trash")
     shutil.rmtree(trash, ignore_errors=True)
     os.replace(folder, trash)
     shutil.rmtree(trash)
 
 
-# --- Reading ---
+def tidy(out: Path) -> None:
+    """Remove the remains of killed saves. The caller must be the only writer of `out`."""
+    for pattern in (".step-*.partial", ".step-*.trash"):
+        for remains in out.glob(pattern):
+            shutil.rmtree(remains)
+
+
+# --- Finding ---
 
 
 def steps_in(out: Path) -> list[Path]:
@@ -169,11 +175,10 @@ def steps_in(out: Path) -> list[Path]:
 
 
 def read_manifest(folder: Path, verify: bool = True, moments: bool = True) -> dict:
-    """The manifest of a checkpoint, after comparing every file with its size and its sha256.
+    """The manifest of a checkpoint, after comparing size and sha256 of every file.
 
-    Without `verify` the sizes alone are compared (older manifests have none). Without `moments`
-    Adam's file, twice the weights and needed to resume only, is not looked at. Raises DamagedError
-    naming the file, CheckpointError for a manifest of another format.
+    `verify` False compares sizes only. `moments` False skips Adam's file, twice as large as the
+    weights. Raises DamagedError naming the file, CheckpointError for another format.
     """
     manifest = read_json(folder / "manifest.json")
     if manifest.get("format") != FORMAT:
@@ -181,7 +186,7 @@ def read_manifest(folder: Path, verify: bool = True, moments: bool = True) -> di
             f"{folder}: format {manifest.get('format')}, expected {FORMAT}. Use the version of "
             "this code that wrote it, or give another --out or --checkpoint"
         )
-    sizes = manifest.get("sizes", {})
+    sizes = manifest.get("sizes", {})  # older manifests have no sizes
     for name, expected in manifest["files"].items():
         path = folder / name
         if name == MOMENTS and not moments:
@@ -194,10 +199,7 @@ def read_manifest(folder: Path, verify: bool = True, moments: bool = True) -> di
 
 
 def newest(out: Path, moments: bool = True) -> Path | None:
-    """The newest whole checkpoint of a stage's folder; damaged ones are named on stderr.
-
-    Raises CheckpointError for one of another format.
-    """
+    """The newest undamaged checkpoint of a stage's folder; damaged ones are named on stderr."""
     for folder in reversed(steps_in(out)):
         try:
             read_manifest(folder, moments=moments)
@@ -208,24 +210,23 @@ def newest(out: Path, moments: bool = True) -> Path | None:
 
 
 def resumable(out: Path, resume: str) -> Path | None:
-    """The checkpoint that a run goes on from; None where `out` has none yet.
+    """The checkpoint that a run continues from; None if `out` has none yet.
 
-    Nobody else may be writing to `out`: what killed saves have left is removed, and damaged
-    checkpoints behind the one returned are moved aside, so that none has the number of a later
-    save. Raises CheckpointError when none is whole, FileExistsError when one is and `resume` is
-    "never".
+    The caller must be the only writer of `out`: remains of killed saves are removed, and damaged
+    checkpoints newer than the returned one are renamed, so that later saves can take their names.
+    Raises InputError if all checkpoints are damaged, or if one is not and `resume` is "never".
     """
     tidy(out)
     steps, found = steps_in(out), newest(out)
     if steps and not found:
         raise CheckpointError(
-            f"{out}: none of its {len(steps)} checkpoints is whole. Nothing was changed. Copy one "
-            f"again, or begin anew in another --out; to begin anew here: mv {quoted(out)} "
-            f"{quoted(f'{out}.damaged')}"
+            f"{out}: none of its {len(steps)} checkpoints is undamaged. Nothing was changed. Copy "
+            f"one again, or start in another --out; to start here: mv "
+            f"{quoted(out, f'{out}.damaged')}"
         )
     if found and resume == "never":
         raise InputError(
-            f"{out}: holds {found.name}; choose another --out, or drop --resume never to go on"
+            f"{out}: holds {found.name}; choose another --out, or drop --resume never to continue"
         )
     for folder in steps[steps.index(found) + 1 :] if found else ():
         names = (folder.with_name(f"{folder.name}.damaged{n or ''}") for n in count())
@@ -235,52 +236,29 @@ def resumable(out: Path, resume: str) -> Path | None:
     return found
 
 
-def tidy(out: Path) -> None:
-    """Remove what killed saves have left. Nobody else may be writing to `out`."""
-    for pattern in (".step-*.partial", ".step-*.trash"):
-        for left in out.glob(pattern):
-            shutil.rmtree(left)
-
-
 def resolve(path: str | Path) -> Path:
-    """A checkpoint from its own folder or its stage's, to act or to start a stage with.
-
-    FileNotFoundError says what to run.
-    """
+    """The checkpoint in its own folder, or the newest of a stage's. InputError says what to run."""
     path = Path(path)
     if (path / "manifest.json").is_file():
         return path
     found = newest(path, moments=False) if path.is_dir() else None
     if found is None:
         raise InputError(
-            f"{path}: no whole checkpoint there; train one: python train.py --stage 1 --data DATA "
+            f"{path}: no undamaged checkpoint there; train one: python train.py --stage 1 "
             f"--out {quoted(path)}"
         )
     return found
+
+
+# --- Comparing and loading ---
 
 
 def model_config_of(manifest: dict) -> ModelConfig:
     return dacite.from_dict(ModelConfig, manifest["config"]["model"], dacite.Config(cast=[tuple]))
 
 
-def decoders_of(out: str, init_from: str | None) -> tuple[str, ...] | None:
-    """Decoders of the checkpoint in `out`, which a run resumes, else of `init_from`; None: of none.
-
-    Damaged checkpoints are passed over: `resumable` and `resolve` name them.
-    """
-    for place in (Path(out), *([Path(init_from)] if init_from else [])):
-        alone = (place / "manifest.json").is_file()
-        for folder in [place] if alone else reversed(steps_in(place)):
-            try:
-                manifest = read_manifest(folder, verify=False, moments=False)
-            except InputError:
-                continue
-            return model_config_of(manifest).decoders
-    return None
-
-
 def differences(ours: dict, theirs: dict, prefix: str = "") -> dict[str, str]:
-    """{field: what it is here and there} for every leaf in which two nested dicts differ."""
+    """Flatten two nested dicts; return {path: "path: a here, b there"} where they differ."""
     out = {}
     for key in sorted(ours.keys() | theirs.keys()):
         a, b = ours.get(key), theirs.get(key)
@@ -291,37 +269,32 @@ def differences(ours: dict, theirs: dict, prefix: str = "") -> dict[str, str]:
     return out
 
 
-def plain(config) -> dict:
-    """A config as JSON sees it: tuples become lists."""
+def to_json(config) -> dict:
+    """A config dataclass as JSON has it: tuples become lists."""
     return json.loads(json.dumps(asdict(config)))
 
 
-def check_config(cfg: TrainConfig, manifest: dict, source: Path, resumed: bool):
-    """Raise CheckpointError, naming the fields, unless the run may go on from `source`.
+def check_config(cfg: TrainConfig, manifest: dict, source: Path, resumed: bool) -> None:
+    """Raise CheckpointError, naming the fields, unless the run may start from `source`.
 
-    A stage that starts from it (not `resumed`) needs the same model only. A field that is newer
-    than the checkpoint has its default there.
+    A field that is newer than the checkpoint has its default there.
     """
-    theirs = plain(TrainConfig(data="", out="")) | manifest["config"]
-    fields = differences(plain(cfg), theirs | {"model": plain(model_config_of(manifest))})
-
-    def matters(name: str) -> bool:
-        if resumed:
-            return name.split(".")[0] not in MAY_CHANGE
-        if manifest["stage"] != 3 and name.startswith("model.flow."):
-            return False  # there is no flow head to take
-        return name.startswith("model.") and name != "model.freeze_vision"
-
-    different = [text for name, text in fields.items() if matters(name)]
-    if different:
-        more = f"; {len(different) - 4} more" if len(different) > 4 else ""
+    theirs = to_json(TrainConfig()) | manifest["config"]
+    fields = differences(to_json(cfg), theirs | {"model": to_json(model_config_of(manifest))})
+    if resumed:
+        wrong = [
+            text for name, text in fields.items() if name.split(".")[0] not in RESUME_MAY_CHANGE
+        ]
+        mend = "Give the same flags, or another --out"
+    else:  # A stage needs the same model; the flow head is new unless stage 3 trained one.
+        free = ("model.freeze_vision",) + ("model.flow.",) * (manifest["stage"] != 3)
+        parts = {name: text for name, text in fields.items() if name.startswith("model.")}
+        wrong = [text for name, text in parts.items() if not name.startswith(free)]
+        mend = "Give its --row or its --model flags, or another --init-from"
+    if wrong:
+        more = f"; {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise CheckpointError(
-            f"{source} was made with another configuration ({'; '.join(different[:4])}{more}). "
-            + (
-                "Give the same flags, or another --out"
-                if resumed
-                else "Give its --row or its --model flags, or another --init-from"
-            )
+            f"{source} was made with another configuration ({'; '.join(wrong[:4])}{more}). {mend}"
         )
 
 
@@ -339,34 +312,55 @@ def load_weights(model: nn.Module, folder: Path, new: tuple[str, ...] = ()) -> N
     if missing or unexpected:
         raise CheckpointError(
             f"{folder}: lacks {missing[:5]} and has unknown {unexpected[:5]}; "
-            "it is of another model, or of a later stage"
+            "the file is of another model or of a later stage"
         )
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Adam's state. Raises CheckpointError for a checkpoint that was shared without it."""
+    """Load Adam's state. Raises CheckpointError for a checkpoint that was exported without it."""
     if not (folder / MOMENTS).is_file():
         raise CheckpointError(
-            f"{folder}: has no {MOMENTS}, so that its stage cannot go on. It starts one: "
-            f"--init-from {quoted(folder)}, and another --out"
+            f"{folder}: has no {MOMENTS}, so its stage cannot be resumed. It can start a stage: "
+            f"--init-from {quoted(folder)}, with another --out"
         )
     parameters = dict(model.named_parameters())
     with safe_open(folder / MOMENTS, "pt") as file:  # one tensor at a time
         for key in sorted(file.keys()):  # in the same order on every rank
             name, _, moment = key.rpartition("/")
-            value = file.get_tensor(key)
-            parameter = parameters[name]
+            parameter, value = parameters[name], file.get_tensor(key).to(parameters[name].device)
             optimizer.state[parameter][moment] = (
-                value.to(parameter.device) if moment == "step" else like(value, parameter)
+                value if moment == "step" else shard_like(value, parameter)
             )
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    if not dist.is_initialized():
+        return False
+    from torch.distributed.tensor import DTensor  # importing it takes a second
+
+    return isinstance(tensor, DTensor)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor of a shard, gathered on the CPU by all ranks together; others unchanged."""
+    return tensor.full_tensor().cpu() if is_sharded(tensor) else tensor
+
+
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's shard of a full tensor if the parameter is sharded, else the tensor itself."""
+    if not is_sharded(parameter):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+
+
 def export(checkpoint: Path, out: Path) -> None:
-    """Copy a checkpoint to share: matrices in bf16, no moments, the training logs beside it.
+    """Copy a checkpoint to share: matrices in bf16, without moments, with the training logs.
 
     Args:
         checkpoint: RUN/stageN (its newest) or RUN/stageN/step-NNNNNNNN
-        out: a new folder, which --checkpoint and --init-from take like RUN/stageN
+        out: a new folder, for --checkpoint and --init-from, in the form of RUN/stageN
     """
     if out.exists():
         raise InputError(f"{out}: is there already; give another --out")
@@ -388,16 +382,3 @@ def export(checkpoint: Path, out: Path) -> None:
 if __name__ == "__main__":
     with user_errors():
         tyro.extras.subcommand_cli_from_dict({"export": export}, description=__doc__)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of a shard, gathered on the CPU by all ranks together; others as they are."""
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
-
-
-def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A full tensor as `parameter` is kept: its rank's shard, or whole on its device."""
-    tensor = tensor.to(parameter.device)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-    return tensor

@@ -22,7 +22,7 @@ import h5py
 import numpy as np
 
 from config import InputError
-from storage.files import append, mend_of, read_lines, replacing, write
+from storage.files import append, read_lines, replacing, write, write_json
 
 COMPRESSED = ("rgb", "depth", "fetch_head", "fetch_hand")  # images, and the masks named by camera
 GZIP = dict(compression="gzip", compression_opts=5)  # (MS-HAB: envs/wrappers/record.py)
@@ -94,8 +94,6 @@ class Recording:
             h5py.File(self.h5).close()
             return json.loads(self.json.read_bytes())
         except (OSError, ValueError) as error:
-            if mend := mend_of(self.h5, error):
-                raise InputError(f"{self.h5}: {error}. Try again after: {mend}") from error
             raise self.incomplete(error) from error
 
     def incomplete(self, reason: object) -> InputError:
@@ -156,5 +154,5 @@ class Recording:
                 self.episodes.append({"episode_id": number, **episode})
         failed = sorted(seed for seed, success in self.done.items() if not success)
         header |= {"recipe": self.recipe, "failed_seeds": failed, "episodes": self.episodes}
-        write(self.json, json.dumps(header, indent=1).encode())
+        write_json(self.json, header)
         shutil.rmtree(self.parts)

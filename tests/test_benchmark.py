@@ -9,13 +9,13 @@ from itertools import product
 
 import numpy as np
 import pytest
-from processes import REPOSITORY, start
+from processes import REPOSITORY
 from test_eval import outcomes, trained  # noqa: F401  a fixture
 
 from config import TASKS, InputError
 from eval import EvalConfig, main
 from paper import OBJECTS, targets
-from simulation.episodes import count_scenes
+from simulation.plans import count_scenes
 from simulation.workers import Workers
 from storage.files import append, read_lines
 from tools.compare import Pairs, compare
@@ -74,13 +74,10 @@ def test_thirty_seeds_reach_every_scene_of_every_task_here(assets, tmp_path):
 
 
 def test_a_learned_policy_takes_the_same_actions_in_one_process_and_in_two(trained, tmp_path):  # noqa: F811
-    flags = "--columns close_drawer --episodes 2 --horizon 5 --device cpu --checkpoint"
+    chosen = dict(columns=("close_drawer",), episodes=2, horizon=5, device="cpu")
     for workers in (1, 2):
-        run = start(
-            "eval.py", *flags.split(), trained, "--workers", workers, "--out",
-            tmp_path / str(workers),
-        )  # fmt: skip
-        assert run.wait() == 0, run.communicate()
+        out = tmp_path / str(workers)
+        main(EvalConfig(out, checkpoint=trained, workers=workers, **chosen))
     one, two = (outcomes(tmp_path / name) for name in ("1", "2"))
     assert one == two and len({dict(episode)["actions"] for _, episode in one}) == 2
 
@@ -156,6 +153,7 @@ def test_only_what_both_have_is_counted():
         ({"split": "train"}, "seed 0 of close_drawer: split is 'val' in .*, 'train' in"),
         ({"horizon": 100}, "seed 0 of close_drawer: horizon is 200 in .*, 100 in"),
         ({"assets": "0" * 64}, "seed 0 of close_drawer: assets is"),
+        ({"simulation": "physx_cuda"}, "simulation is 'physx_cpu' in .*, 'physx_cuda' in"),
         ({"task": "tidy_house"}, "seed 0 .*: task is 'set_table' in .*, 'tidy_house' in"),
         ({"spawn": -1}, "seed 0 of close_drawer: spawn is 20 in .*, -1 in"),
         ({"seed": 1000}, "share no column and seed: use equal --columns and --seed"),

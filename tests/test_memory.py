@@ -40,7 +40,7 @@ def test_the_plan_is_what_a_real_model_holds(stage):
     batch["prompt_mask"] = torch.ones(4, CFG.llm.prompt_length, dtype=torch.bool)
     model.eval()
     kept = kept_for_backward(model, lambda: model(batch, stage))
-    counted = plan["the same for every batch"] + 4 * plan["a frame's activations"]
+    counted = plan["bf16 copies of the weights"] + 4 * plan["activations of a frame"]
     assert plan["weights"] == sum(p.nbytes for p in model.parameters())
     assert plan["gradients"] == sum(p.nbytes for p in params)
     optimizer = torch.optim.Adam(params)
@@ -64,7 +64,7 @@ def test_sharding_divides_what_belongs_to_the_weights():
     alone, divided = (memory_plan(replace(TINY, shard=True), world, CPU) for world in (1, 4))
     for name in ("weights", "gradients", "Adam's moments"):
         assert divided[name] == alone[name] / 4
-    assert divided["a frame's activations"] == alone["a frame's activations"]
+    assert divided["activations of a frame"] == alone["activations of a frame"]
 
 
 def test_a_gpu_that_is_too_small_is_refused_with_the_flag_that_fits(monkeypatch):

@@ -368,7 +368,9 @@ def test_a_damaged_checkpoint_is_named_and_moved_aside_and_what_is_saved_next_st
     assert (tmp_path / "step-00000004.damaged/manifest.json").is_file()
 
 
-@pytest.mark.parametrize("fault", ["none of its 1 checkpoints is whole", "format 9, expected 2"])
+@pytest.mark.parametrize(
+    "fault", ["none of its 1 checkpoints is undamaged", "format 9, expected 2"]
+)
 def test_where_no_checkpoint_can_be_used_nothing_is_begun_anew(fault, data, stage1, tmp_path):
     out = shutil.copytree(stage1, tmp_path / "out")
     (folder,) = checkpoint.steps_in(out)

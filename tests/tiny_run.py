@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from config import IMAGE_SIZE, model_config
 from model import AuxVLA
 from paper import parse
-from storage.checkpoint import newest, plain, read_manifest, snapshot, write
+from storage.checkpoint import newest, read_manifest, snapshot, to_json, write
 from storage.tokenizer import build_tokenizer
 from train import main
 
@@ -42,7 +42,7 @@ def write_untrained(stage: Path, env, instruction: str):
     model = AuxVLA(cfg)
     manifest = {
         "stage": 2,
-        "config": {"model": plain(cfg)},
+        "config": {"model": to_json(cfg)},
         "action_stats": {"low": [-1.0] * 13, "high": [1.0] * 13},
         "action_schema": env.action_schema,
         "qpos_names": env.qpos_names,

@@ -79,20 +79,15 @@ class Pairs(NamedTuple):
         return [str(n), f"{a:.2f}", f"{b:.2f}", difference, *map(str, counts)]
 
 
-def read_evaluation(folder: Path) -> dict[tuple[str, int], dict]:
-    """Return an evaluation's episodes by column and seed."""
-    episodes = read_episodes(folder)
-    if not episodes:
-        raise InputError(
-            f"no episodes in {folder}: expected the --out of an evaluation. Make one with: "
-            f"python eval.py --checkpoint RUN/stage2 --out {quoted(folder)}"
-        )
-    return episodes
-
-
 def compare(a: Positional[Path], b: Positional[Path]) -> str:
     """Return a table of B - A for two folders of evaluations."""
-    of_a, of_b = read_evaluation(a), read_evaluation(b)
+    of_a, of_b = read_episodes(a), read_episodes(b)
+    for folder, episodes in ((a, of_a), (b, of_b)):
+        if not episodes:
+            raise InputError(
+                f"no episodes in {folder}: expected the --out of an evaluation. Make one with: "
+                f"python eval.py --checkpoint RUN/stage2 --out {quoted(folder)}"
+            )
     shared = [key for key in of_a if key in of_b]
     if not shared:
         raise InputError(f"{a} and {b} share no column and seed: use equal --columns and --seed")

@@ -9,12 +9,21 @@ import sys
 
 import sapien
 
-# Where nvidia-smi works and NVIDIA's Vulkan driver is missing, SAPIEN sets this variable to its own
-# driver file. Vulkan then reads no other driver.
-if "/sapien/" in os.environ.get("VK_ICD_FILENAMES", ""):
-    print("SAPIEN looks for NVIDIA's Vulkan driver alone", file=sys.stderr)
+LAVAPIPE = "/usr/share/vulkan/icd.d/lvp_icd.json"  # Mesa's driver for the CPU
+NO_NVIDIA = (
+    ". SAPIEN looks for NVIDIA's Vulkan driver alone, since nvidia-smi works. One of these helps: "
+    "in a container: docker run --gpus all -e NVIDIA_DRIVER_CAPABILITIES=all; on bare metal: "
+    "apt-get install libnvidia-gl-N, N as of the driver (Debian: nvidia-vulkan-icd); on a MIG "
+    "slice, which cannot draw: take a whole GPU; on the CPU, slowly, in every shell: "
+    f"export VK_ICD_FILENAMES={LAVAPIPE} && make setup"
+)
 
-scene = sapien.Scene()
+try:
+    scene = sapien.Scene()
+except RuntimeError as error:
+    # Where NVIDIA's driver is missing, SAPIEN has set this variable to a driver file of its own.
+    alone = "/sapien/" in os.environ.get("VK_ICD_FILENAMES", "")
+    sys.exit(f"{error}{NO_NVIDIA if alone else ''}")
 scene.set_ambient_light([0.5, 0.5, 0.5])
 box = scene.create_actor_builder()
 box.add_box_visual(half_size=[0.2, 0.2, 0.2])

@@ -108,8 +108,7 @@ find_renderer() {
     fi
     if grep -q "NVIDIA's Vulkan driver alone" "$venv/render.log"; then
       # Mesa would not help: SAPIEN does not look for it.
-      stop "nvidia-smi finds a GPU, but its driver draws no frame. One of these helps:" \
-        "$("$venv/bin/python" -c 'from tools.doctor import DRAW; print(*DRAW, sep="\n")')"
+      stop "nvidia-smi finds a GPU, but its driver draws no frame:" "$(tail -n 1 "$venv/render.log")"
     fi
   fi
   install_as_root "no Vulkan renderer works here" renderer_commands

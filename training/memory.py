@@ -1,27 +1,29 @@
-"""What a training step will hold in memory, counted before the first one without running it.
+"""Estimate the GPU memory of a training step before the first one, from a forward pass.
 
     plan = memory_plan(cfg, world, device)   # {"weights": bytes, ...} per process
 
-The forward pass runs once on tensors that have shapes and no content (torch's FakeTensorMode), and
-what autograd keeps of it is added up. Not counted: what lives within one kernel or block only, and
-the allocator's own share; a tenth of the device is left for them.
+The pass runs on tensors that have shapes and no content (torch's FakeTensorMode); the tensors that
+autograd keeps are added up. What lives within one kernel, and the allocator's own share, is not
+counted: a tenth of the device stays free for it.
 """
 
+import shutil
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from config import InputError, TrainConfig
+from config import HISTORY, InputError, TrainConfig
 from data import batch_shapes
 from model import AuxVLA
+from storage.trajectory import RECORD
 
-SPARE = 0.9  # of a device's memory may be planned
+USABLE = 0.9  # share of a device's memory that a plan may take
 
 
 def kept_for_backward(model: nn.Module, run: Callable[[], object]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, each storage once, weights apart."""
+    """Bytes that a forward pass keeps for the backward pass: each storage once, without weights."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -37,32 +39,39 @@ def kept_for_backward(model: nn.Module, run: Callable[[], object]) -> int:
 
 
 def memory_plan(cfg: TrainConfig, world: int, device: torch.device) -> dict[str, float]:
-    """Bytes per process: weights, gradients, Adam's moments, what the backward pass needs."""
+    """Bytes per process: weights, gradients, Adam's moments, tensors kept for the backward pass."""
     with torch.device("meta"):
         model = AuxVLA(cfg.model, flow_head=cfg.stage == 3)
+
+    def kept(frames: int) -> int:
+        kinds = {"prompt_ids": torch.long, "prompt_mask": torch.bool}
+        batch = {
+            name: torch.zeros(shape, dtype=kinds.get(name, torch.float32))
+            for name, shape in batch_shapes(cfg.model, frames, noise=True).items()
+        }
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            return kept_for_backward(model, lambda: model(batch, cfg.stage))
+
     with FakeTensorMode(allow_non_fake_inputs=True), device:
         model.to_empty(device=device)
         trained = sum(p.numel() for p in model.train_stage(cfg.stage))
-        model.prepare_blocks(recompute=cfg.recompute)
         model.eval()  # BatchNorm would wait for the other ranks
-
-        def forward(frames: int) -> Callable[[], object]:
-            kinds = {"prompt_ids": torch.long, "prompt_mask": torch.bool}
-            batch = {
-                name: torch.zeros(shape, dtype=kinds.get(name, torch.float32))
-                for name, shape in batch_shapes(cfg.model, frames, noise=True).items()
-            }
-            return lambda: model(batch, cfg.stage)
-
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            one, two = (kept_for_backward(model, forward(frames)) for frames in (1, 2))
+        one, two = kept(1), kept(2)
+        per_frame, constant = two - one, max(0, 2 * one - two)
+        if cfg.recompute:
+            model.prepare_blocks(recompute=True)
+            inputs = kept(2) - kept(1)
+            vlm = model.vlm
+            blocks = (*vlm.vision.dino.blocks, *vlm.vision.siglip.blocks, *vlm.llm.layers)
+            # The backward pass holds the activations of one recomputed block and their gradients.
+            per_frame = inputs + 2 * (per_frame - inputs) / len(blocks)
     share = 4 / (world if cfg.shard else 1)
     return {
         "weights": share * sum(p.numel() for p in model.parameters()),
         "gradients": share * trained,
         "Adam's moments": 2 * share * trained,
-        "the same for every batch": max(0, 2 * one - two),  # autocast's copies of the weights
-        "a frame's activations": two - one,
+        "bf16 copies of the weights": constant,
+        "activations of a frame": per_frame,
     }
 
 
@@ -78,11 +87,26 @@ def describe_plan(
     line = f"memory, GiB per process: {', '.join(parts)}; in all {needed / 2**30:.3g}"
     if device.type != "cuda":
         return line
-    limit = SPARE * torch.cuda.get_device_properties(device).total_memory
-    if needed <= limit:
-        return f"{line} of {limit / SPARE / 2**30:.3g}"
-    fit = int((limit - sum(fixed)) // frame)
+    total = torch.cuda.get_device_properties(device).total_memory
+    if needed <= USABLE * total:
+        return f"{line} of {total / 2**30:.3g}"
+    fit = int((USABLE * total - sum(fixed)) // frame)
     remedy = f"--micro-batch {fit}" if fit >= 1 else "--shard on more GPUs"
     if not cfg.recompute:
         remedy += ", or --recompute, which keeps little, for a third more arithmetic"
-    raise InputError(f"{line}, but the GPU has {limit / SPARE / 2**30:.3g}: give {remedy}")
+    raise InputError(f"{line}, but the GPU has {total / 2**30:.3g}: give {remedy}")
+
+
+def check_shared_memory(cfg: TrainConfig, folder: str = "/dev/shm") -> str:
+    """Return the size; InputError if the loader processes' batches, two each, do not fit."""
+    pictures = sum(RECORD[name].itemsize for name in ("rgb", "depth"))
+    frame = RECORD.itemsize + (HISTORY * pictures if cfg.model.history == "frames" else 0)
+    total, need = shutil.disk_usage(folder).total, 2 * cfg.workers * cfg.batch_size * frame
+    if total < need:
+        size = f"{-(-need // 2**30)}g"
+        raise InputError(
+            f"{folder} has {total / 1e9:.1f} GB, {cfg.workers} loader processes need "
+            f"{need / 1e9:.1f} GB: mount -o remount,size={size} {folder} (or docker run "
+            f"--shm-size={size}), or give --workers 0"
+        )
+    return f"{folder}: {total / 1e9:.1f} GB"

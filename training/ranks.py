@@ -1,8 +1,8 @@
-"""The ranks of a run: how they find each other, agree, are told to stop, and leave.
+"""The processes (ranks) of a run: joining, sums, signals, leaving, sharding.
 
-ranks = join(device)                   # under torchrun: all of them, or an error naming who is
-total = ranks.sum(tensor)              # missing; without it: a world of one, no communication
-with signals() as stop: ...            # stop() is true once SIGTERM or SIGUSR1 has arrived
+ranks = join(device)         # under torchrun all ranks, or an error that names the missing ones
+total = ranks.sum(tensor)    # without torchrun: one rank, no communication
+with signals() as stop: ...  # stop() is True after SIGTERM or SIGUSR1
 ranks.leave()
 """
 
@@ -20,15 +20,13 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from config import InputError
 from model import AuxVLA
 
-# How long the ranks wait for each other, seconds: to begin; to end, when one may still be saving.
+# Seconds that ranks wait for each other: at the start; at the end, when one may still be saving.
 JOIN_TIMEOUT, LEAVE_TIMEOUT = 120.0, 3600.0
-STOPPED = 75  # exit code of a run that was told to stop, and saved (sysexits.h: EX_TEMPFAIL)
+STOPPED = 75  # exit code of a run that was stopped by a signal and saved (EX_TEMPFAIL)
 
 
 @dataclass(frozen=True)
@@ -48,48 +46,47 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def from_main(self, value: str | None) -> str | None:
-        """The main rank's value, on every rank."""
-        values = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(values, device=self.device)
-        return values[0]
+    def on_main(self, function: Callable[[], object]) -> object:
+        """Run `function` on rank 0 and broadcast its result.
 
-    def decided(self, decide: Callable[[], str]) -> str:
-        """What the main rank decides, on every rank; when it refuses, the others end in silence."""
-        said = None
+        If it raises on rank 0, the other ranks exit with 1 and print nothing.
+        """
+        message = {}
         try:
-            said = decide() if self.is_main else None
+            if self.is_main:
+                message = {"result": function()}
         finally:
-            said = self.from_main(said)
-        if said is None:
+            box = [message]
+            if self.world > 1:
+                dist.broadcast_object_list(box, device=self.device)
+        if not box[0]:
             raise SystemExit(1)
-        return said
+        return box[0]["result"]
 
     def leave(self) -> None:
-        """End together. Call it when nothing holds DDP any more."""
+        """Wait for all ranks, then close the process group. The caller must have dropped DDP."""
         if self.store is None:
             return
-        # DDP's reducer holds the process group. Were it dropped after the group, gloo's threads
-        # would be joined while they wait for the interpreter that waits for them: 1 run of 20 hung.
+        # DDP's reducer holds the process group. If the reducer were freed after the group, gloo's
+        # threads and the interpreter would wait for each other: 1 run of 20 hung.
         gc.collect()
         deadline = time.monotonic() + LEAVE_TIMEOUT
-        while missing := absent(self.store, "leave", self.rank, self.world):
+        while missing := arrive(self.store, "leave", self.rank, self.world):
             wait_for(missing, self.rank, self.world, deadline)
         dist.destroy_process_group()
 
 
-# Through the store, since a collective that lacks a rank can only say that it timed out.
+# Ranks meet through the store, since a collective with a missing rank only says that it timed out.
 
 
-def absent(store: dist.Store, place: str, rank: int, world: int) -> list[int]:
-    """Come to `place`; the ranks that have not come there yet."""
+def arrive(store: dist.Store, place: str, rank: int, world: int) -> list[int]:
+    """Mark this rank as arrived at `place`; return the ranks that have not arrived."""
     store.set(f"{place}/{rank}", "here")
     return [other for other in range(world) if not store.check([f"{place}/{other}"])]
 
 
 def wait_for(missing: list[int], rank: int, world: int, deadline: float) -> None:
-    """Wait a little. Raises InputError, naming the missing ranks, after the deadline."""
+    """Sleep a little. Raises InputError, naming the missing ranks, after the deadline."""
     if time.monotonic() > deadline:
         raise InputError(
             f"rank {rank} waited in vain: of {world} ranks these did not come: {missing}. Their "
@@ -99,33 +96,33 @@ def wait_for(missing: list[int], rank: int, world: int, deadline: float) -> None
 
 
 def gather(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
-    """Wait for all ranks of this start; a store of their own. InputError names the missing.
+    """Wait for all ranks of this start; return a store of their own. InputError names the missing.
 
-    torchrun keeps one store when it starts ranks again, and what the dead have left there must not
-    be taken for the living's. So each process brings a new name, the main one calls the roll, and
-    only who is on it answers.
+    torchrun reuses its key-value store after a restart, so keys of crashed ranks are still in it.
+    Each process writes a new id; rank 0 publishes the ids it sees; a rank proceeds once its own id
+    is listed, under a prefix derived from that list.
     """
-    me, deadline = uuid4().hex, time.monotonic() + timeout
-    names, missing = [f"name/{other}" for other in range(world)], [0]  # until it calls the roll
-    store.set(names[rank], me)
+    own_id, deadline = uuid4().hex, time.monotonic() + timeout
+    keys, missing = [f"id/{other}" for other in range(world)], [0]  # until rank 0 lists this rank
+    store.set(keys[rank], own_id)
     while True:
         if rank == 0:
-            store.set("roll", " ".join(store.get(n).decode() for n in names if store.check([n])))
-        roll = store.get("roll").decode() if store.check(["roll"]) else ""
-        if me in roll:
-            own = dist.PrefixStore(hashlib.sha256(roll.encode()).hexdigest(), store)
-            if not (missing := absent(own, "begin", rank, world)):
+            store.set("ids", " ".join(store.get(k).decode() for k in keys if store.check([k])))
+        ids = store.get("ids").decode() if store.check(["ids"]) else ""
+        if own_id in ids:
+            own = dist.PrefixStore(hashlib.sha256(ids.encode()).hexdigest(), store)
+            if not (missing := arrive(own, "begin", rank, world)):
                 return own
         wait_for(missing, rank, world, deadline)
 
 
 def device_of(name: str | None) -> torch.device:
-    """--device; by default what is there. Raises InputError for a GPU that is not."""
+    """The device of a --device flag; None: a GPU if there is one. Raises InputError without it."""
     usable = torch.cuda.is_available()
     if name == "cuda" and not usable:
         raise InputError(
             "--device cuda: torch finds no GPU here. `python -m tools.doctor --device cuda` says "
-            "why; --device cpu does without"
+            "why; --device cpu needs none"
         )
     return torch.device(name or ("cuda" if usable else "cpu"))
 
@@ -135,45 +132,49 @@ def join(device: str | None, timeout: float = JOIN_TIMEOUT) -> Ranks:
     kind = device_of(device).type
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda":
-        # Before anything else allocates, or every rank opens a context on GPU 0.
+        # Before anything allocates, or every rank opens a context on GPU 0.
         torch.cuda.set_device(local_rank)
     if "RANK" not in os.environ:
         return Ranks(0, 1, torch.device(kind))
-    place = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    own = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
     store = gather(store, rank, world, timeout)
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world
     )
-    return Ranks(rank, world, place, store)
+    return Ranks(rank, world, own, store)
 
 
 @contextmanager
 def signals() -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM and SIGUSR1 (a scheduler's) only make the yielded function return True."""
-    arrived = []
+    """Inside the block, SIGTERM and SIGUSR1 (of a scheduler) only set the yielded function True."""
+    received = []
     before = {
-        number: signal.signal(number, lambda *_: arrived.append(1))
+        number: signal.signal(number, lambda *_: received.append(1))
         for number in (signal.SIGTERM, signal.SIGUSR1)
     }
     try:
-        yield lambda: bool(arrived)
+        yield lambda: bool(received)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def shard(model: AuxVLA, device: torch.device) -> None:
-    """Divide the model, which is whole on every rank, among the ranks' devices. In place."""
+    """Divide the model, which every rank holds in full, among the ranks' devices (FSDP2)."""
+    # Here, since importing FSDP takes a second and most runs do not shard.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     vlm = model.vlm
     for block in (*vlm.vision.dino.blocks, *vlm.vision.siglip.blocks, *vlm.llm.layers):
         fully_shard(block, mesh=mesh)
-    empty = {p for p in model.parameters() if not p.numel()}  # FSDP2 cannot divide nothing
+    empty = {p for p in model.parameters() if not p.numel()}  # FSDP2 cannot divide empty tensors
     for parameter in empty:
         parameter.data = parameter.data.to(device)
-    # The rest is one group, divided again after each forward pass: otherwise its whole tensors
-    # would stand in the place of the parameters that the optimizer knows.
+    # The other parameters are one group. It is sharded again after each forward pass; otherwise its
+    # full tensors would replace the parameters that the optimizer holds.
     fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=empty)
-    for method in ("act", "teacher_forced"):  # entrances beside forward()
+    for method in ("act", "teacher_forced"):  # they also run forward passes
         register_fsdp_forward_method(model, method)

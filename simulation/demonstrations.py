@@ -1,0 +1,119 @@
+"""An expert's episodes as demonstrations, in one simulator process. `cfg` is a CollectConfig."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from operator import attrgetter
+
+import numpy as np
+from einops import rearrange
+from mani_skill.utils.common import index_dict_array, to_cpu_tensor, to_numpy
+from mshab.utils.label_dataset import get_episode_label_and_events
+
+from config import HORIZON
+from household.expert import ScriptedExpert
+from simulation.env import SENSORS, SubtaskEnvs
+from simulation.plans import Job, pad_seeds, simulation_backend
+from simulation.rl_expert import RLPolicy
+from storage.recording import encode
+
+# MS-HAB's labels of the episodes that it released (utils/gen/gen_data.py). Its other successes
+# dropped the object before, or dropped it to its goal.
+RELEASED = ("straightforward_success", "placed_in_goal_success", "open_success", "closed_success")
+
+
+def run_jobs(cfg, jobs: Iterator[Job]) -> Iterator[list[tuple[bool, int, bytes]]]:
+    """Attempt each job's seeds; a simulator is kept while the target stays the same."""
+    for target, group in groupby(jobs, attrgetter("column")):
+        envs = SubtaskEnvs(
+            cfg.task, cfg.subtask, target, cfg.split, real_meshes=cfg.real_meshes,
+            simulation=simulation_backend(cfg.envs), num_envs=cfg.envs,
+        )  # fmt: skip
+        if cfg.expert == "rl":
+            place = cfg.policies, cfg.task, cfg.subtask, target
+            expert = RLPolicy.load(*place, envs.mshab.device)
+        else:
+            expert = ScriptedExpert(envs)
+        for job in group:
+            yield attempt(envs, expert, job.seeds)
+        envs.close()
+
+
+def attempt(
+    envs: SubtaskEnvs, expert: ScriptedExpert | RLPolicy, seeds: list[int]
+) -> list[tuple[bool, int, bytes]]:
+    """Let the expert act until each episode succeeded, failed or reached the horizon.
+
+    Returns for each seed whether to keep it, its steps, and its h5 (recording.encode). Of an RL
+    policy's successes, the ones are kept that MS-HAB's release keeps.
+    """
+    obs = envs.reset(pad_seeds(seeds, envs.num_envs))
+    expert.reset()
+    rows, steps = [[row] for row in frames(envs, obs)], [[] for _ in seeds]
+    running = range(len(seeds))
+    while running:
+        actions = expert.act(obs, envs.instructions)  # [N, 13]
+        obs, info = envs.step(actions)
+        info, observed = to_cpu_tensor(info), frames(envs, obs)
+        for i in running:
+            rows[i].append(observed[i])
+            checks = {key: value[i].item() for key, value in info.items()}
+            steps[i].append({"action": actions[i], **checks})
+        ended = info["success"] | info["fail"]  # [N]
+        running = [i for i in running if not ended[i] and len(steps[i]) < HORIZON]
+    released = isinstance(expert, RLPolicy)
+    return [encode_attempt(envs, i, rows[i], steps[i], released) for i in range(len(seeds))]
+
+
+def frames(envs: SubtaskEnvs, obs: dict) -> list[dict]:
+    """Return a row of the file for each environment; MS-HAB keeps no segmentation images."""
+    seg = dict(zip(SENSORS, rearrange(envs.masks(obs), "n c h w -> c n h w")))
+    tree = {"obs": to_numpy(obs), "labels": {"pos": envs.positions, "seg": seg}}
+    for camera in SENSORS:
+        del tree["obs"]["sensor_data"][camera]["segmentation"]
+    return [index_dict_array(tree, i, inplace=False) for i in range(envs.num_envs)]
+
+
+def encode_attempt(
+    envs: SubtaskEnvs, i: int, rows: list[dict], steps: list[dict], released: bool
+) -> tuple[bool, int, bytes]:
+    """Return the i-th environment's episode as `attempt` does."""
+    taken = {key: np.array([step[key] for step in steps]) for key in steps[0]}  # [T, ...] each
+    trajectory = {
+        "obs": [each["obs"] for each in rows],
+        "actions": taken["action"].astype(np.float32),
+        "terminated": taken["success"] | taken["fail"],
+        "truncated": np.arange(1, len(steps) + 1) >= HORIZON,
+        "success": taken["success"],
+        "fail": taken["fail"],
+        "rewards": taken["reward"].astype(np.float32),
+        "labels": [each["labels"] for each in rows],
+    }
+    label, events, _ = get_episode_label_and_events(envs.mshab.task_cfgs, taken["success"], taken)
+    start, success = envs.episodes[i], steps[-1]["success"]
+    episode = {
+        **start,
+        "instruction": envs.instructions[i],
+        "episode_seed": [start["seed"]],
+        "reset_kwargs": {"seed": start["seed"]},
+        "control_mode": envs.mshab.control_mode,
+        "elapsed_steps": len(steps),
+        "success_once": success,  # an episode ends at its success
+        "success_at_end": success,
+        "fail": steps[-1]["fail"],
+        "label": label,
+        "events": events,
+    }
+    kept = label in RELEASED if released else success
+    return kept, len(steps), encode(trajectory, header(envs), episode)
+
+
+def header(envs: SubtaskEnvs) -> dict:
+    """The json's entries for all episodes (MS-HAB: parse_env_info, without the file arguments)."""
+    spec = envs.mshab.spec
+    kwargs = {k: v for k, v in spec.kwargs.items() if k not in ("task_plans", "spawn_data_fp")}
+    return {
+        "env_info": {"env_id": spec.id, "env_kwargs": kwargs, "max_episode_steps": HORIZON},
+        "commit_info": None,  # MS-HAB's value for a ManiSkill that is not a git checkout
+        "action_schema": envs.action_schema,
+        "qpos_names": envs.qpos_names,
+    }

@@ -1,0 +1,145 @@
+"""What a stage starts from: a checkpoint of this stage, of an earlier one, or public weights."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from config import LABELS, InputError, TrainConfig
+from data import ActionStats, Frames
+from model import AuxVLA
+from storage import checkpoint
+from storage.h5 import label_command
+from storage.pretrained import load_pretrained
+from storage.tokenizer import build_tokenizer
+from training.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a stage starts from; without one, public or random weights."""
+
+    folder: Path | None = None
+    manifest: dict | None = None
+    resumed: bool = False  # the checkpoint is of the same stage: its optimizer and step continue
+
+    @property
+    def step(self) -> int:
+        return self.manifest["step"] if self.resumed else 0
+
+
+def choose_start(cfg: TrainConfig, ranks: Ranks) -> Start:
+    """The newest checkpoint in --out, else the one of --init-from, else none."""
+
+    def choose() -> tuple[Path | None, bool]:
+        if resumed := checkpoint.resumable(Path(cfg.out), cfg.resume):
+            return resumed, True
+        if not cfg.init_from:
+            return None, False
+        folder = checkpoint.resolve(cfg.init_from)
+        checkpoint.read_manifest(folder, moments=False)
+        return folder, False
+
+    # Rank 0 picks the checkpoint, verifying its hashes once, and broadcasts the path.
+    folder, resumed = ranks.on_main(choose)
+    if folder is None:
+        return Start()
+    manifest = checkpoint.read_manifest(folder, verify=False, moments=resumed)
+    return Start(folder, manifest, resumed)
+
+
+def settle_config(cfg: TrainConfig, start: Start, frames: Frames, is_main: bool) -> TrainConfig:
+    """Replace the settings that the checkpoint or the data decide, and check the others.
+
+    The default five decoders become those of the checkpoint or, without one, those with labels.
+    Raises InputError for a decoder that a flag or a row names and that has no label.
+    """
+    default = cfg.model.decoders == LABELS and not cfg.row
+    decoders = cfg.model.decoders
+    if start.folder:
+        stored = start.manifest["config"]
+        decoders = checkpoint.model_config_of(start.manifest).decoders if default else decoders
+        # The weights were trained with these bounds. Older checkpoints had percentiles only.
+        cfg = replace(cfg, action_bounds=stored.get("action_bounds", "percentiles"))
+        if start.resumed:  # keep the init_from of the run that is resumed
+            cfg = replace(cfg, init_from=stored["init_from"])
+    lacking = [name for name in decoders if cfg.stage < 3 and not frames.labelled[name]]
+    if lacking:
+        lacks = f"no training frame of {cfg.data} has a label for: {', '.join(lacking)}"
+        mend = label_command(frames.source.episodes[frames.episode_ids[0]], cfg.data)
+        if lacking == ["obj"]:
+            mend = "those of pick or place: no other subtask has an object (GAP-8)"
+        if not default:
+            raise InputError(f"{lacks}. Record labels: {mend}; or train without these decoders")
+        if is_main:
+            print(f"warning: {lacks}. NOT TRAINED: these decoders. To record labels: {mend}")
+    if not start.folder:
+        decoders = tuple(name for name in decoders if name not in lacking)
+    cfg = replace(cfg, model=replace(cfg.model, decoders=decoders))
+    if start.folder:
+        checkpoint.check_config(cfg, start.manifest, start.folder, start.resumed)
+    return cfg
+
+
+def build_model(cfg: TrainConfig, start: Start, is_main: bool) -> tuple[AuxVLA, dict]:
+    """The model with its weights; sha256 of the files of public weights."""
+    torch.manual_seed(cfg.seed)  # the same weights on every rank
+    from_file = bool(start.folder or cfg.pretrained)
+    model = AuxVLA(cfg.model, flow_head=cfg.stage == 3, meta=from_file)
+    if start.folder:
+        checkpoint.load_weights(model, start.folder, new=() if start.resumed else ("flow_head.",))
+        if is_main:
+            print(f"{'resumed' if start.resumed else 'initialised'} from {start.folder}")
+            if cfg.stage == 3 and start.manifest["stage"] == 1:
+                print("stage 3 on a stage-1 checkpoint: the paper's starts from stage 2 (Sec. 5)")
+        return model, start.manifest["pretrained"]
+    if cfg.stage == 2 and not cfg.row and is_main:
+        print("stage 2 without --init-from RUN/stage1: naive co-training (Table 2)")
+    build_tokenizer(cfg.model.llm)  # a missing tokenizer fails here, before weights are read
+    return model, load_pretrained(model.vlm, cfg.pretrained) if cfg.pretrained else {}
+
+
+def prepare_data(cfg: TrainConfig, frames: Frames, start: Start) -> tuple[ActionStats, Tokenizer]:
+    """Action statistics and tokenizer; from the checkpoint, since its weights trained with them."""
+    if not start.folder:
+        return frames.stats(cfg.action_bounds), build_tokenizer(cfg.model.llm)
+    stats = {name: tuple(bounds) for name, bounds in start.manifest["action_stats"].items()}
+    text = (start.folder / "tokenizer.json").read_bytes()
+    return ActionStats(**stats), Tokenizer.from_buffer(text)
+
+
+def describe_run(
+    cfg: TrainConfig, frames: Frames, stats: ActionStats, pretrained: dict, start: Start
+) -> dict:
+    """The manifest of the run's checkpoints, without step and hashes.
+
+    Raises CheckpointError if a resumed run has other data than before.
+    """
+    data = frames.source
+    # The order of samples and the held-out episodes depend on these.
+    identity = {
+        "frames": len(data),
+        "episodes": len(data.episodes),
+        "packed": data.blocks is None,
+        "truncated_at_success": data.truncate,
+        "sha256": hashlib.sha256(repr(data.episodes).encode()).hexdigest(),
+    }
+    if start.resumed and start.manifest["data"] != identity:
+        raise checkpoint.CheckpointError(
+            f"{start.folder}: was trained on {start.manifest['data']}, {cfg.data} has {identity}. "
+            "Give the same data, or another --out with --init-from"
+        )
+    return {
+        "stage": cfg.stage,
+        "config": checkpoint.to_json(cfg),
+        "action_stats": {"low": stats.low, "high": stats.high},
+        "action_schema": data.action_schema,
+        "qpos_names": data.qpos_names,
+        "instructions": frames.instructions,
+        "trained": {"frames": len(frames), "episodes": len(frames.episode_ids)},
+        "data": identity,
+        "torch": torch.__version__,
+        "pretrained": pretrained,
+    }
