@@ -317,8 +317,9 @@ def write_large_index(folder: Path, episodes: int, length: int) -> None:
 
 OPEN = """
 import re, sys, time
-from data import Frames, StepOrder
+from data import Frames
 from storage.pack import Pack
+from training.order import StepOrder
 
 STATUS = "/proc/self/status"
 

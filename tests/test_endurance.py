@@ -21,10 +21,11 @@ import torch.distributed as dist
 from tiny_run import flags, train, weights, write_pack
 
 from config import InputError
-from data import Frames, StepOrder
+from data import Frames
 from storage import checkpoint
 from storage.files import read_lines, write
 from storage.pack import Pack, verify
+from training.order import StepOrder
 from training.ranks import STOPPED, gather
 
 ROOT = Path(__file__).parent.parent

@@ -81,7 +81,7 @@ def write_untrained(stage: Path, env, instruction: str):
         "qpos_names": env.qpos_names,
         "instructions": [instruction],
     }
-    tensors = snapshot(model, torch.optim.Adam(model.parameters()), keep=True)
+    tensors = snapshot(model, torch.optim.Adam(model.parameters()), is_main=True)
     write(stage, 1, *tensors, manifest, build_tokenizer(cfg.llm).to_str(), keep=1)
 
 

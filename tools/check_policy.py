@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from config import InputError, TrainConfig, quoted
-from data import Frames, make_batch, open_data
+from data import Frames, make_batch
 from model import actions_to_bins
 from policy import Policy
 from storage.h5 import Index
+from storage.pack import open_data
 from storage.tokenizer import tokenize
 from training.start import differences
 
