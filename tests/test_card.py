@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from config import InputError
-from paper import parse
+from training.flags import parse
 
 ROOT = Path(__file__).parents[1]
 LINES = """
