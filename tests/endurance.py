@@ -227,7 +227,7 @@ def faults(work: Path) -> dict:
             save(out, 1)
             pid = os.fork()
             if pid == 0:  # the run; it ends with the number of the calls it made
-                with suppress(checkpoint.CheckpointError), fault(number, effect) as made:
+                with suppress(InputError), fault(number, effect) as made:
                     save(out, 2)
                 os._exit(min(len(made), 99))
             made = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
