@@ -1,49 +1,29 @@
 """MS-HAB's released demonstrations from the Hugging Face hub, in the layout that training reads.
 
-    python data.py download --out DATA --tasks set_table --subtasks close --targets fridge
+    python data.py download --tasks set_table --subtasks close --targets fridge
 
-gives DATA/set_table/close/fridge.h5 and .json. What it takes is shown, and compared with the free
-disk, before anything is fetched. The same command goes on after an end of any kind: a finished file
-is not fetched again.
+writes data/set_table/close/fridge.h5 and .json. The same command resumes: complete files are kept.
 """
 
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    HFValidationError,
-    HTTPError,  # of the library it makes its requests with
-    OfflineModeIsEnabled,
-    XetDownloadError,
-)
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError, XetDownloadError
 
 from config import DISK_ERRORS, SUBTASKS, TASKS, InputError
 from paper import HUB_DATASETS
 from storage.files import sole_writer
 
-
-@dataclass(frozen=True)
-class Wanted:
-    """Files of one task: bytes by name, <subtask>/<target>.h5 and .json, of one commit."""
-
-    task: str
-    commit: str
-    sizes: dict[str, int]
-
-    def missing(self, out: Path) -> dict[str, int]:
-        """Those that are not below OUT at their size yet."""
-        paths = {name: out / self.task / name for name in self.sizes}
-        there = {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
-        return {name: size for name, size in self.sizes.items() if there.get(name) != size}
+RESUME = "The same command resumes; HF_ENDPOINT names a mirror of the hub"
 
 
 def download(
-    out: Path,
+    out: Path = Path("data"),
     tasks: tuple[Literal[TASKS], ...] = TASKS,
     subtasks: tuple[Literal[SUBTASKS], ...] = SUBTASKS,
     targets: tuple[str, ...] = (),
@@ -57,103 +37,49 @@ def download(
         tasks: of these tasks
         subtasks: of these subtasks
         targets: of these objects and articulations, as MS-HAB names them; default: of all
-        workers: files fetched at a time; a kill costs what is there of these
+        workers: files fetched at a time; a kill loses only those
         dry_run: show the sizes and end
     """
-    chosen = [listed(task, subtasks, targets) for task in tasks]
-    chosen = [wanted for wanted in chosen if wanted.sizes]
-    found = {PurePosixPath(name).stem for wanted in chosen for name in wanted.sizes}
-    if lacking := set(targets) - found or (not found and set(subtasks)):
-        raise InputError(
-            f"the hub has no {sorted(lacking)} in {subtasks} of {tasks}: expected --tasks, "
-            "--subtasks and --targets that go together; without --targets, --dry-run shows all"
-        )
-    out.mkdir(parents=True, exist_ok=True)
+    patterns = [f"{subtask}/{target}.*" for subtask in subtasks for target in targets or ("*",)]
+    fetches, files = {}, {}  # huggingface_hub's DryRunFileInfo by <task>/<subtask>/<target>.*
     with sole_writer(out):
-        # Of a killed run: huggingface_hub keeps whole files only.
-        for partial in out.glob("*/.cache/huggingface/download/**/*.incomplete"):
-            partial.unlink()
-        show(chosen, out)
-        if not dry_run:
-            check_space(chosen, out)
-            for wanted in chosen:
-                fetch(wanted, out, workers)
-
-
-def listed(task: str, subtasks: tuple[str, ...], targets: tuple[str, ...]) -> Wanted:
-    """The files of a task that the hub has and that are asked for."""
-    with reachable(HUB_DATASETS[task], GO_ON):
-        info = HfApi().dataset_info(HUB_DATASETS[task], files_metadata=True)
-    sizes = {
-        file.rfilename: file.size
-        for file in info.siblings
-        for path in [PurePosixPath(file.rfilename)]
-        if path.suffix in (".h5", ".json")
-        and path.parent.name in subtasks
-        and (not targets or path.stem in targets)
-    }
-    return Wanted(task, info.sha, sizes)
-
-
-def show(chosen: list[Wanted], out: Path) -> None:
-    for wanted in chosen:
-        missing = wanted.missing(out)
-        for name, size in sorted(wanted.sizes.items()):
-            print(f"{gb(size)}  {wanted.task}/{name}{'' if name in missing else '  there'}")
-    total, rest = (
-        sum(sum(sizes.values()) for sizes in each)
-        for each in ([w.sizes for w in chosen], [w.missing(out) for w in chosen])
-    )
-    free = shutil.disk_usage(out).free
-    print(f"{gb(total)}  in all, {gb(rest).strip()} to fetch; {gb(free).strip()} free in {out}")
-
-
-def check_space(chosen: list[Wanted], out: Path) -> None:
-    rest = sum(sum(wanted.missing(out).values()) for wanted in chosen)
-    free = shutil.disk_usage(out).free
-    if rest > free:
-        raise InputError(
-            f"{out}: {gb(rest).strip()} are to be fetched, {gb(free).strip()} are free. Give an "
-            "--out on another disk, or fewer --tasks, --subtasks or --targets"
-        )
-
-
-def fetch(wanted: Wanted, out: Path, workers: int) -> None:
-    names = list(wanted.missing(out))
-    if names:
-        with reachable(HUB_DATASETS[wanted.task], GO_ON):
-            snapshot_download(
-                HUB_DATASETS[wanted.task], repo_type="dataset", revision=wanted.commit,
-                local_dir=out / wanted.task, allow_patterns=names, max_workers=workers,
+        for incomplete in out.glob("*/.cache/huggingface/download/**/*.incomplete"):
+            incomplete.unlink()  # huggingface_hub never resumes inside a file
+        for task in tasks:
+            fetches[task] = partial(
+                snapshot_download, HUB_DATASETS[task], repo_type="dataset", local_dir=out / task,
+                allow_patterns=patterns, max_workers=workers,
             )  # fmt: skip
-    if left := wanted.missing(out):
-        raise InputError(f"{out / wanted.task}: {list(left)} did not arrive. {GO_ON}")
-    print(f"{out / wanted.task}: {len(wanted.sizes)} files, whole")
-
-
-GO_ON = (
-    "Files that are whole are kept: the same command goes on, once there is a network (HF_ENDPOINT "
-    "names a mirror)"
-)
+            with reachable(HUB_DATASETS[task], RESUME):
+                files |= {f"{task}/{file.filename}": file for file in fetches[task](dry_run=True)}
+        lacking = sorted(set(targets) - {Path(name).stem for name in files})
+        if lacking or not files:
+            raise InputError(
+                f"the hub has no {lacking or 'files'} of these --tasks and --subtasks; without "
+                "--targets, --dry-run lists all"
+            )
+        for name, file in sorted(files.items()):
+            print(
+                f"{file.file_size / 1e6:12.1f} MB  {name}{'' if file.will_download else '  there'}"
+            )
+        size = sum(file.file_size for file in files.values() if file.will_download)
+        free = shutil.disk_usage(out).free
+        print(f"{size / 1e6:12.1f} MB  to fetch; {free / 1e6:.1f} MB free in {out}")
+        for task, fetch in fetches.items() if not dry_run else ():
+            with reachable(HUB_DATASETS[task], RESUME):
+                fetch()
 
 
 @contextmanager
-def reachable(name: str, mend: str) -> Iterator[None]:
-    """Turn what the hub and the way to it may raise into an InputError that ends in `mend`."""
+def reachable(name: str, remedy: str) -> Iterator[None]:
+    """Turn errors of the hub and of the network into an InputError that ends in `remedy`."""
     try:
         yield
     except (HTTPError, HFValidationError, OSError, RuntimeError, XetDownloadError) as error:
-        if getattr(error, "errno", None) in DISK_ERRORS:  # the disk, not the hub
+        if getattr(error, "errno", None) in DISK_ERRORS:
             raise
+        why = " ".join(f"{error} {error.__cause__ or ''}".split())
         answers = (getattr(each, "response", None) for each in (error, error.__cause__))
-        status = next((answer.status_code for answer in answers if answer is not None), None)
-        why = f"not to be had from the hub ({' '.join(str(error).split())})"
-        if isinstance(error, OfflineModeIsEnabled):
-            why = "HF_HUB_OFFLINE is set: the hub is not asked. Unset it where there is a network"
-        elif status in (401, 403, 404):  # the hub does not say which of the two
-            why += ". Look at the name; if it is right: hf auth login, with a token that may"
-        raise InputError(f"{name}: {why}. {mend}") from error
-
-
-def gb(size: int) -> str:
-    return f"{size / 1e9:8.2f} GB" if size >= 1e7 else f"{size / 1e3:8.1f} kB"
+        if {answer.status_code for answer in answers if answer is not None} & {401, 403, 404}:
+            why += ". Look at the name; a private or gated repository needs: hf auth login"
+        raise InputError(f"{name}: not to be had from the hub ({why}). {remedy}") from error

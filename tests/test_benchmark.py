@@ -153,6 +153,7 @@ def test_only_what_both_have_is_counted():
         ({"split": "train"}, "seed 0 of close_drawer: split is 'val' in .*, 'train' in"),
         ({"horizon": 100}, "seed 0 of close_drawer: horizon is 200 in .*, 100 in"),
         ({"assets": "0" * 64}, "seed 0 of close_drawer: assets is"),
+        ({"simulation": "physx_cuda"}, "simulation is 'physx_cpu' in .*, 'physx_cuda' in"),
         ({"task": "tidy_house"}, "seed 0 .*: task is 'set_table' in .*, 'tidy_house' in"),
         ({"spawn": -1}, "seed 0 of close_drawer: spawn is 20 in .*, -1 in"),
         ({"seed": 1000}, "share no column and seed: use equal --columns and --seed"),

@@ -24,7 +24,8 @@ from simulation.assets import apartment, check_assets, plan_files
 from simulation.env import SubtaskEnv, SubtaskEnvs
 
 REPOSITORY = Path(__file__).parents[1]
-REARRANGE = "data/scene_datasets/replica_cad_dataset/rearrange"
+REPLICA = "data/scene_datasets/replica_cad_dataset"
+REARRANGE = f"{REPLICA}/rearrange"
 MODELS = "data/assets/mani_skill2_ycb/models"
 SPLITS = ("train", "val")
 STILL = np.array([0] * 7 + [-1] + [0] * 5)  # closes the gripper
@@ -263,9 +264,9 @@ def copied(assets, tmp_path) -> Path:
 
 
 def scene_of_a_download(root: Path) -> None:
-    shutil.rmtree(root / REARRANGE / "..")  # as mani_skill does first
+    shutil.rmtree(root / REPLICA)  # as mani_skill does first
     for name in ("v3_sc0_staging_00", "v3_sc1_staging_04"):  # the first is a generated one's too
-        scene = root / REARRANGE / f"../configs/scenes/{name}.scene_instance.json"
+        scene = root / REPLICA / f"configs/scenes/{name}.scene_instance.json"
         scene.parent.mkdir(parents=True, exist_ok=True)
         scene.write_text('{"stage_instance": {"template_name": "stages/Stage"}}')
 
@@ -326,7 +327,7 @@ def test_the_command_mends_the_apartment(copied):
     [
         (MODELS, "MS_ASSET_DIR=.* -y ycb"),
         (f"{REARRANGE}/task_plans", "MS_ASSET_DIR=.* -y ReplicaCADRearrange"),
-        (f"{REARRANGE}/../stages", "hf download haosulab/ReplicaCAD "),
+        (f"{REPLICA}/stages", "hf download haosulab/ReplicaCAD "),
     ],
 )
 def test_a_download_is_mended_by_a_command_that_removes_nothing_else(folder, command, copied):

@@ -288,10 +288,6 @@ FAULTS = {
         lambda f: (f / "config.yml").write_text("algo:\n  name: bc\n"),
         "expected algo.name to be ppo or sac",
     ),
-    "a size too few": (
-        lambda f: (f / "config.yml").write_text("algo:\n  name: sac\n"),
-        "algo lacks actor_hidden_dims, .*cnn_strides",
-    ),
     "sizes of nothing": (
         lambda f: (f / "config.yml").write_text(
             yaml.safe_dump({"algo": dict.fromkeys(SAC_ALGO) | {"name": "sac"}})

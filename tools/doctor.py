@@ -32,11 +32,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from packaging.requirements import Requirement
 
 from config import LABELS, PRESETS, InputError, TrainConfig, model_config, quoted, user_errors
-from data import open_data
 from model import VLM, AuxVLA
 from simulation.assets import check_assets
 from storage.h5 import label_command
-from storage.pretrained import download_command, load_pretrained, source_of
+from storage.pack import open_data
+from storage.pretrained import load_pretrained
 from storage.tokenizer import build_tokenizer
 from storage.trajectory import remarks
 from tools.check_policy import check_policy
@@ -160,6 +160,11 @@ def check_disk(out: str, part: str, preset: str) -> str:
     return f"{place}: {free / 1e9:.1f} GB free"
 
 
+def check_loaders(cfg: TrainConfig) -> str:
+    check_shared_memory(cfg)
+    return f"enough for {cfg.workers} loader processes"
+
+
 def check_ranks(device: str | None, timeout: float = 10.0) -> str:
     """Under torchrun: sum a number over all ranks (NCCL or gloo)."""
     if "RANK" not in os.environ:
@@ -208,7 +213,7 @@ def check_simulator() -> str:
 
 
 def check_physx() -> str:
-    from simulation.plans import check_gpu_physics  # imports the simulator
+    from simulation.episodes import check_gpu_physics  # imports the simulator
 
     return check_gpu_physics(download=False)
 
@@ -243,16 +248,15 @@ def check_data(folder: str) -> str:
 def check_pretrained(name: str, preset: str) -> str:
     """Compare every key and shape of public weights with the preset's model, and the tokenizer."""
     cfg = model_config(preset)
-    with torch.device("meta"):
-        vlm = VLM(cfg)
     try:
-        load_pretrained(vlm, source_of(name), headers=True)
+        with torch.device("meta"):
+            load_pretrained(VLM(cfg), name, headers=True)
+        build_tokenizer(cfg.llm)
     except InputError as error:
-        if isinstance(error.__cause__, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-            return f"{name}: not fetched yet, training fetches it: {download_command(name)}"
-        raise
-    tokens = build_tokenizer(cfg.llm).get_vocab_size()
-    return f"{name}: all keys and shapes of --preset {preset}; {tokens} tokens"
+        if not isinstance(error.__cause__, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+            raise
+        return f"{name}: not in the hub's cache yet, training downloads it"
+    return f"{name}: all keys and shapes of --preset {preset}, and its tokenizer"
 
 
 # --- All of them ---
@@ -265,7 +269,7 @@ def choose_checks(cfg: Doctor) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "gpu", partial(check_gpu, cfg.device)
     yield "disk", partial(check_disk, cfg.out, cfg.part, cfg.preset)
     if cfg.part in ("all", "train"):
-        yield "shared memory", partial(check_shared_memory, TrainConfig(**PRESETS[cfg.preset]))
+        yield "shared memory", partial(check_loaders, TrainConfig(**PRESETS[cfg.preset]))
         if cfg.pretrained:
             yield "pretrained", partial(check_pretrained, cfg.pretrained, cfg.preset)
     if cfg.data:
