@@ -101,7 +101,7 @@ class Policy:
     def from_checkpoint(cls, path: str | Path, device: str | None = None) -> "Policy":
         """From a checkpoint's folder or its stage's.
 
-        Raises FileNotFoundError or CheckpointError, naming the file, InputError for a GPU that is
+        Raises FileNotFoundError or InputError, naming the file, InputError for a GPU that is
         not there.
         """
         folder = resolve(path)

@@ -237,7 +237,7 @@ def test_a_checkpoint_drives_the_robot_and_is_filmed_unless_that_comes_too_late(
 def test_the_readmes_example_drives_a_step(trained):
     code = re.search(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.S)[1]
     names = {}
-    exec(code.replace("RUN/stage2", str(trained)), names)
+    exec(code.replace("weights/stage2", str(trained)), names)
     assert names["action"].shape == (1, 13) and names["info"]["success"] is False
     assert set(names["policy"].predictions) == {"pos", "grasp", "qpos", "obj", "seg"}
     names["env"].close()

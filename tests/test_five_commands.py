@@ -25,7 +25,8 @@ from paper import HUB_DATASETS
 from tools.reference import build_originals
 
 ROOT = Path(__file__).parents[1]
-SECTION = (ROOT / "README.md").read_text().split("## The real benchmark")[1].split("\n## ")[0]
+PAGE = (ROOT / "docs/real-benchmark.md").read_text()
+SECTION = PAGE.split("## From clone to a row of Table 2")[1].split("\n## ")[0]
 SMALLER = {
     "train.py": "--preset tiny --steps 3 --batch-size 8 --micro-batch 8 --workers 0 --device cpu "
     f"--val-frames 8 --pretrained {PRISM} --model.dino.depth 3 --model.dino.registers 4 "

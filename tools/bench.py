@@ -26,14 +26,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import ACTION_DIM, CAMERAS, PRESETS, ModelConfig, model_config, user_errors
-from data import Frames, StepOrder, batch_shapes, open_data
+from data import Frames, batch_shapes
 from model import AuxVLA
 from policy import Policy
 from storage.h5 import Demonstrations, Episode
-from storage.pack import Pack, pack
+from storage.pack import Pack, open_data, pack
 from storage.trajectory import RECORD
 from tools.reference import Port
 from training.memory import kept_for_backward
+from training.order import StepOrder
 from training.ranks import device_of
 
 SENTENCE = "close the kitchen drawer"

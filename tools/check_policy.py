@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from config import InputError, TrainConfig, quoted
-from data import Frames, make_batch, open_data
+from data import Frames, make_batch
 from model import actions_to_bins
 from policy import Policy
-from storage.checkpoint import differences
 from storage.h5 import Index
+from storage.pack import open_data
 from storage.tokenizer import tokenize
+from training.start import differences
 
 SECONDS = 60.0  # for held-out frames
 HELD_OUT = 256  # held-out frames, and held-out episodes, at most

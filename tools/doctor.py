@@ -32,10 +32,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from packaging.requirements import Requirement
 
 from config import LABELS, PRESETS, InputError, TrainConfig, model_config, quoted, user_errors
-from data import open_data
 from model import VLM, AuxVLA
 from simulation.assets import check_assets
 from storage.h5 import label_command
+from storage.pack import open_data
 from storage.pretrained import load_pretrained
 from storage.tokenizer import build_tokenizer
 from storage.trajectory import remarks
