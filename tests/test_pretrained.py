@@ -354,7 +354,8 @@ def test_a_checkpoint_records_source_and_sha256_of_the_public_weights(files, tmp
     flags = (
         f"--preset tiny --pretrained {files[0]}/prismatic --data {tmp_path}/data --steps 1 "
         f"--lr 1e-9 --out {tmp_path}/stage1 --batch-size 8 --device cpu --val-frames 8 "
-        "--model.dino.depth 3 --model.dino.registers 4 --model.siglip.depth 3 --model.llm.kv-heads 2"
+        "--model.llm.kv-heads 2 --model.dino.depth 3 --model.dino.registers 4 "
+        "--model.siglip.depth 3"
     )
     main(parse(flags.split()))
     saved = checkpoint.newest(tmp_path / "stage1")
