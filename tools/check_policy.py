@@ -128,7 +128,7 @@ def compare_inputs(predict, frames: Frames, known: list[str], depth: bool, first
 
 def compare_tokens(predict, frames: Frames, manifest: dict) -> list[str]:
     """Compare held-out action tokens with the best constant's, as many as SECONDS allow."""
-    rows, deadline = np.random.default_rng(0).permutation(len(frames))[:HELD_OUT], SECONDS
+    rows = np.random.default_rng(0).permutation(len(frames))[:HELD_OUT]
     bins, true, deadline = [], [], time.monotonic() + SECONDS
     while len(true) < len(rows) and (not true or time.monotonic() < deadline):
         logits, recorded = predict(frames[rows[len(true) : len(true) + 8]])
