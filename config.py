@@ -236,7 +236,8 @@ class TrainConfig:
     data: str = "data"
     # folder of this stage: config.json, log.jsonl, step-NNNNNNNN/, last; default: runs/RUN/stageN
     out: str = ""
-    run: str = ""  # name of the run in runs/; default: the row, or auxvla-all
+    # name of the run in runs/; default: the row, or auxvla-all
+    run_name: str = ""
     # 1: decoders on detached latents, 2: joint, 3: flow head on the frozen VLM (Sec. 5.2-5.3)
     stage: Literal[1, 2, 3] = 1
     # defaults of the fields below
