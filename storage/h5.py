@@ -93,7 +93,7 @@ class Demonstrations(Index):
     def __init__(self, folder: str | Path, truncate: bool = False):
         super().__init__(Path(folder), truncate)
         self.recorded: list[int] = []  # steps of each episode in its file
-        self.kept: dict[int, np.ndarray] = {}  # blocks as bytes, the oldest first
+        self.cache: dict[int, np.ndarray] = {}  # blocks as bytes, oldest first
         for path in h5_files(self.folder):
             self._add(path)
         if not self.episodes:
@@ -160,11 +160,11 @@ class Demonstrations(Index):
         out = np.empty((len(frames), RECORD.itemsize), np.uint8)  # bytes: fields are copied slower
         for row, frame in enumerate(frames):
             block = int(np.searchsorted(self.blocks, frame, side="right")) - 1
-            if block not in self.kept:
-                if len(self.kept) == READ_AHEAD:
-                    del self.kept[next(iter(self.kept))]
-                self.kept[block] = self.read_block(block)
-            out[row] = self.kept[block][frame - self.blocks[block]]
+            if block not in self.cache:
+                if len(self.cache) == READ_AHEAD:
+                    del self.cache[next(iter(self.cache))]
+                self.cache[block] = self.read_block(block)
+            out[row] = self.cache[block][frame - self.blocks[block]]
         return rearrange(out.view(RECORD), "n 1 -> n")
 
     def read_block(self, block: int) -> np.ndarray:
