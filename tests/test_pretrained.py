@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from config import InputError, model_config
 from model import VLM
-from paper import HUB_DATASETS, parse
+from paper import HUB_DATASETS
 from storage import checkpoint, pretrained
 from storage.download import download
 from storage.files import sha256

@@ -47,14 +47,14 @@ def choose_folders(cfg: TrainConfig) -> TrainConfig:
     """
     stages = ROWS[cfg.row].stages if cfg.row else (1, 2, 3)
     before = max((stage for stage in stages if stage < cfg.stage), default=None)
-    folder = Path("runs", cfg.run or cfg.row or DEFAULT_ROW)
+    folder = Path("runs", cfg.run_name or cfg.row or DEFAULT_ROW)
     out = Path(cfg.out or folder / f"stage{cfg.stage}")
     naive = "; or --row auxvla-naive for co-training from the start" if cfg.stage == 2 else ""
     init_from = cfg.init_from
     if before and not init_from and not cfg.out:
         init_from = str(folder / f"stage{before}")
         if not Path(init_from).is_dir() and not out.is_dir():
-            flags = {"row": cfg.row, "run": cfg.run, "preset": cfg.preset}
+            flags = {"row": cfg.row, "run-name": cfg.run_name, "preset": cfg.preset}
             chosen = "".join(
                 f" --{name} {value}"
                 for name, value in flags.items()
