@@ -1,4 +1,4 @@
-"""Recorded or live frames -> a batch (paper Sec. 3, 4.2), and the order of frames in training.
+"""Recorded or live frames -> a batch (paper Sec. 3, 4.2).
 
     python data.py download  # MS-HAB's released demonstrations -> data/; resumable
     python data.py pack      # data/ -> data/pack: memory-mapped records; resumable
@@ -28,17 +28,15 @@ batch, the contract between data and model (L: prompt length, C: cameras, V: vie
 Live frames give images, past actions and prompts only.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from config import (
     ACTION_DIM,
@@ -47,14 +45,10 @@ from config import (
     HISTORY,
     IMAGE_SIZE,
     LABELS,
-    QPOS_DIM,
-    RECORDED_ACTIONS,
     InputError,
     ModelConfig,
-    TrainConfig,
-    user_errors,
 )  # fmt: skip
-from storage.h5 import SHUFFLE_POOL, Demonstrations, Episode, Index
+from storage.h5 import Episode, Index
 from storage.trajectory import RECORD, remarks
 
 # --- Images ---
@@ -63,16 +57,13 @@ from storage.trajectory import RECORD, remarks
 def normalize_depth(depth_mm: Tensor) -> Tensor:
     """Depth in whole millimetres -> [0, 1]; near is 1, far is 0 (Eq. 1).
 
-    Depth beyond 32.767 m wraps to negative int16 numbers; they count as infinitely far.
+    Depth beyond 32.767 m wraps to negative int16 numbers: infinitely far. ValueError on floats.
     GAP-20 (Eq. 1): depth 0 means that the ray hit nothing, yet becomes 1, "touching". We keep Eq. 1
     as it stands, as MS-HAB's own policies do.
-
-    Raises ValueError on float input: metres would all become 1.
     """
     if depth_mm.is_floating_point():
         raise ValueError(
-            f"depth is {depth_mm.dtype}, expected integer millimetres; multiply metres by 1000 and "
-            "round"
+            f"depth is {depth_mm.dtype}, expected integer millimetres: multiply metres by 1000"
         )
     depth = torch.where(depth_mm < 0, torch.inf, depth_mm.float())
     # Eq. 1: p_obs = 1 - tanh(depth / 1000)
@@ -103,10 +94,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 def cameras(obs: dict) -> tuple[Tensor, Tensor]:
-    """A live observation of MS-HAB -> rgb [B, 2, h, w, 3] uint8, depth [B, 2, h, w] int16 mm.
-
-    Head camera, then hand camera.
-    """
+    """MS-HAB's observation -> rgb [B, 2, h, w, 3], depth [B, 2, h, w] int16 mm; head, then hand."""
     sensors = [obs["sensor_data"][f"fetch_{camera}"] for camera in CAMERAS]
     rgb = torch.stack([sensor["rgb"] for sensor in sensors], dim=1)
     depth = torch.stack([sensor["depth"][..., 0] for sensor in sensors], dim=1)
@@ -114,9 +102,9 @@ def cameras(obs: dict) -> tuple[Tensor, Tensor]:
 
 
 def history_steps(step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For step t of an episode, [B]: the steps t-4 ... t to look at, and do they exist? [B, 5].
+    """For step t of an episode, [B]: the steps t-4 ... t, and does each exist? both [B, 5].
 
-    GAP-5: the first step stands in for steps before the episode, in training and acting alike.
+    GAP-5: the first step stands in for steps before it, in training and acting alike.
     """
     steps = rearrange(step, "b -> b 1") + np.arange(-HISTORY, 1)
     return np.maximum(steps, 0), steps >= 0
@@ -134,7 +122,7 @@ class ActionStats:
 
     @staticmethod
     def controller(lowest: np.ndarray, highest: np.ndarray) -> "ActionStats":
-        """The controller's own bounds, -1 and 1, given the data's lowest and highest actions [13].
+        """The controller's bounds, -1 and 1; `lowest` and `highest` are the data's actions [13].
 
         A dimension that never moves keeps its one value, which no action token holds exactly.
         """
@@ -224,7 +212,7 @@ def unpack_masks(bits: Tensor) -> Tensor:
 def batch_shapes(
     cfg: ModelConfig, b: int, noise: bool = False, prompt: int | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of every key of a batch of b frames and prompts of length `prompt` (the longest).
+    """The shape of every key of a batch of b frames; `prompt` is the prompts' length (the longest).
 
     `noise` adds the noise and times of stage 3.
     """
@@ -232,10 +220,11 @@ def batch_shapes(
     shapes = {
         "images": (b, cfg.num_views, 3, cfg.image_size, cfg.image_size),
         "prompt_ids": (b, prompt), "prompt_mask": (b, prompt),
-        "actions": (b, RECORDED_ACTIONS, ACTION_DIM), "action_mask": (b, RECORDED_ACTIONS),
-        "pos": (b, 2), "grasp": (b,), "qpos": (b, QPOS_DIM), "obj": (b, 7),
         "seg": (b, len(cfg.cameras), IMAGE_SIZE, IMAGE_SIZE),
-    } | {f"has_{name}": (b,) for name in LABELS}  # fmt: skip
+    }  # fmt: skip
+    recorded = ("actions", "action_mask", "pos", "grasp", "qpos", "obj")
+    shapes |= {name: (b, *RECORD[name].shape) for name in recorded}
+    shapes |= {f"has_{name}": (b,) for name in LABELS}
     if cfg.history == "actions":
         shapes |= {"past_actions": (b, HISTORY, ACTION_DIM), "past_mask": (b, HISTORY)}
     return shapes | ({"noise": shapes["actions"], "t": (b,)} if noise else {})
@@ -254,7 +243,7 @@ def check_batch(batch: dict[str, Tensor], cfg: ModelConfig) -> None:
             raise ValueError(f"batch[{key!r}]: values {low}..{high}, expected {lowest}..1")
 
 
-# --- Frames and their order ---
+# --- Frames ---
 
 
 class Frames(Dataset):
@@ -270,14 +259,17 @@ class Frames(Dataset):
         Raises InputError if no file is left.
         """
         self.source, self.history = source, history
-        wanted = np.array([matches(episode, tasks, subtasks) for episode in source.episodes])
-        if not wanted.any():
+        wanted = [
+            (not tasks or e.task in tasks) and (not subtasks or e.subtask in subtasks)
+            for e in source.episodes
+        ]
+        if not any(wanted):
             files = sorted({episode.file for episode in source.episodes})
             raise InputError(
                 f"{source.folder}: no demonstrations of {'/'.join((*tasks, *subtasks))} "
                 f"in <task>/<subtask>/<target>.h5; it has {', '.join(files)}"
             )
-        keep = wanted & (held_out_episodes(source.episodes, held_out) != train)
+        keep = np.array(wanted) & (last_episodes(source.episodes, held_out) != train)
         self.episode_ids = np.flatnonzero(keep)
         # 4 bytes a frame: the index of the paper's 8 million frames takes 32 MB.
         self.frames = np.flatnonzero(np.repeat(keep, np.diff(source.starts))).astype(np.int32)
@@ -293,7 +285,7 @@ class Frames(Dataset):
 
     @property
     def blocks(self) -> np.ndarray | None:
-        """The block of each frame: a block is inflated as a whole. None in a pack."""
+        """The block of each frame (h5.py); None in a pack."""
         starts = self.source.blocks
         return None if starts is None else np.searchsorted(starts, self.frames, side="right") - 1
 
@@ -335,12 +327,8 @@ class Frames(Dataset):
         return [f"{e.file} {e.trajectory} frame {step}" for e, step in zip(entries, steps)]
 
 
-def matches(episode: Episode, tasks: tuple[str, ...], subtasks: tuple[str, ...]) -> bool:
-    return (not tasks or episode.task in tasks) and (not subtasks or episode.subtask in subtasks)
-
-
-def held_out_episodes(episodes: list[Episode], share: float) -> np.ndarray:
-    """Is each episode in the last `share` of its file, at least one? [episodes] bool"""
+def last_episodes(episodes: list[Episode], share: float) -> np.ndarray:
+    """Is an episode in the last `share` of its file, at least one? [episodes] bool"""
     files = np.array([episode.file for episode in episodes])
     out = np.zeros(len(files), bool)
     for file in np.unique(files):
@@ -349,99 +337,10 @@ def held_out_episodes(episodes: list[Episode], share: float) -> np.ndarray:
     return out
 
 
-class StepOrder:
-    """The frames of each step: a function of seed, stage and step, whatever the number of ranks.
-
-    Each epoch permutes all frames and drops the incomplete last batch. Iterating gives the rank's
-    share of the batches `first`..`last` - 1. With `blocks`, the block of each frame [num_frames],
-    frames of one block stay near each other.
-    """
-
-    def __init__(
-        self, num_frames: int, batch_size: int, seed: int, first: int, last: int, rank: int,
-        world: int, blocks: np.ndarray | None = None, stage: int = 1,
-    ):  # fmt: skip
-        self.num_frames, self.batch_size, self.seed = num_frames, batch_size, seed
-        self.first, self.last, self.rank, self.world = first, last, rank, world
-        self.blocks, self.epoch, self.stage = blocks, None, stage
-
-    def batch(self, step: int) -> np.ndarray:
-        """The global batch of a step, rows of Frames [batch_size]."""
-        epoch, step = divmod(step, self.num_frames // self.batch_size)
-        if epoch != self.epoch:
-            # Each stage has its own order; the seed of stage 1 has no stage number (older runs).
-            seeds = (self.seed, epoch) if self.stage == 1 else (self.seed, epoch, self.stage)
-            self.order, self.epoch = self.shuffled(np.random.default_rng(seeds)), epoch
-        return self.order[step * self.batch_size : (step + 1) * self.batch_size]
-
-    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
-        """A permutation of the rows of Frames, [num_frames]; with blocks a local one.
-
-        Blocks come in random order; each frame moves to a random place among the SHUFFLE_POOL
-        blocks that follow its own, so that blocks are read at an even rate.
-        """
-        if self.blocks is None:
-            return rng.permutation(np.arange(self.num_frames, dtype=np.int32))
-        _, block = np.unique(self.blocks, return_inverse=True)  # [num_frames], without gaps
-        place = rng.permutation(block.max() + 1)[block]
-        return np.argsort(place + SHUFFLE_POOL * rng.random(self.num_frames)).astype(np.int32)
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for step in range(self.first, self.last):
-            yield self.batch(step)[self.rank :: self.world]
-
-
-def loader(frames: Frames, order: StepOrder, workers: int) -> DataLoader:
-    """Raw batches in the given order.
-
-    One process reads MS-HAB's files, since each further process would inflate the same blocks.
-    DataLoader gets its own generator: each new iterator draws from it, and a draw from the global
-    random state would shift the noise of a resumed run.
-    """
-    if frames.blocks is not None:
-        workers = min(workers, 1)
-    return DataLoader(
-        frames, sampler=order, batch_size=None, num_workers=workers,
-        pin_memory=torch.cuda.is_available(), generator=torch.Generator(),
-        persistent_workers=workers > 0,
-    )  # fmt: skip
-
-
-def open_data(folder: str | Path, truncate: bool | None = None) -> Index:
-    """The pack in a folder or in its subfolder pack/, else the demonstrations below it.
-
-    `truncate` ends demonstrations at their success; None takes a pack as it is. Raises InputError
-    when the folder has neither, or its pack differs in `truncate` or from the files beside it.
-    """
-    for place in (Path(folder), Path(folder) / "pack"):
-        if (place / "pack.json").is_file():
-            from storage.pack import open_pack  # not needed to read MS-HAB's files
-
-            return open_pack(place, Path(folder), truncate)
-    return Demonstrations(folder, bool(truncate))
-
-
-def open_frames(cfg: TrainConfig) -> tuple[Frames, Frames]:
-    """Training and held-out frames."""
-    data = open_data(cfg.data, cfg.truncate_at_success)
-    frames, held_out = (
-        Frames(data, cfg.val_episodes, train, cfg.model.history, cfg.tasks, cfg.subtasks)
-        for train in (True, False)
-    )
-    if len(frames) < cfg.batch_size:
-        raise InputError(
-            f"{cfg.data}: {len(frames)} training frames ({len(held_out)} more are held out) are "
-            f"less than one batch of {cfg.batch_size}; record more, or give a smaller --batch-size"
-        )
-    return frames, held_out
-
-
 if __name__ == "__main__":
-    import tyro  # these three stand here: `import data` needs none of them
+    import tyro
 
+    from config import user_errors
     from storage.download import download
     from storage.pack import pack, verify
 

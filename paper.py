@@ -145,54 +145,43 @@ ROWS = {
     # Table 1: inputs (Sec. 6.2)
     "openvla": Row(
         1, "OpenVLA", PLAIN, (0.00, 0.19, 0.02, 0.00, 0.00, 0.04), cameras=("head",), depth=False,
-        openvla=True,
-    ),
+        openvla=True),
     "openvla-multiview": Row(
         1, "OpenVLA + multiview", PLAIN, (0.06, 0.35, 0.14, 0.38, 0.00, 0.53), depth=False,
-        openvla=True,
-    ),
+        openvla=True),
     "openvla-depth": Row(
-        1, "OpenVLA + multiview + depth", PLAIN, (0.12, 0.41, 0.43, 0.30, 0.00, 0.67), openvla=True
-    ),
+        1, "OpenVLA + multiview + depth", PLAIN, (0.12, 0.41, 0.43, 0.30, 0.00, 0.67),
+        openvla=True),
     "base-multiview": Row(
-        1, "Base VLM + multiview", PLAIN, (0.06, 0.53, 0.60, 0.30, 0.63, 0.93), depth=False
-    ),
+        1, "Base VLM + multiview", PLAIN, (0.06, 0.53, 0.60, 0.30, 0.63, 0.93), depth=False),
     "base-depth": Row(
-        1, "Base VLM + multiview + depth", PLAIN, (0.16, 0.56, 0.67, 0.36, 0.83, 1.00)
-    ),
+        1, "Base VLM + multiview + depth", PLAIN, (0.16, 0.56, 0.67, 0.36, 0.83, 1.00)),
     "base-history": Row(
         1, "Base VLM + multiview + depth + history", PLAIN, (0.00, 0.47, 0.57, 0.40, 0.47, 1.00),
-        history="actions",  # GAP-5
-    ),
+        history="actions"),  # GAP-5
     # Table 2: auxiliary tasks and progressive training (Sec. 6.3)
     "auxvla": Row(2, "AuxVLA", PLAIN, (0.16, 0.56, 0.67, 0.36, 0.83, 1.00)),
     "auxvla-naive": Row(
-        2, "AuxVLA + all, naive", NAIVE, (0.03, 0.50, 0.60, 0.23, 0.67, 1.00), ALL
-    ),
+        2, "AuxVLA + all, naive", NAIVE, (0.03, 0.50, 0.60, 0.23, 0.67, 1.00), ALL),
     "auxvla-grasp": Row(
-        2, "AuxVLA + is grasped", STAGED, (0.30, 0.53, 0.83, 0.57, 0.80, 0.93), ("grasp",)
-    ),
+        2, "AuxVLA + is grasped", STAGED, (0.30, 0.53, 0.83, 0.57, 0.80, 0.93), ("grasp",)),
     "auxvla-qpos": Row(2, "AuxVLA + qpos", STAGED, (0.23, 0.67, 0.87, 0.70, 0.90, 0.90), ("qpos",)),
     "auxvla-pos": Row(
-        2, "AuxVLA + global pos", STAGED, (0.07, 0.27, 0.90, 0.70, 0.97, 1.00), ("pos",)
-    ),
+        2, "AuxVLA + global pos", STAGED, (0.07, 0.27, 0.90, 0.70, 0.97, 1.00), ("pos",)),
     "auxvla-all": Row(2, "AuxVLA + all", STAGED, (0.13, 0.70, 0.87, 0.77, 0.90, 1.00), ALL),
     # Table 3: segmentation and object pose, on pick and place of three tasks (Sec. 6.3)
     # GAP-13: these models train for 5 epochs (Sec. 6.1) or for 6 = 2 + 4 (Sec. 6.3); 6, since
     # Sec. 6.3 says how the epochs divide.
     # SG-VLA (its Table 4) prints 0.16 and 0.56 instead of 0.20 and 0.50 in the first of these rows.
     "auxvla-pick-place": Row(
-        3, "AuxVLA (pick, place)", (6, 0, 0), (0.20, 0.50, 0.10, 0.33, 0.07, 0.40), **PICK_PLACE
-    ),
+        3, "AuxVLA (pick, place)", (6, 0, 0), (0.20, 0.50, 0.10, 0.33, 0.07, 0.40), **PICK_PLACE),
     "auxvla-seg-obj": Row(
         3, "AuxVLA + seg + obj pos", (2, 4, 0), (0.26, 0.78, 0.13, 0.60, 0.33, 0.73),
-        ("obj", "seg"), **PICK_PLACE,
-    ),
+        ("obj", "seg"), **PICK_PLACE),
     # Table 4: the action head (Sec. 6.4), on the model of Table 2's "+ all"
     "auxvla-tokens": Row(4, "AuxVLA (tokens)", STAGED, (0.13, 0.70, 0.87, 0.77, 0.90, 1.00), ALL),
     "auxvla-action-head": Row(
-        4, "AuxVLA + action head", FLOW, (0.27, 0.80, 0.76, 0.60, 0.76, 0.97), ALL
-    ),
+        4, "AuxVLA + action head", FLOW, (0.27, 0.80, 0.76, 0.60, 0.76, 0.97), ALL),
 }  # fmt: skip
 DEFAULT_ROW = "auxvla-all"  # names the run, and the paper's rates beside ours, without --row
 
@@ -236,14 +225,10 @@ def check_row(cfg: TrainConfig, row: Row) -> None:
                 f"--row {cfg.row} fixes {flag} at {value}, got {got}. Drop the flag, or the row"
             )
     if cfg.stage not in row.stages:
-        same = [
-            name
-            for name, other in ROWS.items()
-            if other.model == row.model and cfg.stage in other.stages
-        ]
+        rows = [name for name, other in ROWS.items() if cfg.stage in other.stages]
         raise InputError(
-            f"--row {cfg.row} has no stage {cfg.stage}; it has {row.stages}"
-            + f". Rows with its model and this stage: --row {' or '.join(same)}" * bool(same)
+            f"--row {cfg.row} has no stage {cfg.stage}; it has {row.stages}. Rows with this stage: "
+            + ", ".join(rows)
         )
 
 
@@ -261,12 +246,15 @@ def choose_folders(cfg: TrainConfig) -> TrainConfig:
     if before and not init_from and not cfg.out:
         init_from = str(folder / f"stage{before}")
         if not Path(init_from).is_dir() and not out.is_dir():
-            flags = {name: getattr(cfg, name) for name in ("row", "run")}
-            flags |= {} if cfg.preset == "paper" else {"preset": cfg.preset}
-            given = "".join(f" --{name} {value}" for name, value in flags.items() if value)
+            flags = {"row": cfg.row, "run": cfg.run, "preset": cfg.preset}
+            chosen = "".join(
+                f" --{name} {value}"
+                for name, value in flags.items()
+                if value not in (None, "", "paper")
+            )
             raise InputError(
                 f"no stage {before} in {folder}: torchrun --nproc_per_node=8 train.py "
-                f"--stage {before}{given}{naive}"
+                f"--stage {before}{chosen}{naive}"
             )
     # Without --row, --stage 2 --out OUT is naive co-training.
     if before and not init_from and (cfg.row or cfg.stage == 3):

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,7 @@ class Policy:
     def from_checkpoint(cls, path: str | Path, device: str | None = None) -> "Policy":
         """From a checkpoint's folder or its stage's.
 
-        Raises FileNotFoundError or CheckpointError, naming the file, InputError for a GPU that is
+        Raises FileNotFoundError or InputError, naming the file, InputError for a GPU that is
         not there.
         """
         folder = resolve(path)
@@ -201,9 +202,7 @@ def check_schema(env, manifest: dict) -> None:
         if trained is None:  # MS-HAB's released files name neither
             print(f"warning: the training data had no {key}: not compared", file=sys.stderr)
             continue
-        if len(trained) != len(here):
-            raise InputError(f"{key}: {len(trained)} slots in the checkpoint, {len(here)} here")
-        for slot, (theirs, ours) in enumerate(zip(trained, here, strict=True)):
+        for slot, (theirs, ours) in enumerate(zip_longest(trained, here)):
             if theirs != ours:
                 raise InputError(
                     f"{key}, slot {slot}: the checkpoint was trained on {theirs}, this environment "

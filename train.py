@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from config import RECORDED_ACTIONS, InputError, TrainConfig, user_errors
-from data import StepOrder, check_batch, loader, make_batch, open_frames
+from data import check_batch, make_batch
 from decoders import BatchNorm
 from flow_head import draw_noise
 from model import AuxVLA, label_counts
@@ -30,6 +30,7 @@ from storage.files import sole_writer
 from storage.tokenizer import tokenize
 from training.log import Log, Saver
 from training.memory import check_shared_memory, describe_plan, memory_plan
+from training.order import StepOrder, loader, open_frames
 from training.ranks import STOPPED, Ranks, join, shard, signals
 from training.start import build_model, choose_start, describe_run, prepare_data, settle_config
 from training.validation import validate

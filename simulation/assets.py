@@ -33,14 +33,17 @@ def asset_folder() -> Path:
     return Path(name).absolute()
 
 
+def plan_paths(root: Path, *address: str) -> tuple[Path, Path]:
+    """Where a folder has the task plans and start poses of (task, subtask, target, split)."""
+    task, subtask, target, split = address
+    place, rearrange = Path(task, subtask, split), root / REPLICA / "rearrange"
+    plans = rearrange / "task_plans" / place / f"{target}.json"
+    return plans, rearrange / "spawn_data" / place / "spawn_data.pt"
+
+
 def plan_files(task: str, subtask: str, target: str, split: str) -> tuple[Path, Path]:
     """MS-HAB's task plans and start poses of a subtask. Raises InputError when one is missing."""
-    root = asset_folder()
-    place, rearrange = Path(task, subtask, split), root / REPLICA / "rearrange"
-    files = (
-        rearrange / "task_plans" / place / f"{target}.json",
-        rearrange / "spawn_data" / place / "spawn_data.pt",
-    )
+    files = plan_paths(root := asset_folder(), task, subtask, target, split)
     for path in files:
         if not path.is_file():
             raise InputError(f"no {path} (MS_ASSET_DIR={root}). {REMEDY}")
@@ -88,9 +91,7 @@ def fault_of(path: Path) -> str | None:
     if not path.is_file() or not path.stat().st_size:
         return "the file is empty" if path.is_file() else "no such file"
     if path.suffix == ".json":
-        with path.open("rb") as file:
-            file.seek(-min(64, path.stat().st_size), os.SEEK_END)
-            complete = file.read().rstrip().endswith((b"}", b"]"))
+        complete = path.read_bytes().rstrip().endswith((b"}", b"]"))
     else:
         complete = path.suffix != ".pt" or zipfile.is_zipfile(path)
     return None if complete else "the file is cut off"
@@ -113,37 +114,24 @@ def command_for(root: Path, path: Path) -> str:
 
 
 def needed_files(root: Path, tasks: tuple[str, ...]) -> Iterator[Path]:
-    """All plans and start poses, and the files of each subtask's first validation episode.
+    """All plans and start poses, the objects, and each subtask's first validation episode.
 
-    A caller that finds a file missing must stop: the files that follow are named in that file.
+    A caller that finds a file missing must stop: the next file is named in that file.
     """
-    rearrange, models = root / REPLICA / "rearrange", root / YCB / "models"
-    yield root / YCB / "info_pick_v0.json"
+    replica, ycb = root / REPLICA, root / YCB
+    yield ycb / "info_pick_v0.json"
     for task in tasks:
         for model in OBJECTS[task]:
-            yield models / model / "collision.ply"
-            yield models / model / "textured.obj"
+            yield ycb / "models" / model / "collision.ply"
+            yield ycb / "models" / model / "textured.obj"
         for subtask in (each for each in SUBTASKS if targets(task, each)):
             names = targets(task, subtask)
             for split in ("train", "val"):
-                plans = rearrange / "task_plans" / task / subtask / split
                 for name in (*names, "all") if subtask in ("pick", "place") else names:
-                    yield plans / f"{name}.json"
-                yield rearrange / "spawn_data" / task / subtask / split / "spawn_data.pt"
-            plan = json.loads((plans / f"{names[0]}.json").read_bytes())["plans"][0]
-            yield rearrange / plan["init_config_name"]
-            yield from scene_files(root / REPLICA, plan["build_config_name"])
-
-
-def scene_files(replica: Path, scene: str) -> Iterator[Path]:
-    """A scene and its parts, where mani_skill's ReplicaCAD scene builder looks for them."""
-    yield (path := replica / "configs/scenes" / scene)
-    parts = json.loads(path.read_bytes())
-    yield replica / f"stages/{Path(parts['stage_instance']['template_name']).name}.glb"
-    for part in parts["object_instances"]:
-        name = Path(part["template_name"]).name
-        yield (config := replica / f"configs/objects/{name}.object_config.json")
-        yield config.parent / json.loads(config.read_bytes())["render_asset"]
-    for name in (part["template_name"] for part in parts["articulated_object_instances"]):
-        if "door" not in name:  # the scene builder leaves doors out
-            yield replica / f"urdf/{name}/{name}.urdf"
+                    yield from plan_paths(root, task, subtask, name, split)
+            plan_file, _ = plan_paths(root, task, subtask, names[0], "val")
+            plan = json.loads(plan_file.read_bytes())["plans"][0]
+            yield replica / "rearrange" / plan["init_config_name"]
+            yield (scene := replica / "configs/scenes" / plan["build_config_name"])
+            stage = json.loads(scene.read_bytes())["stage_instance"]["template_name"]
+            yield replica / f"stages/{Path(stage).name}.glb"

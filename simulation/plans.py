@@ -1,7 +1,6 @@
 """Which episodes run, and which of them at once: plans, scenes, batches. Imports no simulator."""
 
 import ctypes
-import fcntl
 import json
 import subprocess
 import sys
@@ -76,8 +75,8 @@ def check_envs(envs: int, scripted: bool, device: str | None = None) -> None:
 def check_gpu_physics(download: bool = True) -> str:
     """Load what --envs needs: the driver's libcuda.so and PhysX's GPU library.
 
-    SAPIEN downloads PhysX's library at its first use, in every process. With `download` one
-    process of this machine at a time does so here. Raises InputError when a library does not load.
+    SAPIEN downloads PhysX's library at its first use: with `download` here, before the workers
+    would each do so. Raises InputError when a library does not load.
     """
     try:
         ctypes.CDLL("libcuda.so")
@@ -91,12 +90,9 @@ def check_gpu_physics(download: bool = True) -> str:
     library = Path.home() / ".sapien/physx" / physx.version() / "libPhysXGpu_64.so"
     if not library.exists() and not download:
         return f"no {library} yet: the first --envs downloads it from GitHub"
-    library.parent.mkdir(parents=True, exist_ok=True)
     load = "import sapien.physx as p; p.enable_gpu()"
-    with open(library.with_suffix(".lock"), "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        command = [sys.executable, "-W", "ignore", "-c", load]  # a damaged library may crash it
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-W", "ignore", "-c", load]  # a damaged library may crash a process
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         reason = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
         aside = f"mv {quoted(library)} {quoted(library)}.aside && " if library.exists() else ""

@@ -89,7 +89,7 @@ class Workers:
             self.processes[pipe].join()
             raise SystemExit(
                 f"The worker at seed {str(job[1]).strip('[]')} of {job[0]} died (exit code "
-                f"{self.processes[pipe].exitcode}); its last words, if any, are above. Finished "
+                f"{self.processes[pipe].exitcode}); an error message may stand above. Finished "
                 "episodes are kept: the same command goes on"
             ) from None
         if isinstance(result, InputError):

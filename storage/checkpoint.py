@@ -15,11 +15,12 @@ optimizer.safetensors it still drives the robot and starts the next stage:
 """
 
 import json
+import math
 import os
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import asdict
-from itertools import count
 from pathlib import Path
 
 import dacite
@@ -30,23 +31,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from config import InputError, ModelConfig, TrainConfig, quoted, user_errors
+from config import InputError, ModelConfig, quoted, user_errors
 from storage.files import DamagedError, read_json, sha256, sync, write_json
 from storage.files import write as write_file
 
 FORMAT = 2
 MOMENTS = "optimizer.safetensors"
-# Fields of TrainConfig that may differ on resume. None changes an optimizer step, except that steps
-# and epochs shift the cool-down.
-RESUME_MAY_CHANGE = {
-    "data", "out", "run", "init_from", "resume", "steps", "epochs", "device", "workers",
-    "val_every", "val_frames", "pretrained", "log_every", "save_every", "keep", "max_skipped",
-    "tracker", "shard", "recompute", "action_bounds",
-}  # fmt: skip
-
-
-class CheckpointError(InputError):
-    """A checkpoint that cannot be used here; the message names it."""
 
 
 # --- Writing ---
@@ -59,12 +49,10 @@ def snapshot(
 
     Collective if the model is sharded; ranks other than the main one get empty dicts.
     """
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    moments = {
-        f"{names[parameter]}/{key}": value
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
+    moments = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state.get(parameter, {})
+        moments |= {f"{name}/{key}": value for key, value in state.items()}
 
     def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         full = ((key, full_tensor(tensor.detach())) for key, tensor in tensors.items())
@@ -79,10 +67,10 @@ def write(
 ) -> None:  # fmt: skip
     """Write out/step-NNNNNNNN and out/last, then `prune`.
 
-    Without moments the checkpoint cannot be resumed. Raises CheckpointError when the disk fails;
+    Without moments the checkpoint cannot be resumed. Raises InputError when the disk fails;
     older checkpoints stay as they were.
     """
-    final = folder_of(out, step)
+    final = out / f"step-{step:08d}"
     partial = final.with_name(f".{final.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -95,7 +83,7 @@ def write(
         write_file(out / "last", final.name.encode())
         prune(out, keep, final)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        raise CheckpointError(
+        raise InputError(
             f"{final}: could not be saved ({error}); earlier checkpoints in {out} are as they were"
         ) from error
     finally:
@@ -121,9 +109,9 @@ def save(
 
 def rate(out: Path, step: int, score: float, keep: int) -> None:
     """Add the held-out loss of a checkpoint to its manifest, then `prune`."""
-    folder = folder_of(out, step)
-    write_json(folder / "manifest.json", read_json(folder / "manifest.json") | {"score": score})
-    prune(out, keep, folder)
+    path = out / f"step-{step:08d}/manifest.json"
+    write_json(path, read_json(path) | {"score": score})
+    prune(out, keep, path.parent)
 
 
 def prune(out: Path, keep: int, saved: Path) -> None:
@@ -134,21 +122,13 @@ def prune(out: Path, keep: int, saved: Path) -> None:
     """
     scores = {}
     for folder in steps_in(out):
-        try:
-            scores[folder] = read_manifest(folder, verify=False).get("score")
-        except InputError:
-            continue
-    rated = [folder for folder, score in scores.items() if score is not None]
-    best = min(rated, key=scores.get, default=None)
-    if best:
+        with suppress(InputError):
+            scores[folder] = read_manifest(folder, verify=False).get("score", math.inf)
+    best = min(scores, key=scores.get, default=None)
+    if scores.get(best, math.inf) < math.inf:
         write_file(out / "best", best.name.encode())
-    for folder in [*scores][:-keep]:
-        if folder not in (best, saved):
-            discard(folder)
-
-
-def folder_of(out: Path, step: int) -> Path:
-    return out / f"step-{step:08d}"
+    for folder in {*list(scores)[:-keep]} - {best, saved}:
+        discard(folder)
 
 
 def discard(folder: Path) -> None:
@@ -178,11 +158,11 @@ def read_manifest(folder: Path, verify: bool = True, moments: bool = True) -> di
     """The manifest of a checkpoint, after comparing size and sha256 of every file.
 
     `verify` False compares sizes only. `moments` False skips Adam's file, twice as large as the
-    weights. Raises DamagedError naming the file, CheckpointError for another format.
+    weights. Raises DamagedError naming the file, InputError for another format.
     """
     manifest = read_json(folder / "manifest.json")
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(
+        raise InputError(
             f"{folder}: format {manifest.get('format')}, expected {FORMAT}. Use the version of "
             "this code that wrote it, or give another --out or --checkpoint"
         )
@@ -191,10 +171,9 @@ def read_manifest(folder: Path, verify: bool = True, moments: bool = True) -> di
         path = folder / name
         if name == MOMENTS and not moments:
             continue
-        if not path.is_file() or path.stat().st_size != sizes.get(name, path.stat().st_size):
-            raise DamagedError(f"{path}: missing or damaged, its size differs from the manifest's")
-        if verify and sha256(path) != expected:
-            raise DamagedError(f"{path}: damaged, its sha256 differs from the manifest's")
+        same = path.is_file() and path.stat().st_size == sizes.get(name, path.stat().st_size)
+        if not same or (verify and sha256(path) != expected):
+            raise DamagedError(f"{path}: missing or damaged, the manifest has another sha256")
     return manifest
 
 
@@ -219,7 +198,7 @@ def resumable(out: Path, resume: str) -> Path | None:
     tidy(out)
     steps, found = steps_in(out), newest(out)
     if steps and not found:
-        raise CheckpointError(
+        raise InputError(
             f"{out}: none of its {len(steps)} checkpoints is undamaged. Nothing was changed. Copy "
             f"one again, or start in another --out; to start here: mv "
             f"{quoted(out, f'{out}.damaged')}"
@@ -229,8 +208,9 @@ def resumable(out: Path, resume: str) -> Path | None:
             f"{out}: holds {found.name}; choose another --out, or drop --resume never to continue"
         )
     for folder in steps[steps.index(found) + 1 :] if found else ():
-        names = (folder.with_name(f"{folder.name}.damaged{n or ''}") for n in count())
-        aside = next(path for path in names if not path.exists())
+        aside = folder.with_name(f"{folder.name}.damaged")
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}-again")
         os.replace(folder, aside)
         print(f"warning: moved {folder} to {aside.name}", file=sys.stderr)
     return found
@@ -250,52 +230,16 @@ def resolve(path: str | Path) -> Path:
     return found
 
 
-# --- Comparing and loading ---
+# --- Loading ---
 
 
 def model_config_of(manifest: dict) -> ModelConfig:
     return dacite.from_dict(ModelConfig, manifest["config"]["model"], dacite.Config(cast=[tuple]))
 
 
-def differences(ours: dict, theirs: dict, prefix: str = "") -> dict[str, str]:
-    """Flatten two nested dicts; return {path: "path: a here, b there"} where they differ."""
-    out = {}
-    for key in sorted(ours.keys() | theirs.keys()):
-        a, b = ours.get(key), theirs.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            out |= differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            out[f"{prefix}{key}"] = f"{prefix}{key}: {a} here, {b} there"
-    return out
-
-
 def to_json(config) -> dict:
     """A config dataclass as JSON has it: tuples become lists."""
     return json.loads(json.dumps(asdict(config)))
-
-
-def check_config(cfg: TrainConfig, manifest: dict, source: Path, resumed: bool) -> None:
-    """Raise CheckpointError, naming the fields, unless the run may start from `source`.
-
-    A field that is newer than the checkpoint has its default there.
-    """
-    theirs = to_json(TrainConfig()) | manifest["config"]
-    fields = differences(to_json(cfg), theirs | {"model": to_json(model_config_of(manifest))})
-    if resumed:
-        wrong = [
-            text for name, text in fields.items() if name.split(".")[0] not in RESUME_MAY_CHANGE
-        ]
-        mend = "Give the same flags, or another --out"
-    else:  # A stage needs the same model; the flow head is new unless stage 3 trained one.
-        free = ("model.freeze_vision",) + ("model.flow.",) * (manifest["stage"] != 3)
-        parts = {name: text for name, text in fields.items() if name.startswith("model.")}
-        wrong = [text for name, text in parts.items() if not name.startswith(free)]
-        mend = "Give its --row or its --model flags, or another --init-from"
-    if wrong:
-        more = f"; {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise CheckpointError(
-            f"{source} was made with another configuration ({'; '.join(wrong[:4])}{more}). {mend}"
-        )
 
 
 def load_weights(model: nn.Module, folder: Path, new: tuple[str, ...] = ()) -> None:
@@ -310,16 +254,16 @@ def load_weights(model: nn.Module, folder: Path, new: tuple[str, ...] = ()) -> N
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     missing = [key for key in missing if not key.startswith(new)]
     if missing or unexpected:
-        raise CheckpointError(
+        raise InputError(
             f"{folder}: lacks {missing[:5]} and has unknown {unexpected[:5]}; "
             "the file is of another model or of a later stage"
         )
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Load Adam's state. Raises CheckpointError for a checkpoint that was exported without it."""
+    """Load Adam's state. Raises InputError for a checkpoint that was exported without it."""
     if not (folder / MOMENTS).is_file():
-        raise CheckpointError(
+        raise InputError(
             f"{folder}: has no {MOMENTS}, so its stage cannot be resumed. It can start a stage: "
             f"--init-from {quoted(folder)}, with another --out"
         )
@@ -327,10 +271,13 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
     with safe_open(folder / MOMENTS, "pt") as file:  # one tensor at a time
         for key in sorted(file.keys()):  # in the same order on every rank
             name, _, moment = key.rpartition("/")
-            parameter, value = parameters[name], file.get_tensor(key).to(parameters[name].device)
-            optimizer.state[parameter][moment] = (
-                value if moment == "step" else shard_like(value, parameter)
-            )
+            parameter = parameters[name]
+            value = file.get_tensor(key).to(parameter.device)
+            if moment != "step" and is_sharded(parameter):
+                from torch.distributed.tensor import distribute_tensor
+
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            optimizer.state[parameter][moment] = value
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -344,15 +291,6 @@ def is_sharded(tensor: Tensor) -> bool:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor of a shard, gathered on the CPU by all ranks together; others unchanged."""
     return tensor.full_tensor().cpu() if is_sharded(tensor) else tensor
-
-
-def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """This rank's shard of a full tensor if the parameter is sharded, else the tensor itself."""
-    if not is_sharded(parameter):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
 
 
 def export(checkpoint: Path, out: Path) -> None:

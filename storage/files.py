@@ -25,12 +25,12 @@ class DamagedError(InputError):
     """A file whose content is not what was written; the message names it."""
 
 
-# For errors after which a file may still be undamaged: the command after which it can be read.
-MENDS = dict.fromkeys((errno.EACCES, errno.EPERM), "chmod u+r {}  # its owner, or root")
-MENDS |= {errno.EAGAIN: "fuser -v {}  # wait until that program has closed it"}
-MENDS |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "ulimit -n 4096")
-LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # a file system without locks
-MENDS |= dict.fromkeys(LOCKS, "export HDF5_USE_FILE_LOCKING=FALSE")
+MENDS = {  # system error: the command after which an undamaged file can be read
+    errno.EACCES: "chmod u+r {}  # its owner, or root",
+    errno.EAGAIN: "fuser -v {}  # wait until that program has closed it",
+    errno.EMFILE: "ulimit -n 4096",
+    errno.ENOLCK: "export HDF5_USE_FILE_LOCKING=FALSE",
+}
 
 
 def mend_of(path: Path, error: BaseException | None) -> str | None:

@@ -93,7 +93,7 @@ class Demonstrations(Index):
     def __init__(self, folder: str | Path, truncate: bool = False):
         super().__init__(Path(folder), truncate)
         self.recorded: list[int] = []  # steps of each episode in its file
-        self.kept: dict[int, np.ndarray] = {}  # blocks as bytes, the oldest first
+        self.cache: dict[int, np.ndarray] = {}  # blocks as bytes, oldest first
         for path in h5_files(self.folder):
             self._add(path)
         if not self.episodes:
@@ -160,11 +160,11 @@ class Demonstrations(Index):
         out = np.empty((len(frames), RECORD.itemsize), np.uint8)  # bytes: fields are copied slower
         for row, frame in enumerate(frames):
             block = int(np.searchsorted(self.blocks, frame, side="right")) - 1
-            if block not in self.kept:
-                if len(self.kept) == READ_AHEAD:
-                    del self.kept[next(iter(self.kept))]
-                self.kept[block] = self.read_block(block)
-            out[row] = self.kept[block][frame - self.blocks[block]]
+            if block not in self.cache:
+                if len(self.cache) == READ_AHEAD:
+                    del self.cache[next(iter(self.cache))]
+                self.cache[block] = self.read_block(block)
+            out[row] = self.cache[block][frame - self.blocks[block]]
         return rearrange(out.view(RECORD), "n 1 -> n")
 
     def read_block(self, block: int) -> np.ndarray:
@@ -259,11 +259,8 @@ def h5_files(folder: Path) -> list[Path]:
         for name in names:
             if name.endswith(".h5") and name[0] != ".":
                 found.setdefault((here / name).resolve(), []).append(here / name)
-    return sorted(max(sorted(paths), key=has_task) for paths in found.values())
-
-
-def has_task(path: Path) -> bool:
-    return bool(task_and_subtask(path)[0])
+    named = lambda path: task_and_subtask(path)[0] != ""  # noqa: E731
+    return sorted(max(sorted(paths), key=named) for paths in found.values())
 
 
 def task_and_subtask(path: Path) -> tuple[str, str]:
@@ -276,28 +273,27 @@ def task_and_subtask(path: Path) -> tuple[str, str]:
 
 def load_sidecar(path: Path) -> dict:
     """The .json beside an .h5. Raises DataError unless it is MS-HAB's."""
-    sidecar, again = path.with_suffix(".json"), "Download or record it again"
+    sidecar = path.with_suffix(".json")
     if not sidecar.is_file():
         raise DataError(
-            f"{path}: no {sidecar.name} beside it; MS-HAB's files come in pairs. {again}"
+            f"{path}: no {sidecar.name} beside it; MS-HAB's files come in pairs. Download or "
+            "record it again"
         )
+    with readable(sidecar, str(sidecar)):
+        text = sidecar.read_bytes()
     try:
-        content = json.loads(sidecar.read_bytes())
-        episodes = content["episodes"]
-        steps = {str(each["episode_id"]): float(each["elapsed_steps"]) for each in episodes}
-        controls = {each.get("control_mode") for each in episodes} - {CONTROL, None}
-        good = 0 < len(steps) == len(episodes) and all(
-            n >= 0 and n % 1 == 0 for n in steps.values()
-        )
-    except json.JSONDecodeError as error:
-        raise DataError(f"{sidecar}: incomplete ({error}). {again}") from error
-    except (KeyError, TypeError, ValueError, AttributeError):
-        good = False
-    if not good:
+        content = json.loads(text)
+        steps = {str(e["episode_id"]): float(e["elapsed_steps"]) for e in content["episodes"]}
+        controls = {e.get("control_mode") for e in content["episodes"]} - {CONTROL, None}
+        if not steps or len(steps) < len(content["episodes"]):
+            raise ValueError("no episodes, or an id twice")
+        if not all(n >= 0 and n % 1 == 0 for n in steps.values()):
+            raise ValueError(f"elapsed_steps {sorted(steps.values())}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            f"{sidecar}: expected MS-HAB's `episodes`, at least one, each with its own episode_id "
-            f"and a whole number of elapsed_steps. {again}"
-        )
+            f"{sidecar}: got {error}; expected MS-HAB's `episodes`, at least one, each with its "
+            "own episode_id and a whole number of elapsed_steps. Download or record it again"
+        ) from error
     if controls:
         raise DataError(
             f"{sidecar}: control_mode {', '.join(map(str, controls))}, expected {CONTROL}. Record "

@@ -12,12 +12,9 @@ An h5 of MS-HAB inflates 26 frames for each frame that is read; a pack reads sin
 pack.json is written last: a folder that has it is complete.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
-from zipfile import BadZipFile
 
 import numpy as np
 import tyro
@@ -39,26 +36,33 @@ class Pack(Index):
     blocks = None  # frames are read one by one, unlike those of an h5
 
     def __init__(self, folder: str | Path):
-        meta = read_meta(Path(folder))
+        folder = Path(folder)
+        if not (folder / "pack.json").is_file():
+            raise InputError(
+                f"{folder}: not a complete pack, it has no pack.json; make one: {command(folder)}"
+            )
+        try:
+            meta = read_json(folder / "pack.json")
+        except DamagedError as error:
+            raise damaged(folder, str(error)) from None
+        if meta.get("format") != FORMAT:
+            raise damaged(folder, f"{folder}: packed with other records than this code reads")
         about = (meta[key] for key in ("instructions", "action_schema", "qpos_names"))
         episodes = [Episode(**episode) for episode in meta["episodes"]]
-        super().__init__(Path(folder), meta["truncate"], episodes, *about)
+        super().__init__(folder, meta["truncate"], episodes, *about)
         self.hashes, self.sizes = meta["sha256"], meta["sizes"]  # sizes: bytes of each .h5
-        self.files, lengths = [], [0]  # [frames, size of RECORD] uint8
-        for file in self.sizes:
-            with self.reading(npy_name(file)) as path:
-                records = np.load(path, mmap_mode="r").view(np.uint8)
-            self.files.append(rearrange(records, "(n size) -> n size", size=RECORD.itemsize))
-            lengths.append(len(self.files[-1]))
-        self.file_starts = np.cumsum(lengths)
+        self.files = [self._map(folder / npy_name(file)) for file in self.sizes]
+        self.file_starts = np.cumsum([0] + [len(file) for file in self.files])
 
-    @contextmanager
-    def reading(self, name: str) -> Iterator[Path]:
-        """Raise DataError if a file is missing, cut off or damaged."""
+    def _map(self, path: Path) -> np.ndarray:
+        """A file's records as bytes, [frames, size of RECORD], mapped into memory."""
         try:
-            yield self.folder / name
-        except (FileNotFoundError, ValueError, EOFError, BadZipFile) as error:
-            raise damaged(self.folder, f"{self.folder / name}: cannot be read ({error})") from None
+            records = np.load(path, mmap_mode="r")
+            if records.dtype != RECORD:
+                raise ValueError(f"its records are {records.dtype}")
+        except (FileNotFoundError, ValueError, OverflowError, EOFError) as error:
+            raise damaged(self.folder, f"{path}: cannot be read ({error})") from None
+        return rearrange(records.view(np.uint8), "(n size) -> n size", size=RECORD.itemsize)
 
     def read(self, frames: list[int] | np.ndarray) -> np.ndarray:
         """Frames by number, [n] of RECORD."""
@@ -71,28 +75,13 @@ class Pack(Index):
     def actions_of(self, episodes: np.ndarray) -> np.ndarray:
         """All actions of these episodes, [n, 13] in [-1, 1]."""
         chosen = np.isin(np.arange(len(self.episodes)), episodes)
-        with self.reading("summary.npz") as path, np.load(path) as summary:
+        with np.load(self.folder / "summary.npz") as summary:
             return summary["actions"][np.repeat(chosen, np.diff(self.starts))]
 
     def survey(self, episodes: np.ndarray) -> np.ndarray:
         """Labels and ranges of these episodes, [n] of SURVEY."""
-        with self.reading("summary.npz") as path, np.load(path) as summary:
+        with np.load(self.folder / "summary.npz") as summary:
             return summary["survey"][episodes]
-
-
-def read_meta(folder: Path) -> dict:
-    """pack.json. Raises InputError if it is missing, damaged or of another format."""
-    if not (folder / "pack.json").is_file():
-        raise InputError(
-            f"{folder}: not a complete pack, it has no pack.json; make one: {command(folder)}"
-        )
-    try:
-        meta = read_json(folder / "pack.json")
-    except DamagedError as error:
-        raise damaged(folder, str(error)) from None
-    if meta.get("format") != FORMAT:
-        raise damaged(folder, f"{folder}: packed with other records than this code reads")
-    return meta
 
 
 def npy_name(file: str) -> str:
@@ -109,12 +98,16 @@ def damaged(folder: Path, what: str) -> DataError:
     return DataError(f"{what}. Pack again: mv {aside} && {command(folder)}")
 
 
-def open_pack(folder: Path, data: Path, truncate: bool | None) -> Pack:
-    """The pack in `folder`, of the demonstrations in `data` if any are left there.
+def open_data(data: str | Path, truncate: bool | None = None) -> Index:
+    """The pack in a folder or in its subfolder pack/, else the demonstrations below it.
 
-    Raises InputError if its episodes do not end as `truncate` says (None: either way), or if an .h5
-    in `data` was added or changed later.
+    `truncate` ends demonstrations at their success; None takes a pack as it is. Raises InputError
+    if there is neither, or if the pack differs in `truncate` or from the .h5 files in `data`.
     """
+    data = Path(data)
+    folder = data if (data / "pack.json").is_file() else data / "pack"
+    if not (folder / "pack.json").is_file():
+        return Demonstrations(data, bool(truncate))
     pack = Pack(folder)
     if truncate not in (None, pack.truncate):
         raise InputError(
@@ -201,9 +194,9 @@ def finished(path: Path, about: dict) -> dict[str, str]:
 
 def verify(folder: Annotated[str, tyro.conf.Positional] = "data/pack") -> None:
     """Compare every file of a pack with its sha256; an error names the first that differs."""
-    hashes = read_meta(Path(folder))["sha256"]
-    for name in tqdm(hashes, "verify", unit="file"):
-        path = Path(folder) / name
-        if not path.is_file() or sha256(path) != hashes[name]:
-            raise damaged(Path(folder), f"{path}: missing or damaged, its sha256 differs")
-    print(f"{folder}: {len(Pack(folder)):,} frames, no file damaged")
+    pack = Pack(folder)
+    for name, expected in tqdm(pack.hashes.items(), "verify", unit="file"):
+        path = pack.folder / name
+        if not path.is_file() or sha256(path) != expected:
+            raise damaged(pack.folder, f"{path}: missing or damaged, its sha256 differs")
+    print(f"{folder}: {len(pack):,} frames, no file damaged")

@@ -69,7 +69,6 @@ class Recording:
         self.recipe, self.episodes, self.done = recipe, [], {}
         if self.json.exists():
             sidecar = self.read_sidecar()
-            self.check_recipe(self.json, sidecar)
             self.episodes = sidecar["episodes"]
             self.done = dict.fromkeys(sidecar["failed_seeds"], False)
             self.done |= {episode["seed"]: True for episode in self.episodes}
@@ -92,9 +91,11 @@ class Recording:
         """Read the json of a pair whose h5 opens."""
         try:
             h5py.File(self.h5).close()
-            return json.loads(self.json.read_bytes())
+            sidecar = json.loads(self.json.read_bytes())
         except (OSError, ValueError) as error:
             raise self.incomplete(error) from error
+        self.check_recipe(self.json, sidecar)
+        return sidecar
 
     def incomplete(self, reason: object) -> InputError:
         return InputError(

@@ -4,61 +4,65 @@ import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from config import SUBTASKS, InputError, LLMConfig, ModelConfig, quoted
 from paper import ARTICULATIONS, OBJECTS, instruction
-from storage.download import reachable
-
-# --- Instructions ---
 
 
 def build_tokenizer(cfg: LLMConfig) -> Tokenizer:
-    """The LLM's tokenizer: from a folder, or from the hub or its cache.
+    """The LLM's tokenizer, from a folder, the hub or its cache; "words" needs no download.
 
-    "words" makes one from the words of the prompt and of every instruction, without download.
-    Raises InputError when it is not to be had or is not this LLM's.
+    Raises InputError when it cannot be read or is another model's.
     """
-    if cfg.tokenizer != "words":
-        file = Path(cfg.tokenizer) / "tokenizer.json"
-        mend = (
-            f"Where there is a network: {quoted('hf', 'download', cfg.tokenizer, file.name)} "
-            "--local-dir FOLDER; then give --model.llm.tokenizer FOLDER"
-        )
-        with reachable(cfg.tokenizer, mend):
-            found = file if file.is_file() else hf_hub_download(cfg.tokenizer, file.name)
-        tokenizer = Tokenizer.from_file(str(found))
-    else:
-        names = {name for objects in OBJECTS.values() for name in objects} | set(ARTICULATIONS)
-        texts = [instruction(subtask, name) for subtask in SUBTASKS for name in names]
-        split = pre_tokenizers.Whitespace()
-        text = " ".join([cfg.prompt.format(""), *texts]).lower()
-        words = sorted({word for word, _ in split.pre_tokenize_str(text)})
-        vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *words])}
-        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-        tokenizer.pre_tokenizer = split
+    tokenizer = word_tokenizer(cfg) if cfg.tokenizer == "words" else load_tokenizer(cfg.tokenizer)
     check_tokenizer(tokenizer, cfg, cfg.tokenizer)
+    return tokenizer
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    from huggingface_hub import hf_hub_download  # a second; a run from a checkpoint needs no hub
+
+    from storage.download import reachable
+
+    file = Path(name) / "tokenizer.json"
+    remedy = (
+        f"Where there is a network: {quoted('hf', 'download', name, file.name)} --local-dir "
+        "FOLDER; then give --model.llm.tokenizer FOLDER"
+    )
+    with reachable(name, remedy):
+        found = file if file.is_file() else hf_hub_download(name, file.name)
+    return Tokenizer.from_file(str(found))
+
+
+def word_tokenizer(cfg: LLMConfig) -> Tokenizer:
+    """One token for each word of the prompt and of every instruction."""
+    names = {name for objects in OBJECTS.values() for name in objects} | set(ARTICULATIONS)
+    texts = [instruction(subtask, name) for subtask in SUBTASKS for name in names]
+    split = pre_tokenizers.Whitespace()
+    text = " ".join([cfg.prompt.format(""), *texts]).lower()
+    words = sorted({word for word, _ in split.pre_tokenize_str(text)})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = split
     return tokenizer
 
 
 def check_tokenizer(tokenizer: Tokenizer, cfg: LLMConfig, source: object) -> None:
     """Raise InputError, naming what was found, unless action ids and prompt fit the tokenizer.
 
-    The action ids follow all its tokens (Qwen2.5), begin at <|extra_0|> (Prismatic's Qwen) or are
-    the last of its own vocabulary (Llama), as in Prismatic's ActionTokenizer; those of "words" lie
-    anywhere above its tokens. A special token of the prompt is one id; the prompt ends in a space.
+    As in Prismatic's ActionTokenizer the action ids begin at <|extra_0|> (Prismatic's Qwen), follow
+    all tokens (Qwen2.5) or are the last of its own vocabulary (Llama). With "words" they lie
+    anywhere above its tokens. A special token of the prompt is one id; `prompt_end` is a space.
     """
     size, own = tokenizer.get_vocab_size(), tokenizer.get_vocab_size(with_added_tokens=False)
     first, extra = cfg.first_action_id, tokenizer.token_to_id("<|extra_0|>")
-    special, found = re.findall(r"<\|.*?\|>", cfg.prompt), []
+    special = re.findall(r"<\|.*?\|>", cfg.prompt)
+    fits = first == extra if extra is not None else first in (size, own - ModelConfig.bins)
     if cfg.tokenizer == "words":
         special, fits = [], first >= size
-    elif extra is None:
-        fits = first in (size, own - ModelConfig.bins)
-    else:
-        fits = first == extra
+    found = []
     if not fits:
         place = "" if extra is None else f", <|extra_0|> is {extra}"
         found = [f"{size} tokens, {own} of them its own{place}; the action ids begin at {first}"]
@@ -75,24 +79,19 @@ def check_tokenizer(tokenizer: Tokenizer, cfg: LLMConfig, source: object) -> Non
 def tokenize(
     instructions: list[str], tokenizer: Tokenizer, cfg: LLMConfig
 ) -> tuple[Tensor, Tensor]:
-    """Prompts of one length, the longest's: ids and mask [n, L].
+    """Prompts padded to the longest: ids and mask [n, L].
 
-    Padding stands between the first token and the rest, where the images go, so that every prompt
-    ends at the latents.
+    Padding follows the first token, where the images are inserted, so prompts end at the latents.
     """
-    # Llama's tokenizer begins with its <s>; Qwen's adds nothing.
     prompts = [cfg.prompt.format(text.lower()) for text in instructions]
     prompts = [prompt.lower() if cfg.tokenizer == "words" else prompt for prompt in prompts]
     tokens = [[*tokenizer.encode(prompt).ids, *cfg.prompt_end] for prompt in prompts]
     longest, text = max((len(prompt), text) for prompt, text in zip(tokens, instructions))
     if longest > cfg.prompt_length:
-        raise ValueError(
+        raise InputError(
             f"{text!r} needs {longest} tokens; raise llm.prompt_length above {cfg.prompt_length}"
         )
-    ids = torch.zeros(len(tokens), longest, dtype=torch.long)
-    mask = torch.zeros(len(tokens), longest, dtype=torch.bool)
-    for row, (first, *rest) in enumerate(tokens):
-        begin = longest - len(rest)
-        ids[row, 0], mask[row, 0] = first, True
-        ids[row, begin:], mask[row, begin:] = torch.tensor(rest), True
+    rows = [(first, longest - 1 - len(rest), rest) for first, *rest in tokens]
+    ids = torch.tensor([[first, *[0] * pad, *rest] for first, pad, rest in rows])
+    mask = torch.tensor([[True, *[False] * pad, *[True] * len(rest)] for _, pad, rest in rows])
     return ids, mask

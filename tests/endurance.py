@@ -227,7 +227,7 @@ def faults(work: Path) -> dict:
             save(out, 1)
             pid = os.fork()
             if pid == 0:  # the run; it ends with the number of the calls it made
-                with suppress(checkpoint.CheckpointError), fault(number, effect) as made:
+                with suppress(InputError), fault(number, effect) as made:
                     save(out, 2)
                 os._exit(min(len(made), 99))
             made = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -317,8 +317,9 @@ def write_large_index(folder: Path, episodes: int, length: int) -> None:
 
 OPEN = """
 import re, sys, time
-from data import Frames, StepOrder
+from data import Frames
 from storage.pack import Pack
+from training.order import StepOrder
 
 STATUS = "/proc/self/status"
 

@@ -21,19 +21,18 @@ from config import CAMERAS, LABELS, InputError, model_config
 from data import (
     ActionStats,
     Frames,
-    StepOrder,
     cameras,
     check_batch,
     make_batch,
     normalize_depth,
-    open_data,
     preprocess,
     raw_batch,
 )
 from storage.h5 import Demonstrations
-from storage.pack import Pack, pack, verify
+from storage.pack import Pack, open_data, pack, verify
 from storage.tokenizer import build_tokenizer, tokenize
-from storage.trajectory import DataError
+from storage.trajectory import DataError, read_rows
+from training.order import StepOrder
 
 ROOT = Path(__file__).parent.parent
 CFG = model_config("tiny")
@@ -70,17 +69,12 @@ def test_depth_in_float_metres_is_refused():
 
 def test_a_live_frame_and_the_recorded_one_give_equal_images(demos):
     source = Demonstrations(demos)
-    entry = source.episodes[0]
-    with h5py.File(demos / entry.file) as file:
-        sensors = file[f"{entry.trajectory}/obs/sensor_data"]
-        obs = {
-            "sensor_data": {
-                camera: {
-                    kind: torch.from_numpy(sensors[camera][kind][4:5]) for kind in ("rgb", "depth")
-                }
-                for camera in ("fetch_head", "fetch_hand")
-            }
+    with h5py.File(demos / source.episodes[0].file) as file:
+        sensors = {
+            name: {kind: torch.from_numpy(sensor[kind][4:5]) for kind in sensor}
+            for name, sensor in file["traj_0/obs/sensor_data"].items()
         }
+    obs = {"sensor_data": sensors}
     recorded = raw_batch(source.read([4])[:, None])
     live = preprocess(*(pictures[:, None] for pictures in cameras(obs)), CFG)
     assert torch.equal(live, preprocess(recorded["rgb"], recorded["depth"], CFG))
@@ -228,10 +222,8 @@ def test_labels_and_masks_arrive_as_recorded(demos):
             )
         assert np.array_equal(batch["grasp"].numpy() > 0, group["obs/extra/is_grasped"][:-1])
         assert np.array_equal(records["actions"][0], group["actions"][:8])
-    assert (
-        batch["action_mask"][-1].tolist() == [1] + [0] * 7
-        and (records["actions"][-1, 1:] == 0).all()
-    )
+    assert batch["action_mask"][-1].tolist() == [1] + [0] * 7
+    assert (records["actions"][-1, 1:] == 0).all()
 
 
 def test_missing_labels_are_flags_and_a_zero_object_pose_is_no_label(demos):
@@ -335,11 +327,6 @@ def test_verify_names_the_file_in_which_one_bit_was_flipped(packed):
         verify(str(packed))
 
 
-def test_a_folder_that_is_no_pack_is_refused_with_the_command_that_makes_one(tmp_path):
-    with pytest.raises(InputError, match=r"no pack\.json; make one: python data\.py pack"):
-        verify(str(tmp_path))
-
-
 def test_a_cut_file_is_found_when_the_pack_is_opened(demos, packed):
     (packed / CLOSE).write_bytes((packed / CLOSE).read_bytes()[:-1])
     with pytest.raises(DataError, match=r"kitchen_counter.npy: cannot be read.* Pack again: mv"):
@@ -349,7 +336,11 @@ def test_a_cut_file_is_found_when_the_pack_is_opened(demos, packed):
     assert len(open_data(packed)) == len(open_data(demos))
 
 
-def test_a_pack_of_an_older_format_is_refused_with_the_command_that_packs_again(packed):
+def test_no_pack_and_one_of_an_older_format_are_refused_with_the_command_that_packs(
+    packed, tmp_path
+):
+    with pytest.raises(InputError, match=r"no pack\.json; make one: python data\.py pack"):
+        verify(str(tmp_path))
     meta = json.loads((packed / "pack.json").read_text())
     del meta["format"]
     (packed / "pack.json").write_text(json.dumps(meta | {"record": 172_440}))
@@ -393,7 +384,7 @@ def test_an_epoch_of_blocks_has_every_frame_once_and_inflates_every_block_once(
     frames = Frames(Demonstrations(tmp_path), 0.1, train=True)
     read, original = [], Demonstrations.read_block
     monkeypatch.setattr("storage.h5.READ_AHEAD", 60)
-    monkeypatch.setattr("data.SHUFFLE_POOL", 40)
+    monkeypatch.setattr("training.order.SHUFFLE_POOL", 40)
     monkeypatch.setattr(
         Demonstrations,
         "read_block",
@@ -409,84 +400,99 @@ def test_an_epoch_of_blocks_has_every_frame_once_and_inflates_every_block_once(
     assert np.mean(together) < 3
 
 
-# --- Bad input ---
+# --- Chunks ---
 
-
-def broken(tmp_path, change):
-    """Demonstrations with `change` applied to their second trajectory."""
-    path = write_demos(tmp_path / "set_table/close/kitchen_counter")
-    with h5py.File(path, "r+") as file:
-        change(file["traj_1"])
-    return Demonstrations(tmp_path)
-
-
-def replace_dataset(group, key, value):
-    del group[key]
-    if value is None:
-        group.create_group(key)
-    else:
-        group[key] = value
-
-
-def set_value(group, key, index, value):
-    group[key][index] = value
-
-
-BAD = {
-    "a missing key": (lambda g: g.__delitem__("obs/sensor_data/fetch_hand/rgb"), "'rgb'"),
-    "NaN in actions": (
-        lambda g: set_value(g, "actions", (3, 2), np.nan),
-        "frame 3: action 2 is nan",
-    ),
-    "infinite actions": (
-        lambda g: set_value(g, "actions", (3, 2), -np.inf),
-        "frame 3: action 2 is -inf",
-    ),
-    "12 action dimensions": (
-        lambda g: replace_dataset(g, "actions", g["actions"][:, :12]),
-        r"\(9, 12\), expected \(9, 13\)",
-    ),
-    "float depth": (
-        lambda g: replace_dataset(
-            g, "obs/sensor_data/fetch_hand/depth", np.ones((10, 128, 128, 1), np.float32)
-        ),
-        "expected integer millimetres",
-    ),
-    "NaN in a label": (lambda g: set_value(g, "labels/pos", (4, 0), np.nan), "frame 4: pos is"),
-    "float pictures": (
-        lambda g: replace_dataset(
-            g, "obs/sensor_data/fetch_head/rgb", np.ones((10, 128, 128, 3), np.float32)
-        ),
-        r"fetch_head/rgb is float32 \[128, 128, 3\], expected uint8 \[128, 128, 3\]",
-    ),
-    "integer joints": (
-        lambda g: replace_dataset(g, "obs/agent/qpos", np.zeros((10, 12), np.int64)),
-        "qpos is int64 .* expected floating",
-    ),
-    "float masks": (
-        lambda g: replace_dataset(g, "labels/seg/fetch_hand", np.ones((10, 128, 128))),
-        "labels/seg/fetch_hand is float64",
-    ),
-    "whole numbers as actions": (
-        lambda g: replace_dataset(g, "actions", np.ones((9, 13), np.int8)),
-        r"actions int8 \(9, 13\), expected \(9, 13\) floating",
-    ),
-    "a group of actions": (lambda g: replace_dataset(g, "actions", None), "floating"),
-    "a group of pictures": (
-        lambda g: replace_dataset(g, "obs/sensor_data/fetch_head/rgb", None),
-        "rgb is a group, expected numbers",
-    ),
-    "15 joints": (
-        lambda g: replace_dataset(g, "obs/agent/qpos", np.zeros((10, 15), np.float32)),
-        r"qpos is float32 \[15\], expected floating \[12\]",
-    ),
+STORED = {
+    "MS-HAB's": dict(compression="gzip", compression_opts=5),
+    "one chunk a frame": dict(compression="gzip", chunks=(1, 128, 128, 3)),
+    "chunks that do not divide the picture": dict(compression="gzip", chunks=(7, 50, 48, 2)),
+    "whole": dict(),
+    "shuffled": dict(compression="gzip", shuffle=True),
+    "checked": dict(compression="gzip", fletcher32=True),
+    "another filter": dict(compression="lzf"),
 }
 
 
-@pytest.mark.parametrize("fault", BAD)
-def test_bad_demonstrations_are_refused_naming_file_trajectory_and_cause(fault, tmp_path):
-    change, message = BAD[fault]
-    source = broken(tmp_path, change)
+@pytest.fixture
+def pictures():
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (61, 128, 128, 3), dtype=np.uint8)
+    noise[:, :64] = 7  # some of it can be compressed
+    return noise
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_any_rows_are_those_that_h5py_reads(stored, pictures, tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        dataset = file.create_dataset("rgb", data=pictures, **STORED[stored])
+        for first, last in ((0, 61), (0, 1), (26, 52), (5, 40), (60, 61), (25, 27), (30, 30)):
+            assert np.array_equal(read_rows(dataset, first, last), pictures[first:last])
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:50], lambda raw: b"?" + raw[1:]])
+def test_a_damaged_chunk_is_named(damage, pictures, tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        dataset = file.create_dataset("rgb", data=pictures, **STORED["MS-HAB's"])
+        corner = (0, *dataset.chunks[1:])
+        _, raw = dataset.id.read_direct_chunk(corner)
+        dataset.id.write_direct_chunk(corner, damage(raw))
+        with pytest.raises(OSError, match=re.escape(f"/rgb, chunk at {corner}")):
+            read_rows(dataset, 0, 5)
+
+
+# --- Bad input ---
+
+
+def put(array, index, value):
+    array[index] = value
+    return array
+
+
+HEAD, HAND = "obs/sensor_data/fetch_head/rgb", "obs/sensor_data/fetch_hand"
+# Key, what replaces its values (None: nothing, "group": a group), the message.
+BAD = [
+    (f"{HAND}/rgb", lambda _: None, "'rgb'"),
+    ("actions", lambda x: put(x, (3, 2), np.nan), "frame 3: action 2 is nan"),
+    ("actions", lambda x: put(x, (3, 2), -np.inf), "frame 3: action 2 is -inf"),
+    ("actions", lambda x: x[:, :12], r"\(9, 12\), expected \(9, 13\)"),
+    ("actions", lambda x: x.astype(np.int8), r"actions int8 \(9, 13\), expected \(9, 13\) float"),
+    ("actions", lambda _: "group", "floating"),
+    (f"{HAND}/depth", lambda x: x.astype(np.float32), "expected integer millimetres"),
+    ("labels/pos", lambda x: put(x, (4, 0), np.nan), "frame 4: pos is"),
+    (
+        HEAD,
+        lambda x: x.astype(np.float32),
+        r"fetch_head/rgb is float32 \[128, 128, 3\], expected uint8 \[128, 128, 3\]",
+    ),
+    (HEAD, lambda _: "group", "rgb is a group, expected numbers"),
+    ("obs/agent/qpos", lambda x: x.astype(np.int64), "qpos is int64 .* expected floating"),
+    (
+        "obs/agent/qpos",
+        lambda x: np.zeros((10, 15), np.float32),
+        r"qpos is float32 \[15\], expected floating \[12\]",
+    ),
+    (
+        "labels/seg/fetch_hand",
+        lambda x: x.astype(np.float64),
+        "labels/seg/fetch_hand is float64",
+    ),
+]
+
+
+@pytest.mark.parametrize(("key", "change", "message"), BAD)
+def test_bad_demonstrations_are_refused_naming_file_trajectory_and_cause(
+    key, change, message, tmp_path
+):
+    path = write_demos(tmp_path / "set_table/close/kitchen_counter")
+    with h5py.File(path, "r+") as file:
+        group = file["traj_1"]
+        new = change(group[key][:])
+        del group[key]
+        if isinstance(new, str):
+            group.create_group(key)
+        elif new is not None:
+            group[key] = new
+    source = Demonstrations(tmp_path)
     with pytest.raises(DataError, match=message) as error:
         source.read_episode(1)
     assert "kitchen_counter.h5" in str(error.value) and "traj_1" in str(error.value)
@@ -506,7 +512,7 @@ def test_a_cut_sidecar_and_an_empty_folder_are_refused(tmp_path):
     path = write_demos(tmp_path / "set_table/close/kitchen_counter")
     sidecar = path.with_suffix(".json")
     sidecar.write_text(sidecar.read_text()[:-5])
-    with pytest.raises(DataError, match="incomplete"):
+    with pytest.raises(DataError, match=r"json: got .*expected MS-HAB's"):
         Demonstrations(tmp_path)
     sidecar.unlink()
     with pytest.raises(DataError, match=r"no kitchen_counter.json beside it"):

@@ -18,16 +18,14 @@ import endurance
 import numpy as np
 import pytest
 import torch.distributed as dist
-from files import write_demos
-from safetensors.torch import load_file
+from tiny_run import flags, train, weights, write_pack
 
 from config import InputError
-from data import Frames, StepOrder
-from paper import parse
+from data import Frames
 from storage import checkpoint
 from storage.files import read_lines, write
-from storage.pack import Pack, pack, verify
-from train import main
+from storage.pack import Pack, verify
+from training.order import StepOrder
 from training.ranks import STOPPED, gather
 
 ROOT = Path(__file__).parent.parent
@@ -35,18 +33,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_demos(folder / "demos/set_table/close/kitchen_counter", (30, 30, 8), has_object=False)
-    write_demos(folder / "demos/set_table/pick/013_apple", lengths=(30, 8), seed=1)
-    pack(str(folder / "demos"), str(folder / "pack"))
-    return folder / "pack"
-
-
-def flags(data, out, *others, steps=2):
-    given = dict(preset="tiny", stage=2, data=data, out=out, steps=steps, batch_size=8,
-                 micro_batch=8, device="cpu", log_every=1, val_frames=8)  # fmt: skip
-    pairs = ((f"--{key.replace('_', '-')}", str(value)) for key, value in given.items())
-    return [part for pair in pairs for part in pair] + [*others]
+    return write_pack(tmp_path_factory.mktemp("data"))
 
 
 # --- Kills and failing disks ---
@@ -165,23 +152,22 @@ def test_a_frame_with_nan_skips_its_step_on_all_ranks_and_changes_no_byte(data, 
 
 def test_bad_steps_in_a_row_stop_the_run_with_a_saved_state(data, tmp_path, capsys):
     plant_nan(data, tmp_path / "pack", slice(None))
-    code = main(parse(flags(tmp_path / "pack", tmp_path / "out", "--max-skipped", "3", steps=9)))
+    code = train(tmp_path / "pack", tmp_path / "out", stage=2, max_skipped=3, steps=9)
     assert code == 1 and "3 steps in a row" in capsys.readouterr().err
     saved = checkpoint.newest(tmp_path / "out")
     assert saved.name == "step-00000003"
     # Stage 2 does not see stage 1's batches again.
-    main(parse(flags(tmp_path / "pack", tmp_path / "1", "--stage", "1", "--max-skipped", "1")))
+    train(tmp_path / "pack", tmp_path / "1", max_skipped=1)
     one, two = (read_lines(tmp_path / name / "log.jsonl")[0]["skipped"] for name in ("1", "out"))
     assert {*one} != {*two}
-    assert all(t.isfinite().all() for t in load_file(saved / "model.safetensors").values())
+    assert all(t.isfinite().all() for t in weights(tmp_path / "out").values())
 
 
 def test_tensorboard_gets_the_numbers_and_a_skipped_step_does_not_end_it(data, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     plant_nan(data, tmp_path / "pack", [17])
     steps = len(Frames(Pack(data), 0.1, train=True)) // 8
-    args = flags(tmp_path / "pack", tmp_path / "out", "--tracker", "tensorboard", steps=steps)
-    assert main(parse(args)) == 0
+    assert train(tmp_path / "pack", tmp_path / "out", tracker="tensorboard", steps=steps) == 0
     assert any("skipped" in line for line in read_lines(tmp_path / "out/log.jsonl"))
     read = events.EventAccumulator(str(tmp_path / "out")).Reload()
     assert read.Scalars("action")[-1].step == steps

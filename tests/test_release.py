@@ -12,9 +12,9 @@ from files import write_demos
 from processes import start
 
 from config import LABELS, InputError
-from data import Frames, cameras, normalize_depth, open_data
+from data import Frames, cameras, normalize_depth
 from storage.h5 import Demonstrations, h5_files
-from storage.pack import pack, verify
+from storage.pack import open_data, pack, verify
 from storage.trajectory import (
     CAMERA_POSE,
     GRIPPER_POSE,

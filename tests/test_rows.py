@@ -9,29 +9,19 @@ import numpy as np
 import pytest
 import torch
 from files import write_demos
+from tiny_run import train
 
 from config import PRESETS, InputError, model_config
 from data import ActionStats, Frames, check_batch, make_batch
-from eval import EvalConfig, run_jobs
+from eval import EvalConfig
 from model import AuxVLA, actions_to_bins
 from paper import ROWS, parse
-from policy import Policy
-from simulation.episodes import Job
-from storage import checkpoint
+from policy import Policy, check_schema
+from simulation.episodes import make_envs, run_episodes
 from storage.h5 import Demonstrations
 from storage.tokenizer import build_tokenizer, tokenize
-from train import main
 
 ROOT = Path(__file__).parent.parent
-
-
-def flags(row, stage, data, out, *others):
-    given = dict(
-        preset="tiny", row=row, stage=stage, data=data, out=out, steps=2, batch_size=8,
-        micro_batch=4, device="cpu", log_every=1, val_frames=4,
-    )  # fmt: skip
-    pairs = ((f"--{key.replace('_', '-')}", str(value)) for key, value in given.items())
-    return [part for pair in pairs for part in pair] + [*others]
 
 
 @pytest.fixture(scope="module")
@@ -47,23 +37,35 @@ def household_data(assets, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def simulators(assets):
+    """{column: environment}, built once for all rows."""
+    cfg = EvalConfig(horizon=10)
+    envs = {column: make_envs(cfg, column, False) for column in ("close_drawer", "pick_obj")}
+    yield envs
+    for env in envs.values():
+        env.close()
+
+
 @pytest.mark.parametrize("name", ROWS)
-def test_a_row_trains_its_stages_and_drives_an_episode(name, household_data, tmp_path, capsys):
+def test_a_row_trains_its_stages_and_drives_an_episode(
+    name, household_data, simulators, tmp_path, capsys
+):
     row, before = ROWS[name], []
     for stage in row.stages:
-        main(parse(flags(name, stage, household_data, tmp_path / f"stage{stage}", *before)))
-        before = ["--init-from", str(tmp_path / f"stage{stage}")]
+        out, small = tmp_path / f"stage{stage}", dict(micro_batch=4, val_frames=4)
+        train(household_data, out, *before, row=name, stage=stage, **small)
+        before = ["--init-from", str(out)]
     printed = capsys.readouterr().out
     assert f"Table {row.table}: {row.label}" in printed and "2 steps of 8" in printed
-    folder = checkpoint.newest(tmp_path / f"stage{row.stages[-1]}")
-    policy = Policy.from_checkpoint(folder, device="cpu")
+    policy = Policy.from_checkpoint(tmp_path / f"stage{row.stages[-1]}", device="cpu")
     cfg = policy.model.cfg
     assert set(policy.model.decoders) == set(row.decoders) and cfg.cameras == row.cameras
     assert cfg.depth == row.depth and cfg.history == row.history
-    column = "pick_obj" if row.table == 3 else "close_drawer"
-    evaluation = EvalConfig(tmp_path / "eval", checkpoint=folder, horizon=10, device="cpu")
-    ((episode,),) = run_jobs(evaluation, [Job(column, [0])])
-    assert episode["column"] == column and 1 <= episode["length"] <= 10
+    envs = simulators["pick_obj" if row.table == 3 else "close_drawer"]
+    check_schema(envs, policy.manifest)
+    (episode,) = run_episodes(envs, policy, [0], EvalConfig(horizon=10))
+    assert 1 <= episode["length"] <= 10
 
 
 def test_the_rows_are_the_sixteen_of_the_four_tables():

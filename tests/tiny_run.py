@@ -1,4 +1,4 @@
-"""Checkpoints of the tiny model, train.py's and an untrained one; what a robot of MS-HAB's sees."""
+"""Short runs of train.py with the tiny model, their checkpoints, and an observation of MS-HAB."""
 
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from config import IMAGE_SIZE, model_config
 from model import AuxVLA
 from paper import parse
 from storage.checkpoint import newest, read_manifest, snapshot, to_json, write
+from storage.files import read_lines
+from storage.pack import pack
 from storage.tokenizer import build_tokenizer
 from train import main
 
@@ -18,20 +20,51 @@ SCHEMA = [dict(name=f"joint_{i}", low=-0.1, high=0.1 * i, unit="rad") for i in r
 SEED = torch.Generator().manual_seed(0)
 
 
+def flags(data: Path, out: Path, **others) -> list[str]:
+    """Flags of train.py for two small steps of stage 1 on the CPU; `others` add to them."""
+    settings = dict(
+        preset="tiny", data=data, out=out, steps=2, batch_size=8, micro_batch=8, device="cpu",
+        log_every=1, val_frames=16,
+    )  # fmt: skip
+    named = (settings | others).items()
+    return [word for key, value in named for word in (f"--{key.replace('_', '-')}", str(value))]
+
+
+def train(data: Path, out: Path, *words: str, **others) -> int:
+    """Run train.py in this process; `words` are further flags."""
+    return main(parse([*flags(data, out, **others), *words]))
+
+
+def weights(out: Path, name: str = "model") -> dict[str, torch.Tensor]:
+    """Tensors of the newest checkpoint in `out`; `name` is model or optimizer."""
+    return load_file(newest(Path(out)) / f"{name}.safetensors")
+
+
+def lines(out: Path) -> list[dict]:
+    return read_lines(Path(out) / "log.jsonl")
+
+
+def write_pack(folder: Path) -> Path:
+    """A pack of six demonstrations; only two of them have an object."""
+    drawer = folder / "demos/set_table/close/kitchen_counter"
+    write_demos(drawer, lengths=(30, 30, 30, 8), has_object=False)
+    write_demos(folder / "demos/set_table/pick/013_apple", lengths=(30, 8), seed=1)
+    pack(str(folder / "demos"), str(folder / "pack"))
+    return folder / "pack"
+
+
 def train_tiny(folder: Path, row: str = "auxvla-all") -> Path:
     """FOLDER/stage1, the stage's folder; its robot has SCHEMA."""
     write_demos(folder / "data/set_table/close/kitchen_counter", lengths=(9, 9))
-    flags = f"--preset tiny --row {row} --stage 1 --steps 1 --batch-size 8 --micro-batch 8"
-    paths = ("--data", folder / "data", "--out", folder / "stage1", "--val-frames", 8)
-    main(parse([*flags.split(), "--device", "cpu", *map(str, paths)]))
+    train(folder / "data", folder / "stage1", row=row, steps=1)
     trained = newest(folder / "stage1")
-    weights, moments = (load_file(trained / f"{n}.safetensors") for n in ("model", "optimizer"))
-    for weight in weights.values():  # so that what it sees decides what it does
+    tensors, moments = weights(folder / "stage1"), weights(folder / "stage1", "optimizer")
+    for weight in tensors.values():  # so that what it sees decides what it does
         if weight.ndim > 1:
             weight += torch.randn(weight.shape, generator=SEED) * 0.3
     manifest = read_manifest(trained) | {"action_schema": SCHEMA}
     tokenizer = (trained / "tokenizer.json").read_text()
-    write(folder / "stage1", 1, weights, moments, manifest, tokenizer, keep=1)
+    write(folder / "stage1", 1, tensors, moments, manifest, tokenizer, keep=1)
     return folder / "stage1"
 
 
@@ -48,7 +81,7 @@ def write_untrained(stage: Path, env, instruction: str):
         "qpos_names": env.qpos_names,
         "instructions": [instruction],
     }
-    tensors = snapshot(model, torch.optim.Adam(model.parameters()), keep=True)
+    tensors = snapshot(model, torch.optim.Adam(model.parameters()), is_main=True)
     write(stage, 1, *tensors, manifest, build_tokenizer(cfg.llm).to_str(), keep=1)
 
 

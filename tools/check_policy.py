@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from config import InputError, TrainConfig, quoted
-from data import Frames, make_batch, open_data
+from data import Frames, make_batch
 from model import actions_to_bins
 from policy import Policy
-from storage.checkpoint import differences
 from storage.h5 import Index
+from storage.pack import open_data
 from storage.tokenizer import tokenize
+from training.start import differences
 
 SECONDS = 60.0  # for held-out frames
 HELD_OUT = 256  # held-out frames, and held-out episodes, at most
@@ -127,7 +128,7 @@ def compare_inputs(predict, frames: Frames, known: list[str], depth: bool, first
 
 def compare_tokens(predict, frames: Frames, manifest: dict) -> list[str]:
     """Compare held-out action tokens with the best constant's, as many as SECONDS allow."""
-    rows, deadline = np.random.default_rng(0).permutation(len(frames))[:HELD_OUT], SECONDS
+    rows = np.random.default_rng(0).permutation(len(frames))[:HELD_OUT]
     bins, true, deadline = [], [], time.monotonic() + SECONDS
     while len(true) < len(rows) and (not true or time.monotonic() < deadline):
         logits, recorded = predict(frames[rows[len(true) : len(true) + 8]])

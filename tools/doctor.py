@@ -32,10 +32,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from packaging.requirements import Requirement
 
 from config import LABELS, PRESETS, InputError, TrainConfig, model_config, quoted, user_errors
-from data import open_data
 from model import VLM, AuxVLA
 from simulation.assets import check_assets
 from storage.h5 import label_command
+from storage.pack import open_data
 from storage.pretrained import load_pretrained
 from storage.tokenizer import build_tokenizer
 from storage.trajectory import remarks
@@ -45,8 +45,6 @@ from training.ranks import join
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = ((3, 11), (3, 12))  # mani_skill's mplib has wheels for no other (tools/setup.sh)
-# The oldest NVIDIA driver for the CUDA that torch was built with (CUDA's compatibility table).
-DRIVERS = {"12": 525, "13": 580}
 PIP = f"{quoted(sys.executable)} -m pip install"
 PATIENCE = 180.0  # seconds that a started program may take
 WITH_OBJECT = ("pick", "place")  # the other subtasks move a part of the furniture (GAP-8)
@@ -84,15 +82,13 @@ def run(*command: str) -> str:
 # --- Software and machine ---
 
 
-def check_python(found: tuple[int, ...] = sys.version_info) -> str:
-    text = ".".join(map(str, found[:3]))
-    if tuple(found[:2]) not in PYTHONS:
-        raise InputError(f"{text}, expected 3.11 or 3.12: make setup PYTHON=python3.11")
-    return text
-
-
 def check_packages(requirements: Path = ROOT / "requirements.txt") -> str:
-    """Check requirements.txt, then what the installed packages require of each other."""
+    """Check Python, requirements.txt, then what the packages require of each other."""
+    python = sys.version_info[:2]
+    if python not in PYTHONS:
+        raise InputError(
+            f"Python {python}, expected one of {PYTHONS}: make setup PYTHON=python3.11"
+        )
     lines = requirements.read_text(encoding="utf-8").splitlines()
     needs = [
         Requirement(line.partition("#")[0]) for line in lines if line.partition("#")[0].strip()
@@ -110,7 +106,7 @@ def check_packages(requirements: Path = ROOT / "requirements.txt") -> str:
         run("-m", "pip", "check")
     except InputError as error:
         raise InputError(f"{error}\nInstall again: {PIP} -r {quoted(requirements)}") from None
-    return f"{len(needs)} of {requirements.name}"
+    return f"Python {python[0]}.{python[1]}, {len(needs)} packages of {requirements.name}"
 
 
 def check_gpu(device: str | None = None) -> str:
@@ -123,22 +119,12 @@ def check_gpu(device: str | None = None) -> str:
         return f"torch {torch.__version__} uses {torch.cuda.device_count()} GPUs: {smi}"
     if not smi and device != "cuda":
         return "none; everything runs on the CPU"
-    cuda, driver = torch.version.cuda, re.search(r", (\d+)\.", smi)
-    got = (
-        f"torch {torch.__version__} (CUDA {cuda}) finds no GPU; nvidia-smi: {smi or 'no answer'}. "
+    raise InputError(
+        f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU; nvidia-smi: "
+        f"{smi or 'not there'}. Expected a driver (for CUDA 13: 580, for 12: 525 or later; "
+        f"apt-get install nvidia-driver-580), a torch with CUDA ({PIP} --force-reinstall torch) "
+        "and no GPU hidden (unset CUDA_VISIBLE_DEVICES). Without a GPU: --device cpu"
     )
-    if not smi:
-        raise InputError(got + "Without a GPU: --device cpu")
-    if driver is None:
-        raise InputError(got + "Install a driver: sudo apt-get install nvidia-driver-580")
-    if cuda is None:
-        raise InputError(got + f"Install torch with CUDA: {PIP} --force-reinstall torch")
-    if int(driver[1]) < (least := DRIVERS[cuda.partition(".")[0]]):
-        raise InputError(
-            f"{got}CUDA {cuda} needs driver {least} or later: sudo apt-get install "
-            f"nvidia-driver-{least}, or install a torch built for an older CUDA"
-        )
-    raise InputError(got + "Is CUDA_VISIBLE_DEVICES wrong? unset CUDA_VISIBLE_DEVICES")
 
 
 def check_disk(out: str, part: str, preset: str) -> str:
@@ -264,7 +250,6 @@ def check_pretrained(name: str, preset: str) -> str:
 
 def choose_checks(cfg: Doctor) -> Iterator[tuple[str, Callable[[], str]]]:
     """Yield the name and function of each check that the part needs."""
-    yield "python", check_python
     yield "packages", check_packages
     yield "gpu", partial(check_gpu, cfg.device)
     yield "disk", partial(check_disk, cfg.out, cfg.part, cfg.preset)

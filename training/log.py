@@ -1,4 +1,4 @@
-"""What a training run writes: log.jsonl, validation.json, a progress line, checkpoints."""
+"""What a training run writes: log.jsonl, validation.json, lines on the terminal, checkpoints."""
 
 import json
 import sys
@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from config import TrainConfig
 from paper import describe
@@ -37,10 +36,6 @@ class Log:
         write(path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
         # Open until `close`.
         self.file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-        self.bar = tqdm(
-            total=num_steps, initial=step, desc=f"stage {cfg.stage}",
-            disable=not sys.stderr.isatty(),
-        )  # fmt: skip
         if cfg.row:
             print(describe(cfg.row))
         self.track, self.end_tracking = open_tracker(cfg)
@@ -61,10 +56,7 @@ class Log:
         """Write a step that no rank took, and the names of its frames."""
         if self.ranks.is_main:
             self.emit(step, {"skipped": frames})
-            tqdm.write(
-                f"{step:>7}/{self.num_steps}  skipped: a loss or gradient is not finite; the "
-                f"frames are in {self.out / 'log.jsonl'}"
-            )
+            print(f"{step:>7}/{self.num_steps}  skipped: a loss or gradient is not finite")
 
     def write(self, step: int, lr: float) -> None:
         """Write the means since the last line. Collective: each rank has a share of the losses."""
@@ -82,9 +74,8 @@ class Log:
         self.sums, self.steps, self.waited, self.since = {}, 0, 0.0, time.perf_counter()
         if self.ranks.is_main:
             self.emit(step, losses | speed | {"lr": lr, "grad_norm": float(self.grad_norm)})
-            self.bar.update(step - self.bar.n)
             figures = [f"{name} {value:.4g}" for name, value in (losses | speed).items()]
-            tqdm.write(f"{step:>7}/{self.num_steps}  " + "  ".join(figures))
+            print(f"{step:>7}/{self.num_steps}  " + "  ".join(figures))
 
     def write_validation(self, step: int, losses: dict, metrics: dict, seconds: float) -> None:
         """Write held-out figures; their `seconds` count neither as training nor as waiting."""
@@ -97,7 +88,7 @@ class Log:
             + ", which never changes" * m.get("constant", False)
             for name, m in metrics.items()
         ]
-        tqdm.write(f"{step:>7} held out (best constant in brackets): " + "  ".join(texts))
+        print(f"{step:>7} held out (best constant in brackets): " + "  ".join(texts))
         self.since += seconds
 
     def emit(self, step: int, figures: dict) -> None:
@@ -110,14 +101,13 @@ class Log:
         """Close the files and print how the run ended."""
         if not self.ranks.is_main:
             return
-        self.bar.close()
         self.file.close()
         self.end_tracking()
         if gave_up:
             print(
                 f"error: {self.cfg.max_skipped} steps in a row had a loss or gradient that is not "
-                f"finite. The state before them is saved in {self.out}, their frames are named in "
-                "its log.jsonl: look at those, or lower --lr",
+                f"finite. The state before them is saved in {self.out}, its log.jsonl names their "
+                "frames: look at those, or lower --lr",
                 file=sys.stderr,
             )
         elif stopped:

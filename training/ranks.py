@@ -51,17 +51,17 @@ class Ranks:
 
         If it raises on rank 0, the other ranks exit with 1 and print nothing.
         """
-        message = {}
+        result, failed = None, True
         try:
             if self.is_main:
-                message = {"result": function()}
+                result, failed = function(), False
         finally:
-            box = [message]
+            message = [result, failed]
             if self.world > 1:
-                dist.broadcast_object_list(box, device=self.device)
-        if not box[0]:
+                dist.broadcast_object_list(message, device=self.device)
+        if message[1]:
             raise SystemExit(1)
-        return box[0]["result"]
+        return message[0]
 
     def leave(self) -> None:
         """Wait for all ranks, then close the process group. The caller must have dropped DDP."""

@@ -11,10 +11,19 @@ from config import LABELS, InputError, TrainConfig
 from data import ActionStats, Frames
 from model import AuxVLA
 from storage import checkpoint
+from storage.checkpoint import model_config_of, to_json
 from storage.h5 import label_command
 from storage.pretrained import load_pretrained
 from storage.tokenizer import build_tokenizer
 from training.ranks import Ranks
+
+# Fields of TrainConfig that may differ on resume. None changes an optimizer step, except that steps
+# and epochs shift the cool-down.
+RESUME_MAY_CHANGE = {
+    "data", "out", "run", "init_from", "resume", "steps", "epochs", "device", "workers",
+    "val_every", "val_frames", "pretrained", "log_every", "save_every", "keep", "max_skipped",
+    "tracker", "shard", "recompute", "action_bounds",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ def settle_config(cfg: TrainConfig, start: Start, frames: Frames, is_main: bool)
     decoders = cfg.model.decoders
     if start.folder:
         stored = start.manifest["config"]
-        decoders = checkpoint.model_config_of(start.manifest).decoders if default else decoders
+        decoders = model_config_of(start.manifest).decoders if default else decoders
         # The weights were trained with these bounds. Older checkpoints had percentiles only.
         cfg = replace(cfg, action_bounds=stored.get("action_bounds", "percentiles"))
         if start.resumed:  # keep the init_from of the run that is resumed
@@ -79,8 +88,46 @@ def settle_config(cfg: TrainConfig, start: Start, frames: Frames, is_main: bool)
         decoders = tuple(name for name in decoders if name not in lacking)
     cfg = replace(cfg, model=replace(cfg.model, decoders=decoders))
     if start.folder:
-        checkpoint.check_config(cfg, start.manifest, start.folder, start.resumed)
+        check_config(cfg, start)
     return cfg
+
+
+def check_config(cfg: TrainConfig, start: Start) -> None:
+    """Raise InputError, naming the fields, unless the run may start from the checkpoint.
+
+    A field that is newer than the checkpoint has its default there.
+    """
+    theirs = to_json(TrainConfig()) | start.manifest["config"]
+    theirs |= {"model": to_json(model_config_of(start.manifest))}
+    fields = differences(to_json(cfg), theirs)
+    if start.resumed:
+        wrong = [
+            text for name, text in fields.items() if name.split(".")[0] not in RESUME_MAY_CHANGE
+        ]
+        mend = "Give the same flags, or another --out"
+    else:  # A stage needs the same model; the flow head is new unless stage 3 trained one.
+        free = ("model.freeze_vision",) + ("model.flow.",) * (start.manifest["stage"] != 3)
+        parts = {name: text for name, text in fields.items() if name.startswith("model.")}
+        wrong = [text for name, text in parts.items() if not name.startswith(free)]
+        mend = "Give its --row or its --model flags, or another --init-from"
+    if wrong:
+        more = f"; {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise InputError(
+            f"{start.folder} was made with another configuration ({'; '.join(wrong[:4])}{more}). "
+            + mend
+        )
+
+
+def differences(ours: dict, theirs: dict, prefix: str = "") -> dict[str, str]:
+    """Flatten two nested dicts; return {path: "path: a here, b there"} where they differ."""
+    out = {}
+    for key in sorted(ours.keys() | theirs.keys()):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out |= differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out[f"{prefix}{key}"] = f"{prefix}{key}: {a} here, {b} there"
+    return out
 
 
 def build_model(cfg: TrainConfig, start: Start, is_main: bool) -> tuple[AuxVLA, dict]:
@@ -115,7 +162,7 @@ def describe_run(
 ) -> dict:
     """The manifest of the run's checkpoints, without step and hashes.
 
-    Raises CheckpointError if a resumed run has other data than before.
+    Raises InputError if a resumed run has other data than before.
     """
     data = frames.source
     # The order of samples and the held-out episodes depend on these.
@@ -127,13 +174,13 @@ def describe_run(
         "sha256": hashlib.sha256(repr(data.episodes).encode()).hexdigest(),
     }
     if start.resumed and start.manifest["data"] != identity:
-        raise checkpoint.CheckpointError(
+        raise InputError(
             f"{start.folder}: was trained on {start.manifest['data']}, {cfg.data} has {identity}. "
             "Give the same data, or another --out with --init-from"
         )
     return {
         "stage": cfg.stage,
-        "config": checkpoint.to_json(cfg),
+        "config": to_json(cfg),
         "action_stats": {"low": stats.low, "high": stats.high},
         "action_schema": data.action_schema,
         "qpos_names": data.qpos_names,

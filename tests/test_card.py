@@ -1,0 +1,92 @@
+"""The card's lines, with no folder named: demonstrations, pack, stages 1 to 3, evaluation."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from config import InputError
+from paper import parse
+
+ROOT = Path(__file__).parents[1]
+LINES = """
+python collect.py --task set_table --subtask close --target kitchen_counter --episodes 3
+python data.py pack
+torchrun --nproc_per_node=8 train.py --stage 1
+torchrun --nproc_per_node=8 train.py --stage 2
+torchrun --nproc_per_node=8 train.py --stage 3
+python eval.py
+"""
+SMALLER = {
+    "train.py": "--preset tiny --steps 2 --batch-size 8 --micro-batch 4 --val-frames 8",
+    "eval.py": "--columns close_drawer --episodes 1 --horizon 5",
+}
+
+
+def run(line: str, folder: Path) -> str:
+    words = shlex.split(line.replace("=8", "=2"))
+    program = [sys.executable, *["-m", "torch.distributed.run"][: 2 * (words[0] == "torchrun")]]
+    smaller = next((flags for name, flags in SMALLER.items() if name in words), "")
+    done = subprocess.run(
+        [*program, *words[1:], *smaller.split()], cwd=folder, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def test_the_cards_lines_lead_from_nothing_to_the_table(assets, tmp_path):
+    for path in ROOT.glob("*.py"):
+        (tmp_path / path.name).symlink_to(path)
+    printed = "".join(run(line, tmp_path) for line in LINES.strip().splitlines())
+    assert "initialised from runs/auxvla-all/stage1/step-00000002" in printed
+    assert "initialised from runs/auxvla-all/stage2/step-00000002" in printed
+    stage3 = json.loads((tmp_path / "runs/auxvla-all/stage3/config.json").read_text())
+    assert stage3["data"] == "data" and stage3["init_from"] == "runs/auxvla-all/stage2"
+    results = json.loads((tmp_path / "runs/auxvla-all/eval/results.json").read_text())
+    assert results["columns"]["close_drawer"]["n"] == 1
+    assert "stage3" in str(results["manifest"])
+
+
+MISSING = {
+    "--stage 2": "no stage 1 in runs/auxvla-all: .* train.py --stage 1; or --row auxvla-naive for",
+    "--stage 3": "no stage 2 in runs/auxvla-all: .* train.py --stage 2$",
+    "--stage 3 --row auxvla-action-head": "no stage 2 in runs/.*-head: .* --row auxvla-action-head",
+    "--stage 2 --run mine --preset tiny": "no stage 1 in runs/mine: .* --run mine --preset tiny",
+}
+
+
+@pytest.mark.parametrize("flags", MISSING)
+def test_a_missing_stage_is_named_with_the_command_that_trains_it(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=MISSING[flags]):
+        parse(flags.split())
+
+
+def test_folders_are_of_the_run_or_its_row_unless_they_are_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = parse(["--stage", "1"])
+    assert (first.data, first.out, first.init_from) == ("data", "runs/auxvla-all/stage1", None)
+    naive = parse(["--row", "auxvla-naive", "--stage", "2"])
+    assert (naive.out, naive.init_from) == ("runs/auxvla-naive/stage2", None)
+    Path("runs/mine/stage1").mkdir(parents=True)
+    assert parse(["--stage", "2", "--run", "mine"]).init_from == "runs/mine/stage1"
+    given = parse(["--stage", "2", "--init-from", "A", "--data", "D", "--out", "O"])
+    assert (given.data, given.out, given.init_from) == ("D", "O", "A")
+
+
+def test_the_help_of_train_py_loads_no_module_that_help_does_not_need():
+    """FSDP, DTensor, transformers and matplotlib take a second each, the simulator several."""
+    code = "import sys, train, contextlib\nwith contextlib.suppress(SystemExit):\n"
+    code += "    train.parse(['--help'])\nprint(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    loaded = set(out.stdout.splitlines()[-1].split())
+    assert "train" in loaded
+    heavy = (
+        "torch.distributed.fsdp torch.distributed.tensor transformers matplotlib mani_skill sapien"
+    )
+    assert not loaded & set(heavy.split())

@@ -1,0 +1,88 @@
+"""Which frames a run trains on, which of them each step sees, and the loader that reads them."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from config import InputError, TrainConfig
+from data import Frames
+from storage.h5 import SHUFFLE_POOL
+from storage.pack import open_data
+
+
+def open_frames(cfg: TrainConfig) -> tuple[Frames, Frames]:
+    """Training and held-out frames."""
+    data = open_data(cfg.data, cfg.truncate_at_success)
+    frames, held_out = (
+        Frames(data, cfg.val_episodes, train, cfg.model.history, cfg.tasks, cfg.subtasks)
+        for train in (True, False)
+    )
+    if len(frames) < cfg.batch_size:
+        raise InputError(
+            f"{cfg.data}: {len(frames)} training frames ({len(held_out)} more are held out) are "
+            f"less than one batch of {cfg.batch_size}; record more, or give a smaller --batch-size"
+        )
+    return frames, held_out
+
+
+class StepOrder:
+    """The frames of each step: a function of seed, stage and step, whatever the number of ranks.
+
+    Each epoch permutes all frames and drops the incomplete last batch. Iterating gives the rank's
+    share of the batches `first`..`last` - 1. With `blocks`, the block of each frame [num_frames],
+    frames of one block stay near each other.
+    """
+
+    def __init__(
+        self, num_frames: int, batch_size: int, seed: int, first: int, last: int, rank: int,
+        world: int, blocks: np.ndarray | None = None, stage: int = 1,
+    ):  # fmt: skip
+        self.num_frames, self.batch_size, self.seed = num_frames, batch_size, seed
+        self.first, self.last, self.rank, self.world = first, last, rank, world
+        self.blocks, self.epoch, self.stage = blocks, None, stage
+
+    def batch(self, step: int) -> np.ndarray:
+        """The global batch of a step, rows of Frames [batch_size]."""
+        epoch, step = divmod(step, self.num_frames // self.batch_size)
+        if epoch != self.epoch:
+            # Each stage has its own order; the seed of stage 1 has no stage number (older runs).
+            seeds = (self.seed, epoch) if self.stage == 1 else (self.seed, epoch, self.stage)
+            self.order, self.epoch = self.shuffled(np.random.default_rng(seeds)), epoch
+        return self.order[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        """A permutation of the rows of Frames, [num_frames]; with blocks a local one.
+
+        Blocks come in random order; each frame moves to a random place among the SHUFFLE_POOL
+        blocks that follow its own, so that blocks are read at an even rate.
+        """
+        if self.blocks is None:
+            return rng.permutation(np.arange(self.num_frames, dtype=np.int32))
+        _, block = np.unique(self.blocks, return_inverse=True)  # [num_frames], without gaps
+        place = rng.permutation(block.max() + 1)[block]
+        return np.argsort(place + SHUFFLE_POOL * rng.random(self.num_frames)).astype(np.int32)
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for step in range(self.first, self.last):
+            yield self.batch(step)[self.rank :: self.world]
+
+
+def loader(frames: Frames, order: StepOrder, workers: int) -> DataLoader:
+    """Raw batches in the given order.
+
+    One process reads MS-HAB's files, since each further process would inflate the same blocks.
+    DataLoader gets its own generator: each new iterator draws from it, and a draw from the global
+    random state would shift the noise of a resumed run.
+    """
+    if frames.blocks is not None:
+        workers = min(workers, 1)
+    return DataLoader(
+        frames, sampler=order, batch_size=None, num_workers=workers,
+        pin_memory=torch.cuda.is_available(), generator=torch.Generator(),
+        persistent_workers=workers > 0,
+    )  # fmt: skip
