@@ -5,21 +5,21 @@
 #   make test    the fast tests
 #   make clean   remove both runs; assets, which may hold a download, stays
 #
-# Each is enough alone: it first makes .venv and finds a renderer (tools/setup.sh; PYTHON=... says
-# which Python). A run that was stopped goes on where it was, and a step that is finished is not
-# repeated: after a change of numbers, `make clean` first.
+# Each target first makes .venv and finds a renderer (tools/setup.sh; PYTHON=... chooses Python). A
+# stopped run continues, and finished steps are not repeated: after a change of the numbers below,
+# `make clean` first.
 
 PYTHON ?=
-# Simulators at once, and training processes, which share batches of 32: one per core.
+# Simulators, and training processes (which share a batch of 32): one per core.
 WORKERS ?= 2
 PROCESSES ?= 2
 PY = .venv/bin/python
 
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
-# Threads that wait give their core away: spinning, torch falls to a tenth when anything else runs.
+# Waiting threads sleep: spinning ones slow torch to a tenth as soon as anything else runs.
 export OMP_WAIT_POLICY = passive
-# Mesa's renderer: one thread per simulator.
+# Threads of Mesa's renderer, per simulator.
 export LP_NUM_THREADS = 1
 
 .PHONY: demo learn test setup clean shipped workflow
@@ -42,13 +42,13 @@ setup:
 clean:
 	rm -rf runs/demo runs/learn
 
-# --- The workflow. Its numbers are the demo's: close drawer in earnest, a taste of the others ---
+# --- The workflow, with the demo's numbers: mostly closing the drawer ---
 
 RUN = runs/demo
 OTHERS = pick_all place_all open_fridge open_drawer close_fridge
 COLUMNS = $(OTHERS) close_drawer
 
-# Demonstrations: of closing the drawer, and of each other column (whose objects share them).
+# Demonstrations of closing the drawer, and of each other column.
 EPISODES = 70
 EPISODES_OTHERS = 4
 # Optimizer steps of stages 1, 2, 3.
@@ -56,8 +56,9 @@ STEPS1 = 100
 STEPS2 = 600
 STEPS3 = 900
 LR3 = 1e-3
-# Evaluation episodes: of stage 2 closing the drawer and of each other column, of stage 3 (the flow
-# head acts), of the bounds. Stopping at a success is faster; success at the end is then not known.
+# Evaluation episodes: stage 2 on closing the drawer and on each other column, stage 3 (flow head),
+# and the bounds random and expert. Episodes that stop at a success are faster; their success at the
+# end is unknown.
 TRIALS = 20
 TRIALS_OTHERS = 3
 TRIALS_FLOW = 6
@@ -68,11 +69,11 @@ EVAL_FLAGS = --stop-at-success
 
 COLLECT = $(PY) collect.py --expert scripted --task set_table --split train \
 	--workers $(WORKERS) --out $(RUN)/data
-# One thread a process: on two cores half as fast again as one process with two threads. The
-# scripted expert uses a part of the controller's range, the flow head's noise all of it: so the
-# percentiles of the data are the bounds here (GAP-23).
+# Two processes of one thread are 1.5 times as fast as one process of two threads. The scripted
+# expert uses a part of the controller's range, the flow head's noise all of it: bounds from the
+# data's percentiles bring both to one scale (GAP-23).
 TRAIN = OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc_per_node=$(PROCESSES) train.py --preset tiny \
-	--action-bounds percentiles --data $(RUN)/pack
+	--action-bounds percentiles --run-name $(notdir $(RUN)) --data $(RUN)/data
 EVAL = $(PY) eval.py --task set_table --split val --workers $(WORKERS) $(EVAL_FLAGS)
 
 shipped workflow: export MS_ASSET_DIR = $(CURDIR)/assets
@@ -80,7 +81,7 @@ shipped: $(RUN)/.shipped
 workflow: $(RUN)/.evaluated
 	$(PY) -m tools.report --run $(RUN)
 
-# Something to see before the long work: the policy of weights/ drives.
+# A film to look at before the long work: the policy of weights/ drives.
 $(RUN)/.shipped: assets/household.json
 	$(EVAL) --checkpoint weights/stage2 --out $(RUN)/eval-shipped \
 		--columns close_drawer close_fridge --episodes 2 --video 1
@@ -99,13 +100,11 @@ $(RUN)/.collected: assets/household.json
 	$(COLLECT) --subtask place --target all --episodes $(EPISODES_OTHERS)
 	@touch $@
 
-$(RUN)/pack/pack.json: $(RUN)/.collected
-	$(PY) data.py pack --data $(RUN)/data --out $(RUN)/pack
-
-$(RUN)/.trained: $(RUN)/pack/pack.json
-	$(TRAIN) --stage 1 --steps $(STEPS1) --out $(RUN)/stage1
-	$(TRAIN) --stage 2 --steps $(STEPS2) --out $(RUN)/stage2 --init-from $(RUN)/stage1
-	$(TRAIN) --stage 3 --steps $(STEPS3) --lr $(LR3) --out $(RUN)/stage3 --init-from $(RUN)/stage2
+$(RUN)/.trained: $(RUN)/.collected
+	$(PY) data.py pack --data $(RUN)/data
+	$(TRAIN) --stage 1 --steps $(STEPS1)
+	$(TRAIN) --stage 2 --steps $(STEPS2)
+	$(TRAIN) --stage 3 --steps $(STEPS3) --lr $(LR3)
 	@touch $@
 
 $(RUN)/.evaluated: $(RUN)/.trained

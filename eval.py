@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -52,7 +52,8 @@ class EvalConfig:
     out: Path | None = None
     # RUN/stageN (its newest) or RUN/stageN/step-NNNNNNNN; default: the newest stage of runs/RUN
     checkpoint: Path | None = None
-    run: str | None = None  # a folder in runs/; default: the row
+    # a folder in runs/; default: the row
+    run_name: Annotated[str | None, tyro.conf.arg(aliases=["--run"])] = None
     # only learned takes a checkpoint; rl are MS-HAB's, for each column that of its target or "all"
     policy: Literal["learned", "expert", "random", "rl"] = "learned"
     # of rl: `hf download arth-shukla/mshab_checkpoints --local-dir mshab_checkpoints`
@@ -116,7 +117,7 @@ def choose(cfg: EvalConfig) -> EvalConfig:
 
     Raises InputError when a file is missing, before any worker starts.
     """
-    run, learned = Path("runs", cfg.run or cfg.row or DEFAULT_ROW), cfg.policy == "learned"
+    run, learned = Path("runs", cfg.run_name or cfg.row or DEFAULT_ROW), cfg.policy == "learned"
     out = cfg.out or run / ("eval" if learned else f"eval-{cfg.policy}")
     cfg = replace(cfg, out=out)
     if learned:
@@ -135,7 +136,7 @@ def newest_stage(run: Path) -> Path:
             return run / f"stage{stage}"
     raise InputError(
         f"no trained stage in {run}: torchrun --nproc_per_node=8 train.py --stage 1 trains the "
-        "first; or give --run NAME, --checkpoint RUN/stageN, or --policy random"
+        "first; or give --run-name NAME, --checkpoint RUN/stageN, or --policy random"
     )
 
 

@@ -5,12 +5,14 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
-from config import InputError
-from paper import parse
+from config import InputError, TrainConfig
+from training.flags import parse
 
 ROOT = Path(__file__).parents[1]
 LINES = """
@@ -56,7 +58,7 @@ MISSING = {
     "--stage 2": "no stage 1 in runs/auxvla-all: .* train.py --stage 1; or --row auxvla-naive for",
     "--stage 3": "no stage 2 in runs/auxvla-all: .* train.py --stage 2$",
     "--stage 3 --row auxvla-action-head": "no stage 2 in runs/.*-head: .* --row auxvla-action-head",
-    "--stage 2 --run mine --preset tiny": "no stage 1 in runs/mine: .* --run mine --preset tiny",
+    "--stage 2 --run-name mine --preset tiny": "no stage 1 in runs/mine: .* --run-name mine .*tiny",
 }
 
 
@@ -74,7 +76,7 @@ def test_folders_are_of_the_run_or_its_row_unless_they_are_given(tmp_path, monke
     naive = parse(["--row", "auxvla-naive", "--stage", "2"])
     assert (naive.out, naive.init_from) == ("runs/auxvla-naive/stage2", None)
     Path("runs/mine/stage1").mkdir(parents=True)
-    assert parse(["--stage", "2", "--run", "mine"]).init_from == "runs/mine/stage1"
+    assert parse(["--stage", "2", "--run-name", "mine"]).init_from == "runs/mine/stage1"
     given = parse(["--stage", "2", "--init-from", "A", "--data", "D", "--out", "O"])
     assert (given.data, given.out, given.init_from) == ("D", "O", "A")
 
@@ -90,3 +92,10 @@ def test_the_help_of_train_py_loads_no_module_that_help_does_not_need():
         "torch.distributed.fsdp torch.distributed.tensor transformers matplotlib mani_skill sapien"
     )
     assert not loaded & set(heavy.split())
+
+
+def test_torchrun_takes_no_flag_of_train_for_its_own():
+    """torchrun accepts abbreviations of its options, also after the script's name."""
+    options = [each for action in get_args_parser()._actions for each in action.option_strings]
+    flags = ["--" + field.name.replace("_", "-") for field in fields(TrainConfig)]
+    assert not [flag for flag in flags if any(option.startswith(flag) for option in options)]

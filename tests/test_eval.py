@@ -190,7 +190,7 @@ def test_without_flags_the_newest_stage_of_the_run_acts(trained, tmp_path, monke
     cfg = choose(EvalConfig())
     assert cfg.checkpoint == Path("runs/auxvla-all/stage2/step-00000001")
     assert cfg.out == Path("runs/auxvla-all/eval") and cfg.row == "auxvla-all"
-    assert choose(EvalConfig(policy="random", run="mine")).out == Path("runs/mine/eval-random")
+    assert choose(EvalConfig(policy="random", run_name="mine")).out == Path("runs/mine/eval-random")
 
 
 def loaded_by(program: str) -> set[str]:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from config import InputError, model_config
 from model import VLM
-from paper import HUB_DATASETS, parse
+from paper import HUB_DATASETS
 from storage import checkpoint, pretrained
 from storage.download import download
 from storage.files import sha256
@@ -35,6 +35,7 @@ from storage.pretrained import HUB, INDEX, PretrainedError, download_command, lo
 from storage.tokenizer import build_tokenizer
 from tools.reference import build_originals
 from train import main
+from training.flags import parse
 
 TESTS = Path(__file__).parent
 TINY = model_config("tiny")

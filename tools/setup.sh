@@ -14,7 +14,7 @@ frame_seconds=60 # a software renderer compiles its shaders first: about 10 s on
 
 say() { printf 'setup: %s\n' "$1"; }
 
-stop() { # a sentence, then the lines that mend it
+stop() { # a sentence, then the commands that help
   printf '\nsetup: %s\n' "$1" >&2
   shift
   [ $# -eq 0 ] || printf '%s\n' "$@" | sed 's/^/    /' >&2
@@ -84,10 +84,10 @@ renderer_commands() {
   if [ "$(. /etc/os-release && echo "$ID $VERSION_ID")" = "debian 12" ]; then
     suite=bookworm-backports
     targets=$(apt-get indextargets --format "$fields" 'Created-By: Packages')
-    if ! grep -qF "|$suite|" <<<"$targets"; then # add it, from where this machine has Debian 12
+    if ! grep -qF "|$suite|" <<<"$targets"; then # add it, from the mirror of this machine's Debian 12
       mirror=$(awk -F'|' '$1 == "Debian" && $2 == "bookworm" { print $3; exit }' <<<"$targets")
       if [ -z "$mirror" ]; then
-        echo "apt-get update" # it never ran here; knowing its result, the next start says the rest
+        echo "apt-get update" # it never ran here; the next start knows its result
         return
       fi
       source="deb [signed-by=$keyring] $mirror $suite main"
@@ -118,7 +118,7 @@ find_renderer() {
 
 # --- System packages ---
 
-install_as_root() { # what is wrong, the function that prints the commands against it
+install_as_root() { # the problem, the function that prints the commands that solve it
   if ! command -v apt-get >/dev/null; then
     stop "$1, and there is no apt-get to install what is missing. On Debian it would be:" "$("$2")"
   elif [ "$(id -u)" -ne 0 ]; then
@@ -132,7 +132,7 @@ install_as_root() { # what is wrong, the function that prints the commands again
   quietly env DEBIAN_FRONTEND=noninteractive bash -euc "$commands"
 }
 
-quietly() { # runs a command; what it printed is shown only if it failed
+quietly() { # run a command; print its output only if it fails
   local output
   output=$("$@" 2>&1 </dev/null) || stop "this failed: $*" "$output"
 }
