@@ -15,7 +15,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 # Subscripts of Eq. 4. Config, batch, losses, log and README use these names.
 LABELS = ("pos", "grasp", "qpos", "obj", "seg")
@@ -236,8 +238,9 @@ class TrainConfig:
     data: str = "data"
     # folder of this stage: config.json, log.jsonl, step-NNNNNNNN/, last; default: runs/RUN/stageN
     out: str = ""
-    # name of the run in runs/; default: the row, or auxvla-all
-    run_name: str = ""
+    # name of the run in runs/; default: the row, or auxvla-all. Not --run under torchrun, which
+    # takes --run for an abbreviation of its own --run-path
+    run_name: Annotated[str, tyro.conf.arg(aliases=["--run"])] = ""
     # 1: decoders on detached latents, 2: joint, 3: flow head on the frozen VLM (Sec. 5.2-5.3)
     stage: Literal[1, 2, 3] = 1
     # defaults of the fields below

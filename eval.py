@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -52,7 +52,8 @@ class EvalConfig:
     out: Path | None = None
     # RUN/stageN (its newest) or RUN/stageN/step-NNNNNNNN; default: the newest stage of runs/RUN
     checkpoint: Path | None = None
-    run_name: str | None = None  # a folder in runs/; default: the row
+    # a folder in runs/; default: the row
+    run_name: Annotated[str | None, tyro.conf.arg(aliases=["--run"])] = None
     # only learned takes a checkpoint; rl are MS-HAB's, for each column that of its target or "all"
     policy: Literal["learned", "expert", "random", "rl"] = "learned"
     # of rl: `hf download arth-shukla/mshab_checkpoints --local-dir mshab_checkpoints`

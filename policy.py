@@ -167,11 +167,9 @@ class Policy:
         return self.graphs[self.predict](inputs)
 
     def run(self, inputs: dict[str, Tensor], predict: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = dict(inputs)
-        extra = {name: batch.pop(name, None) for name in ("noise", "draft")}
-        kind, on_gpu = self.device.type, self.device.type == "cuda"
-        with torch.autocast(kind, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
-            return self.model.act(batch, **extra, predict=predict)
+        noise, draft, kind = inputs.get("noise"), inputs.get("draft"), self.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False):
+            return self.model.act(inputs, noise, draft, predict=predict)
 
     def batch(self, instruction: str | Sequence[str]) -> dict[str, Tensor]:
         """The batch of the frames in `seen`, as training makes it from recorded frames."""

@@ -24,10 +24,10 @@ from data import check_batch, make_batch
 from decoders import BatchNorm
 from flow_head import draw_noise
 from model import AuxVLA, label_counts
-from paper import parse
 from storage import checkpoint
 from storage.files import sole_writer
 from storage.tokenizer import tokenize
+from training.flags import parse
 from training.log import Log, Saver
 from training.memory import check_shared_memory, describe_plan, memory_plan
 from training.order import StepOrder, loader, open_frames

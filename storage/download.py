@@ -52,22 +52,25 @@ def download(
             )  # fmt: skip
             with reachable(HUB_DATASETS[task], RESUME):
                 files |= {f"{task}/{file.filename}": file for file in fetches[task](dry_run=True)}
-        lacking = sorted(set(targets) - {Path(name).stem for name in files})
-        if lacking or not files:
-            raise InputError(
-                f"the hub has no {lacking or 'files'} of these --tasks and --subtasks; without "
-                "--targets, --dry-run lists all"
-            )
-        for name, file in sorted(files.items()):
-            print(
-                f"{file.file_size / 1e6:12.1f} MB  {name}{'' if file.will_download else '  there'}"
-            )
-        size = sum(file.file_size for file in files.values() if file.will_download)
-        free = shutil.disk_usage(out).free
-        print(f"{size / 1e6:12.1f} MB  to fetch; {free / 1e6:.1f} MB free in {out}")
+        show_sizes(files, targets, out)
         for task, fetch in fetches.items() if not dry_run else ():
             with reachable(HUB_DATASETS[task], RESUME):
                 fetch()
+
+
+def show_sizes(files: dict, targets: tuple[str, ...], out: Path) -> None:
+    """Print what there is to fetch. Raises InputError if the hub lacks one of the targets."""
+    lacking = sorted(set(targets) - {Path(name).stem for name in files})
+    if lacking or not files:
+        raise InputError(
+            f"the hub has no {lacking or 'files'} of these --tasks and --subtasks; without "
+            "--targets, --dry-run lists all"
+        )
+    for name, file in sorted(files.items()):
+        print(f"{file.file_size / 1e6:12.1f} MB  {name}{'' if file.will_download else '  there'}")
+    size = sum(file.file_size for file in files.values() if file.will_download)
+    free = shutil.disk_usage(out).free
+    print(f"{size / 1e6:12.1f} MB  to fetch; {free / 1e6:.1f} MB free in {out}")
 
 
 @contextmanager

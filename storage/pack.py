@@ -161,15 +161,7 @@ def write_pack(source: Demonstrations, folder: Path) -> None:
         print(f"{folder}: held a pack of other data, which this one replaces")
     final.unlink(missing_ok=True)
     for file in tqdm([file for file in rows if npy_name(file) not in hashes], "pack", unit="file"):
-        path = folder / npy_name(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shape = (sum(source.episodes[row].length for row in rows[file]),)
-        header = np.lib.format.header_data_from_array_1_0(np.empty(0, RECORD)) | {"shape": shape}
-        with replacing(path) as temporary, open(temporary, "wb") as out:
-            np.lib.format.write_array_header_1_0(out, header)
-            for row in rows[file]:
-                out.write(source.read_episode(row).tobytes())
-        hashes[npy_name(file)] = sha256(path)
+        hashes[npy_name(file)] = write_records(folder / npy_name(file), source, rows[file])
         write_json(progress, about | {"sha256": hashes})
     every = np.arange(len(source.episodes))
     survey = source.survey(every)
@@ -180,6 +172,18 @@ def write_pack(source: Demonstrations, folder: Path) -> None:
     progress.unlink(missing_ok=True)
     summary = f"{folder}: {len(source):,} frames of {len(every):,} episodes in {len(rows)} files"
     print(*source.notes, *remarks(survey, [e.file for e in source.episodes]), summary, sep="\n")
+
+
+def write_records(path: Path, source: Demonstrations, episodes: list[int]) -> str:
+    """Write the frames of these episodes as a .npy, one episode at a time; returns its sha256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (sum(source.episodes[row].length for row in episodes),)
+    header = np.lib.format.header_data_from_array_1_0(np.empty(0, RECORD)) | {"shape": shape}
+    with replacing(path) as temporary, open(temporary, "wb") as out:
+        np.lib.format.write_array_header_1_0(out, header)
+        for row in episodes:
+            out.write(source.read_episode(row).tobytes())
+    return sha256(path)
 
 
 def finished(path: Path, about: dict) -> dict[str, str]:

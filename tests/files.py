@@ -13,22 +13,15 @@ def write_demos(
     """Write `path`.h5 and .json with random pictures; labels and actions are functions of them."""
     rng = np.random.default_rng(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    episodes = []
+    episodes = [
+        dict(episode_id=i, episode_seed=[i], elapsed_steps=length, subtask_uid=f"uid-{i}")
+        | ({"instruction": instruction} if instruction else {})
+        for i, length in enumerate(lengths)
+    ]
     with h5py.File(path.with_suffix(".h5"), "w", track_order=True) as file:
         for i, length in enumerate(lengths):
-            write_trajectory(
-                file.create_group(f"traj_{i}", track_order=True), length, labels, has_object, rng
-            )
-            episodes.append(
-                {
-                    "episode_id": i,
-                    "episode_seed": [i],
-                    "elapsed_steps": length,
-                    "subtask_uid": f"uid-{i}",
-                }
-            )
-            if instruction:
-                episodes[-1]["instruction"] = instruction
+            group = file.create_group(f"traj_{i}", track_order=True)
+            write_trajectory(group, length, labels, has_object, rng)
     path.with_suffix(".json").write_text(json.dumps({"env_info": {}, "episodes": episodes}))
     return path.with_suffix(".h5")
 
@@ -37,6 +30,7 @@ def write_trajectory(group, length, labels, has_object, rng):
     frames = length + 1
     # One number per frame that pictures, labels and actions share.
     level = rng.uniform(0, 1, frames).astype(np.float32)
+    per_pixel = level[:, None, None, None]  # [frames, 1, 1, 1]
     group["actions"] = np.repeat(level[:-1, None] * 2 - 1, 13, 1).astype(np.float32)
     group["success"] = np.arange(length) == length - 1
     group["obs/agent/qpos"] = np.repeat(level[:, None], 12, 1)
@@ -45,22 +39,13 @@ def write_trajectory(group, length, labels, has_object, rng):
     if has_object:
         pose[:, 0], pose[:, 3] = level, 1
     group["obs/extra/obj_pose_wrt_base"] = pose
+    gzip = dict(compression="gzip", compression_opts=5)
     for camera in ("fetch_head", "fetch_hand"):
-        rgb = (
-            (level[:, None, None, None] * 255 + rng.integers(0, 8, (frames, 128, 128, 3)))
-            .clip(0, 255)
-            .astype(np.uint8)
-        )
-        depth = np.full((frames, 128, 128, 1), 1, np.int16) * (
-            500 + 1000 * level[:, None, None, None]
-        ).astype(np.int16)
-        for name, value in (("rgb", rgb), ("depth", depth)):
-            group.create_dataset(
-                f"obs/sensor_data/{camera}/{name}",
-                data=value,
-                compression="gzip",
-                compression_opts=5,
-            )
+        rgb = per_pixel * 255 + rng.integers(0, 8, (frames, 128, 128, 3))
+        depth = np.broadcast_to((500 + 1000 * per_pixel).astype(np.int16), (frames, 128, 128, 1))
+        sensor = group.create_group(f"obs/sensor_data/{camera}")
+        sensor.create_dataset("rgb", data=rgb.clip(0, 255).astype(np.uint8), **gzip)
+        sensor.create_dataset("depth", data=depth, **gzip)
         if labels:
             mask = np.zeros((frames, 128, 128), bool)
             mask[:, 32:96, 32:96] = level[:, None, None] > 0.3

@@ -61,17 +61,12 @@ class Answer(BaseHTTPRequestHandler):
         if files is None:
             self.head(404, 0, {"X-Error-Code": "RepoNotFound"})
             return
+        content = {"id": "x/y", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
         if tree:
             content = [
                 {"type": "file", "path": name, "size": len(data), "oid": name}
                 for name, data in files.items()
             ]
-        else:
-            siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
-            content = {"id": "x/y", "sha": COMMIT, "siblings": siblings}
-        self.json(content)
-
-    def json(self, content: dict | list):
         body = json.dumps(content).encode()
         self.head(200, len(body), {"Content-Type": "application/json"})
         self.wfile.write(body)

@@ -12,7 +12,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from config import InputError, TrainConfig
-from paper import parse
+from training.flags import parse
 
 ROOT = Path(__file__).parents[1]
 LINES = """

@@ -562,3 +562,9 @@ def test_files_that_disagree_on_the_action_schema_are_refused(tmp_path):
         sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"action_schema": schema}))
     with pytest.raises(DataError, match="action_schema"):
         Demonstrations(tmp_path)
+
+
+def test_data_loads_neither_the_packer_nor_the_hub():
+    script = "import sys, data; print({'storage.pack', 'huggingface_hub'} & set(sys.modules))"
+    command = [sys.executable, "-c", script]
+    assert subprocess.check_output(command, cwd=ROOT, text=True) == "set()\n"

@@ -10,49 +10,35 @@ from config import DecoderConfig, model_config
 from decoders import DECODERS, grasp_loss, obj_loss, pos_loss, qpos_loss, seg_loss
 from model import masked_mean
 
-PAPER_OUTPUTS = {
-    "pos": (3, 2),
-    "grasp": (3,),
-    "qpos": (3, 12),
-    "obj": (3, 7),
-    "seg": (3, 2, 128, 128),
-}
+OUTPUTS = {"pos": (2,), "grasp": (), "qpos": (12,), "obj": (7,), "seg": (2, 128, 128)}
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_decoder_maps_eight_latents_to_the_output_of_table_5(name):
     decoder = DECODERS[name][0](model_config("paper")).eval()
-    assert decoder(torch.randn(3, 8, 896)).shape == PAPER_OUTPUTS[name]
+    assert decoder(torch.randn(3, 8, 896)).shape == (3, *OUTPUTS[name])
 
 
 def test_the_widths_of_table_5_are_the_defaults():
     cfg = DecoderConfig()
     decoder = DECODERS["pos"][0](model_config("paper"))
     linears = [m for m in decoder.modules() if isinstance(m, torch.nn.Linear)]
-    assert [(m.in_features, m.out_features) for m in linears] == [
-        (896, 512),
-        (512, 256),
-        (256, 128),
-        (128, 2),
-    ]
+    widths = [(m.in_features, m.out_features) for m in linears]
+    assert widths == [(896, 512), (512, 256), (256, 128), (128, 2)]
     assert (cfg.layers, cfg.heads, cfg.grid, cfg.channels[0]) == (2, 8, 8, 64)
 
 
 def test_pos_and_qpos_losses_are_mean_squared_errors():
-    assert pos_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])).item() == pytest.approx(
-        (1 + 4) / 2
-    )
+    loss = pos_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]]))
+    assert loss.item() == pytest.approx((1 + 4) / 2)
     assert qpos_loss(torch.full((1, 12), 0.5), torch.zeros(1, 12)).item() == pytest.approx(0.25)
 
 
 def test_grasp_loss_is_binary_cross_entropy_of_the_logit():
     expected = -math.log(1 / (1 + math.exp(-2)))
-    assert grasp_loss(torch.tensor([2.0]), torch.tensor([1.0])).item() == pytest.approx(
-        expected, rel=1e-5
-    )
-    assert grasp_loss(torch.tensor([-2.0]), torch.tensor([0.0])).item() == pytest.approx(
-        expected, rel=1e-5
-    )
+    for logit, target in ((2.0, 1.0), (-2.0, 0.0)):
+        loss = grasp_loss(torch.tensor([logit]), torch.tensor([target]))
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_seg_loss_averages_over_pixels_and_cameras():
@@ -71,11 +57,9 @@ def test_object_loss_is_squared_distance_plus_one_minus_quaternion_alignment():
 
 
 def test_object_loss_ignores_the_sign_of_the_quaternion():
-    pred, target = torch.randn(4, 7), torch.randn(4, 7)
-    pred[:, 3:], target[:, 3:] = (
-        F.normalize(pred[:, 3:], dim=-1),
-        F.normalize(target[:, 3:], dim=-1),
-    )
+    pred, target = torch.randn(2, 4, 7)
+    for pose in (pred, target):
+        pose[:, 3:] = F.normalize(pose[:, 3:], dim=-1)
     flipped = torch.cat([target[:, :3], -target[:, 3:]], dim=-1)
     torch.testing.assert_close(obj_loss(pred, target), obj_loss(pred, flipped))
 

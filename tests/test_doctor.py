@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from config import InputError
 from data import make_batch, raw_batch
-from paper import parse
 from policy import Policy
 from storage.checkpoint import steps_in
 from storage.files import read_json, sha256, write_json
@@ -29,6 +28,7 @@ from storage.tokenizer import tokenize
 from tools import doctor
 from tools.check_policy import check_policy
 from train import main
+from training.flags import parse
 
 ROOT = Path(__file__).parents[1]
 SMI = "NVIDIA H100 80GB HBM3, 550.90.07, 81559 MiB"

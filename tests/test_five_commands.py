@@ -1,4 +1,4 @@
-"""The README's way from clone to a row of Table 2, its commands as they are printed.
+"""The way from clone to a row of Table 2 in docs/real-benchmark.md, as it is printed.
 
 Tiny where the real thing is large, and with the real things' quirks: a server of the hub's protocol
 that has three steps of the VLM and no latest-checkpoint.pt, demonstrations of 200 steps that stand
@@ -112,20 +112,20 @@ def test_five_commands_lead_from_the_released_files_to_a_filled_row(assets, tmp_
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
         said += done.stdout
         if "download" in command:  # as `hf download` names the folder
-            (tmp_path / "DATA/set_table").rename(tmp_path / "DATA/MS-HAB-SetTable")
+            (tmp_path / "data/set_table").rename(tmp_path / "data/MS-HAB-SetTable")
     hub.shutdown()
     hub.server_close()
     assert "of action values clipped to [-1, 1], as the controller does" in said
     assert [name for name in hub.fetched if name.endswith(".pt")] == [STEP]
-    trained = json.loads((tmp_path / "RUN/stage2/config.json").read_text())
+    trained = json.loads((tmp_path / "runs/auxvla-naive/stage2/config.json").read_text())
     assert trained["pretrained"] == PRISM and trained["model"]["decoders"] == [
         "pos",
         "grasp",
         "qpos",
     ]
-    columns = json.loads((tmp_path / "RUN/eval/results.json").read_text())["columns"]
+    columns = json.loads((tmp_path / "runs/auxvla-naive/eval/results.json").read_text())["columns"]
     assert {name: column["n"] for name, column in columns.items()} == {
         "close_drawer": 3, "open_fridge": 3
     }  # fmt: skip
-    lines = (tmp_path / "RUN/eval/episodes.jsonl").read_text().splitlines()
+    lines = (tmp_path / "runs/auxvla-naive/eval/episodes.jsonl").read_text().splitlines()
     assert len({json.loads(line)["scene"] for line in lines}) > 1

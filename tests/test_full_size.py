@@ -14,12 +14,7 @@ import pytest
 import torch
 from originals import STEP, compare, save_prismatic
 from test_flow_head import compare_with_joint_pass
-from test_model import (
-    ROOT,
-    compare_alone_and_together,
-    compare_cached_decoding,
-    make_padded,
-)
+from test_model import ROOT, compare_alone_and_together, compare_cached_decoding, make_padded
 
 from config import LABELS, model_config
 from model import VLM, AuxVLA

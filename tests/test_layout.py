@@ -18,7 +18,7 @@ LAYERS = (
     "storage/download storage/recording storage/tokenizer storage/h5",
     "storage/checkpoint storage/pretrained storage/pack",
     "data",
-    "training/ranks training/order",
+    "training/flags training/ranks training/order",
     "training/log training/validation training/memory training/start",
     "policy",
     "simulation/assets simulation/plans simulation/workers simulation/film simulation/rl_expert",

@@ -10,7 +10,7 @@ from test_model import CFG, make_batch
 
 from config import PRESETS, InputError, TrainConfig
 from model import AuxVLA
-from paper import parse
+from training.flags import parse
 from training.memory import describe_plan, kept_for_backward, memory_plan
 
 CPU = torch.device("cpu")

@@ -27,21 +27,15 @@ from safetensors.torch import load_file, save_file
 
 from config import InputError, model_config
 from model import VLM
-from paper import HUB_DATASETS, parse
-from storage import checkpoint
+from paper import HUB_DATASETS
+from storage import checkpoint, pretrained
 from storage.download import download
 from storage.files import sha256
-from storage.pretrained import (
-    HUB,
-    INDEX,
-    PretrainedError,
-    download_command,
-    load_pretrained,
-    select_files,
-)
+from storage.pretrained import HUB, INDEX, PretrainedError, download_command, load_pretrained
 from storage.tokenizer import build_tokenizer
 from tools.reference import build_originals
 from train import main
+from training.flags import parse
 
 TESTS = Path(__file__).parent
 TINY = model_config("tiny")
@@ -173,29 +167,22 @@ def edit(path, change):
         save_file(tensors, path)
 
 
-SOURCES = {  # file, a key in it, ours
-    "prismatic": (
-        STEP, "llm.model.layers.2.mlp.down_proj.weight",
-        "llm.layers.2.down.weight", "[192, 512]",
-    ),
+DOWN, POSITIONS = ("llm.layers.2.down.weight", "[192, 512]"), ("vision.dino.pos_embed", "[4, 192]")
+SOURCES = {  # file, a key in it, our name and shape
+    "prismatic": (STEP, "llm.model.layers.2.mlp.down_proj.weight", *DOWN),
     "openvla": (
-        "model-00001-of-00002.safetensors", "vision_backbone.featurizer.pos_embed",
-        "vision.dino.pos_embed", "[4, 192]",
+        "model-00001-of-00002.safetensors", "vision_backbone.featurizer.pos_embed", *POSITIONS,
     ),
-    "hub": (
-        f"{DINO}/model.safetensors", "embeddings.position_embeddings",
-        "vision.dino.pos_embed", "[4, 192]",
-    ),
+    "hub": (f"{DINO}/model.safetensors", "embeddings.position_embeddings", *POSITIONS),
 }  # fmt: skip
 
 
 @pytest.fixture(params=list(SOURCES))
 def damaged(request, files, tmp_path):
     """A copy of a source's folder to be damaged: folder, file, key, our name, our shape, config."""
-    shutil.copytree(files[0] / request.param, tmp_path / "copy")
+    folder = shutil.copytree(files[0] / request.param, tmp_path / "copy")
     file, *names = SOURCES[request.param]
-    cfg = LLAMA if request.param == "openvla" else CFG
-    return tmp_path / "copy", tmp_path / "copy" / file, *names, cfg
+    return folder, folder / file, *names, LLAMA if request.param == "openvla" else CFG
 
 
 def refusal(folder, cfg):
@@ -242,28 +229,24 @@ def test_a_file_that_is_not_there_is_named_or_what_it_should_hold(damaged):
 
 
 def test_the_parts_of_one_tensor_that_do_not_go_together_are_named(files, tmp_path):
-    shutil.copytree(files[0] / "hub", tmp_path / "hub")
-    key = "encoder.layer.0.attention.attention.key.weight"
-    edit(
-        tmp_path / "hub" / DINO / "model.safetensors",
-        lambda tensors: tensors.update({key: torch.zeros(192, 96)}),
-    )
-    message = refusal(tmp_path / "hub", CFG)
+    folder = shutil.copytree(files[0] / "hub", tmp_path / "hub")
+    wrong = {"encoder.layer.0.attention.attention.key.weight": torch.zeros(192, 96)}
+    edit(folder / DINO / "model.safetensors", lambda tensors: tensors.update(wrong))
+    message = refusal(folder, CFG)
     assert "blocks.0.qkv.weight do not go together: [192, 96], [192, 192]" in message
 
 
 def test_a_prismatic_file_is_refused_whole_when_a_part_of_it_is_foreign(files, tmp_path):
     *_, components = files
-    extra = components | {"optimizer": {"step": torch.zeros(3)}}
-    assert "1 keys that are not of this model: optimizer/step [3]" in refusal(
-        save_prismatic(extra, tmp_path / "extra"), CFG
-    )
     dino = {k: v for k, v in components["vision_backbone"].items() if k.startswith("dino")}
-    message = refusal(save_prismatic(components | {"vision_backbone": dino}, tmp_path / "one"), CFG)
-    assert "are missing: vision.siglip.blocks.0.fc1.bias [768]" in message
-    bare = {"projector": components["projector"]}
-    message = refusal(save_prismatic(bare, tmp_path / "bare"), CFG)
-    assert "bare: has no tensors of the llm" in message
+    for i, (content, expected) in enumerate((
+        (components | {"optimizer": {"step": torch.zeros(3)}},
+         "1 keys that are not of this model: optimizer/step [3]"),
+        (components | {"vision_backbone": dino},
+         "are missing: vision.siglip.blocks.0.fc1.bias [768]"),
+        ({"projector": components["projector"]}, "has no tensors of the llm"),
+    )):  # fmt: skip
+        assert expected in refusal(save_prismatic(content, tmp_path / str(i)), CFG)
     path = save_prismatic({}, tmp_path / "other") / STEP
     for content in ({"model": Path("a foreign object")}, {"weights": {}}, [torch.zeros(3)]):
         torch.save(content, path)
@@ -334,7 +317,7 @@ def test_of_a_repository_with_three_steps_the_last_alone_is_fetched(
     assert load(PRISM)[1] == hashes  # from the cache
 
     latest = hub.repositories[PRISM] | {"checkpoints/latest-checkpoint.pt": b""}
-    assert select_files(latest, PRISM)[-1] == "checkpoints/latest-checkpoint.pt"
+    assert pretrained.select_files(latest, PRISM)[-1] == "checkpoints/latest-checkpoint.pt"
 
 
 def test_the_command_that_fetches_a_repository_leads_to_a_folder_that_loads(hub, files, tmp_path):
@@ -369,15 +352,13 @@ def test_what_the_hub_gives_to_those_whom_it_knows_names_the_login(hub, tmp_path
 
 def test_a_checkpoint_records_source_and_sha256_of_the_public_weights(files, tmp_path):
     write_demos(tmp_path / "data/set_table/close/kitchen_counter", lengths=(30, 8))
-    flags = dict(
-        preset="tiny", pretrained=files[0] / "prismatic", data=tmp_path / "data", steps=1, lr=1e-9,
-        out=tmp_path / "stage1", batch_size=8, device="cpu", val_frames=8,
-    )  # fmt: skip
-    args = [part for key, value in flags.items()
-            for part in (f"--{key.replace('_', '-')}", str(value))]  # fmt: skip
-    model = ("dino.depth", "3", "dino.registers", "4", "siglip.depth", "3", "llm.kv-heads", "2")
-    args += [f"--model.{part}" if part[0].isalpha() else part for part in model]
-    main(parse(args))
+    flags = (
+        f"--preset tiny --pretrained {files[0]}/prismatic --data {tmp_path}/data --steps 1 "
+        f"--lr 1e-9 --out {tmp_path}/stage1 --batch-size 8 --device cpu --val-frames 8 "
+        "--model.llm.kv-heads 2 --model.dino.depth 3 --model.dino.registers 4 "
+        "--model.siglip.depth 3"
+    )
+    main(parse(flags.split()))
     saved = checkpoint.newest(tmp_path / "stage1")
     manifest, source = checkpoint.read_manifest(saved), files[0] / "prismatic"
     expected = ("config.json", STEP)
@@ -406,23 +387,21 @@ def python(*args, cache):
 
 
 def test_offline_the_hub_models_come_from_the_cache(files, tmp_path):
-    for name in (HUB["dino"], HUB["siglip"], HUB["llm"]):
+    for name in HUB.values():
         model = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
         shutil.copytree(files[0] / "hub" / Path(name).name, model / "snapshots" / ("0" * 40))
         (model / "refs").mkdir()
         (model / "refs/main").write_text("0" * 40)
     done = python("-c", HUB_SCRIPT, cache=tmp_path)
     assert done.returncode == 0, done.stderr
-    names = (HUB["llm"], HUB["dino"], HUB["siglip"])
     files = ("config.json", "model.safetensors")
-    assert done.stdout.split() == [f"{name}/{file}" for name in names for file in files]
+    assert done.stdout.split() == [f"{name}/{file}" for name in HUB.values() for file in files]
 
 
 def test_offline_and_without_a_cache_the_error_says_what_to_do(tmp_path):
     write_demos(tmp_path / "data/set_table/close/fridge", lengths=(40, 8))
-    flags = ("--preset", "tiny", "--pretrained", "hub", "--data", tmp_path / "data")
-    flags += ("--out", tmp_path / "out")
-    done = python("train.py", *map(str, flags), cache=tmp_path)
+    flags = f"--preset tiny --pretrained hub --data {tmp_path}/data --out {tmp_path}/out"
+    done = python("train.py", *flags.split(), cache=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith(f"error: {HUB['llm']}: not to be had from the hub")
     assert f"hf download {HUB['llm']} --include" in done.stderr and f"DIR/{QWEN}" in done.stderr

@@ -116,6 +116,8 @@ def test_a_command_parses_with_its_values(command, tmp_path, monkeypatch):
     shown = help_of(program, *name, *verb)
     for flag in (word for word in rest if word.startswith("--")):
         assert re.search(rf"{flag}\b", shown), f"{flag} is not a flag of {program}"
+    for option in re.split(r"\n│ (?=--)", shown)[1:]:
+        assert "(required)" not in option or option.split()[0] in rest, option
 
 
 def test_make_has_the_targets_that_are_named():

@@ -15,11 +15,12 @@ from config import PRESETS, InputError, model_config
 from data import ActionStats, Frames, check_batch, make_batch
 from eval import EvalConfig
 from model import AuxVLA, actions_to_bins
-from paper import ROWS, parse
+from paper import ROWS
 from policy import Policy, check_schema
 from simulation.episodes import make_envs, run_episodes
 from storage.h5 import Demonstrations
 from storage.tokenizer import build_tokenizer, tokenize
+from training.flags import parse
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,13 +19,13 @@ from tiny_run import flags, lines, observation, train, weights, write_pack
 from config import InputError, user_errors
 from data import Frames, make_batch
 from model import AuxVLA
-from paper import parse
 from policy import Policy
 from storage import checkpoint
 from storage.files import read_json, sha256, write_json
 from storage.pack import open_data, pack
 from storage.tokenizer import build_tokenizer, tokenize
 from storage.trajectory import DataError
+from training.flags import parse
 from training.validation import validate
 
 ROOT = Path(__file__).parent.parent

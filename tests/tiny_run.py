@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 
 from config import IMAGE_SIZE, model_config
 from model import AuxVLA
-from paper import parse
 from storage.checkpoint import newest, read_manifest, snapshot, to_json, write
 from storage.files import read_lines
 from storage.pack import pack
 from storage.tokenizer import build_tokenizer
 from train import main
+from training.flags import parse
 
 SCHEMA = [dict(name=f"joint_{i}", low=-0.1, high=0.1 * i, unit="rad") for i in range(13)]
 SEED = torch.Generator().manual_seed(0)

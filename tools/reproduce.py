@@ -28,10 +28,11 @@ import tyro
 from tqdm import tqdm
 
 from config import SUBTASKS, InputError, quoted, user_errors
-from paper import COLUMNS, PAPER_COLUMNS, ROWS, Row, preset_of
+from paper import COLUMNS, PAPER_COLUMNS, ROWS, Row
 from storage.files import sole_writer, write
 from storage.results import read_episodes
 from tools.claims import list_differences, to_markdown, write_table
+from training.flags import preset_of
 
 KEPT = ("config.json", "log.jsonl", "validation.json")  # of each stage
 BOUNDS = ("random", "expert")
