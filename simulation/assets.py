@@ -62,7 +62,11 @@ def apartment(root: Path | None = None) -> str | None:
     if not marker.is_file():
         return None
     scenes = [p for p in (root / REPLICA / "configs/scenes").glob("*.json") if not fault_of(p)]
-    real = [p for p in scenes if f"objects/table_{p.name.partition('.')[0]}" not in p.read_text()]
+    real = [
+        p
+        for p in scenes
+        if f"objects/table_{p.name.partition('.')[0]}" not in p.read_text(encoding="utf-8")
+    ]
     models = (root / YCB / "models").glob("*/")
     real += [path for path in models if path.name not in sum(OBJECTS.values(), ())]
     if real:

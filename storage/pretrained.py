@@ -73,11 +73,10 @@ def find_folder(name: str, cached_only: bool = False) -> Path:
 
 def download_command(name: str, folder: str | Path | None = None) -> str:
     """The command that downloads a hub repository's files that we read; default: to the cache."""
+    patterns = [INDEX, "*.safetensors", "checkpoints/latest-checkpoint.pt"]
     if name in LAST_STEPS:
-        patterns = ["config.json", f"checkpoints/step-{LAST_STEPS[name]}.pt"]
-    else:
-        patterns = ["config.json", INDEX, "*.safetensors", "checkpoints/latest-checkpoint.pt"]
-    include = [part for pattern in patterns for part in ("--include", pattern)]
+        patterns = [f"checkpoints/step-{LAST_STEPS[name]}.pt"]
+    include = [part for each in ("config.json", *patterns) for part in ("--include", each)]
     return quoted("hf", "download", name, *include, *(("--local-dir", folder) if folder else ()))
 
 
@@ -129,44 +128,43 @@ def read_json(path: Path) -> dict:
     try:
         return dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
-        raise PretrainedError(
-            f"{path}: cannot be read ({error}); download it from where the weights are"
-        ) from error
+        text = f"{path}: cannot be read ({error}); download it from where the weights are"
+        raise PretrainedError(text) from error
+
+
+def read_file(path: Path, headers: bool) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a Prismatic .pt file as component/key."""
+    try:
+        if path.suffix == ".pt":
+            # Prismatic's format is a pickle. weights_only builds tensors and containers alone.
+            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return {
+                f"{component}/{key}": tensor.to("meta") if headers else tensor
+                for component, part in checkpoint["model"].items()
+                for key, tensor in part.items()
+            }
+        with safe_open(path, "pt") as file:
+            keys = list(file.keys())
+            if headers:
+                shapes = {key: file.get_slice(key).get_shape() for key in keys}
+                return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+            return {key: file.get_tensor(key) for key in keys}
+    except (
+        SafetensorError, RuntimeError, OSError, EOFError, LookupError, TypeError,
+        AttributeError, pickle.UnpicklingError,
+    ) as error:  # fmt: skip
+        text = f"{path}: cut off or in another format ({error}); download it again"
+        raise PretrainedError(text) from error
 
 
 def read_tensors(files: list[Path], headers: bool = False) -> dict[str, Tensor]:
     """The tensors of all weight files; with `headers` only their shapes, on the meta device.
 
-    Keys are those of the file; in a Prismatic checkpoint "component/key". Raises PretrainedError
-    for a file that is cut off or of another format, and for a key that is in two files.
+    Raises PretrainedError for a key that is in two files.
     """
     out: dict[str, Tensor] = {}
     for path in files:
-        try:
-            if path.suffix == ".pt":
-                # Prismatic's format is a pickle. weights_only builds tensors and containers alone.
-                checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-                tensors = {
-                    f"{component}/{key}": tensor.to("meta") if headers else tensor
-                    for component, part in checkpoint["model"].items()
-                    for key, tensor in part.items()
-                }
-            elif path.suffix == ".safetensors":
-                with safe_open(path, "pt") as file:
-                    tensors = {
-                        key: torch.empty(file.get_slice(key).get_shape(), device="meta")
-                        if headers else file.get_tensor(key)
-                        for key in file.keys()  # noqa: SIM118  no dict
-                    }  # fmt: skip
-            else:
-                continue
-        except (
-            SafetensorError, RuntimeError, OSError, EOFError, LookupError, TypeError,
-            AttributeError, pickle.UnpicklingError,
-        ) as error:  # fmt: skip
-            raise PretrainedError(
-                f"{path}: cut off or in another format ({error}); download it again"
-            ) from error
+        tensors = {} if path.suffix == ".json" else read_file(path, headers)
         if twice := sorted(out.keys() & tensors.keys()):
             raise PretrainedError(
                 f"{path}: {twice[0]} is in another file of the folder too, and no {INDEX} chooses "
@@ -200,14 +198,12 @@ def translate(
         )
     for name, fused in parts.items():
         try:
-            out[name] = torch.cat(
-                [fused[i] for i in sorted(fused)], dim=1 if name == "prefix" else 0
-            )
+            ordered = [fused[i] for i in sorted(fused)]
+            out[name] = torch.cat(ordered, dim=1 if name == "prefix" else 0)
         except RuntimeError as error:
             shapes = ", ".join(str(list(part.shape)) for part in fused.values())
-            raise PretrainedError(
-                f"{source}: the parts of {name} do not go together: {shapes}"
-            ) from error
+            text = f"{source}: the parts of {name} do not go together: {shapes}"
+            raise PretrainedError(text) from error
     return out
 
 
@@ -265,49 +261,55 @@ def choose_sources(name: str) -> dict[str, str]:
     return sources | ({"vlm": name} if whole else {})
 
 
+def split_vlm(
+    tensors: dict[str, Tensor], folder: Path, cfg: ModelConfig
+) -> dict[str, dict[str, Tensor]]:
+    """A whole VLM's tensors by part: projector, llm, dino, siglip."""
+    prismatic = any("/" in key for key in tensors)
+    names = weight_names.PRISMATIC if prismatic else weight_names.OPENVLA
+    parts = {"projector": {}, "llm": {}, "dino": {}, "siglip": {}}
+    for key, tensor in translate(tensors, names, (), str(folder)).items():
+        part, _, key = key.partition("/")
+        parts[part][key] = tensor
+    if lacking := [part for part in ("projector", "llm") if not parts[part]]:
+        raise PretrainedError(f"{folder}: has no tensors of the {' and '.join(lacking)}")
+    # Only a VLA's config.json has "vla" (Prismatic) or "norm_stats" (openvla).
+    if {"vla", "norm_stats"} & set(read_json(folder / "config.json")):
+        parts["llm"] = ascending_actions(parts["llm"], cfg)
+    return parts
+
+
 def read_parts(
     vlm: nn.Module, sources: dict[str, str], hashes: dict[str, str], headers: bool
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Each part of the VLM: (prefix, tensors under our names). `hashes` gets each file's sha256."""
 
-    def read(name: str) -> tuple[Path, dict[str, Tensor]]:
+    def read(name: str) -> tuple[dict[str, Tensor], Path]:
         folder = find_folder(name, cached_only=headers)
         files = files_in(folder)
         for path in () if headers else files:
             hashes[f"{name}/{path.relative_to(folder)}"] = sha256(path)
-        return folder, read_tensors(files, headers)
+        return read_tensors(files, headers), folder
 
-    parts = {"projector": {}, "llm": {}, "dino": {}, "siglip": {}}
-    if whole := sources.get("vlm"):
-        folder, tensors = read(whole)
-        prismatic = any("/" in key for key in tensors)
-        names = weight_names.PRISMATIC if prismatic else weight_names.OPENVLA
-        for key, tensor in translate(tensors, names, (), whole).items():
-            part, _, key = key.partition("/")
-            parts[part][key] = tensor
-        if lacking := [part for part in ("projector", "llm") if not parts[part]]:
-            raise PretrainedError(f"{whole}: has no tensors of the {' and '.join(lacking)}")
+    parts = {}
+    if "vlm" in sources:
+        parts = split_vlm(*read(sources["vlm"]), vlm.cfg)
         yield "projector.", parts["projector"]
-        # Only a VLA's config.json has "vla" (Prismatic) or "norm_stats" (openvla).
-        if {"vla", "norm_stats"} & set(read_json(folder / "config.json")):
-            parts["llm"] = ascending_actions(parts["llm"], vlm.cfg)
-    else:
-        parts["llm"] = read(sources["llm"])[1]
+    llm = parts["llm"] if parts else read(sources["llm"])[0]
     names, dead = weight_names.LLM_HF_UNTIED, ()
     if vlm.cfg.llm.tied:
         names, dead = weight_names.LLM_HF, weight_names.LLM_HF_DEAD
-    yield "llm.", translate(parts["llm"], names, dead, sources.get("vlm", sources["llm"]))
+    yield "llm.", translate(llm, names, dead, "llm")
     # Prismatic stores no encoders that stayed frozen while the VLM was trained.
-    stored = parts["dino"] or parts["siglip"]
+    stored = bool(parts and (parts["dino"] or parts["siglip"]))
     for name, names, dead in (
         ("dino", weight_names.DINO_HF, weight_names.DINO_HF_DEAD),
         ("siglip", weight_names.SIGLIP_HF, weight_names.SIGLIP_HF_DEAD),
     ):
         if stored:
-            names, dead = weight_names.TIMM, weight_names.TIMM_DEAD
-        tensors = parts[name] if stored else read(sources[name])[1]
-        source = f"{sources['vlm']}, {name}" if stored else sources[name]
-        tensors = translate(tensors, names, dead, source)
+            tensors = translate(parts[name], weight_names.TIMM, weight_names.TIMM_DEAD, name)
+        else:
+            tensors = translate(read(sources[name])[0], names, dead, sources[name])
         unused = f"blocks.{len(getattr(vlm.vision, name).blocks)}."  # the last block is not built
         tensors = {key: value for key, value in tensors.items() if not key.startswith(unused)}
         yield f"vision.{name}.", fit_encoder(tensors, not stored, vlm.cfg.patches)

@@ -206,7 +206,7 @@ def test_a_film_shows_the_inputs_the_masks_and_the_numbers_of_a_step(assets, tmp
     predicted = {key: value[0] for key, value in policy.predictions.items()}
     true = {"grasp": obs["extra"]["is_grasped"], "pos": env.pos}
     true["obj"] = obs["extra"]["obj_pose_wrt_base"][0, :3]
-    lines = [text for text, _ in film.caption(0, film.true(obs), policy.predictions)]
+    lines = [text for text, _ in film.lines(0, film.true(obs), policy.predictions)]
     assert lines[:2] == [env.instruction, "step 0"]
     for key, value in true.items():
         for which, values in (("true", value), ("predicted", predicted[key])):
