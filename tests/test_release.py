@@ -179,9 +179,7 @@ def test_observations_that_are_too_few_are_named(tmp_path):
         qpos = file["traj_1/obs/agent/qpos"][:-1]
         del file["traj_1/obs/agent/qpos"]
         file["traj_1/obs/agent/qpos"] = qpos
-    with pytest.raises(
-        DataError, match="traj_1: obs/agent/qpos has 9 observations, expected one more"
-    ):
+    with pytest.raises(DataError, match="traj_1: obs/agent/qpos has 9 rows, expected 10"):
         Demonstrations(tmp_path).read_episode(1)
 
 
