@@ -36,7 +36,7 @@ from simulation.plans import (
 from simulation.workers import Workers
 from storage.checkpoint import read_manifest, resolve
 from storage.files import append, code_commit, read_json, sha256, sole_writer, write_json
-from storage.results import merge_settings, read_episodes, success_table, table
+from storage.results import check_settings, read_episodes, success_table, table
 from training.ranks import device_of
 
 LIBRARIES = ("torch", "mani_skill", "praxis-mshab", "sapien", "numpy")
@@ -208,7 +208,7 @@ def main(cfg: EvalConfig) -> None:
     cfg = choose(cfg)
     with sole_writer(cfg.out):
         done = read_episodes(cfg.out, mend=True)
-        settings = merge_settings(cfg.out, done, settings_of(cfg))
+        check_settings(cfg.out, done, settings := settings_of(cfg))
         write_json(cfg.out / "config.json", settings)
         run(cfg, done)
         conclude(cfg, settings)

@@ -10,7 +10,6 @@ three depth images of each camera in millimetres, and the state in the simulator
 network transforms depth by 1 - tanh(mm / 1000), SAC's reads millimetres.
 """
 
-import pickle
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +63,7 @@ class RLPolicy:
             # A pickle; weights_only builds nothing but tensors and containers.
             state = torch.load(weights, map_location="cpu", weights_only=True)
             agent.load_state_dict(state["agent"])
-        except UNREADABLE as error:
+        except Exception as error:  # yaml, torch and the networks raise many kinds
             raise InputError(
                 f"{folder}: no policy of MS-HAB's ({type(error).__name__}: {error}). Get it by "
                 f'`hf download {HUB} --include "rl/{task}/{subtask}/{target}/*" --local-dir '
@@ -95,19 +94,11 @@ class RLPolicy:
         return action.clamp(-1, 1).cpu().numpy()
 
 
-# --- Files ---
-
-
 class PlainLoader(yaml.SafeLoader):
     """Reads Python objects, such as the paths that MS-HAB writes with OmegaConf, as None."""
 
 
 PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
-# Errors of torch, yaml and the networks for files that are missing, damaged or of other networks.
-UNREADABLE = (
-    OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, yaml.YAMLError,
-    pickle.UnpicklingError,
-)  # fmt: skip
 
 
 def build(algo: dict) -> tuple[nn.Module, Actor]:
@@ -126,6 +117,5 @@ def build(algo: dict) -> tuple[nn.Module, Actor]:
         log_std_min=algo["actor_log_std_min"], log_std_max=algo["actor_log_std_max"],
         device="cpu",
     )  # fmt: skip
-    return agent, lambda obs: agent.actor(
-        obs["pixels"], obs["state"], compute_pi=False, compute_log_pi=False
-    )[0]
+    kinds = dict(compute_pi=False, compute_log_pi=False)
+    return agent, lambda obs: agent.actor(obs["pixels"], obs["state"], **kinds)[0]

@@ -32,24 +32,15 @@ def read_episodes(out: Path, mend: bool = False) -> dict[tuple[str, int], dict]:
     return episodes
 
 
-def merge_settings(out: Path, episodes: dict[tuple[str, int], dict], settings: dict) -> dict:
-    """Return `settings`, with the policies that the folder's other columns were run with.
-
-    Raises InputError when the folder's episodes were run with other settings.
-    """
-    merged = dict(settings)
+def check_settings(out: Path, episodes: dict[tuple[str, int], dict], settings: dict) -> None:
+    """Raise InputError when the folder's episodes were run with other settings."""
     for episode in episodes.values():
         for name, ours in settings.items():
-            theirs = episode.get(name)
-            if isinstance(ours, dict) and isinstance(theirs, dict):  # policies, by column
-                merged[name] = theirs | merged[name]
-                ours = {column: ours.get(column, theirs[column]) for column in theirs}
-            if theirs != ours:
+            if episode.get(name) != ours:
                 raise InputError(
-                    f"{out} has episodes with {name} = {theirs!r}, this run has {ours!r}: give "
-                    "another --out"
+                    f"{out} has episodes with {name} = {episode.get(name)!r}, this run has "
+                    f"{ours!r}: give another --out"
                 )
-    return merged
 
 
 def table(episodes: list[dict], paper: dict[str, float]) -> dict[str, dict]:

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 from dataclasses import replace
-from itertools import product
 from types import SimpleNamespace
 
 import gymnasium
@@ -20,12 +19,11 @@ from mshab.envs.planner import plan_data_from_file
 from tiny_run import observation, stacked
 
 import collect
-from config import TASKS, InputError, model_config
+from config import InputError, model_config
 from data import ActionStats
 from eval import EvalConfig, main
 from household.expert import ScriptedExpert
 from model import AuxVLA
-from paper import OBJECTS, targets
 from policy import Policy
 from simulation import demonstrations, plans
 from simulation.assets import plan_files
@@ -94,7 +92,8 @@ class Experts:
         self.experts = [ScriptedExpert(env) for env in envs]
 
     def reset(self) -> None:
-        [expert.reset() for expert in self.experts]
+        for expert in self.experts:
+            expert.reset()
 
     def act(self, obs: dict, instructions: list[str]) -> np.ndarray:
         return np.concatenate([expert.act({}, "") for expert in self.experts])
@@ -152,22 +151,6 @@ def test_an_episode_is_the_one_that_mshab_makes_of_its_whole_files_bit_for_bit(
     mshab.close()
 
 
-def test_episodes_of_one_articulation_have_one_kind_of_link_joint_and_start(assets):
-    """MS-HAB asserts one link and joint; it would leave out start values that not all have."""
-    for task, subtask in product(TASKS, ("pick", "place", "open", "close")):
-        names = targets(task, subtask)
-        for target in (*names, "all") if names == OBJECTS[task] else names:
-            plan_file, spawn_file = plan_files(task, subtask, target, "train")
-            starts, found = torch.load(spawn_file, weights_only=True), {}
-            for plan in json.loads(plan_file.read_text())["plans"]:
-                first = plan["subtasks"][0]
-                owner = first.get("articulation_config") or first
-                kind = [owner.get(f"articulation_handle_{x}") for x in ("link_idx", "joint")]
-                kind += [first.get("remove_obj_id"), sorted(starts[first["uid"]])]
-                assert found.setdefault(owner.get("articulation_type", ""), kind) == kind
-            assert set(map(articulations(plan_file), range(100))) == set(found)
-
-
 # --- Several ---
 
 
@@ -208,7 +191,8 @@ def test_an_episode_goes_on_after_its_success_unless_told_to_stop():
     assert record["success_once"] and record["success_at_end"] is False and record["length"] == 3
 
 
-def test_a_batch_has_one_column_one_cupboard_and_at_most_so_many_episodes():
+def test_a_batch_has_one_column_one_articulation_and_at_most_so_many_episodes(assets):
+    assert set(map(articulations(plan_files(*ANY)[0]), range(9))) == {"fridge", "kitchen_counter"}
     drawers = [("close_drawer", seed, seed < 2, "kitchen_counter") for seed in range(6)]
     mixed = [
         ("pick_all", seed, False, ("fridge", "kitchen_counter")[seed % 2]) for seed in range(4)

@@ -239,12 +239,6 @@ class Code:
         return os.mkdir, ("ran",)
 
 
-def drop_a_key(folder: Path) -> None:
-    state = torch.load(folder / "policy.pt", weights_only=True)
-    del state["agent"]["actor_mean.2.bias"]
-    torch.save(state, folder / "policy.pt")
-
-
 def write_config(folder: Path, algo: dict) -> None:
     (folder / "config.yml").write_text(yaml.safe_dump({"algo": algo}))
 
@@ -257,7 +251,6 @@ FAULTS = {
     ),
     "cut off": (lambda f: os.truncate(f / "policy.pt", 1_000_000), "zip archive"),
     "no agent": (lambda f: torch.save({}, f / "policy.pt"), "KeyError: 'agent'"),
-    "a key too few": (drop_a_key, "(?s)Missing key.*actor_mean.2.bias"),
     "another algorithm": (lambda f: write_config(f, SAC_ALGO), "(?s)Missing key.*actor.encoder"),
     "an unknown algorithm": (lambda f: write_config(f, {"name": "bc"}), "to be ppo or sac, got bc"),
     "no sizes": (lambda f: write_config(f, {"name": "sac"}), "KeyError: 'actor_hidden_dims'"),
