@@ -42,12 +42,10 @@ def check_envs(envs: int, scripted: bool, device: str | None = None) -> None:
     """
     if envs == 1:
         return
-    if scripted or device_of(device).type == "cpu":
-        reason = "the scripted expert drives one environment" if scripted else "torch finds no GPU"
-        raise InputError(
-            f"--envs {envs}: {reason}; several environments in one process need ManiSkill's "
-            "simulation on a GPU. Leave it out; --workers 2 runs two processes"
-        )
+    if scripted:
+        raise InputError("--envs: the scripted expert drives one environment; use --workers 2")
+    if device_of(device).type == "cpu":
+        raise InputError("--envs: several environments need a GPU; on a CPU use --workers 2")
     check_gpu_physics()
 
 

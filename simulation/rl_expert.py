@@ -12,6 +12,7 @@ network transforms depth by 1 - tanh(mm / 1000), SAC's reads millimetres.
 
 from collections import deque
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +33,6 @@ CAMERAS = {"fetch_head_depth": "fetch_head", "fetch_hand_depth": "fetch_hand"}  
 FRAMES = 3  # depth images, oldest first (MS-HAB: EnvConfig.frame_stack)
 STATE_DIM = QPOS_DIM + QPOS_DIM + 7 + 7 + 3 + 1  # qpos, qvel, hand, object, goal, is_grasped
 HEAD = slice(8, 10)  # pan and tilt of the head: MS-HAB holds them still (FetchActionWrapper)
-SAC_SIZES = (
-    "actor_hidden_dims", "critic_hidden_dims", "critic_layer_norm", "critic_dropout",
-    "encoder_pixels_feature_dim", "encoder_state_feature_dim", "cnn_features", "cnn_filters",
-    "cnn_strides", "cnn_padding",
-)  # fmt: skip
 Actor = Callable[[dict], Tensor]  # pixels {input: [B, 3, 128, 128]}, state [B, 42] -> [B, 13]
 
 
@@ -112,10 +108,8 @@ def build(algo: dict) -> tuple[nn.Module, Actor]:
         raise ValueError(f"expected algo.name to be ppo or sac, got {algo['name']}")
     # The Dict sorts its keys, as MS-HAB's did in training: SAC's hand camera comes first.
     boxes = spaces.Dict({key: spaces.Box(0, np.inf, image) for key in CAMERAS})
-    agent = SAC(
-        boxes, (STATE_DIM,), (ACTION_DIM,), **{key: algo[key] for key in SAC_SIZES},
-        log_std_min=algo["actor_log_std_min"], log_std_max=algo["actor_log_std_max"],
-        device="cpu",
-    )  # fmt: skip
+    sizes = {name: algo[name] for name in signature(SAC).parameters if name in algo}
+    limits = dict(log_std_min=algo["actor_log_std_min"], log_std_max=algo["actor_log_std_max"])
+    agent = SAC(boxes, (STATE_DIM,), (ACTION_DIM,), **sizes, **limits, device="cpu")
     kinds = dict(compute_pi=False, compute_log_pi=False)
     return agent, lambda obs: agent.actor(obs["pixels"], obs["state"], **kinds)[0]

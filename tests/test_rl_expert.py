@@ -253,7 +253,7 @@ FAULTS = {
     "no agent": (lambda f: torch.save({}, f / "policy.pt"), "KeyError: 'agent'"),
     "another algorithm": (lambda f: write_config(f, SAC_ALGO), "(?s)Missing key.*actor.encoder"),
     "an unknown algorithm": (lambda f: write_config(f, {"name": "bc"}), "to be ppo or sac, got bc"),
-    "no sizes": (lambda f: write_config(f, {"name": "sac"}), "KeyError: 'actor_hidden_dims'"),
+    "no sizes": (lambda f: write_config(f, {"name": "sac"}), "KeyError: 'actor_log_std_min'"),
     "no YAML": (lambda f: (f / "config.yml").write_text("a: [1"), "ParserError"),
 }
 
