@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from mani_skill.agents.robots.fetch.fetch import Fetch
-from processes import start
 
 import paper
 from config import InputError
@@ -219,12 +218,20 @@ def test_every_scene_of_the_split_is_built(reports):
     assert len({e["scene"] for r in reports for e in r["episodes"] if r["split"] == "val"}) > 1
 
 
-def test_a_reset_reads_the_episodes_of_its_scene_alone_however_many_plans_there_are(
-    assets, tmp_path
-):
-    output, errors = start("tests/crowded.py", assets, tmp_path / "many", 60, 20).communicate()
-    assert output, errors
-    assert set(json.loads(output)["files"]) == {2 * 60 // 20}  # MS-HAB opens each twice
+def test_a_reset_reads_the_episode_files_of_its_scene_alone(simulator, monkeypatch):
+    address, opened = ("set_table", "close", "fridge", "train"), []
+
+    def spy(path, *args, real=open, **flags):
+        opened.append(str(path).partition("rearrange/")[2])
+        return real(path, *args, **flags)
+
+    envs = simulator(*address)
+    monkeypatch.setattr("builtins.open", spy)
+    envs.reset([0])
+    plans = json.loads(plan_files(*address)[0].read_text())["plans"]
+    scene_of = {plan["init_config_name"]: plan["build_config_name"] for plan in plans}
+    assert {scene_of[name] for name in opened if name in scene_of} == {envs.episodes[0]["scene"]}
+    assert len(set(scene_of.values())) == 3
 
 
 def test_a_missing_asset_folder_is_named_with_the_command_that_mends_it(
