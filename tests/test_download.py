@@ -118,7 +118,7 @@ def test_a_target_that_the_hub_lacks_is_named(hub, tmp_path):
     ("environment", "sentence"),
     [
         ({"HF_HUB_OFFLINE": "1"}, "unset the `HF_HUB_OFFLINE`"),
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "not to be had from the hub"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "not available from the hub"),
     ],
 )
 def test_no_way_to_the_hub_ends_in_a_sentence(environment, sentence, hub, tmp_path):
@@ -130,5 +130,5 @@ def test_no_way_to_the_hub_ends_in_a_sentence(environment, sentence, hub, tmp_pa
 def test_a_repository_that_refuses_a_file_is_named_with_the_login(hub, tmp_path):
     hub.refused = {"pick/024_bowl.h5"}
     shown = output(download(tmp_path / "data", "--tasks set_table", hub.url), code=1)
-    assert "arth-shukla/MS-HAB-SetTable: not to be had" in shown and "pick/024_bowl.h5" in shown
+    assert "arth-shukla/MS-HAB-SetTable" in shown and "pick/024_bowl.h5" in shown
     assert "hf auth login" in shown and "The same command resumes" in shown

@@ -19,7 +19,7 @@ from test_model import ROOT, compare_alone_and_together, compare_cached_decoding
 from config import LABELS, model_config
 from model import VLM, AuxVLA
 from storage.pretrained import load_pretrained
-from tools.reference import build_originals
+from tools.reference import build_originals, save_originals
 
 pytestmark = pytest.mark.slow
 PAPER = model_config("paper")
@@ -101,7 +101,7 @@ def test_one_stage_2_step_with_all_five_decoders_runs():
 def test_the_hub_models_give_the_features_and_logits_of_transformers(tmp_path):
     torch.manual_seed(0)
     originals = build_originals(PAPER, dino_image_size=518)
-    originals.save(tmp_path)
+    save_originals(originals, tmp_path)
     vlm = VLM(PAPER).eval()
     load_pretrained(vlm, str(tmp_path))
     for path in tmp_path.glob("*/model.safetensors"):
