@@ -82,35 +82,28 @@ def test_each_source_gives_the_features_and_logits_of_transformers(source, files
     cfg = LLAMA if "openvla" in source else CFG
     vlm, hashes = load(folder / source, cfg)
     compare(vlm, originals[source], cfg, tolerance=1e-5)
-    names = {
-        "hub": [f"{name}/{file}" for name in (QWEN, DINO, SIGLIP)
-                for file in ("config.json", "model.safetensors")],
-        "prismatic": ["config.json", STEP], "openvla-prismatic": ["config.json", STEP],
-        "openvla": ["config.json", *(f"model-0000{i}-of-00002.safetensors" for i in (1, 2)), INDEX],
-    }  # fmt: skip
-    assert list(hashes) == [f"{folder / source}/{name}" for name in names[source]]
+    assert len(hashes) == {"hub": 6, "openvla": 4}.get(source, 2)
     assert all(sha256(Path(path)) == value for path, value in hashes.items())
 
 
-def test_a_prismatic_file_fills_the_projector_and_keeps_the_latents(files):
+@pytest.mark.parametrize(
+    ("source", "new"),
+    [("hub", ("latent_queries", "projector")), ("prismatic", ("latent_queries",))],
+)
+def test_what_no_file_has_keeps_its_initial_value_also_on_the_meta_device(source, new, files):
     folder, _, components = files
-    vlm = VLM(CFG)
-    queries = vlm.latent_queries.clone()
-    load_pretrained(vlm, str(folder / "prismatic"))
-    assert torch.equal(vlm.projector[2].weight, components["projector"]["projector.2.weight"])
-    assert torch.equal(vlm.latent_queries, queries)
-
-
-def test_a_vlm_on_the_meta_device_is_filled_like_one_with_initial_values(files):
-    folder, *_ = files
     built = VLM(CFG)
-    load_pretrained(built, str(folder / "hub"))
-    filled, _ = load(folder / "hub")
+    before = {name: value.clone() for name, value in built.state_dict().items()}
+    load_pretrained(built, str(folder / source))
+    filled, _ = load(folder / source)
     assert all(map(torch.equal, filled.buffers(), built.buffers()))
     for (name, one), other in zip(filled.named_parameters(), built.parameters(), strict=True):
-        is_new = name.startswith(("latent_queries", "projector"))
-        assert is_new or torch.equal(one, other), name
+        kept = name.startswith(new)
+        assert torch.equal(other, before[name] if kept else one), name
         assert one.requires_grad and one.isfinite().all(), name
+    if source == "prismatic":
+        written = components["projector"]["projector.2.weight"]
+        assert torch.equal(built.projector[2].weight, written)
 
 
 def test_a_prismatic_file_without_encoders_takes_them_from_folders_beside_it(files, tmp_path):
@@ -211,7 +204,7 @@ def test_a_tensor_that_does_not_fit_is_named_with_its_shape(change, damaged):
 def test_a_file_that_was_cut_off_is_named(damaged):
     folder, path, *_, cfg = damaged
     content = path.read_bytes()
-    for size in (len(content) // 2, 20_000, 0):
+    for size in (len(content) // 2, 0):
         path.write_bytes(content[:size])
         assert f"{path}: cut off" in refusal(folder, cfg)
 
@@ -258,14 +251,12 @@ def test_shards_of_an_older_save_beside_new_ones_are_not_read(files, tmp_path):
     assert "is in two files" in refusal(folder, LLAMA)
 
 
-@pytest.mark.parametrize("source", ["prismatic", "openvla"])
-def test_a_vlm_of_which_nothing_says_whether_it_was_trained_on_actions_is_refused(
-    source, files, tmp_path
+def test_a_vlm_without_the_config_that_says_whether_it_was_trained_on_actions_is_refused(
+    files, tmp_path
 ):
-    folder = shutil.copytree(files[0] / source, tmp_path / "vlm")
+    folder = shutil.copytree(files[0] / "openvla", tmp_path / "vlm")
     (folder / "config.json").unlink()
-    message = refusal(folder, LLAMA if source == "openvla" else CFG)
-    assert f"{folder / 'config.json'}: not there" in message
+    assert f"{folder / 'config.json'}: not there" in refusal(folder, LLAMA)
 
 
 # --- The hub ---
@@ -276,25 +267,21 @@ PRISM = "Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b"
 @pytest.fixture
 def hub(files, monkeypatch, tmp_path):
     """The hub's repository of PRISM as it is, three steps, for its real client."""
-    folder, step = files[0] / "prismatic", (files[0] / "prismatic" / STEP).read_bytes()
-    older = ("step-000000-epoch-00-loss=9.1.pt", "step-010396-epoch-00-loss=0.6.pt")
+    folder = files[0] / "prismatic"
     names = ("README.md", "config.yaml", "prism-qwen25-x7.jsonl", "run-metrics.jsonl")
-    repository = {f"checkpoints/{name}": b"an older step" for name in older} | {STEP: step}
-    repository |= {"config.json": (folder / "config.json").read_bytes()}
-    server = Hub({PRISM: dict.fromkeys(names, b"") | repository})
-    template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    given = {"ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": template}
-    given |= {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": False}
-    for name, value in given.items():
-        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
-    yield server
-    server.shutdown()
-    server.server_close()
+    names += ("checkpoints/step-000000-epoch-00-loss=9.1.pt",)
+    names += ("checkpoints/step-010396-epoch-00-loss=0.6.pt",)
+    repository = {name: (folder / name).read_bytes() for name in (STEP, "config.json")}
+    with Hub({PRISM: dict.fromkeys(names, b"") | repository}) as server:
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        constants = {"ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": template}
+        constants |= {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": False}
+        for name, value in constants.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        yield server
 
 
-def test_of_a_repository_with_three_steps_the_last_alone_is_fetched(
-    hub, files, monkeypatch, tmp_path
-):
+def test_of_a_repository_with_three_steps_the_last_alone_is_fetched(hub, files, monkeypatch):
     vlm, hashes = load(PRISM)
     compare(vlm, files[1]["prismatic"], CFG, tolerance=1e-5)
     assert sorted(hub.fetched) == [STEP, "config.json"]
@@ -339,11 +326,8 @@ def test_a_checkpoint_records_source_and_sha256_of_the_public_weights(files, tmp
     main(parse(flags.split()))
     saved = checkpoint.newest(tmp_path / "stage1")
     manifest, source = checkpoint.read_manifest(saved), files[0] / "prismatic"
-    expected = ("config.json", STEP)
-    assert manifest["config"]["pretrained"] == str(source)
-    assert manifest["pretrained"] == {
-        f"{source}/{name}": sha256(source / name) for name in expected
-    }
+    hashes = {f"{source}/{name}": sha256(source / name) for name in ("config.json", STEP)}
+    assert manifest["config"]["pretrained"] == str(source) and manifest["pretrained"] == hashes
     weight = load_file(saved / "model.safetensors")["vlm.vision.dino.blocks.1.qkv.weight"]
     written = files[2]["vision_backbone"]["dino_featurizer.blocks.1.attn.qkv.weight"]
     torch.testing.assert_close(weight, written, rtol=0, atol=1e-6)
@@ -355,8 +339,7 @@ print(*load_pretrained(VLM(CFG), "hub"), sep="\\n")
 """
 
 
-def python(*args, cache):
-    """Run as on a machine without a network, with an own cache of the hub."""
+def run_offline(*args, cache):
     path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cache), "PYTHONPATH": path}
     return subprocess.run(
@@ -370,16 +353,17 @@ def test_offline_the_hub_models_come_from_the_cache(files, tmp_path):
         shutil.copytree(files[0] / "hub" / Path(name).name, model / "snapshots" / ("0" * 40))
         (model / "refs").mkdir()
         (model / "refs/main").write_text("0" * 40)
-    done = python("-c", HUB_SCRIPT, cache=tmp_path)
+    done = run_offline("-c", HUB_SCRIPT, cache=tmp_path)
     assert done.returncode == 0, done.stderr
-    files = ("config.json", "model.safetensors")
-    assert done.stdout.split() == [f"{name}/{file}" for name in HUB.values() for file in files]
+    used = [f"{name}/{file}" for name in HUB.values()
+            for file in ("config.json", "model.safetensors")]  # fmt: skip
+    assert done.stdout.split() == used
 
 
 def test_offline_and_without_a_cache_the_error_says_what_to_do(tmp_path):
     write_demos(tmp_path / "data/set_table/close/fridge", lengths=(40, 8))
     flags = f"--preset tiny --pretrained hub --data {tmp_path}/data --out {tmp_path}/out"
-    done = python("train.py", *flags.split(), cache=tmp_path)
+    done = run_offline("train.py", *flags.split(), cache=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith(f"error: {HUB['llm']}: not available from the hub")
     command = f"hf download {HUB['llm']} --local-dir DIR/{QWEN}; then --pretrained DIR."
