@@ -1,16 +1,16 @@
 """A scripted demonstrator for MS-HAB's pick, place, open and close in the generated apartment.
 
-It reads the simulator's state (object, handle and joint poses) and acts through the robot's 13
-action dimensions. Its motions can be learned from images: each grasp has one arm posture, so equal
-situations get equal actions; the joints move together at the controller's full speed and slow down
-smoothly; a phase ends when a distance is reached, never after a number of steps; nothing is random
-and no step is idle.
+    python eval.py --policy expert --columns close_drawer --episodes 50 --stop-at-success --out OUT
+
+The expert reads the simulator's state (object, handle and joint poses) and acts through the robot's
+13 action dimensions. A learner can learn its motions from images: each grasp has one arm posture,
+so equal situations get equal actions; the joints move together at the controller's full speed and
+slow down smoothly; a phase ends at a distance, never after a number of steps; no action is random
+and no step idle.
 
 With the arm in its posture, the hand is a point `reach` metres ahead of the base. Driving and
 turning move that point in any direction, so the base alone brings the hand to an object or along
 the arc of a door.
-
-    python eval.py --policy expert --columns close_drawer --episodes 50 --stop-at-success --out OUT
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import sapien
-from transforms3d.quaternions import mat2quat
+from transforms3d.euler import euler2quat
 
 from simulation.env import SubtaskEnvs
 
@@ -27,9 +27,9 @@ TORSO, FINGERS = 3, [13, 14]
 REST_TORSO = 0.386
 REST_ARM = np.array([-0.370, -1.032, 0.695, 0.955, -0.1, 2.077, 0.0])  # Fetch's rest keyframe
 OPEN, CLOSE = 1.0, -1.0  # gripper: an absolute target
-Motion = Iterator[np.ndarray]
+Motion = Iterator[np.ndarray]  # actions [13]
 FULL_SPEED = 0.5  # m/s of the hand point when it is driven
-GRID = 0.05  # the arm's and torso's actions are rounded to it: finer digits are noise to a learner
+GRID = 0.05  # arm and torso actions are its multiples: finer digits are noise to a learner
 # Fractions of the joint's range; MS-HAB's limits (sequential_task.py) are 0.01, 0.9 and 0.75.
 CLOSED, OPEN_DRAWER, OPEN_FRIDGE, SPARE = 0.005, 0.91, 0.76, 0.05
 
@@ -41,11 +41,11 @@ class Posture:
     reach: float
     pitch: float
     roll: float
-    seed: tuple[float, ...]  # arm joints where inverse kinematics start: decides the elbow's side
+    seed: tuple[float, ...]  # arm joints where inverse kinematics starts: sets the elbow's side
 
 
-# The seeds are the solutions nearest to the rest posture: no joint moves by more than about 1.1
-# rad, some 30 steps. A gripper that points ahead costs 2.5 rad and more: no grasp uses that.
+# The seeds are the solutions nearest to the rest posture: a joint moves by at most about 1.1 rad,
+# 30 steps. A gripper that points straight ahead would cost 2.5 rad and more.
 DOWN = Posture(0.70, np.pi / 2, 0.0, (-0.186, -0.404, 0.424, 1.198, -0.512, 0.880, 0.102))
 SHELF = Posture(0.80, 1.3, 0.0, (-0.150, -0.750, 0.470, 0.750, -0.390, 1.370, 0.170))
 PUSH = Posture(0.78, np.pi / 2, 0.0, (-0.086, 0.037, 0.420, 0.510, -0.483, 1.073, -0.090))
@@ -57,7 +57,7 @@ FRONT = Posture(0.90, 0.8, 0.0, (-0.371, -0.656, 1.154, 0.941, -1.199, 0.991, 0.
 class ScriptedExpert:
     """Acts in one environment after its reset and `reset()`; after the motion it rests."""
 
-    obs_mode = "state_dict"  # no images: it reads the simulator's state
+    obs_mode = "state_dict"  # no images
 
     def __init__(self, env: SubtaskEnvs):
         self.env = env
@@ -70,16 +70,16 @@ class ScriptedExpert:
         self.model = robot.create_pinocchio_model()
         self.gripper_link = robot.links.index(sim.agent.tcp._objs[0])
         self.object, self.goal = sim.subtask_objs[0], sim.subtask_goals[0]
-        subtask, target = self.env.episodes[0]["subtask"], self.env.targets[0]
         skills = {
-            ("open", "kitchen_counter"): self.open_drawer,
-            ("open", "fridge"): self.open_fridge,
-            ("close", "kitchen_counter"): self.close_drawer,
-            ("close", "fridge"): self.close_fridge,
-            ("pick", target): self.pick,
-            ("place", target): self.place,
+            "pick": self.pick,
+            "place": self.place,
+            "open kitchen_counter": self.open_drawer,
+            "open fridge": self.open_fridge,
+            "close kitchen_counter": self.close_drawer,
+            "close fridge": self.close_fridge,
         }
-        self.motion = skills[subtask, target]()
+        subtask = self.env.episodes[0]["subtask"]
+        self.motion = (skills.get(subtask) or skills[f"{subtask} {self.env.targets[0]}"])()
 
     def act(self, obs: dict, instruction: str) -> np.ndarray:
         """Return the next action, float32 [1, 13]; both arguments are unused."""
@@ -89,7 +89,7 @@ class ScriptedExpert:
 
     @property
     def joints(self) -> np.ndarray:
-        """The simulator's 15 joints: base x, y, yaw, then MS-HAB's 12."""
+        """The simulator's joints [15]: base x, y, yaw, then MS-HAB's 12."""
         return self.agent.robot.qpos[0].numpy().astype(float)
 
     @property
@@ -98,7 +98,7 @@ class ScriptedExpert:
 
     @property
     def articulation_joint(self) -> sapien.physx.PhysxArticulationJoint:
-        """The joint to open or close; the x axis of its `global_pose` is its axis."""
+        """The drawer's or door's joint."""
         articulation = self.env.mshab.subtask_articulations[0]._objs[0]
         return articulation.active_joints[self.plan.articulation_handle_active_joint_idx]
 
@@ -128,7 +128,7 @@ class ScriptedExpert:
         return hinge + fraction * swung + outward * normal
 
     def in_hand(self, point: np.ndarray, bar=(0.0, 0.0, 0.0)) -> bool:
-        """Is `point`, or another point of the bar along the direction `bar` [3], in the hand?"""
+        """Is `point`, or a point of the bar through it in direction `bar` [3], in the hand?"""
         away = point - self.agent.tcp_pose.sp.p
         return bool(np.linalg.norm(away - np.multiply(bar, np.clip(away @ bar, -0.1, 0.1))) < 0.06)
 
@@ -136,18 +136,13 @@ class ScriptedExpert:
 
     def posture(self, posture: Posture, height: float) -> np.ndarray:
         """Return the arm joints [7] that hold the gripper at `height` metres above the floor."""
-        c, s = np.cos(posture.pitch), np.sin(posture.pitch)
-        approach, left, up = np.array([c, 0, -s]), np.array([0.0, 1.0, 0.0]), np.array([s, 0, c])
-        y = np.cos(posture.roll) * left + np.sin(posture.roll) * up
-        rotation = np.stack([approach, y, np.cross(approach, y)], axis=1)
         above_root = height - self.agent.robot.pose.sp.p[2]
-        target = sapien.Pose([posture.reach, 0, above_root], mat2quat(rotation))
-        start = self.joints
+        rotation = euler2quat(posture.roll, posture.pitch, 0)  # about x first
+        target = sapien.Pose([posture.reach, 0, above_root], rotation)
+        start, free = self.joints, np.zeros(15, int)
         start[:3] = 0  # the base
         start[TORSO] = REST_TORSO
-        start[ARM] = posture.seed
-        free = np.zeros(15, int)
-        free[ARM] = 1
+        start[ARM], free[ARM] = posture.seed, 1
         solution, _, _ = self.model.compute_inverse_kinematics(
             self.gripper_link, target, start, free, eps=1e-3, max_iterations=200, dt=0.2, damp=1e-3
         )
@@ -168,47 +163,38 @@ class ScriptedExpert:
         turn = (turn + np.pi / 2) % np.pi - np.pi / 2  # the fingers may change places
         return arm - turn * np.eye(7)[6]
 
-    def far(self, arm: np.ndarray) -> float:
-        """Largest distance of an arm joint to its target, rad."""
-        return float(np.abs(arm - self.joints[ARM]).max())
-
     def toward(self, arm: np.ndarray, gripper: float, drive=(0.0, 0.0)) -> np.ndarray:
-        """Return the action [13] that moves the arm joints in proportion to `arm` and the base.
+        """Return the action [13] that moves the arm toward the joints `arm` and drives the base.
 
-        `drive` is the base's (m/s, rad/s).
+        All joints arrive together. `drive` is the base's velocity (m/s, rad/s).
         """
         joints = self.joints
         delta = np.append(arm - joints[ARM], REST_TORSO - joints[TORSO])
         delta = delta / max(np.abs(delta).max(), 0.1)  # full speed, slower over the last 0.1 rad
-        delta = np.round(delta / GRID) * GRID
-        action = np.zeros(13, np.float32)
-        action[:7], action[10] = delta[:7], delta[7]
-        action[7] = gripper
-        action[11], action[12] = drive[0], drive[1] / np.pi
-        return np.clip(action, -1, 1)
+        *arm_delta, torso_delta = np.round(delta / GRID) * GRID
+        action = [*arm_delta, gripper, 0, 0, torso_delta, drive[0], drive[1] / np.pi]
+        return np.clip(np.array(action, np.float32), -1, 1)
 
     def hold(self, gripper: float, drive) -> np.ndarray:
         """Return the action [13] that moves the base and sends the arm no correction.
 
-        Action tokens are decoded arm before base: small corrections of the arm would tell the phase
-        of the motion, and a learner would read the phase there instead of in the images.
+        Action tokens are decoded arm before base: a learner would read the phase of the motion in
+        small corrections of the arm instead of in the images.
         """
         return self.toward(self.joints[ARM], gripper, drive)
 
     def offset(self, point: np.ndarray, reach: float, slack=(0.0, 0.0)) -> np.ndarray:
         """Return `point` relative to the hand point, less `slack`; [forward, left] metres."""
-        seen = self.agent.base_link.pose.sp.inv() * sapien.Pose([*point[:2], 0])
-        away = seen.p[:2] - [reach, 0]
+        in_base = self.agent.base_link.pose.sp.inv() * sapien.Pose([*point[:2], 0])
+        away = in_base.p[:2] - [reach, 0]
         return np.sign(away) * np.maximum(np.abs(away) - slack, 0)
 
-    def drive_to(
-        self, point: np.ndarray, reach: float, gain=1.5, slack=(0.0, 0.0)
-    ) -> tuple[float, float]:
+    def drive_to(self, point, reach: float, gain=1.5, slack=(0.0, 0.0)) -> tuple[float, float]:
         """Return the forward and turning velocity that bring the hand point to `point`.
 
-        By default the offset fades as slowly as the arm unfolds, so that many frames show how to
-        correct an offset. `slack` is the offset that the task forgives. It stays uncorrected:
-        a learner that does not see so finely would otherwise meet states without a demonstration.
+        The default gain corrects an offset as slowly as the arm unfolds: many frames show how.
+        `slack` is the offset that the task forgives. It stays uncorrected, since a learner that
+        cannot see it would meet states without a demonstration.
         """
         velocity = gain * self.offset(point, reach, slack)
         velocity *= min(1.0, FULL_SPEED / max(np.linalg.norm(velocity), 1e-6))
@@ -216,11 +202,12 @@ class ScriptedExpert:
 
     # ---- motions
 
-    def bring(
-        self, arm, point: np.ndarray, reach: float, gripper: float, near=0.02, slack=(0.0, 0.0)
-    ) -> Motion:
+    def bring(self, arm, point, reach: float, gripper: float, near=0.02, slack=(0, 0)) -> Motion:
         """Shape the arm while driving, until the hand is within `near` metres of `point`."""
-        while self.far(arm) > 0.05 or np.linalg.norm(self.offset(point, reach, slack)) > near:
+        while (
+            np.abs(arm - self.joints[ARM]).max() > 0.05
+            or np.linalg.norm(self.offset(point, reach, slack)) > near
+        ):
             yield self.toward(arm, gripper, self.drive_to(point, reach, slack=slack))
 
     def retreat(self, point: np.ndarray, distance: float, gripper: float) -> Motion:

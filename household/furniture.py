@@ -1,11 +1,12 @@
 """Furniture and objects of the miniature apartment, written as ReplicaCAD and YCB files.
 
-Files are y-up with the front of a cupboard towards +x, as in ReplicaCAD; mani_skill turns them by
-90 degrees about x, so (x, y, z) here is (x, -z, y) in the simulator. Only the objects are z-up.
-Lengths are metres, colours RGB in 0..255. `tint` returns the apartment's shade of a colour.
+As in ReplicaCAD, y is up and the front of a cupboard faces +x. mani_skill turns the files by 90
+degrees about x: (x, y, z) here is (x, -z, y) in the simulator. Only the objects are z-up. Lengths
+are metres, colours RGB in 0..255. `tint` returns the apartment's shade of a colour.
 """
 
 import json
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,15 +27,14 @@ DRAWER_HANDLE_X, DRAWER_HANDLE_LENGTH = 0.10, 0.26
 FRIDGE_SIZE = (0.6, 1.70, 0.56)  # depth, height, width; the front is at x = 0
 DOOR_THICKNESS, DOOR_WIDTH = 0.05, 0.54
 DOOR_BOTTOM, DOOR_HINGE_Z = 0.72, -0.275
-# rad; MS-HAB asks for three quarters of it, which one pull from in front of the fridge reaches.
-DOOR_RANGE = 1.25
+DOOR_RANGE = 1.25  # rad; one pull from the fridge's front reaches the 3/4 that MS-HAB asks for
 DOOR_HANDLE_X, DOOR_HANDLE_Z, DOOR_HANDLE_LENGTH = 0.125, 0.47, 0.40
 SHELF_TOP = 1.06
 STAND_TOP = SHELF_TOP + 0.06  # the apple stands clear of the shelf: room for the gripper
 STAND_X, STAND_Z = -0.12, 0.06
 
-# Half sizes (of round objects radius, radius, half height), colour, density. Fetch's fingers open
-# to 10 cm and close along y; they reach 3 cm to either side of the tcp, where the palm begins.
+# Shape, half sizes (round objects: radius, radius, half height), colour, density. Fetch's fingers
+# open to 10 cm, close along y and reach 3 cm beyond the tcp; the palm begins 3 cm before the tcp.
 OBJECTS = {
     "013_apple": ("ball", (0.036, 0.036, 0.036), (210, 30, 30), 400),
     "024_bowl": ("can", (0.040, 0.040, 0.030), (200, 60, 140), 400),
@@ -53,16 +53,12 @@ HANDLE = (0, 170, 60)  # the only strong green: a small network finds handles by
 INSIDE = (30, 70, 200)  # the furniture's only blue, visible when a drawer or the fridge is open
 
 
-@dataclass
-class Box:
-    size: tuple[float, float, float]
-    center: tuple[float, float, float]
-    color: tuple[int, int, int]
+Box = namedtuple("Box", "size center color")  # three numbers each
 
 
 @dataclass
 class Link:
-    """A rigid part of a cupboard; a joint connects each to the first, the root."""
+    """A rigid part of a cupboard. A joint connects it to the cupboard's first link, the root."""
 
     name: str
     boxes: list[Box]
@@ -103,13 +99,15 @@ def kitchen_counter(rng: np.random.Generator, tint) -> Furniture:
         Box((depth - 0.02, tall, 0.03), (back - 0.01, middle, 0), wood),
     ]
     handle_y = float(rng.uniform(-0.02, 0.02))
-    boxes = drawer_boxes(tint((200, 180, 140)), handle_y)
-    slide = dict(joint="prismatic", axis=(1, 0, 0), upper=DRAWER_RANGE, damping=2, friction=1)
-    drawers = [
-        Link(name, boxes, mass=3, origin=(0.005, DRAWER_Y, z), **slide)
-        for name, z in (("drawer_left", DRAWER_Z), ("drawer_right", -DRAWER_Z))
+    slide = dict(
+        boxes=drawer_boxes(tint((200, 180, 140)), handle_y),
+        mass=3, joint="prismatic", axis=(1, 0, 0), upper=DRAWER_RANGE, damping=2, friction=1,
+    )  # fmt: skip
+    links = [
+        Link("root", root, mass=50),
+        Link("drawer_left", origin=(0.005, DRAWER_Y, DRAWER_Z), **slide),
+        Link("drawer_right", origin=(0.005, DRAWER_Y, -DRAWER_Z), **slide),
     ]
-    links = [Link("root", root, mass=50), *drawers]
     return Furniture("kitchen_counter", links, 2, (DRAWER_HANDLE_X, handle_y, 0.0))
 
 
@@ -140,38 +138,36 @@ def fridge(rng: np.random.Generator, tint) -> Furniture:
         Box((depth - 0.1, 0.02, width - 0.06), (back - 0.05, SHELF_TOP - 0.01, 0), tint(GREY)),
         *stand_boxes(tint(GREY)),
     ]
-    top_height, bottom_height = height - DOOR_BOTTOM - 0.02, DOOR_BOTTOM - 0.04
-    top_y, bottom_y = DOOR_BOTTOM + top_height / 2, 0.02 + bottom_height / 2
+    top, bottom = height - DOOR_BOTTOM - 0.02, DOOR_BOTTOM - 0.04  # heights of the doors
+    top_y, bottom_y = DOOR_BOTTOM + top / 2, 0.02 + bottom / 2
     handle = (DOOR_HANDLE_X, 1.12 - top_y + float(rng.uniform(-0.02, 0.02)), DOOR_HANDLE_Z)
     face = tint((235, 235, 240))
-    hinge = dict(joint="revolute", axis=(0, 1, 0), upper=DOOR_RANGE, damping=0.5, friction=0.1)
-    doors = [
-        Link(name, boxes, mass=4, origin=(0.005, y, DOOR_HINGE_Z), **hinge)
-        for name, boxes, y in (
-            ("top_door", [door_box(top_height, face), *door_handle(handle)], top_y),
-            ("bottom_door", [door_box(bottom_height, face)], bottom_y),
-        )
+    thick, x, z = DOOR_THICKNESS, DOOR_THICKNESS / 2, DOOR_WIDTH / 2
+    top_door = [Box((thick, top, DOOR_WIDTH), (x, 0, z), face), *door_handle(*handle)]
+    bottom_door = [Box((thick, bottom, DOOR_WIDTH), (x, 0, z), face)]
+    hinge = dict(
+        mass=4, joint="revolute", axis=(0, 1, 0), upper=DOOR_RANGE, damping=0.5, friction=0.1
+    )
+    links = [
+        Link("body", body, mass=80),
+        Link("top_door", top_door, origin=(0.005, top_y, DOOR_HINGE_Z), **hinge),
+        Link("bottom_door", bottom_door, origin=(0.005, bottom_y, DOOR_HINGE_Z), **hinge),
     ]
-    return Furniture("fridge", [Link("body", body, mass=80), *doors], 1, handle)
+    return Furniture("fridge", links, 1, handle)
 
 
-def door_box(height: float, color) -> Box:
-    return Box((DOOR_THICKNESS, height, DOOR_WIDTH), (DOOR_THICKNESS / 2, 0, DOOR_WIDTH / 2), color)
-
-
-def door_handle(bar: tuple[float, float, float]) -> list[Box]:
-    """Two posts and the bar at `bar`."""
-    x, y, z = bar
-    post, post_x, post_y = x - DOOR_THICKNESS, (DOOR_THICKNESS + x) / 2, DOOR_HANDLE_LENGTH / 2
-    post_y -= 0.015
+def door_handle(x: float, y: float, z: float) -> list[Box]:
+    """Two posts and a bar at x, y, z."""
+    post, post_x = x - DOOR_THICKNESS, (DOOR_THICKNESS + x) / 2
+    post_y = DOOR_HANDLE_LENGTH / 2 - 0.015
     return [
         *[Box((post, 0.02, 0.02), (post_x, y + dy, z), HANDLE) for dy in (-post_y, post_y)],
-        Box((0.025, DOOR_HANDLE_LENGTH, 0.03), bar, HANDLE),
+        Box((0.025, DOOR_HANDLE_LENGTH, 0.03), (x, y, z), HANDLE),
     ]
 
 
 def stand_boxes(color) -> list[Box]:
-    """A block with a rim just narrower than the apple, which keeps the apple from rolling away."""
+    """A block whose rim, just narrower than the apple, keeps the apple from rolling away."""
     size, rim, height = 0.056, 0.008, STAND_TOP - SHELF_TOP
     y, rim_y, edge = SHELF_TOP + height / 2, STAND_TOP + rim / 2, (size - rim) / 2
     return [
@@ -181,7 +177,7 @@ def stand_boxes(color) -> list[Box]:
     ]
 
 
-def room_boxes(floor, *walls) -> list[Box]:
+def room_boxes(floor, walls) -> list[Box]:
     """Floor and four walls, from their colours."""
     half, height = ROOM / 2 + 0.05, WALL_HEIGHT
     sides = [(-half, 0), (half, 0), (0, -half), (0, half)]
@@ -221,32 +217,31 @@ def painted(rgba, metallic=0.0, roughness=0.9) -> trimesh.visual.TextureVisuals:
 
 def write_glb(path: Path, boxes: list[Box]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    meshes = [trimesh.creation.box(box.size) for box in boxes]
-    for mesh, box in zip(meshes, boxes):
+    scene = trimesh.Scene()
+    for box in boxes:
+        mesh = trimesh.creation.box(box.size)
         mesh.apply_translation(box.center)
         mesh.visual = painted([*box.color, 255])
-    trimesh.Scene(meshes).export(path)
+        scene.add_geometry(mesh)
+    scene.export(path)
 
 
 def write_urdf(folder: Path, furniture: Furniture) -> None:
     """Write <folder>/<name>/<name>.urdf."""
-    root, *others = furniture.links
-    text = f'<?xml version="1.0"?>\n<robot name="{furniture.name}">\n'
+    name, root = furniture.name, furniture.links[0]
+    inertia = '<inertia ixx="0.2" iyy="0.2" izz="0.2" ixy="0" ixz="0" iyz="0"/>'
+    text = f'<?xml version="1.0"?>\n<robot name="{name}">\n'
     for link in furniture.links:
-        text += (
-            f'<link name="{link.name}"><inertial><mass value="{link.mass}"/>'
-            '<inertia ixx="0.2" iyy="0.2" izz="0.2" ixy="0" ixz="0" iyz="0"/></inertial>\n'
-        )
-        for box in link.boxes:
-            shape = (
-                f'<origin xyz="{numbers(box.center)}"/>'
-                f'<geometry><box size="{numbers(box.size)}"/></geometry>'
-            )
-            rgba = numbers([*(np.array(box.color) / 255), 1])
+        text += f'<link name="{link.name}"><inertial><mass value="{link.mass}"/>'
+        text += f"{inertia}</inertial>\n"
+        for size, center, color in link.boxes:
+            shape = f'<origin xyz="{numbers(center)}"/>'
+            shape += f'<geometry><box size="{numbers(size)}"/></geometry>'
+            rgba = numbers([*(np.array(color) / 255), 1])
             paint = f'<material name="c{rgba.replace(" ", "_")}"><color rgba="{rgba}"/></material>'
             text += f"  <visual>{shape}{paint}</visual>\n  <collision>{shape}</collision>\n"
         text += "</link>\n"
-    for i, link in enumerate(others):
+    for i, link in enumerate(furniture.links[1:]):
         text += (
             f'<joint name="joint_{i}" type="{link.joint}">'
             f'<parent link="{root.name}"/><child link="{link.name}"/>'
@@ -254,7 +249,7 @@ def write_urdf(folder: Path, furniture: Furniture) -> None:
             f'<limit lower="0" upper="{link.upper}" effort="1000" velocity="10"/>'
             f'<dynamics damping="{link.damping}" friction="{link.friction}"/></joint>\n'
         )
-    write_text(folder / furniture.name / f"{furniture.name}.urdf", text + "</robot>\n")
+    write_text(folder / name / f"{name}.urdf", text + "</robot>\n")
 
 
 def numbers(values) -> str:
@@ -275,7 +270,7 @@ def write_objects(folder: Path, tint) -> None:
         rgb = numbers(np.array(tint(color)) / 255)
         write_text(model / "textured.mtl", f"newmtl m\nKd {rgb}\nKa 0 0 0\n")
         vertices = "".join(f"v {numbers(vertex)}\n" for vertex in mesh.vertices)
-        faces = "".join(f"f {a + 1} {b + 1} {c + 1}\n" for a, b, c in mesh.faces)
+        faces = "".join(f"f {a} {b} {c}\n" for a, b, c in mesh.faces + 1)
         obj = f"mtllib textured.mtl\no o\n{vertices}usemtl m\n{faces}"
         write_text(model / "textured.obj", obj)
         mesh.export(model / "collision.ply")
