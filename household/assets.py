@@ -34,11 +34,11 @@ def main(out: Path, seed: int = 0) -> None:
     """Write OUT/data, for MS_ASSET_DIR=OUT. A folder that is complete already is left alone."""
     marker = dict(seed=seed, code=VERSION)
     if out.exists() and any(out.iterdir()):
-        if not (path := out / "household.json").is_file():
-            raise InputError(f"{out} is not empty and no generated apartment: choose another --out")
-        if (found := json.loads(path.read_bytes())) != marker:
+        path = out / "household.json"
+        found = json.loads(path.read_bytes()) if path.is_file() else "other files"
+        if found != marker:
             raise InputError(
-                f"{out} holds the apartment {found}, not {marker} (code: the generator's version). "
+                f"{out} holds {found}, expected {marker} (code: the generator's version). "
                 f"Choose another --out, or move it aside: mv {quoted(out, f'{out}-aside')}"
             )
         print(f"{out} is already the generated apartment of seed {seed}: nothing to do")

@@ -4,6 +4,7 @@ The files have the layout of ReplicaCADRearrange's episodes and MS-HAB's task pl
 Positions are in the simulator's frame, metres; `rng` varies episodes and start poses.
 """
 
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ CLUTTER = tuple(parts.OBJECTS)[1:]  # TidyHouse and PrepareGroceries; SetTable h
 SLOTS = (-0.42, 0.0, 0.42)  # where objects stand along a table or counter, metres from its middle
 
 REST = Fetch.keyframes["rest"].qpos
-TO_TABLE, TO_CUPBOARDS = 0.0, np.pi  # yaw: the robot faces the table towards +x, cupboards -x
+TO_TABLE, TO_CUPBOARDS = 0.0, np.pi  # the robot's yaw: the table is towards +x, cupboards -x
 # Distance of the base to the target at the start, and its variation; metres, rad.
 START_TABLE, START_DRAWER, START_DOOR, START_APPLE = 0.95, 1.35, 1.25, 1.15
 START_OPEN_DRAWER = START_DRAWER + 0.10  # closing needs no step back
@@ -31,41 +32,24 @@ VARY_AHEAD, VARY_ASIDE, VARY_YAW = 0.10, 0.08, 0.06
 # side, in front of the open door's outer face.
 DOOR_ASIDE = 0.12
 
-# ReplicaCAD's files are y-up (mani_skill: replicacad/rearrange/scene_builder.py).
-Y_UP = axangle2quat([1, 0, 0], np.pi / 2)
 GOAL_CORNERS = [(-0.15, -0.15), (0.15, -0.15), (0.15, 0.15), (-0.15, 0.15)]  # around a goal, m
 # The gripper at rest points down: an upright object's z is its -x, and the fingers close along y.
 UPRIGHT_IN_HAND = mat2quat(np.array([[0, 0, -1], [0, 1, 0], [1, 0, 0]]))
 PALM_DEPTH = 0.029  # palm to tcp, less than in the mesh: nothing may touch the palm at the start
 
-
-@dataclass
-class Scene:
-    """One apartment, and x, y of its furniture."""
-
-    name: str
-    counter: np.ndarray
-    fridge: np.ndarray
-    table: np.ndarray
-
-
-@dataclass
-class Episode:
-    """The objects' poses at the start: name -> x, y, z and yaw."""
-
-    name: str
-    scene: Scene
-    objects: dict[str, tuple[np.ndarray, float]]
+Scene = namedtuple("Scene", "name counter fridge table")  # x, y of each piece of furniture
+Episode = namedtuple("Episode", "name scene objects")  # objects: name -> ([x, y, z], yaw)
 
 
 def write_episode(rearrange: Path, episode: Episode) -> None:
     """Write rearrange/<split>/<task>/episode_<n>.json, the initial poses of the objects."""
-    # The loader applies `to_simulator`, then the stored pose, then the inverse of Y_UP.
-    to_simulator = sapien.Pose(q=Y_UP, p=[0, 0, 0.01])
+    y_up = sapien.Pose(q=axangle2quat([1, 0, 0], np.pi / 2))
+    to_simulator = sapien.Pose(q=y_up.q, p=[0, 0, 0.01])
     rigid = []
     for name, (position, yaw) in episode.objects.items():
         pose = sapien.Pose(position, axangle2quat([0, 0, 1], yaw))
-        stored = to_simulator.inv() * pose * sapien.Pose(q=Y_UP)
+        # mani_skill's replicacad/rearrange/scene_builder.py places to_simulator * stored * y_up^-1.
+        stored = to_simulator.inv() * pose * y_up
         rigid.append([f"{name}.object_config.json", stored.to_transformation_matrix().tolist()])
     scene_id = f"data/replica_cad/configs/scenes/{episode.scene.name}"
     content = dict(rigid_objs=rigid, ao_states={}, scene_id=scene_id)
@@ -94,9 +78,6 @@ class Surface:
 
 TABLE = Surface("table", -parts.TABLE_SIZE[0] / 2 + 0.18, 0.05, TO_TABLE, parts.TABLE_SIZE[1])
 COUNTER = Surface("counter", -0.15, 0.04, TO_CUPBOARDS, parts.COUNTER_SIZE[1])
-
-
-# --- Start poses and task plans
 
 
 class Plans:
@@ -214,7 +195,7 @@ def add_cupboard(plans: dict[str, Plans], episode: Episode, cupboard, name, star
 
     `starts` draws the start poses of the three plans.
     """
-    number = START_POSES[plans["pick"].split]
+    number, object_id = START_POSES[plans["pick"].split], f"{name}-0"
     pick, open_, close = zip(*(starts(episode, cupboard, rng) for _ in range(number)))
     fields = dict(
         articulation_type=cupboard.name,
@@ -223,9 +204,9 @@ def add_cupboard(plans: dict[str, Plans], episode: Episode, cupboard, name, star
         articulation_handle_active_joint_idx=cupboard.handle_joint,
     )
     handle = dict(articulation_relative_handle_pos=cupboard.handle_pos, **fields)
-    removed = dict(remove_obj_id=f"{name}-0") if name == "024_bowl" else {}
-    plans["pick"].add(name, episode, pick, obj_id=f"{name}-0", articulation_config=fields)
-    plans["open"].add(cupboard.name, episode, open_, obj_id=f"{name}-0", **handle)
+    removed = dict(remove_obj_id=object_id) if name == "024_bowl" else {}
+    plans["pick"].add(name, episode, pick, obj_id=object_id, articulation_config=fields)
+    plans["open"].add(cupboard.name, episode, open_, obj_id=object_id, **handle)
     plans["close"].add(cupboard.name, episode, close, **removed, **handle)
 
 
@@ -240,8 +221,8 @@ def bowl_starts(episode: Episode, counter, rng) -> tuple[dict, dict, dict]:
     """Return start poses to pick the bowl, to open and to close the drawer."""
     front = episode.scene.counter + np.array([0, parts.DRAWER_Z])
     qpos = opened(counter, 0.97, 1.0, rng)
-    bowl, _ = episode.objects["024_bowl"]
-    bowl = bowl + np.array([qpos[counter.handle_joint], 0, 0])  # the drawer carries the bowl
+    # The drawer carries the bowl.
+    bowl = episode.objects["024_bowl"][0] + np.array([qpos[counter.handle_joint], 0, 0])
     pick = start_pose((front[0], bowl[1]), TO_CUPBOARDS, START_DRAWER, rng)
     pick |= dict(articulation_qpos=qpos, obj_raw_pose=[*bowl, 1, 0, 0, 0])
     open_ = start_pose(front, TO_CUPBOARDS, START_DRAWER, rng)

@@ -65,27 +65,24 @@ class ScriptedExpert:
     def reset(self) -> None:
         """Start the skill of the environment's current episode."""
         sim = self.env.mshab
-        self.agent, self.plan = sim.agent, sim.task_plan[0]
+        self.agent, self.object, self.goal = sim.agent, sim.subtask_objs[0], sim.subtask_goals[0]
         robot = sim.agent.robot._objs[0]
         self.model = robot.create_pinocchio_model()
         self.gripper_link = robot.links.index(sim.agent.tcp._objs[0])
-        self.object, self.goal = sim.subtask_objs[0], sim.subtask_goals[0]
-        skills = {
-            "pick": self.pick,
-            "place": self.place,
-            "open kitchen_counter": self.open_drawer,
-            "open fridge": self.open_fridge,
-            "close kitchen_counter": self.close_drawer,
-            "close fridge": self.close_fridge,
-        }
-        subtask = self.env.episodes[0]["subtask"]
-        self.motion = (skills.get(subtask) or skills[f"{subtask} {self.env.targets[0]}"])()
+        subtask, target = self.env.episodes[0]["subtask"], self.env.targets[0]
+        if subtask in ("pick", "place"):
+            self.motion = dict(pick=self.pick, place=self.place)[subtask]()
+            return
+        self.cupboard = sim.subtask_articulations[0]
+        self.joint_index = sim.task_plan[0].articulation_handle_active_joint_idx
+        self.joint = self.cupboard._objs[0].active_joints[self.joint_index]  # drawer's or door's
+        drawer = dict(open=self.open_drawer, close=self.close_drawer)
+        fridge = dict(open=self.open_fridge, close=self.close_fridge)
+        self.motion = dict(kitchen_counter=drawer, fridge=fridge)[target][subtask]()
 
     def act(self, obs: dict, instruction: str) -> np.ndarray:
         """Return the next action, float32 [1, 13]; both arguments are unused."""
         return next(self.motion)[None]
-
-    # ---- state
 
     @property
     def joints(self) -> np.ndarray:
@@ -97,30 +94,23 @@ class ScriptedExpert:
         return self.env.mshab.handle_world_poses[0].sp.p  # [3]
 
     @property
-    def articulation_joint(self) -> sapien.physx.PhysxArticulationJoint:
-        """The drawer's or door's joint."""
-        articulation = self.env.mshab.subtask_articulations[0]._objs[0]
-        return articulation.active_joints[self.plan.articulation_handle_active_joint_idx]
-
-    @property
     def opening(self) -> float:
         """The opening of drawer or door, as a fraction of its range."""
-        index = self.plan.articulation_handle_active_joint_idx
-        low, high = self.articulation_joint.limits[0]
-        return (float(self.env.mshab.subtask_articulations[0].qpos[0, index]) - low) / (high - low)
+        low, high = self.joint.limits[0]
+        return (float(self.cupboard.qpos[0, self.joint_index]) - low) / (high - low)
 
     @property
     def axis(self) -> np.ndarray:
         """The joint's axis in the world [3]: a drawer's way out, a door's hinge."""
-        return self.articulation_joint.global_pose.to_transformation_matrix()[:3, 0]
+        return self.joint.global_pose.to_transformation_matrix()[:3, 0]
 
     def on_arc(self, angle: float, fraction: float = 1.0, outward: float = 0.0) -> np.ndarray:
-        """Return a point [3] near the handle's arc about its hinge.
+        """Return the handle's position [3] after the door opens by `angle` rad.
 
-        The handle is swung by `angle` rad (opening is positive), drawn in to `fraction` of its
-        distance from the hinge and moved `outward` metres away from the door.
+        The point is moved to `fraction` of its distance from the hinge and `outward` metres off
+        the door.
         """
-        hinge, axis = self.articulation_joint.global_pose.p, self.axis
+        hinge, axis = self.joint.global_pose.p, self.axis
         arm = self.handle - hinge
         arm = arm - axis * (axis @ arm)
         swung = np.cos(angle) * arm + np.sin(angle) * np.cross(axis, arm)
@@ -131,8 +121,6 @@ class ScriptedExpert:
         """Is `point`, or a point of the bar through it in direction `bar` [3], in the hand?"""
         away = point - self.agent.tcp_pose.sp.p
         return bool(np.linalg.norm(away - np.multiply(bar, np.clip(away @ bar, -0.1, 0.1))) < 0.06)
-
-    # ---- kinematics
 
     def posture(self, posture: Posture, height: float) -> np.ndarray:
         """Return the arm joints [7] that hold the gripper at `height` metres above the floor."""
@@ -200,8 +188,6 @@ class ScriptedExpert:
         velocity *= min(1.0, FULL_SPEED / max(np.linalg.norm(velocity), 1e-6))
         return velocity[0], velocity[1] / reach
 
-    # ---- motions
-
     def bring(self, arm, point, reach: float, gripper: float, near=0.02, slack=(0, 0)) -> Motion:
         """Shape the arm while driving, until the hand is within `near` metres of `point`."""
         while (
@@ -219,8 +205,8 @@ class ScriptedExpert:
     def back_off(self, point: np.ndarray, distance: float) -> Motion:
         """Drive back to `distance` metres from `point` with the hand open; only then retreat.
 
-        The arm folds where it never unfolds on the way in, and an open hand means the way back.
-        Otherwise images of both ways differ only in the door or drawer, and a learner dithers.
+        The open hand, and the arm that folds only here, tell a learner the way back from the way
+        in: otherwise the images would differ only in the door or drawer.
         """
         while np.linalg.norm(self.offset(point, reach=0.0)) < distance:
             yield self.hold(OPEN, (-FULL_SPEED, 0))
@@ -236,26 +222,25 @@ class ScriptedExpert:
     # ---- skills: each ends in `retreat`, which never ends
 
     def pick(self) -> Motion:
-        """Grasp from above, in the fridge aslant; a lost object is picked again."""
+        """Grasp from above, in the fridge obliquely; pick a lost object again."""
         held = False
         while not held:
             position = self.object.pose.sp.p
             # High up the gripper cannot point down; in the fridge the elbow must clear the door.
-            hold, clear = (DOWN, 0.12) if position[2] < 1.0 else (SHELF, 0.08)
-            above, at = (self.posture(hold, position[2] + lift) for lift in (clear, 0.005))
-            yield from self.bring(self.aligned(above), position, hold.reach, OPEN)
-            grasp = self.aligned(at)
-            yield from self.bring(grasp, position, hold.reach, OPEN)
-            yield from self.squeeze(grasp, CLOSE)
-            yield from self.bring(above, position, hold.reach, CLOSE, near=0.1)
+            grip, clear = (DOWN, 0.12) if position[2] < 1.0 else (SHELF, 0.08)
+            above, at = (self.posture(grip, position[2] + lift) for lift in (clear, 0.005))
+            yield from self.bring(self.aligned(above), position, grip.reach, OPEN)
+            at = self.aligned(at)
+            yield from self.bring(at, position, grip.reach, OPEN)
+            yield from self.squeeze(at, CLOSE)
+            yield from self.bring(above, position, grip.reach, CLOSE, near=0.1)
             held = self.in_hand(self.object.pose.sp.p)
-        yield from self.retreat(position, hold.reach + 0.2, CLOSE)
+        yield from self.retreat(position, grip.reach + 0.2, CLOSE)
 
     def place(self) -> Motion:
-        goal = self.goal.pose.sp.p
-        in_hand = (self.object.pose.sp.p - self.agent.tcp_pose.sp.p)[2]  # its centre above the tcp
-        above, at = (self.posture(DOWN, goal[2] - in_hand + lift) for lift in (0.12, 0.01))
-        slack = (0.05, 0.05)  # MS-HAB counts 0.15 m from the goal as placed
+        goal, slack = self.goal.pose.sp.p, (0.05, 0.05)  # MS-HAB forgives 0.15 m
+        center = (self.object.pose.sp.p - self.agent.tcp_pose.sp.p)[2]  # height above the tcp
+        above, at = (self.posture(DOWN, goal[2] - center + lift) for lift in (0.12, 0.01))
         yield from self.bring(above, goal, DOWN.reach, CLOSE, slack=slack)
         yield from self.bring(at, goal, DOWN.reach, CLOSE, slack=slack)
         yield from self.squeeze(at, OPEN)
@@ -273,7 +258,7 @@ class ScriptedExpert:
         yield from self.back_off(self.handle, PUSH.reach + 0.4)
 
     def open_drawer(self) -> Motion:
-        """Grasp the bar from above, anywhere, one finger behind it, and pull; again if it slips."""
+        """Grasp the bar anywhere from above and pull the drawer; grasp again if the bar slips."""
         bar, slack = np.cross(self.axis, [0, 0, 1]), (0.0, 0.08)
         above, at = (self.posture(HOOK, self.handle[2] + lift) for lift in (0.10, 0.0))
         while self.opening < OPEN_DRAWER:
@@ -296,7 +281,7 @@ class ScriptedExpert:
         yield from self.back_off(self.handle, REACH.reach + 0.3)
 
     def open_fridge(self) -> Motion:
-        """Grasp the bar and pull it along its arc; again if the handle slips."""
+        """Grasp the bar and pull it along its arc; grasp again if the bar slips."""
         arm = self.posture(FRONT, self.handle[2])
         while self.opening < OPEN_FRIDGE:
             yield from self.bring(arm, self.on_arc(0.0, outward=0.12), FRONT.reach, OPEN)

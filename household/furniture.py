@@ -14,22 +14,14 @@ import numpy as np
 import trimesh
 from trimesh.visual.material import PBRMaterial
 
-ROOM, WALL_HEIGHT = 6.0, 2.6  # a square room, the origin in its middle
-TABLE_SIZE = (0.8, 0.72, 1.4)  # depth, height, width
+TABLE_SIZE = (0.8, 0.72, 1.4)  # depth, height, width, also of the others
 
-COUNTER_SIZE = (0.6, 0.90, 1.6)  # depth, height, width; the front is at x = 0
-DRAWER_SIZE = (0.50, 0.20, 0.70)  # depth, height, width
+COUNTER_SIZE = (0.6, 0.90, 1.6)  # the front is at x = 0, also of the fridge
+DRAWER_SIZE = (0.50, 0.20, 0.70)
 DRAWER_Y, DRAWER_Z = 0.74, 0.39  # height of the drawers' middle, offset to either side
-DRAWER_RANGE = 0.35
 DRAWER_FLOOR = DRAWER_Y - DRAWER_SIZE[1] / 2 + 0.03  # the surface on which the bowl stands
-DRAWER_HANDLE_X, DRAWER_HANDLE_LENGTH = 0.10, 0.26
 
-FRIDGE_SIZE = (0.6, 1.70, 0.56)  # depth, height, width; the front is at x = 0
-DOOR_THICKNESS, DOOR_WIDTH = 0.05, 0.54
-DOOR_BOTTOM, DOOR_HINGE_Z = 0.72, -0.275
-DOOR_RANGE = 1.25  # rad; one pull from the fridge's front reaches the 3/4 that MS-HAB asks for
-DOOR_HANDLE_X, DOOR_HANDLE_Z, DOOR_HANDLE_LENGTH = 0.125, 0.47, 0.40
-SHELF_TOP = 1.06
+SHELF_TOP = 1.06  # in the fridge
 STAND_TOP = SHELF_TOP + 0.06  # the apple stands clear of the shelf: room for the gripper
 STAND_X, STAND_Z = -0.12, 0.06
 
@@ -48,10 +40,8 @@ OBJECTS = {
     "010_potted_meat_can": ("box", (0.050, 0.025, 0.040), (50, 70, 200), 500),
 }
 
-WOOD, WORKTOP, WHITE, GREY = (165, 140, 110), (80, 80, 85), (225, 225, 230), (90, 90, 95)
 HANDLE = (0, 170, 60)  # the only strong green: a small network finds handles by their colour
 INSIDE = (30, 70, 200)  # the furniture's only blue, visible when a drawer or the fridge is open
-
 
 Box = namedtuple("Box", "size center color")  # three numbers each
 
@@ -88,81 +78,78 @@ class Furniture:
 def kitchen_counter(rng: np.random.Generator, tint) -> Furniture:
     """A counter with two drawers; the tasks use the one at -z."""
     depth, height, width = COUNTER_SIZE
-    wood, back, end = tint(WOOD), -depth / 2, width / 2 - 0.015
+    wood, back, end = tint((165, 140, 110)), -depth / 2, width / 2 - 0.015
     low, high = DRAWER_Y - DRAWER_SIZE[1] / 2 - 0.02, height - 0.04
     tall, middle = high - low, (high + low) / 2
     root = [
-        Box((depth, 0.04, width), (back, height - 0.02, 0), tint(WORKTOP)),
+        Box((depth, 0.04, width), (back, height - 0.02, 0), tint((80, 80, 85))),
         Box((depth, low, width), (back, low / 2, 0), wood),
         Box((0.02, tall, width), (0.01 - depth, middle, 0), wood),
         *[Box((depth, tall, 0.03), (back, middle, z), wood) for z in (-end, end)],
         Box((depth - 0.02, tall, 0.03), (back - 0.01, middle, 0), wood),
     ]
-    handle_y = float(rng.uniform(-0.02, 0.02))
+    handle_x, handle_y = 0.10, float(rng.uniform(-0.02, 0.02))
     slide = dict(
-        boxes=drawer_boxes(tint((200, 180, 140)), handle_y),
-        mass=3, joint="prismatic", axis=(1, 0, 0), upper=DRAWER_RANGE, damping=2, friction=1,
+        boxes=drawer_boxes(tint((200, 180, 140)), handle_x, handle_y),
+        mass=3, joint="prismatic", axis=(1, 0, 0), upper=0.35, damping=2, friction=1,
     )  # fmt: skip
     links = [
         Link("root", root, mass=50),
         Link("drawer_left", origin=(0.005, DRAWER_Y, DRAWER_Z), **slide),
         Link("drawer_right", origin=(0.005, DRAWER_Y, -DRAWER_Z), **slide),
     ]
-    return Furniture("kitchen_counter", links, 2, (DRAWER_HANDLE_X, handle_y, 0.0))
+    return Furniture("kitchen_counter", links, 2, (handle_x, handle_y, 0.0))
 
 
-def drawer_boxes(front, handle_y: float) -> list[Box]:
+def drawer_boxes(front, handle_x: float, handle_y: float) -> list[Box]:
     depth, height, width = DRAWER_SIZE
-    back, wall, wall_y, side = -depth / 2, height * 0.5, -0.04, width / 2 - 0.03
-    x, post = DRAWER_HANDLE_X, DRAWER_HANDLE_LENGTH / 2 - 0.015
+    back, wall, side = -depth / 2, height / 2, width / 2 - 0.03
+    post_size, post_x = (handle_x, 0.02, 0.02), handle_x / 2
     return [
         Box((0.02, height, width), (0, 0, 0), front),
         Box((depth, 0.02, width - 0.04), (back, 0.02 - height / 2, 0), INSIDE),
-        *[Box((depth, wall, 0.02), (back, wall_y, z), INSIDE) for z in (-side, side)],
-        Box((0.02, wall, width - 0.04), (-depth, wall_y, 0), INSIDE),
-        *[Box((x, 0.02, 0.02), (x / 2, handle_y, z), HANDLE) for z in (-post, post)],
-        Box((0.02, 0.03, DRAWER_HANDLE_LENGTH), (x, handle_y, 0), HANDLE),
+        *[Box((depth, wall, 0.02), (back, -0.04, z), INSIDE) for z in (-side, side)],
+        Box((0.02, wall, width - 0.04), (-depth, -0.04, 0), INSIDE),
+        *[Box(post_size, (post_x, handle_y, z), HANDLE) for z in (-0.115, 0.115)],
+        Box((0.02, 0.03, 0.26), (handle_x, handle_y, 0), HANDLE),
     ]
 
 
 def fridge(rng: np.random.Generator, tint) -> Furniture:
     """A fridge with two doors; the tasks use the top door, which coasts shut after a push."""
-    depth, height, width = FRIDGE_SIZE
-    white, back, side = tint(WHITE), -depth / 2, width / 2 - 0.015
-    levels, middle = (0.015, 0.70, height - 0.015), height / 2
+    depth, height, width = 0.6, 1.70, 0.56
+    white, back, side = tint((225, 225, 230)), -depth / 2, width / 2 - 0.015
+    grey, middle = tint((90, 90, 95)), height / 2
     body = [
-        *[Box((depth, 0.03, width), (back, y, 0), white) for y in levels],
+        *[Box((depth, 0.03, width), (back, y, 0), white) for y in (0.015, 0.70, height - 0.015)],
         Box((0.03, height, width), (0.015 - depth, middle, 0), white),
         Box((0.01, height - 0.06, width - 0.06), (0.035 - depth, middle, 0), INSIDE),
         *[Box((depth, height, 0.03), (back, middle, z), white) for z in (-side, side)],
-        Box((depth - 0.1, 0.02, width - 0.06), (back - 0.05, SHELF_TOP - 0.01, 0), tint(GREY)),
-        *stand_boxes(tint(GREY)),
+        Box((depth - 0.1, 0.02, width - 0.06), (back - 0.05, SHELF_TOP - 0.01, 0), grey),
+        *stand_boxes(grey),
     ]
-    top, bottom = height - DOOR_BOTTOM - 0.02, DOOR_BOTTOM - 0.04  # heights of the doors
-    top_y, bottom_y = DOOR_BOTTOM + top / 2, 0.02 + bottom / 2
-    handle = (DOOR_HANDLE_X, 1.12 - top_y + float(rng.uniform(-0.02, 0.02)), DOOR_HANDLE_Z)
+    top, bottom = 0.96, 0.68  # heights of the doors
+    top_y, bottom_y, hinge_z = 0.72 + top / 2, 0.02 + bottom / 2, -0.275
+    handle = (0.125, 1.12 - top_y + float(rng.uniform(-0.02, 0.02)), 0.47)
     face = tint((235, 235, 240))
-    thick, x, z = DOOR_THICKNESS, DOOR_THICKNESS / 2, DOOR_WIDTH / 2
-    top_door = [Box((thick, top, DOOR_WIDTH), (x, 0, z), face), *door_handle(*handle)]
-    bottom_door = [Box((thick, bottom, DOOR_WIDTH), (x, 0, z), face)]
-    hinge = dict(
-        mass=4, joint="revolute", axis=(0, 1, 0), upper=DOOR_RANGE, damping=0.5, friction=0.1
-    )
+    top_door = [Box((0.05, top, 0.54), (0.025, 0, 0.27), face), *door_handle(*handle)]
+    bottom_door = [Box((0.05, bottom, 0.54), (0.025, 0, 0.27), face)]
+    # One pull from the fridge's front reaches three quarters of the range, which MS-HAB asks for.
+    hinge = dict(mass=4, joint="revolute", axis=(0, 1, 0), upper=1.25, damping=0.5, friction=0.1)
     links = [
         Link("body", body, mass=80),
-        Link("top_door", top_door, origin=(0.005, top_y, DOOR_HINGE_Z), **hinge),
-        Link("bottom_door", bottom_door, origin=(0.005, bottom_y, DOOR_HINGE_Z), **hinge),
+        Link("top_door", top_door, origin=(0.005, top_y, hinge_z), **hinge),
+        Link("bottom_door", bottom_door, origin=(0.005, bottom_y, hinge_z), **hinge),
     ]
     return Furniture("fridge", links, 1, handle)
 
 
 def door_handle(x: float, y: float, z: float) -> list[Box]:
-    """Two posts and a bar at x, y, z."""
-    post, post_x = x - DOOR_THICKNESS, (DOOR_THICKNESS + x) / 2
-    post_y = DOOR_HANDLE_LENGTH / 2 - 0.015
+    """Two posts on the door, which is 0.05 thick, and a bar at x, y, z."""
+    post_size, post_x = (x - 0.05, 0.02, 0.02), (0.05 + x) / 2
     return [
-        *[Box((post, 0.02, 0.02), (post_x, y + dy, z), HANDLE) for dy in (-post_y, post_y)],
-        Box((0.025, DOOR_HANDLE_LENGTH, 0.03), (x, y, z), HANDLE),
+        *[Box(post_size, (post_x, y + dy, z), HANDLE) for dy in (-0.185, 0.185)],
+        Box((0.025, 0.40, 0.03), (x, y, z), HANDLE),
     ]
 
 
@@ -178,24 +165,20 @@ def stand_boxes(color) -> list[Box]:
 
 
 def room_boxes(floor, walls) -> list[Box]:
-    """Floor and four walls, from their colours."""
-    half, height = ROOM / 2 + 0.05, WALL_HEIGHT
-    sides = [(-half, 0), (half, 0), (0, -half), (0, half)]
-    boxes = [Box((ROOM, 0.1, ROOM), (0, -0.05, 0), floor)]
-    for (x, z), color in zip(sides, walls):
-        size = (0.1, height, ROOM) if x else (ROOM, height, 0.1)
+    """Floor and four walls of a square room around the origin, from their colours."""
+    width, height, half = 6.0, 2.6, 3.05
+    boxes = [Box((width, 0.1, width), (0, -0.05, 0), floor)]
+    for x, z, color in zip((-half, half, 0, 0), (0, 0, -half, half), walls):
+        size = (0.1, height, width) if x else (width, height, 0.1)
         boxes.append(Box(size, (x, height / 2, z), color))
     return boxes
 
 
 def table_boxes(color) -> list[Box]:
     depth, height, width = TABLE_SIZE
-    leg, x, z = height - 0.04, depth / 2 - 0.04, width / 2 - 0.04
-    corners = [(-x, -z), (-x, z), (x, -z), (x, z)]
-    return [
-        Box((depth, 0.04, width), (0, height - 0.02, 0), color),
-        *[Box((0.05, leg, 0.05), (x, leg / 2, z), color) for x, z in corners],
-    ]
+    leg, dx, dz = height - 0.04, depth / 2 - 0.04, width / 2 - 0.04
+    legs = [Box((0.05, leg, 0.05), (x, leg / 2, z), color) for x in (-dx, dx) for z in (-dz, dz)]
+    return [Box((depth, 0.04, width), (0, height - 0.02, 0), color), *legs]
 
 
 # --- Files

@@ -69,6 +69,7 @@ def cluster(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, ...]:
     """
     cells = np.floor(vertices / CELL).astype(np.int64)
     _, cell, count = np.unique(cells, axis=0, return_inverse=True, return_counts=True)
+    cell = cell.reshape(-1)  # numpy 2.0 returns [V, 1]
     merged = np.zeros((len(count), 3))
     np.add.at(merged, cell, vertices)
     merged /= count[:, None]
