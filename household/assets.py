@@ -57,7 +57,7 @@ def generate(data: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
     tint = cache(partial(vary_color, rng))  # this seed's shade of a colour
     replica_cad = data / "scene_datasets/replica_cad_dataset"
-    counter, fridge = parts.kitchen_counter(rng, tint), parts.fridge(rng, tint)
+    counter, fridge = parts.make_counter(rng, tint), parts.make_fridge(rng, tint)
     for cupboard in (counter, fridge):
         parts.write_urdf(replica_cad / "urdf", cupboard)
     parts.write_objects(data / "assets/mani_skill2_ycb", tint)

@@ -18,7 +18,6 @@ from household import furniture as parts
 
 EPISODES = 18  # per task and split; each has three of the nine objects, or apple and bowl
 START_POSES = dict(train=64, val=32)  # per episode and subtask
-
 CLUTTER = tuple(parts.OBJECTS)[1:]  # TidyHouse and PrepareGroceries; SetTable has apple and bowl
 SLOTS = (-0.42, 0.0, 0.42)  # where objects stand along a table or counter, metres from its middle
 
@@ -31,7 +30,6 @@ VARY_AHEAD, VARY_ASIDE, VARY_YAW = 0.10, 0.08, 0.06
 # Sideways from the fridge's middle: opening starts on the handle's side, closing on the hinge's
 # side, in front of the open door's outer face.
 DOOR_ASIDE = 0.12
-
 GOAL_CORNERS = [(-0.15, -0.15), (0.15, -0.15), (0.15, 0.15), (-0.15, 0.15)]  # around a goal, m
 # The gripper at rest points down: an upright object's z is its -x, and the fingers close along y.
 UPRIGHT_IN_HAND = mat2quat(np.array([[0, 0, -1], [0, 1, 0], [1, 0, 0]]))
@@ -45,18 +43,18 @@ def write_episode(rearrange: Path, episode: Episode) -> None:
     """Write rearrange/<split>/<task>/episode_<n>.json, the initial poses of the objects."""
     y_up = sapien.Pose(q=axangle2quat([1, 0, 0], np.pi / 2))
     to_simulator = sapien.Pose(q=y_up.q, p=[0, 0, 0.01])
-    rigid = []
+    objects = []
     for name, (position, yaw) in episode.objects.items():
         pose = sapien.Pose(position, axangle2quat([0, 0, 1], yaw))
         # mani_skill's replicacad/rearrange/scene_builder.py places to_simulator * stored * y_up^-1.
         stored = to_simulator.inv() * pose * y_up
-        rigid.append([f"{name}.object_config.json", stored.to_transformation_matrix().tolist()])
+        objects.append([f"{name}.object_config.json", stored.to_transformation_matrix().tolist()])
     scene_id = f"data/replica_cad/configs/scenes/{episode.scene.name}"
-    content = dict(rigid_objs=rigid, ao_states={}, scene_id=scene_id)
+    content = dict(rigid_objs=objects, ao_states={}, scene_id=scene_id)
     parts.write_json(rearrange / episode.name, content)
 
 
-def standing(name: str, x: float, y: float, surface: float) -> np.ndarray:
+def stand_on(name: str, x: float, y: float, surface: float) -> np.ndarray:
     """Return the position of an object that stands on a surface of this height."""
     return np.array([x, y, surface + parts.OBJECTS[name][1][2] + 0.002])
 
@@ -71,7 +69,7 @@ class Surface:
     yaw: float  # of the robot
     height: float
 
-    def slot(self, scene: Scene, slot: float, rng: np.random.Generator) -> tuple[float, float]:
+    def draw_position(self, scene: Scene, slot: float, rng) -> tuple[float, float]:
         x, y = getattr(scene, self.furniture) + np.array([self.row, slot])
         return x + rng.uniform(-self.vary, self.vary), y + rng.uniform(-0.06, 0.06)
 
@@ -120,7 +118,8 @@ class Plans:
 
 def start_pose(xy, yaw: float, distance: float, rng: np.random.Generator) -> dict:
     """Return a start pose at rest, `distance` metres before `xy` and facing it."""
-    forward, left = np.array([np.cos(yaw), np.sin(yaw)]), np.array([-np.sin(yaw), np.cos(yaw)])
+    c, s = np.cos(yaw), np.sin(yaw)
+    forward, left = np.array([c, s]), np.array([-s, c])
     ahead, aside = rng.uniform(-1, 1, 2) * [VARY_AHEAD, VARY_ASIDE]
     base = np.asarray(xy) - forward * (distance + ahead) + left * aside
     qpos = REST.copy()
@@ -131,7 +130,7 @@ def start_pose(xy, yaw: float, distance: float, rng: np.random.Generator) -> dic
 
 def add_place(plans: Plans, name: str, episode: Episode, slot: float, rng) -> None:
     """Add a plan to place an object that starts between the fingers."""
-    x, y = TABLE.slot(episode.scene, slot, rng)
+    x, y = TABLE.draw_position(episode.scene, slot, rng)
     _, half_width, half_height = parts.OBJECTS[name][1]
     below = max(0.0, half_height - PALM_DEPTH)  # a tall object's centre is below the tcp
     starts = []
@@ -139,7 +138,7 @@ def add_place(plans: Plans, name: str, episode: Episode, slot: float, rng) -> No
         start = start_pose((x, y), TO_TABLE, START_TABLE, rng)
         start["robot_qpos"][-2:] = half_width
         starts.append(start | dict(obj_raw_pose_wrt_tcp=np.array([below, 0, 0, *UPRIGHT_IN_HAND])))
-    x, y, z = standing(name, x, y, TABLE.height).tolist()
+    x, y, z = stand_on(name, x, y, TABLE.height).tolist()
     area = [[x + dx, y + dy, z] for dx, dy in GOAL_CORNERS]
     goal = dict(goal_pos=[x, y, z], goal_rectangle_corners=area)
     plans.add(name, episode, starts, obj_id=f"{name}-0", **goal)
@@ -156,7 +155,7 @@ def write_clutter(rearrange: Path, task: str, split: str, scenes: list[Scene], r
         slots = dict(zip(names, rng.permutation(SLOTS), strict=True))
         objects = {}
         for name, slot in slots.items():
-            position = standing(name, *top.slot(scene, slot, rng), top.height)
+            position = stand_on(name, *top.draw_position(scene, slot, rng), top.height)
             objects[name] = (position, rng.uniform(-0.3, 0.3))
         episode = Episode(f"{split}/{task}/episode_{i}.json", scene, objects)
         write_episode(rearrange, episode)
@@ -177,8 +176,8 @@ def write_set_table(rearrange: Path, split: str, scenes: list[Scene], counter, f
         bowl = scene.counter + rng.uniform([-0.21, -0.10], [-0.15, 0.10]) + [0, parts.DRAWER_Z]
         apple = scene.fridge + np.array([parts.STAND_X, -parts.STAND_Z])
         objects = {
-            "024_bowl": (standing("024_bowl", *bowl, parts.DRAWER_FLOOR), 0.0),
-            "013_apple": (standing("013_apple", *apple, parts.STAND_TOP), 0.0),
+            "024_bowl": (stand_on("024_bowl", *bowl, parts.DRAWER_FLOOR), 0.0),
+            "013_apple": (stand_on("013_apple", *apple, parts.STAND_TOP), 0.0),
         }
         episode = Episode(f"{split}/set_table/episode_{i}.json", scene, objects)
         write_episode(rearrange, episode)
@@ -210,7 +209,7 @@ def add_cupboard(plans: dict[str, Plans], episode: Episode, cupboard, name, star
     plans["close"].add(cupboard.name, episode, close, **removed, **handle)
 
 
-def opened(cupboard: parts.Furniture, low: float, high: float, rng) -> np.ndarray:
+def draw_opening(cupboard: parts.Furniture, low: float, high: float, rng) -> np.ndarray:
     """Return joint positions with the handle's joint between two fractions of its range."""
     qpos, upper = np.zeros(len(cupboard.links) - 1), cupboard.links[cupboard.handle_link].upper
     qpos[cupboard.handle_joint] = upper * rng.uniform(low, high)
@@ -220,13 +219,13 @@ def opened(cupboard: parts.Furniture, low: float, high: float, rng) -> np.ndarra
 def bowl_starts(episode: Episode, counter, rng) -> tuple[dict, dict, dict]:
     """Return start poses to pick the bowl, to open and to close the drawer."""
     front = episode.scene.counter + np.array([0, parts.DRAWER_Z])
-    qpos = opened(counter, 0.97, 1.0, rng)
+    qpos = draw_opening(counter, 0.97, 1.0, rng)
     # The drawer carries the bowl.
     bowl = episode.objects["024_bowl"][0] + np.array([qpos[counter.handle_joint], 0, 0])
     pick = start_pose((front[0], bowl[1]), TO_CUPBOARDS, START_DRAWER, rng)
     pick |= dict(articulation_qpos=qpos, obj_raw_pose=[*bowl, 1, 0, 0, 0])
     open_ = start_pose(front, TO_CUPBOARDS, START_DRAWER, rng)
-    qpos = opened(counter, 0.90, 1.0, rng)
+    qpos = draw_opening(counter, 0.90, 1.0, rng)
     close = start_pose(front, TO_CUPBOARDS, START_OPEN_DRAWER, rng)
     return pick, open_, close | dict(articulation_qpos=qpos)
 
@@ -237,8 +236,8 @@ def apple_starts(episode: Episode, fridge, rng) -> tuple[dict, dict, dict]:
     apple, _ = episode.objects["013_apple"]
     # Away from the open door, whose edge would meet the robot's upper arm.
     pick = start_pose(apple[:2] - aside, TO_CUPBOARDS, START_APPLE, rng)
-    qpos = opened(fridge, 0.97, 1.0, rng)
+    qpos = draw_opening(fridge, 0.97, 1.0, rng)
     pick |= dict(articulation_qpos=qpos, obj_raw_pose=[*apple, 1, 0, 0, 0])
     open_ = start_pose(front - aside, TO_CUPBOARDS, START_DOOR, rng)
     close = start_pose(front + aside, TO_CUPBOARDS, START_DOOR, rng)
-    return pick, open_, close | dict(articulation_qpos=opened(fridge, 0.75, 0.90, rng))
+    return pick, open_, close | dict(articulation_qpos=draw_opening(fridge, 0.75, 0.90, rng))

@@ -122,7 +122,7 @@ class ScriptedExpert:
         away = point - self.agent.tcp_pose.sp.p
         return bool(np.linalg.norm(away - np.multiply(bar, np.clip(away @ bar, -0.1, 0.1))) < 0.06)
 
-    def posture(self, posture: Posture, height: float) -> np.ndarray:
+    def solve_arm(self, posture: Posture, height: float) -> np.ndarray:
         """Return the arm joints [7] that hold the gripper at `height` metres above the floor."""
         above_root = height - self.agent.robot.pose.sp.p[2]
         rotation = euler2quat(posture.roll, posture.pitch, 0)  # about x first
@@ -136,7 +136,7 @@ class ScriptedExpert:
         )
         return solution[ARM]
 
-    def aligned(self, arm: np.ndarray) -> np.ndarray:
+    def align_wrist(self, arm: np.ndarray) -> np.ndarray:
         """Turn the wrist of a hand that points down so that it grasps the object's narrow side."""
         size = self.object.get_first_collision_mesh(to_world_frame=False).extents  # [3]
         axes = self.object.pose.sp.to_transformation_matrix()[:3, :3]  # its axes, in columns
@@ -151,7 +151,7 @@ class ScriptedExpert:
         turn = (turn + np.pi / 2) % np.pi - np.pi / 2  # the fingers may change places
         return arm - turn * np.eye(7)[6]
 
-    def toward(self, arm: np.ndarray, gripper: float, drive=(0.0, 0.0)) -> np.ndarray:
+    def move(self, arm: np.ndarray, gripper: float, drive=(0.0, 0.0)) -> np.ndarray:
         """Return the action [13] that moves the arm toward the joints `arm` and drives the base.
 
         All joints arrive together. `drive` is the base's velocity (m/s, rad/s).
@@ -163,13 +163,13 @@ class ScriptedExpert:
         action = [*arm_delta, gripper, 0, 0, torso_delta, drive[0], drive[1] / np.pi]
         return np.clip(np.array(action, np.float32), -1, 1)
 
-    def hold(self, gripper: float, drive) -> np.ndarray:
+    def move_base(self, gripper: float, drive) -> np.ndarray:
         """Return the action [13] that moves the base and sends the arm no correction.
 
         Action tokens are decoded arm before base: a learner would read the phase of the motion in
         small corrections of the arm instead of in the images.
         """
-        return self.toward(self.joints[ARM], gripper, drive)
+        return self.move(self.joints[ARM], gripper, drive)
 
     def offset(self, point: np.ndarray, reach: float, slack=(0.0, 0.0)) -> np.ndarray:
         """Return `point` relative to the hand point, less `slack`; [forward, left] metres."""
@@ -194,22 +194,22 @@ class ScriptedExpert:
             np.abs(arm - self.joints[ARM]).max() > 0.05
             or np.linalg.norm(self.offset(point, reach, slack)) > near
         ):
-            yield self.toward(arm, gripper, self.drive_to(point, reach, slack=slack))
+            yield self.move(arm, gripper, self.drive_to(point, reach, slack=slack))
 
     def retreat(self, point: np.ndarray, distance: float, gripper: float) -> Motion:
         """Fold the arm and back off to `distance` metres from `point`; then keep still forever."""
         while True:
             gap = np.linalg.norm(self.offset(point, reach=0.0))
-            yield self.toward(REST_ARM, gripper, (np.clip(3 * (gap - distance), -FULL_SPEED, 0), 0))
+            yield self.move(REST_ARM, gripper, (np.clip(3 * (gap - distance), -FULL_SPEED, 0), 0))
 
     def back_off(self, point: np.ndarray, distance: float) -> Motion:
-        """Drive back to `distance` metres from `point` with the hand open; only then retreat.
+        """Drive back to `distance` metres from `point`, then retreat; the hand is open.
 
         The open hand, and the arm that folds only here, tell a learner the way back from the way
         in: otherwise the images would differ only in the door or drawer.
         """
         while np.linalg.norm(self.offset(point, reach=0.0)) < distance:
-            yield self.hold(OPEN, (-FULL_SPEED, 0))
+            yield self.move_base(OPEN, (-FULL_SPEED, 0))
         yield from self.retreat(point, distance, OPEN)
 
     def squeeze(self, arm: np.ndarray, gripper: float) -> Motion:
@@ -217,7 +217,7 @@ class ScriptedExpert:
         before = np.inf
         while np.abs(before - self.joints[FINGERS]).max() > 0.001:
             before = self.joints[FINGERS]
-            yield self.toward(arm, gripper)
+            yield self.move(arm, gripper)
 
     # ---- skills: each ends in `retreat`, which never ends
 
@@ -228,9 +228,9 @@ class ScriptedExpert:
             position = self.object.pose.sp.p
             # High up the gripper cannot point down; in the fridge the elbow must clear the door.
             grip, clear = (DOWN, 0.12) if position[2] < 1.0 else (SHELF, 0.08)
-            above, at = (self.posture(grip, position[2] + lift) for lift in (clear, 0.005))
-            yield from self.bring(self.aligned(above), position, grip.reach, OPEN)
-            at = self.aligned(at)
+            above, at = (self.solve_arm(grip, position[2] + lift) for lift in (clear, 0.005))
+            yield from self.bring(self.align_wrist(above), position, grip.reach, OPEN)
+            at = self.align_wrist(at)
             yield from self.bring(at, position, grip.reach, OPEN)
             yield from self.squeeze(at, CLOSE)
             yield from self.bring(above, position, grip.reach, CLOSE, near=0.1)
@@ -240,7 +240,7 @@ class ScriptedExpert:
     def place(self) -> Motion:
         goal, slack = self.goal.pose.sp.p, (0.05, 0.05)  # MS-HAB forgives 0.15 m
         center = (self.object.pose.sp.p - self.agent.tcp_pose.sp.p)[2]  # height above the tcp
-        above, at = (self.posture(DOWN, goal[2] - center + lift) for lift in (0.12, 0.01))
+        above, at = (self.solve_arm(DOWN, goal[2] - center + lift) for lift in (0.12, 0.01))
         yield from self.bring(above, goal, DOWN.reach, CLOSE, slack=slack)
         yield from self.bring(at, goal, DOWN.reach, CLOSE, slack=slack)
         yield from self.squeeze(at, OPEN)
@@ -249,45 +249,47 @@ class ScriptedExpert:
 
     def close_drawer(self) -> Motion:
         """Push the handle with the closed hand, anywhere along the bar."""
-        arm, outward, slack = self.posture(PUSH, self.handle[2]), self.axis, (0.11, 0.10)
+        arm, outward, slack = self.solve_arm(PUSH, self.handle[2]), self.axis, (0.11, 0.10)
         before = self.handle + 0.23 * outward
         yield from self.bring(arm, before, PUSH.reach, CLOSE, slack=slack)
         while self.opening > CLOSED:
             inside = self.handle - 0.4 * outward
-            yield self.hold(CLOSE, self.drive_to(inside, PUSH.reach, 3.0, slack))
+            yield self.move_base(CLOSE, self.drive_to(inside, PUSH.reach, 3.0, slack))
         yield from self.back_off(self.handle, PUSH.reach + 0.4)
 
     def open_drawer(self) -> Motion:
         """Grasp the bar anywhere from above and pull the drawer; grasp again if the bar slips."""
         bar, slack = np.cross(self.axis, [0, 0, 1]), (0.0, 0.08)
-        above, at = (self.posture(HOOK, self.handle[2] + lift) for lift in (0.10, 0.0))
+        above, at = (self.solve_arm(HOOK, self.handle[2] + lift) for lift in (0.10, 0.0))
         while self.opening < OPEN_DRAWER:
             yield from self.bring(above, self.handle, HOOK.reach, OPEN, slack=slack)
             yield from self.bring(at, self.handle, HOOK.reach, OPEN, slack=slack)
             yield from self.squeeze(at, CLOSE)
             while self.opening < OPEN_DRAWER + SPARE and self.in_hand(self.handle, bar):
                 outside = self.handle + 0.2 * self.axis
-                yield self.toward(at, CLOSE, self.drive_to(outside, HOOK.reach, 3.0, slack))
+                yield self.move(at, CLOSE, self.drive_to(outside, HOOK.reach, 3.0, slack))
             yield from self.squeeze(at, OPEN)
             yield from self.bring(above, self.handle, HOOK.reach, OPEN, near=0.1, slack=slack)
         yield from self.retreat(self.handle, HOOK.reach + 0.1, CLOSE)  # closed: the way back
 
     def close_fridge(self) -> Motion:
         """Push the outer side of the door, aiming ahead along its arc."""
-        arm = self.posture(REACH, self.handle[2])
+        arm = self.solve_arm(REACH, self.handle[2])
         yield from self.bring(arm, self.on_arc(0.0, 0.7, 0.20), REACH.reach, CLOSE, near=0.05)
         while self.opening > CLOSED:
-            yield self.hold(CLOSE, self.drive_to(self.on_arc(-0.4, 0.7, 0.03), REACH.reach, 3.0))
+            yield self.move_base(
+                CLOSE, self.drive_to(self.on_arc(-0.4, 0.7, 0.03), REACH.reach, 3.0)
+            )
         yield from self.back_off(self.handle, REACH.reach + 0.3)
 
     def open_fridge(self) -> Motion:
         """Grasp the bar and pull it along its arc; grasp again if the bar slips."""
-        arm = self.posture(FRONT, self.handle[2])
+        arm = self.solve_arm(FRONT, self.handle[2])
         while self.opening < OPEN_FRIDGE:
             yield from self.bring(arm, self.on_arc(0.0, outward=0.12), FRONT.reach, OPEN)
             yield from self.bring(arm, self.handle, FRONT.reach, OPEN)
             yield from self.squeeze(arm, CLOSE)
             while self.opening < OPEN_FRIDGE + SPARE and self.in_hand(self.handle):
-                yield self.toward(arm, CLOSE, self.drive_to(self.on_arc(0.3), FRONT.reach, 3.0))
+                yield self.move(arm, CLOSE, self.drive_to(self.on_arc(0.3), FRONT.reach, 3.0))
             yield from self.squeeze(arm, OPEN)
         yield from self.retreat(self.handle, FRONT.reach + 0.2, OPEN)

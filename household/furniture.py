@@ -14,13 +14,12 @@ import numpy as np
 import trimesh
 from trimesh.visual.material import PBRMaterial
 
-TABLE_SIZE = (0.8, 0.72, 1.4)  # depth, height, width, also of the others
-
-COUNTER_SIZE = (0.6, 0.90, 1.6)  # the front is at x = 0, also of the fridge
+# Sizes are depth, height, width. The fronts of counter and fridge are at x = 0.
+TABLE_SIZE = (0.8, 0.72, 1.4)
+COUNTER_SIZE = (0.6, 0.90, 1.6)
 DRAWER_SIZE = (0.50, 0.20, 0.70)
 DRAWER_Y, DRAWER_Z = 0.74, 0.39  # height of the drawers' middle, offset to either side
 DRAWER_FLOOR = DRAWER_Y - DRAWER_SIZE[1] / 2 + 0.03  # the surface on which the bowl stands
-
 SHELF_TOP = 1.06  # in the fridge
 STAND_TOP = SHELF_TOP + 0.06  # the apple stands clear of the shelf: room for the gripper
 STAND_X, STAND_Z = -0.12, 0.06
@@ -75,7 +74,7 @@ class Furniture:
         return self.handle_link - 1  # the root has no joint
 
 
-def kitchen_counter(rng: np.random.Generator, tint) -> Furniture:
+def make_counter(rng: np.random.Generator, tint) -> Furniture:
     """A counter with two drawers; the tasks use the one at -z."""
     depth, height, width = COUNTER_SIZE
     wood, back, end = tint((165, 140, 110)), -depth / 2, width / 2 - 0.015
@@ -115,7 +114,7 @@ def drawer_boxes(front, handle_x: float, handle_y: float) -> list[Box]:
     ]
 
 
-def fridge(rng: np.random.Generator, tint) -> Furniture:
+def make_fridge(rng: np.random.Generator, tint) -> Furniture:
     """A fridge with two doors; the tasks use the top door, which coasts shut after a push."""
     depth, height, width = 0.6, 1.70, 0.56
     white, back, side = tint((225, 225, 230)), -depth / 2, width / 2 - 0.015
@@ -181,9 +180,6 @@ def table_boxes(color) -> list[Box]:
     return [Box((depth, 0.04, width), (0, height - 0.02, 0), color), *legs]
 
 
-# --- Files
-
-
 def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
@@ -193,7 +189,7 @@ def write_json(path: Path, data: dict) -> None:
     write_text(path, json.dumps(data, indent=1))
 
 
-def painted(rgba, metallic=0.0, roughness=0.9) -> trimesh.visual.TextureVisuals:
+def make_visual(rgba, metallic=0.0, roughness=0.9) -> trimesh.visual.TextureVisuals:
     material = PBRMaterial(baseColorFactor=rgba, metallicFactor=metallic, roughnessFactor=roughness)
     return trimesh.visual.TextureVisuals(material=material)
 
@@ -204,7 +200,7 @@ def write_glb(path: Path, boxes: list[Box]) -> None:
     for box in boxes:
         mesh = trimesh.creation.box(box.size)
         mesh.apply_translation(box.center)
-        mesh.visual = painted([*box.color, 255])
+        mesh.visual = make_visual([*box.color, 255])
         scene.add_geometry(mesh)
     scene.export(path)
 
@@ -212,15 +208,14 @@ def write_glb(path: Path, boxes: list[Box]) -> None:
 def write_urdf(folder: Path, furniture: Furniture) -> None:
     """Write <folder>/<name>/<name>.urdf."""
     name, root = furniture.name, furniture.links[0]
-    inertia = '<inertia ixx="0.2" iyy="0.2" izz="0.2" ixy="0" ixz="0" iyz="0"/>'
+    inertia = '<inertia ixx="0.2" iyy="0.2" izz="0.2" ixy="0" ixz="0" iyz="0"/></inertial>'
     text = f'<?xml version="1.0"?>\n<robot name="{name}">\n'
     for link in furniture.links:
-        text += f'<link name="{link.name}"><inertial><mass value="{link.mass}"/>'
-        text += f"{inertia}</inertial>\n"
+        text += f'<link name="{link.name}"><inertial><mass value="{link.mass}"/>{inertia}\n'
         for size, center, color in link.boxes:
-            shape = f'<origin xyz="{numbers(center)}"/>'
-            shape += f'<geometry><box size="{numbers(size)}"/></geometry>'
-            rgba = numbers([*(np.array(color) / 255), 1])
+            shape = f'<origin xyz="{format_numbers(center)}"/>'
+            shape += f'<geometry><box size="{format_numbers(size)}"/></geometry>'
+            rgba = format_numbers([*(np.array(color) / 255), 1])
             paint = f'<material name="c{rgba.replace(" ", "_")}"><color rgba="{rgba}"/></material>'
             text += f"  <visual>{shape}{paint}</visual>\n  <collision>{shape}</collision>\n"
         text += "</link>\n"
@@ -228,14 +223,15 @@ def write_urdf(folder: Path, furniture: Furniture) -> None:
         text += (
             f'<joint name="joint_{i}" type="{link.joint}">'
             f'<parent link="{root.name}"/><child link="{link.name}"/>'
-            f'<origin xyz="{numbers(link.origin)}"/><axis xyz="{numbers(link.axis)}"/>'
+            f'<origin xyz="{format_numbers(link.origin)}"/>'
+            f'<axis xyz="{format_numbers(link.axis)}"/>'
             f'<limit lower="0" upper="{link.upper}" effort="1000" velocity="10"/>'
             f'<dynamics damping="{link.damping}" friction="{link.friction}"/></joint>\n'
         )
     write_text(folder / name / f"{name}.urdf", text + "</robot>\n")
 
 
-def numbers(values) -> str:
+def format_numbers(values) -> str:
     return " ".join(f"{float(value):.6g}" for value in values)
 
 
@@ -250,12 +246,12 @@ def write_objects(folder: Path, tint) -> None:
         else:
             mesh = trimesh.creation.box(np.multiply(half, 2))
         model = folder / "models" / name
-        rgb = numbers(np.array(tint(color)) / 255)
+        rgb = format_numbers(np.array(tint(color)) / 255)
         write_text(model / "textured.mtl", f"newmtl m\nKd {rgb}\nKa 0 0 0\n")
-        vertices = "".join(f"v {numbers(vertex)}\n" for vertex in mesh.vertices)
+        vertices = "".join(f"v {format_numbers(vertex)}\n" for vertex in mesh.vertices)
         faces = "".join(f"f {a} {b} {c}\n" for a, b, c in mesh.faces + 1)
-        obj = f"mtllib textured.mtl\no o\n{vertices}usemtl m\n{faces}"
-        write_text(model / "textured.obj", obj)
+        header = "mtllib textured.mtl\no o\n"
+        write_text(model / "textured.obj", f"{header}{vertices}usemtl m\n{faces}")
         mesh.export(model / "collision.ply")
         low, high = mesh.bounds.tolist()
         infos[name] = dict(bbox=dict(min=low, max=high), density=density, scales=[1.0])

@@ -15,12 +15,10 @@ import sapien
 import trimesh
 from mani_skill import PACKAGE_ASSET_DIR
 
-from household.furniture import painted
+from household.furniture import make_visual
 
 CELL = 0.010  # metres; with 20 mm the hand camera would see misshapen fingers
 COLORS_PER_MESH = 6  # a texture's main colours; each makes one more mesh to draw
-COLOR_STEPS = 7  # levels of each channel, to find the main colours
-SRGB_GAMMA = 2.2  # textures hold sRGB, base colour factors are linear
 
 
 def write_light_fetch(folder: Path) -> None:
@@ -57,7 +55,7 @@ def lighten(path: Path) -> trimesh.Scene:
             mesh = trimesh.Trimesh(vertices[used], local.reshape(chosen.shape), process=False)
             mesh.vertex_normals = normals[used]
             rgba = np.append(color * 255, 255).round().astype(np.uint8)
-            mesh.visual = painted(rgba, part.material.metallic, part.material.roughness)
+            mesh.visual = make_visual(rgba, part.material.metallic, part.material.roughness)
             scene.add_geometry(mesh)
     return scene
 
@@ -99,10 +97,10 @@ def face_colors(part: sapien.render.RenderShapeTriangleMeshPart, faces: np.ndarr
     row = (v * height).astype(int).clip(max=height - 1)
     column = (u * width).astype(int).clip(max=width - 1)
     colors = texels[row, column]  # [F, 3]
-    rounded = np.round(colors * COLOR_STEPS)
+    rounded = np.round(colors * 7)  # eight levels of each channel, to find the main colours
     palette, count = np.unique(rounded, axis=0, return_counts=True)
     palette = palette[np.argsort(-count, kind="stable")[:COLORS_PER_MESH]]
     nearest = np.abs(rounded[:, None] - palette).sum(axis=-1).argmin(axis=1)
     for i in range(len(palette)):
         colors[nearest == i] = colors[nearest == i].mean(axis=0)
-    return colors**SRGB_GAMMA
+    return colors**2.2  # textures hold sRGB, base colour factors are linear
