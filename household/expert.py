@@ -13,8 +13,8 @@ turning move that point in any direction, so the base alone brings the hand to a
 the arc of a door.
 """
 
+from collections import namedtuple
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import sapien
@@ -34,18 +34,10 @@ GRID = 0.05  # arm and torso actions are its multiples: finer digits are noise t
 CLOSED, OPEN_DRAWER, OPEN_FRIDGE, SPARE = 0.005, 0.91, 0.76, 0.05
 
 
-@dataclass(frozen=True)
-class Posture:
-    """The gripper `reach` metres ahead of the base, pitched down by `pitch`, rolled by `roll`."""
-
-    reach: float
-    pitch: float
-    roll: float
-    seed: tuple[float, ...]  # arm joints where inverse kinematics starts: sets the elbow's side
-
-
-# The seeds are the solutions nearest to the rest posture: a joint moves by at most about 1.1 rad,
-# 30 steps. A gripper that points straight ahead would cost 2.5 rad and more.
+# The gripper is `reach` metres ahead of the base, pitched down and rolled by angles in rad. Inverse
+# kinematics starts at the arm joints `seed`, the solution nearest to the rest posture: no joint
+# moves by more than about 1.1 rad, 30 steps. A gripper that points ahead would cost 2.5 rad.
+Posture = namedtuple("Posture", "reach pitch roll seed")
 DOWN = Posture(0.70, np.pi / 2, 0.0, (-0.186, -0.404, 0.424, 1.198, -0.512, 0.880, 0.102))
 SHELF = Posture(0.80, 1.3, 0.0, (-0.150, -0.750, 0.470, 0.750, -0.390, 1.370, 0.170))
 PUSH = Posture(0.78, np.pi / 2, 0.0, (-0.086, 0.037, 0.420, 0.510, -0.483, 1.073, -0.090))
@@ -258,7 +250,7 @@ class ScriptedExpert:
         yield from self.back_off(self.handle, PUSH.reach + 0.4)
 
     def open_drawer(self) -> Motion:
-        """Grasp the bar anywhere from above and pull the drawer; grasp again if the bar slips."""
+        """Grasp the bar from above, one finger behind it, and pull; grasp again if it slips."""
         bar, slack = np.cross(self.axis, [0, 0, 1]), (0.0, 0.08)
         above, at = (self.solve_arm(HOOK, self.handle[2] + lift) for lift in (0.10, 0.0))
         while self.opening < OPEN_DRAWER:
@@ -277,9 +269,8 @@ class ScriptedExpert:
         arm = self.solve_arm(REACH, self.handle[2])
         yield from self.bring(arm, self.on_arc(0.0, 0.7, 0.20), REACH.reach, CLOSE, near=0.05)
         while self.opening > CLOSED:
-            yield self.move_base(
-                CLOSE, self.drive_to(self.on_arc(-0.4, 0.7, 0.03), REACH.reach, 3.0)
-            )
+            ahead = self.on_arc(-0.4, 0.7, 0.03)
+            yield self.move_base(CLOSE, self.drive_to(ahead, REACH.reach, 3.0))
         yield from self.back_off(self.handle, REACH.reach + 0.3)
 
     def open_fridge(self) -> Motion:

@@ -66,7 +66,7 @@ class Furniture:
 
     name: str
     links: list[Link]
-    handle_link: int
+    handle_link: int  # index in `links`
     handle_pos: tuple[float, float, float]  # in the frame of the handle's link
 
     @property
