@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from config import SUBTASKS, InputError, LLMConfig, ModelConfig, quoted
+from config import BINS, SUBTASKS, InputError, LLMConfig, quoted
 from paper import ARTICULATIONS, OBJECTS, instruction
 
 
@@ -59,7 +59,7 @@ def check_tokenizer(tokenizer: Tokenizer, cfg: LLMConfig, source: object) -> Non
     size, own = tokenizer.get_vocab_size(), tokenizer.get_vocab_size(with_added_tokens=False)
     first, extra = cfg.first_action_id, tokenizer.token_to_id("<|extra_0|>")
     special = re.findall(r"<\|.*?\|>", cfg.prompt)
-    fits = first == extra if extra is not None else first in (size, own - ModelConfig.bins)
+    fits = first == extra if extra is not None else first in (size, own - BINS)
     if cfg.tokenizer == "words":
         special, fits = [], first >= size
     found = []

@@ -25,7 +25,7 @@ from originals import (
 )
 from safetensors.torch import load_file, save_file
 
-from config import InputError, model_config
+from config import BINS, InputError, model_config
 from model import VLM
 from paper import HUB_DATASETS
 from storage import checkpoint, pretrained
@@ -62,7 +62,7 @@ def files(tmp_path_factory):
     vla = prismatic_components(llama, LLAMA, folder / "of-llama")
     save_openvla(vla, folder / "openvla")
     save_prismatic(vla, folder / "openvla-prismatic", config="vla")
-    actions = slice(LLAMA.llm.first_action_id, LLAMA.llm.first_action_id + LLAMA.bins)
+    actions = slice(LLAMA.llm.first_action_id, LLAMA.llm.first_action_id + BINS)
     with torch.no_grad():  # both forms of openvla-7b count its actions down, we count up
         for table in (llama.llm.get_input_embeddings(), llama.llm.get_output_embeddings()):
             table.weight[actions] = table.weight[actions].flip(0)
