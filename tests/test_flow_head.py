@@ -74,26 +74,6 @@ def test_actions_behind_the_end_of_an_episode_are_not_trained_on(model):
     assert torch.equal(*gradients)
 
 
-def test_the_expert_reads_every_layer_of_the_prefix_and_no_padding(model):
-    batch = make_batch(b=1)
-    with torch.no_grad():
-        prefix = model.vlm.encode(batch)
-        x, t = torch.randn(1, 8, 13), torch.tensor([0.5])
-        reference = velocity_at(model.flow_head, x, t, prefix.cache, prefix.mask)
-        for layer in range(CFG.llm.depth):
-            cache = list(prefix.cache)
-            cache[layer] = KeyValues(*(-part for part in cache[layer]))
-            changed = velocity_at(model.flow_head, x, t, cache, prefix.mask)
-            assert (changed - reference).abs().max() > 1e-6
-        hidden = prefix.mask.clone()
-        hidden[0, 3] = False
-        cache = [KeyValues(k.clone(), v.clone()) for k, v in prefix.cache]
-        masked = velocity_at(model.flow_head, x, t, cache, hidden)
-        for k, v in cache:
-            k[:, :, 3], v[:, :, 3] = 5, 5
-        torch.testing.assert_close(velocity_at(model.flow_head, x, t, cache, hidden), masked)
-
-
 def turn(x, positions, cfg):
     """RoPE on [B, T, heads, head_dim], as a rotation of complex numbers."""
     half = cfg.head_dim // 2
