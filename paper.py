@@ -55,10 +55,9 @@ COLUMNS = {
     "place_obj": Column("place", "obj"),
 }
 PAPER_COLUMNS = tuple(COLUMNS)[:6]
-# A column for each object, such as pick:013_apple; pick_each stands for all of a task's objects.
+# One more column for each object, such as pick:013_apple.
 _OBJECTS = dict.fromkeys(name for names in OBJECTS.values() for name in names)
 COLUMNS |= {f"{sub}:{name}": Column(sub, name) for sub in ("pick", "place") for name in _OBJECTS}
-EACH = {"pick_each": "pick", "place_each": "place"}
 
 
 def targets(task: str, subtask: str) -> tuple[str, ...]:

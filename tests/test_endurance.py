@@ -66,7 +66,7 @@ def test_a_single_process_that_is_told_to_stop_ends_with_75_and_goes_on(data, tm
     said, _ = process.communicate(timeout=30)
     last = read_lines(out / "log.jsonl")[-1]["step"]
     assert process.returncode == STOPPED == 75
-    assert f"step {last} is saved" in said and checkpoint.newest(out).name == f"step-{last:08d}"
+    assert f"after step {last}" in said and checkpoint.newest(out).name == f"step-{last:08d}"
 
 
 WRITE = """

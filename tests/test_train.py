@@ -62,9 +62,6 @@ def test_the_three_stages_follow_each_other_and_stage_3_keeps_the_vlm(data, stag
     names = {"action", "pos", "grasp", "qpos", "obj", "seg"}
     assert names <= lines(tmp_path / "stage2")[0].keys() and "flow" in lines(tmp_path / "stage3")[0]
     assert {"samples_per_s", "data_wait", "lr", "grad_norm"} <= lines(stage1)[0].keys()
-    score = checkpoint.read_manifest(checkpoint.newest(stage1))["score"]
-    assert [score] == [line["val_action"] for line in lines(stage1) if "val_action" in line]
-    assert (stage1 / "best").read_text() == "step-00000004"
 
 
 def test_stage_1_moves_the_vlm_bit_for_bit_as_without_decoders(data, tmp_path):
