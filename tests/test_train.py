@@ -328,16 +328,11 @@ def test_what_cannot_work_is_refused_and_changes_nothing(message, data, stage1, 
     assert files_of(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    "flag",
-    ["model.flow.execute 16", "model.bins 512", "steps 0", "log_every 0", "val_episodes 1.5",
-     "seed -1"],
-)  # fmt: skip
-def test_numbers_that_cannot_work_are_refused_before_anything_runs(flag, data, tmp_path, capsys):
-    name, value = flag.split()
+@pytest.mark.parametrize("name", ["steps", "log_every"])
+def test_numbers_that_cannot_work_are_refused_before_anything_runs(name, data, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        parse([*flags(data, tmp_path), f"--{name.replace('_', '-')}", value])
-    assert name.removeprefix("model.") in re.sub(r"\W*\n\W*", " ", capsys.readouterr().err)
+        parse(flags(data, tmp_path, **{name: 0}))
+    assert name in re.sub(r"\W*\n\W*", " ", capsys.readouterr().err)
 
 
 def test_a_finished_run_is_no_error(data, stage1):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -136,3 +137,10 @@ def observation(seed: int) -> dict:
             for name, small in (("rgb", rgb), ("depth", depth))
         }
     return {"sensor_data": sensors}
+
+
+def stacked(trees: Sequence) -> dict | torch.Tensor:
+    """Observations of several environments as one batch."""
+    if isinstance(trees[0], dict):
+        return {key: stacked([tree[key] for tree in trees]) for key in trees[0]}
+    return torch.cat(tuple(trees))

@@ -43,7 +43,7 @@ def validate(
                 labels[name] += counts[name].item()
             logits, predictions = model.teacher_forced(batch)
             chunk = model.act(batch, batch["noise"])[0] if cfg.stage == 3 else None
-        true = actions_to_bins(batch["actions"][:, 0], cfg.model.bins)
+        true = actions_to_bins(batch["actions"][:, 0])
         keep = {"bins": logits.argmax(-1), "true_bins": true}
         if cfg.stage == 3:
             keep |= {"chunk": chunk, "true_chunk": batch["actions"], "mask": batch["action_mask"]}
