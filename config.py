@@ -278,7 +278,7 @@ class TrainConfig:
     val_frames: int = 2048  # held-out frames per validation, spread evenly
     log_every: int = 10  # steps
     save_every: int = 1000  # steps; one more at the end
-    keep: int = 2  # newest checkpoints to keep, beside the best
+    keep: int = 2  # newest checkpoints to keep
     max_skipped: int = 10  # stop after so many steps in a row whose loss or gradient is not finite
     tracker: Literal["tensorboard", "wandb"] | None = None  # beside log.jsonl
 

@@ -41,12 +41,11 @@ def distribute(model: AuxVLA, cfg: TrainConfig, ranks: Ranks) -> nn.Module:
     if ranks.world == 1:
         return model.to(ranks.device)
     if cfg.shard:
-        shard(model, ranks.device)
-        return model
+        return shard(model, ranks.device)
     # The mask decoder's last kernel has an axis of length 1, whose stride has no meaning.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    # find_unused_parameters=True stops DDP from rebuilding its buckets after step 1, which would
-    # change the order of summation and make a resumed run differ in the last bits.
+    # find_unused_parameters: else DDP rebuilds its buckets after step 1, sums in another order, and
+    # a resumed run differs in the last bits.
     return DDP(model.to(ranks.device), find_unused_parameters=True, gradient_as_bucket_view=True)
 
 
@@ -61,10 +60,9 @@ def learning_rate(step: int, num_steps: int, cfg: TrainConfig) -> float:
 
 
 def global_counts(batch: dict[str, Tensor], stop: bool, ranks: Ranks) -> dict[str, Tensor]:
-    """Number of labels per loss, averaged over ranks.
+    """Number of labels per loss, averaged over ranks; "stop" above 0 if any rank got a signal.
 
-    Each rank divides by these counts, so DDP's mean gradient is the gradient of one mean over all
-    labels. The same sum carries "stop", above 0 if any rank received a signal.
+    Each rank divides by these counts, so DDP's mean gradient is that of one mean over all labels.
     """
     counts = label_counts(batch) | {"stop": torch.tensor(stop, device=ranks.device)}
     stacked = torch.stack([count.float() for count in counts.values()])
@@ -72,10 +70,7 @@ def global_counts(batch: dict[str, Tensor], stop: bool, ranks: Ranks) -> dict[st
 
 
 def step_noise(cfg: TrainConfig, step: int, ranks: Ranks) -> dict[str, Tensor]:
-    """The rank's share of the flow head's noise and times.
-
-    Drawn for the global batch, so that a step does not depend on the number of processes.
-    """
+    """The rank's share of the flow head's noise and times, drawn for the global batch."""
     generator = torch.Generator().manual_seed(cfg.seed * 2**32 + step)
     noise, t = draw_noise(cfg.batch_size, RECORDED_ACTIONS, generator)
     mine = slice(ranks.rank, None, ranks.world)
@@ -155,6 +150,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
     plan = describe_plan(memory_plan(cfg, world, device), cfg, world, device)
     if is_main:
         print(*frames.remarks, plan, sep="\n")
+    stats, tokenizer = prepare_data(cfg, frames, start)
     model, pretrained = build_model(cfg, start, is_main)
     model.train_stage(cfg.stage)  # before DDP, which registers what requires a gradient
     model.prepare_blocks(cfg.recompute, cfg.compile)
@@ -163,7 +159,6 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
     optimizer = torch.optim.Adam(parts, lr=cfg.lr, betas=cfg.betas, fused=True)  # Sec. 6.1
     if start.resumed:
         checkpoint.load_optimizer(model, optimizer, start.folder)
-    stats, tokenizer = prepare_data(cfg, frames, start)
     prompts = tokenize(frames.source.instructions, tokenizer, cfg.model.llm)
     prompts = tuple(each.to(device) for each in prompts)  # ids and mask, each [n, L]
     manifest = describe_run(cfg, frames, stats, pretrained, start)

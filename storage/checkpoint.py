@@ -47,16 +47,17 @@ def snapshot(
 
     Collective if the model is sharded; ranks other than the main one get empty dicts.
     """
-    moments = {}
-    for name, parameter in model.named_parameters():
-        state = optimizer.state.get(parameter, {})
-        moments |= {f"{name}/{key}": value for key, value in state.items()}
+    moments = {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
 
-    def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         full = ((key, full_tensor(tensor.detach())) for key, tensor in tensors.items())
         return {key: t.to("cpu", copy=True).contiguous() for key, t in full if is_main}
 
-    return copies(model.state_dict()), copies(moments)
+    return copy(model.state_dict()), copy(moments)
 
 
 def write(
@@ -71,7 +72,6 @@ def write(
     final = out / f"step-{step:08d}"
     partial = out / f".{final.name}.partial"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file(weights, partial / "model.safetensors")
         if moments is not None:
@@ -83,7 +83,7 @@ def write(
         os.replace(partial, final)
         sync(out)
         files.write(out / "last", final.name.encode())
-        for folder in [folder for folder in steps_in(out) if is_complete(folder)][:-keep]:
+        for folder in [*filter(is_complete, steps_in(out))][:-keep]:
             discard(folder)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         raise InputError(
@@ -106,15 +106,15 @@ def seal(folder: Path, manifest: dict) -> None:
 def is_complete(folder: Path) -> bool:
     """Compare sizes only: hashing takes a minute for each save of the paper's model."""
     try:
-        return bool(read_manifest(folder, verify=False))
+        read_manifest(folder, verify=False)
     except InputError:
         return False
+    return True
 
 
 def discard(folder: Path) -> None:
     """Remove a checkpoint; under a hidden name, so that a kill leaves no damaged one."""
     trash = folder.with_name(f".{folder.name}.trash")
-    shutil.rmtree(trash, ignore_errors=True)
     os.replace(folder, trash)
     shutil.rmtree(trash)
 

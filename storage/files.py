@@ -1,8 +1,8 @@
 """Files that are complete or absent, even after a kill or on a full disk.
 
-write(path, bytes); write_json(path, {...})   # written beside, fsynced, renamed over `path`
-append(path, {...}); read_lines(path)         # JSON lines, each fsynced before the next
-with sole_writer(folder): ...                 # no other process writes to the folder
+write(path, content); write_json(path, {...})  # written beside, fsynced, renamed over `path`
+append(path, {...}); read_lines(path)          # JSON lines, each fsynced before the next
+with sole_writer(folder): ...                  # no other process writes to the folder
 """
 
 import errno

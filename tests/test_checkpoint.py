@@ -1,6 +1,5 @@
 """What is written and kept of checkpoints, and told when a disk or a file is bad."""
 
-import ast
 import os
 import re
 import subprocess
@@ -62,18 +61,6 @@ def test_the_newest_checkpoints_are_kept_and_damaged_ones_are_not_counted(tmp_pa
         os.truncate(tmp_path / f"step-0000000{step}" / name, 50)
     assert save(5, keep=2) == ["2", "3", "4", "5"]
     assert save(6, keep=2) == ["2", "4", "5", "6"]
-
-
-def test_every_text_file_is_opened_as_utf_8():
-    """Without an encoding Python takes the locale's."""
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("[!t]*/*.py"), *ROOT.glob("t[or]*/*.py")):
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-            if not re.fullmatch(r"open|.*[.](open|read_text|write_text)", name):
-                continue
-            given = ast.unparse([*node.args, *node.keywords])
-            binary = name in ("os.open", "Image.open") or re.search(r"'[rwa][+]?b[+]?'", given)
-            assert binary or "encoding='utf-8'" in given, f"{path}, line {node.lineno}"
 
 
 def test_one_changed_byte_of_a_checkpoint_is_reported_with_the_file(tmp_path):

@@ -134,7 +134,7 @@ def check_disk(out: str, part: str, preset: str) -> str:
     if part in ("all", "train"):
         with torch.device("meta"):
             model = AuxVLA(model_config(preset), flow_head=True)
-        copies = TrainConfig.keep + 2  # newest, best, and the one being written
+        copies = TrainConfig.keep + 1  # and the one being written
         need = 12 * copies * sum(parameter.numel() for parameter in model.parameters())
     place = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents)
                  if path.exists())  # fmt: skip

@@ -111,10 +111,8 @@ class Log:
                 f"finite. {self.out}/log.jsonl names their frames: look at them, or lower --lr",
                 file=sys.stderr,
             )
-        elif stopped:
-            print(f"stage {self.cfg.stage}: stopped by a signal after step {step}, in {self.out}")
-        else:
-            print(f"stage {self.cfg.stage}: {step} steps done, newest checkpoint in {self.out}")
+        how = "stopped by a signal after" if stopped else "ended with"
+        print(f"stage {self.cfg.stage} {how} step {step}, its checkpoint is in {self.out}")
 
 
 def open_tracker(cfg: TrainConfig) -> tuple[Callable[[int, dict], None], Callable[[], None]]:

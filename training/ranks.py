@@ -24,8 +24,8 @@ from torch import Tensor
 from config import InputError
 from model import AuxVLA
 
-# Seconds that ranks wait for each other: at the start; at the end, when one may still be saving.
-JOIN_TIMEOUT, LEAVE_TIMEOUT = 120.0, 3600.0
+# Seconds that ranks wait for each other: at the start; later, when one may be saving.
+JOIN_TIMEOUT, STEP_TIMEOUT = 120.0, 3600.0
 STOPPED = 75  # exit code of a run that was stopped by a signal and saved (EX_TEMPFAIL)
 
 
@@ -34,7 +34,7 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
-    store: dist.Store | None = None  # None without torchrun
+    grouped: bool = False  # there is a process group: torchrun started this process
 
     @property
     def is_main(self) -> bool:
@@ -63,53 +63,38 @@ class Ranks:
 
     def leave(self) -> None:
         """Wait for all ranks, then close the process group. The caller must have dropped DDP."""
-        if self.store is None:
-            return
-        gc.collect()  # frees DDP's reducer: if it outlived the group, gloo could hang (1 run of 20)
-        deadline = time.monotonic() + LEAVE_TIMEOUT
-        while missing := arrive(self.store, "leave", self.rank, self.world):
-            wait_for(missing, self.rank, self.world, deadline)
-        dist.destroy_process_group()
-
-
-def arrive(store: dist.Store, place: str, rank: int, world: int) -> list[int]:
-    """Mark this rank as arrived at `place`; return the ranks that have not arrived.
-
-    Through the store, since a collective with a missing rank only says that it timed out.
-    """
-    store.set(f"{place}/{rank}", "here")
-    return [other for other in range(world) if not store.check([f"{place}/{other}"])]
-
-
-def wait_for(missing: list[int], rank: int, world: int, deadline: float) -> None:
-    """Sleep 10 ms. Raises InputError, naming the missing ranks, after the deadline."""
-    if time.monotonic() > deadline:
-        raise InputError(
-            f"rank {rank} waited in vain: of {world} ranks these did not come: {missing}. See "
-            "their output; start all nodes with the same command at about the same time"
-        )
-    time.sleep(0.01)
+        if self.grouped:
+            gc.collect()  # frees DDP's reducer: if it outlived the group, gloo could hang (1 in 20)
+            dist.barrier()
+            dist.destroy_process_group()
 
 
 def gather(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
-    """Wait for all ranks of this start; return a store of their own. InputError names the missing.
+    """Wait for all ranks of this start; return a store of their own.
 
-    After a restart torchrun's key-value store still has the keys of the crashed ranks. So each
-    process writes a new id, and rank 0 publishes the ids that it sees. A rank proceeds when its own
-    id is published, under a prefix made from all ids.
+    Raises InputError, naming the missing ranks, after `timeout` seconds. After a restart torchrun's
+    key-value store still has the keys of the crashed ranks. So each process writes a new id, and
+    rank 0 publishes the ids that it sees. A rank proceeds when its own id is published, under a
+    prefix made from all ids.
     """
     own_id, deadline = uuid4().hex, time.monotonic() + timeout
     keys, missing = [f"id/{other}" for other in range(world)], [0]  # until rank 0 lists this rank
     store.set(keys[rank], own_id)
-    while True:
+    while missing:
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"rank {rank} waited in vain: of {world} ranks these did not come: {missing}. See "
+                "their output; start all nodes with the same command at about the same time"
+            )
         if rank == 0:
             store.set("ids", " ".join(store.get(k).decode() for k in keys if store.check([k])))
         ids = store.get("ids").decode() if store.check(["ids"]) else ""
         if own_id in ids:
             own = dist.PrefixStore(hashlib.sha256(ids.encode()).hexdigest(), store)
-            if not (missing := arrive(own, "begin", rank, world)):
-                return own
-        wait_for(missing, rank, world, deadline)
+            own.set(f"here/{rank}", "")
+            missing = [other for other in range(world) if not own.check([f"here/{other}"])]
+        time.sleep(0.01)
+    return own
 
 
 def device_of(name: str | None) -> torch.device:
@@ -132,8 +117,9 @@ def join(device: str | None, timeout: float = JOIN_TIMEOUT) -> Ranks:
         return Ranks(0, 1, own)
     store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
     store = gather(store, rank, world, timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return Ranks(rank, world, own, store)
+    limit = timedelta(seconds=STEP_TIMEOUT)
+    dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
+    return Ranks(rank, world, own, grouped=True)
 
 
 @contextmanager
@@ -149,7 +135,7 @@ def signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def shard(model: AuxVLA, device: torch.device) -> None:
+def shard(model: AuxVLA, device: torch.device) -> AuxVLA:
     """Divide the model, which every rank holds in full, among the ranks' devices (FSDP2)."""
     # Imported here: takes a second, and most runs do not shard.
     from torch.distributed.device_mesh import init_device_mesh
@@ -167,3 +153,4 @@ def shard(model: AuxVLA, device: torch.device) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=empty)
     for method in ("act", "teacher_forced"):  # they also run forward passes
         register_fsdp_forward_method(model, method)
+    return model

@@ -128,7 +128,6 @@ def build_model(cfg: TrainConfig, start: Start, is_main: bool) -> tuple[AuxVLA, 
         return model, start.manifest["pretrained"]
     if cfg.stage == 2 and not cfg.row and is_main:
         print("stage 2 without --init-from RUN/stage1: naive co-training (Table 2)")
-    build_tokenizer(cfg.model.llm)  # a missing tokenizer fails here, before weights are read
     return model, load_pretrained(model.vlm, cfg.pretrained) if cfg.pretrained else {}
 
 

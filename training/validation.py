@@ -57,7 +57,7 @@ def validate(
 
 
 def metrics(seen: dict[str, Tensor], stats: ActionStats) -> dict[str, dict]:
-    """{name: ours, trivial, unit, higher_is_better, n, and for labels: are they all equal}."""
+    """{name: ours, trivial, unit, higher_is_better, n, and of labels: are they all equal}."""
     moving = torch.tensor(stats.high) > torch.tensor(stats.low)
     n, tokens = len(seen["bins"]), (seen["bins"][:, moving], seen["true_bins"][:, moving])
     out = to_figures(token_accuracy(*tokens), n=n)
