@@ -106,6 +106,7 @@ def test_settings_stand_once_or_on_every_line_and_may_not_change(tmp_path):
     done = read_episodes(tmp_path)
     assert sorted(done) == [("place_obj", 0), ("place_obj", 1)]
     assert {episode["simulation"] for episode in done.values()} == {"physx_cpu"}
+    assert read_episodes(REPOSITORY / "weights/eval")["close_drawer", 0]["horizon"] == 200
     check_settings(tmp_path, done, {"split": "train", "policies": {"place_obj": "a"}})
     for name, ours in {"split": "val", "device": "cuda", "policies": {"place_obj": "b"}}.items():
         with pytest.raises(InputError, match=f"with {name} = .*, this run has .*{ours}"):
@@ -113,7 +114,6 @@ def test_settings_stand_once_or_on_every_line_and_may_not_change(tmp_path):
 
 
 def test_wrong_flags_are_refused(tmp_path):
-    assert read_episodes(REPOSITORY / "weights/eval")["close_drawer", 0]["horizon"] == 200
     with pytest.raises(InputError, match="no --policy but learned"):
         EvalConfig(out=tmp_path, checkpoint=tmp_path, policy="random")
     for task, column in (("tidy_house", "open_fridge"), ("set_table", "place:003_cracker_box")):
