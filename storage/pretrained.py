@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from config import InputError, ModelConfig, quoted
+from config import BINS, InputError, ModelConfig, quoted
 from storage import weight_names
 from storage.download import reachable
 from storage.files import read_json, sha256
@@ -183,7 +183,7 @@ def reverse_actions(llm: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tenso
 
     In Prismatic's ActionTokenizer a larger action has a smaller id, here a larger one.
     """
-    first, end = cfg.llm.first_action_id, cfg.llm.first_action_id + cfg.bins
+    first, end = cfg.llm.first_action_id, cfg.llm.first_action_id + BINS
     tables = ("model.embed_tokens.weight", "lm_head.weight")  # [vocabulary, width]
     return llm | {
         key: torch.cat([llm[key][:first], llm[key][first:end].flip(0), llm[key][end:]])

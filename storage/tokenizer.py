@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from config import SUBTASKS, InputError, LLMConfig, ModelConfig, quoted
+from config import BINS, SUBTASKS, InputError, LLMConfig, quoted
 from paper import ARTICULATIONS, OBJECTS, instruction
 
 
@@ -57,7 +57,7 @@ def check_tokenizer(tokenizer: Tokenizer, cfg: LLMConfig) -> None:
     size, own = tokenizer.get_vocab_size(), tokenizer.get_vocab_size(with_added_tokens=False)
     first, extra = cfg.first_action_id, tokenizer.token_to_id("<|extra_0|>")
     wrong = []
-    if first not in ((size, own - ModelConfig.bins) if extra is None else (extra,)):
+    if first not in ((size, own - BINS) if extra is None else (extra,)):
         place = "" if extra is None else f", <|extra_0|> is {extra}"
         wrong = [f"{size} tokens, {own} of them its own{place}; the action ids begin at {first}"]
     special = dict.fromkeys(re.findall(r"<\|.*?\|>", cfg.prompt))

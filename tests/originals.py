@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from backbone import rope
 from config import ModelConfig
 from model import VLM
 from storage.pretrained import HUB, INDEX
@@ -140,7 +141,7 @@ def compare(vlm: VLM, originals: dict, cfg: ModelConfig, tolerance: float) -> No
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     ids = torch.randint(0, cfg.llm.vocab, (2, 17))
     causal = torch.ones(2, 17, 17, dtype=torch.bool).tril()
-    table = vlm.llm.rope(torch.arange(17).expand(2, 17))
+    table = rope(torch.arange(17).expand(2, 17), cfg.llm)
     hidden, _ = vlm.llm(vlm.llm.embed(ids), table, causal[:, None])
     theirs = originals["llm"](ids).logits
     assert theirs.abs().max() > 0.5

@@ -23,7 +23,7 @@ from originals import (
 from processes import start
 from safetensors.torch import load_file, save_file
 
-from config import InputError, model_config
+from config import BINS, InputError, model_config
 from model import VLM
 from paper import HUB_DATASETS
 from storage import checkpoint
@@ -60,7 +60,7 @@ def files(tmp_path_factory):
     vla = prismatic_components(llama, LLAMA, folder / "of-llama")
     save_openvla(vla, folder / "openvla")
     save_prismatic(vla, folder / "openvla-prismatic", config="vla")
-    actions = slice(LLAMA.llm.first_action_id, LLAMA.llm.first_action_id + LLAMA.bins)
+    actions = slice(LLAMA.llm.first_action_id, LLAMA.llm.first_action_id + BINS)
     with torch.no_grad():  # both forms of openvla-7b count its actions down, we count up
         llm = llama["llm"]
         for table in (llm.get_input_embeddings(), llm.get_output_embeddings()):

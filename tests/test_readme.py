@@ -80,7 +80,7 @@ def test_the_lines_of_code_are_those_that_the_readme_states():
     sentence = re.search(r"about ([\d,]+) lines, .*? about ([\d,]+) lines", words(README))
     stated = [int(n.replace(",", "")) for n in sentence.groups()]
     counted = [lines(ROOT.glob("*.py")), lines(SOURCES)]
-    assert stated == [pytest.approx(n, rel=0.05) for n in counted]
+    assert stated == [pytest.approx(n, rel=0.1) for n in counted]
 
 
 # --- Commands ---

@@ -52,7 +52,7 @@ def check_policy(
         """Return the logits of the 13 tokens [B, 13, bins] and the recorded tokens [B, 13]."""
         batch = make_batch(raw, policy.stats, prompts, cfg)
         logits = policy.model.teacher_forced(batch)[0].cpu()
-        return logits, actions_to_bins(batch["actions"][:, 0], cfg.bins).cpu()
+        return logits, actions_to_bins(batch["actions"][:, 0]).cpu()
 
     on_gpu = policy.device.type == "cuda"
     with torch.no_grad(), torch.autocast(policy.device.type, torch.bfloat16, enabled=on_gpu):

@@ -20,7 +20,7 @@ from storage.results import markdown, read_episodes, wilson
 
 # Standard normal quantiles: two-sided test at 0.05, power 0.8.
 Z, Z_POWER = (NormalDist().inv_cdf(p) for p in (0.975, 0.8))
-SAME = ("task", "split", "horizon", "assets", "real_meshes", "simulation")  # of the evaluations
+SAME = ("task", "split", "horizon", "assets", "simulation")  # of the evaluations
 SAME += ("subtask_uid", "scene", "spawn")  # of the episodes
 HEAD = ["", "n", "A", "B", "B - A [95 %]", "A alone", "B alone", "n needed"]
 NOTE = """\
@@ -99,7 +99,7 @@ def compare(a: Positional[Path], b: Positional[Path]) -> str:
                 raise InputError(
                     f"seed {key[1]} of {key[0]}: {name} is {in_a.get(name)!r} in {a}, "
                     f"{in_b.get(name)!r} in {b}: not the same episode. Evaluate both with equal "
-                    "--task, --split, --horizon, --real-meshes, --envs and MS_ASSET_DIR"
+                    "--task, --split, --horizon, --envs and MS_ASSET_DIR"
                 )
         outcome = in_a["success_once"], in_b["success_once"]
         outcomes[key[0]].append(outcome)

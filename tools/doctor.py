@@ -34,6 +34,7 @@ from packaging.requirements import Requirement
 from config import LABELS, PRESETS, InputError, TrainConfig, model_config, quoted, user_errors
 from model import VLM, AuxVLA
 from simulation.assets import check_assets
+from simulation.plans import check_gpu_physics
 from storage.h5 import label_command
 from storage.pack import open_data
 from storage.pretrained import load_pretrained
@@ -133,7 +134,7 @@ def check_disk(out: str, part: str, preset: str) -> str:
     if part in ("all", "train"):
         with torch.device("meta"):
             model = AuxVLA(model_config(preset), flow_head=True)
-        copies = TrainConfig.keep + 2  # newest, best, and the one being written
+        copies = TrainConfig.keep + 1  # and the one being written
         need = 12 * copies * sum(parameter.numel() for parameter in model.parameters())
     place = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents)
                  if path.exists())  # fmt: skip
@@ -198,12 +199,6 @@ def check_simulator() -> str:
     return "an environment was reset"
 
 
-def check_physx() -> str:
-    from simulation.episodes import check_gpu_physics  # imports the simulator
-
-    return check_gpu_physics(download=False)
-
-
 # --- Data and weights ---
 
 
@@ -266,7 +261,7 @@ def choose_checks(cfg: Doctor) -> Iterator[tuple[str, Callable[[], str]]]:
         yield "renderer", check_renderer
         yield "simulator", check_simulator
         if torch.cuda.is_available():
-            yield "gpu physics", check_physx
+            yield "gpu physics", check_gpu_physics
 
 
 def report(name: str, check: Callable[[], str]) -> bool:

@@ -15,7 +15,7 @@ import transformers
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from config import ACTION_DIM, ModelConfig
+from config import ACTION_DIM, BINS, ModelConfig
 from decoders import DECODERS
 from model import AuxVLA, actions_to_bins, bins_to_actions, label_counts, masked_mean
 from storage.pretrained import HUB, load_pretrained
@@ -114,7 +114,7 @@ class Port(nn.Module):
 
     def forward(self, batch: dict[str, Tensor], stage: int = 2) -> dict[str, Tensor]:
         """The losses of stage 2, named as ours."""
-        bins = actions_to_bins(batch["actions"][:, 0], self.cfg.bins)
+        bins = actions_to_bins(batch["actions"][:, 0])
         ids = self.cfg.llm.first_action_id + bins
         x, mask = self.prefix(batch)
         x = torch.cat([x, self.llm.get_input_embeddings()(ids)], dim=1)
@@ -139,11 +139,11 @@ class Port(nn.Module):
         predict: bool = False,
     ) -> tuple[Tensor, dict]:  # fmt: skip
         """As AuxVLA.act: normalised actions [B, 1, 13], by `generate` over the action ids."""
-        first, bins = self.cfg.llm.first_action_id, self.cfg.bins
+        first = self.cfg.llm.first_action_id
 
         def only_actions(_, scores: Tensor) -> Tensor:  # [B, vocabulary]
             kept = torch.full_like(scores, -torch.inf)
-            kept[:, first : first + bins] = scores[:, first : first + bins]
+            kept[:, first : first + BINS] = scores[:, first : first + BINS]
             return kept
 
         x, mask = self.prefix(batch)
@@ -151,5 +151,5 @@ class Port(nn.Module):
             inputs_embeds=x, attention_mask=mask, do_sample=False, max_new_tokens=ACTION_DIM,
             min_new_tokens=ACTION_DIM, logits_processor=[only_actions],
         )  # fmt: skip
-        actions = bins_to_actions(ids[:, -ACTION_DIM:] - first, bins)
+        actions = bins_to_actions(ids[:, -ACTION_DIM:] - first)
         return rearrange(actions, "b a -> b 1 a"), {}
