@@ -299,7 +299,6 @@ def test_the_report_says_what_was_not_run_and_what_does_not_beat_the_trivial_pre
     assert "| grasp | 0.5 share | 0.9 share | 9 | does not beat the trivial predictor |" in text
     assert "## Videos\n\nnot run" in text and "![losses](curves.png)" in text
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert json.loads((tmp_path / "results.json").read_text())["validation"]["stage1"] == metrics
 
 
 def test_the_report_gathers_the_finished_films_of_all_evaluations(tmp_path):
