@@ -8,17 +8,15 @@ writes data/set_table/close/kitchen_counter.h5 and .json in the layout of MS-HAB
     traj_i/labels/pos                     [T + 1, 2] float32      base x, y, world frame, metres
     traj_i/labels/seg/fetch_{head,hand}   [T + 1, 128, 128] bool  the target object, or the handle
 
-The other labels are MS-HAB observations. With `--expert rl` MS-HAB's released policies act, in the
-real apartments that they were trained in; with `--envs N` on a GPU, in N episodes at once.
+The other labels are MS-HAB observations. `--expert rl` records MS-HAB's released policies in the
+real apartments, `--envs N` N episodes at once on a GPU.
 
-An episode is a seed: the file has the first N seeds at which the expert succeeds, whatever the
-number of workers. Each finished attempt is kept in <target>.parts; a run that was killed goes on
-where it was, and asking for more adds to the file.
+A seed determines an episode. The file has the lowest seeds at which the expert succeeds, for any
+number of workers. Each finished attempt is kept in <target>.parts: after a kill the same command
+continues, and a larger --episodes adds to the file.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -39,20 +37,19 @@ from storage.results import wilson
 class CollectConfig:
     task: Literal[TASKS]
     subtask: Literal[SUBTASKS]
-    target: str  # object or articulation, as MS-HAB names it; "all" of the task: one file each
+    target: str  # object or articulation, as MS-HAB names it; all: a file for each of the task's
     out: Path = Path("data")  # the files are OUT/<task>/<subtask>/<target>.h5 and .json
-    episodes: int = 20  # successful ones to have in the end, divided evenly among the targets
+    episodes: int = 20  # successful episodes in all files together, divided evenly
     # scripted knows the generated apartment, rl are MS-HAB's policies for the real ones
     expert: Literal["scripted", "rl"] = "scripted"
-    # of --expert rl: `hf download arth-shukla/mshab_checkpoints --local-dir mshab_checkpoints`
+    # for rl: `hf download arth-shukla/mshab_checkpoints --local-dir mshab_checkpoints`
     policies: Path = Path("mshab_checkpoints")
-    # attempts per target after which too few successes end the run; default: 20 + 10 per episode
+    # attempts at a target, after which the run gives up; default: 20 + 10 per episode
     max_attempts: int | None = None
     split: Literal["train", "val"] = "train"  # of MS-HAB's scenes and episodes
     workers: int = 1  # processes, a simulator each; one per core is best
-    envs: int = 1  # of --expert rl: so many episodes at once in each process, on a GPU
-    seed: int = 0  # of the first episode; the others count up from it
-    real_meshes: bool = False  # render Fetch's own meshes, not the light copies in the asset folder
+    envs: int = 1  # environments that each worker simulates at once on a GPU; for rl only
+    seed: int = 0  # of the first attempt; the next ones have seed + 1, seed + 2, ...
 
     def __post_init__(self):
         known = targets(self.task, self.subtask)
@@ -63,9 +60,7 @@ class CollectConfig:
                 f"--target {self.target}: the targets of {self.task} {self.subtask} are {known}"
             )
         if min(self.episodes, self.workers, self.envs, self.max_attempts or 1) < 1 or self.seed < 0:
-            raise InputError(
-                "--episodes, --workers, --envs, --max-attempts start at 1, --seed at 0"
-            )
+            raise InputError("--episodes, --workers, --envs, --max-attempts: at least 1; --seed: 0")
 
     @property
     def wanted(self) -> dict[str, int]:
@@ -75,37 +70,16 @@ class CollectConfig:
         return {name: each + (i < rest) for i, name in enumerate(names)}
 
     def recipe(self, target: str) -> dict:
-        """The settings that determine an episode; they must not change while a file grows."""
-        recipe = {key: getattr(self, key) for key in ("expert", "split", "seed", "real_meshes")}
+        """Settings that determine an episode, equal for all episodes of a file."""
+        recipe = {key: getattr(self, key) for key in ("expert", "split", "seed")}
         recipe["assets"] = apartment()
         if self.envs > 1:
             recipe["simulation"] = simulation_backend(self.envs)
         if self.expert == "rl":
             from simulation.rl_expert import RLPolicy  # here: it imports the simulator
 
-            policy = RLPolicy.load(self.policies, self.task, self.subtask, target)
-            recipe["policy"] = policy.sha
+            recipe["policy"] = RLPolicy.load(self.policies, self.task, self.subtask, target).sha
         return recipe
-
-
-def serve(cfg: CollectConfig, jobs: Iterator[Job]) -> Iterator[list[tuple[bool, int, bytes]]]:
-    """Run in a worker."""
-    from simulation.demonstrations import run_jobs  # here: the main process needs no simulator
-
-    return run_jobs(cfg, jobs)
-
-
-def next_seeds(
-    recording: Recording, running: list[int], episodes: int, envs: int, articulation_of: Callable
-) -> list[int]:
-    """Return the lowest seeds not attempted yet, at most `envs`, all with one articulation."""
-    seeds = []
-    while len(seeds) < envs:
-        seed = recording.next_seed(running + seeds, episodes)
-        if seed is None:
-            break
-        seeds.append(seed)
-    return [seed for seed in seeds if articulation_of(seed) == articulation_of(seeds[0])]
 
 
 def collect(cfg: CollectConfig, recording: Recording, target: str, workers: Workers) -> None:
@@ -113,13 +87,13 @@ def collect(cfg: CollectConfig, recording: Recording, target: str, workers: Work
     # An earlier run that wanted more may have left more successes: keep them.
     episodes = max(cfg.wanted[target], recording.successes)
     limit = cfg.max_attempts or 20 + 10 * episodes
-    plan_file, _ = plan_files(cfg.task, cfg.subtask, target, cfg.split)
-    articulation_of = articulations(plan_file) if cfg.envs > 1 else lambda seed: ""
+    articulation_of = articulations(plan_files(cfg.task, cfg.subtask, target, cfg.split)[0])
 
     def next_job(running: list[Job]) -> Job | None:
         busy = [seed for job in running for seed in job.seeds]
-        seeds = next_seeds(recording, busy, episodes, cfg.envs, articulation_of)
-        return Job(target, seeds) if seeds else None
+        seeds = recording.next_seeds(busy, episodes, cfg.envs)
+        same = [seed for seed in seeds if articulation_of(seed) == articulation_of(seeds[0])]
+        return Job(target, same) if same else None
 
     recording.start()
     bar = tqdm(total=episodes, initial=recording.successes, desc=target, disable=None)
@@ -131,8 +105,8 @@ def collect(cfg: CollectConfig, recording: Recording, target: str, workers: Work
         if len(recording.done) >= limit and recording.successes < episodes:
             raise SystemExit(
                 f"{target}: stopped, {recording.successes} of {len(recording.done)} attempts of "
-                f"the {cfg.expert} expert succeeded, {episodes} were wanted. They stay in "
-                f"{recording.parts}; a larger --max-attempts goes on"
+                f"the {cfg.expert} expert succeeded, {episodes} were wanted. They are kept in "
+                f"{recording.parts}; a larger --max-attempts continues"
             )
     bar.close()
     recording.merge()
@@ -140,12 +114,10 @@ def collect(cfg: CollectConfig, recording: Recording, target: str, workers: Work
 
 def main(cfg: CollectConfig) -> None:
     check_envs(cfg.envs, cfg.expert == "scripted")
-    workers, recipes = Workers(cfg.workers, partial(serve, cfg)), {}
-    for target in cfg.wanted:  # raise for missing files before any worker starts
-        plan_files(cfg.task, cfg.subtask, target, cfg.split)
-        recipes[target] = cfg.recipe(target)
+    folder = cfg.out / cfg.task / cfg.subtask
+    workers = Workers(cfg.workers, "simulation.demonstrations", cfg)
+    recipes = {target: cfg.recipe(target) for target in cfg.wanted}  # raises before a worker starts
     for target, episodes in cfg.wanted.items():
-        folder = cfg.out / cfg.task / cfg.subtask
         with sole_writer(folder, target):
             recording = Recording(folder, target, recipes[target])
             if len(recording.episodes) >= episodes:

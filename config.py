@@ -3,18 +3,16 @@
     from config import PRESETS  # {"paper": ..., "openvla": ..., "tiny": ..., "tiny-openvla": ...}
     python train.py --help      # the comment beside or above a field is its help text
 
-The preset `paper` is Sec. 4-6 of the paper on MiniVLA's Prismatic VLM. `openvla` is the 7B baseline
-of Table 1. `tiny` trains on two CPU cores. Presets differ in numbers only: no code asks for their
-name.
+The preset `paper` is Sec. 4-6 of the paper, 1.3B parameters, on MiniVLA's Prismatic VLM. `openvla`
+is the 7B baseline of Table 1. `tiny` trains on two CPU cores. Presets differ in numbers only.
 """
 
 import errno
-import math
 import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import tyro
@@ -23,14 +21,16 @@ import tyro
 LABELS = ("pos", "grasp", "qpos", "obj", "seg")
 LOSSES = ("action", *LABELS, "flow")
 CAMERAS = ("head", "hand")  # Fig. 1; MS-HAB's fetch_head and fetch_hand
-# GAP-1 (Fig. 2): "base pose 3, torso 1, arm 7, fingers 2". Here, and in SG-VLA's README: 0-6 arm,
-# 7 gripper, 8-9 head pan and tilt, 10 torso lift, 11 base forward velocity, 12 base yaw velocity.
+# GAP-1 (Fig. 2): the paper counts base pose 3, torso 1, arm 7, fingers 2. MS-HAB's controller and
+# SG-VLA's README have, in this order: arm 7, gripper 1, head pan and tilt 2, torso lift 1, base
+# forward velocity 1, base yaw velocity 1.
 ACTION_DIM = 13
-QPOS_DIM = 12  # Table 5
+BINS = 256  # of each action dimension, uniform on [-1, 1], one token per bin (Prismatic; GAP-3)
+QPOS_DIM = 12  # joint positions (Sec. 4.3, Table 5)
 DEPTH_SCALE_MM = 1000.0  # Eq. 1
 IMAGE_SIZE = 128  # pixels of MS-HAB's cameras, hence of the masks (Table 5)
 RECORDED_ACTIONS = 8  # actions of the flow head's chunk (Sec. 6.4), stored with every frame
-TASKS = ("set_table", "tidy_house", "prepare_groceries")
+TASKS = ("set_table", "tidy_house", "prepare_groceries")  # Sec. 3
 SUBTASKS = ("pick", "place", "open", "close")
 HORIZON = 200  # control steps per episode, 20 Hz (MS-HAB: max_episode_steps of all four subtasks)
 HISTORY = 4  # past time steps (Sec. 4.2)
@@ -48,29 +48,21 @@ def quoted(*paths: object) -> str:
     return shlex.join(map(str, paths))
 
 
-def check_range(name: str, value: float | None, low: float, high: float = math.inf) -> None:
-    if value is not None and not low <= value <= high:
-        raise InputError(f"{name} {value}: expected {low} to {high}")
-
-
 # What a full disk, a read-only one, or missing permissions raise.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Print an InputError or a disk's refusal as one line and exit 1; others keep their traceback.
-
-    Output is UTF-8 in every locale.
-    """
-    for stream in (sys.stdout, sys.stderr):
+    """Print an InputError or a disk's refusal as one line, exit 1; others keep their traceback."""
+    for stream in (sys.stdout, sys.stderr):  # paths print in every locale
         stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         yield
     except InputError as error:
+        # A DataLoader worker's message follows its traceback.
         text = str(error).strip()
-        if "DataLoader worker" in text:  # torch puts the worker's traceback before the message
-            text = text.splitlines()[-1]
+        text = text.splitlines()[-1] if "DataLoader worker" in text else text
         raise SystemExit(f"error: {text}") from None
     except OSError as error:
         if error.errno not in DISK_ERRORS:
@@ -83,7 +75,7 @@ def user_errors() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A vision transformer. `depth` counts the checkpoint's blocks; the last is never built."""
+    """A vision transformer; of its `depth` blocks the last is not built (backbone.py says why)."""
 
     width: int = 1024
     depth: int = 24
@@ -120,12 +112,11 @@ class LLMConfig:
     depth: int = 24
     heads: int = 14
     kv_heads: int = 2
-    head_dim: int = 64
     mlp: int = 4864
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     init_std: float = 0.02  # of weights that no checkpoint provides
-    first_action_id: int = 151665  # <|extra_0|> of Prismatic's "extra" tokenizer
+    first_action_id: int = 151665  # token of bin 0: <|extra_0|> in Prismatic's tokenizer
     prompt: str = (  # Prismatic's prompt for Qwen
         "<|im_start|>system\n"
         "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
@@ -136,25 +127,29 @@ class LLMConfig:
     prompt_end: tuple[int, ...] = ()  # token ids appended after the prompt
     prompt_length: int = 64  # maximum tokens; prompts are padded to the longest one of the data
 
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
 
-# OpenVLA's LLM and prompt, which ends in Llama's id of a single space. norm_eps is transformers'
-# default, since OpenVLA's config.json does not name it.
+
+# OpenVLA's LLM and prompt; 29871 is Llama's token of a single space. OpenVLA's config.json names no
+# norm_eps, so it is transformers' default.
 LLAMA2_7B = LLMConfig(
     "openvla/openvla-7b", tied=False, qkv_bias=False, vocab=32064, width=4096, depth=32, heads=32,
-    kv_heads=32, head_dim=128, mlp=11008, rope_theta=1e4, norm_eps=1e-6, first_action_id=31744,
+    kv_heads=32, mlp=11008, rope_theta=1e4, first_action_id=31744,
     prompt="In: What action should the robot take to {}?\nOut:", prompt_end=(29871,),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Table 5; the halvings 512 -> 256 -> 128 follow from `width`."""
+    """Table 5. The MLPs' 512 -> 256 -> 128 are width, width / 2, width / 4."""
 
     width: int = 512
     layers: int = 2  # qpos transformer
     heads: int = 8  # qpos transformer
     mlp: int = 2048  # qpos transformer; Table 5 leaves it open
-    channels: tuple[int, ...] = (64, 32, 16, 8)  # inputs of the mask decoder's four upsamplings
+    channels: tuple[int, ...] = (64, 32, 16, 8)  # into each of the mask decoder's 4 upsamplings
 
     @property
     def grid(self) -> int:
@@ -178,8 +173,8 @@ class ModelConfig:
     patch_size: int = 14
     depth: bool = True  # depth views beside the RGB views (Table 1)
     cameras: tuple[Literal["head", "hand"], ...] = CAMERAS  # (Table 1: Multiview)
-    # GAP-5: input from the last 4 time steps: "actions" (Sec. 6.2, SG-VLA's README) or "frames"
-    # ("observations" in Sec. 4.2)
+    # GAP-5: of the past 4 time steps read the "actions" (Sec. 6.2, SG-VLA's README) or the "frames"
+    # (Sec. 4.2: "observations")
     history: Literal["none", "frames", "actions"] = "none"
     dino: VisionConfig = DINOV2_L
     siglip: VisionConfig = SIGLIP_SO400M
@@ -193,7 +188,6 @@ class ModelConfig:
     flow: FlowConfig = FlowConfig()
     # GAP-16 (Sec. 4.1): not stated; the encoders are trained, as in MiniVLA
     freeze_vision: bool = False
-    bins: int = 256  # per action dimension, uniform on [-1, 1] (Prismatic)
 
     @property
     def num_views(self) -> int:
@@ -213,15 +207,13 @@ class ModelConfig:
     def __post_init__(self):
         if not self.cameras or self.cameras != tuple(c for c in CAMERAS if c in self.cameras):
             raise InputError(f"cameras {self.cameras}: expected some of {CAMERAS}, in this order")
-        most = ACTION_DIM if self.latents == "action_states" else math.inf
-        check_range("num_latents", self.num_latents, int(bool(self.decoders)), most)
-        check_range("flow.execute", self.flow.execute, 1, RECORDED_ACTIONS)
-        check_range("bins", self.bins, 2, self.llm.vocab - self.llm.first_action_id)
+        if self.decoders and not self.num_latents:
+            raise InputError("num_latents 0: decoders need at least 1")
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """The lambdas of Eq. 4 (Sec. 6.1). GAP-23: 1 for the action and flow losses, not in Eq. 4."""
+    """The lambdas of Eq. 4 (Sec. 6.1). GAP-23: 1 for action and flow, which Eq. 4 leaves out."""
 
     action: float = 1.0
     pos: float = 1.0
@@ -234,30 +226,30 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    # demonstrations (MS-HAB's layout) or a pack of them, in this folder or in its folder `pack`
+    # folder of demonstrations (MS-HAB's layout) or of their pack; DATA/pack is preferred
     data: str = "data"
     # folder of this stage: config.json, log.jsonl, step-NNNNNNNN/, last; default: runs/RUN/stageN
     out: str = ""
-    # name of the run in runs/; default: the row, or auxvla-all. Not --run under torchrun, which
-    # takes --run for an abbreviation of its own --run-path
+    # name of the run in runs/; default: the row, or auxvla-all. Under torchrun write --run-name:
+    # torchrun reads --run as its own --run-path
     run_name: Annotated[str, tyro.conf.arg(aliases=["--run"])] = ""
     # 1: decoders on detached latents, 2: joint, 3: flow head on the frozen VLM (Sec. 5.2-5.3)
     stage: Literal[1, 2, 3] = 1
-    # defaults of the fields below
+    # sets the defaults of other flags: see PRESETS in config.py
     preset: Literal["paper", "openvla", "tiny", "tiny-openvla"] = "paper"
     row: str | None = None  # a row of Tables 1-4 (python paper.py); fixes inputs, data and epochs
     tasks: tuple[Literal[TASKS], ...] = ()  # tasks to train on; default: all in the data
     subtasks: tuple[Literal[SUBTASKS], ...] = ()  # subtasks to train on; default: all in the data
-    # GAP-25 (Sec. 6.1): cut each demonstration at its first success (the release idles until step
-    # 200); for a pack, set it when packing
+    # GAP-25 (Sec. 6.1): cut each demonstration at its first success; MS-HAB's go on to step 200
+    # without moving. For a pack, give it to data.py pack
     truncate_at_success: bool = True
-    # GAP-23: which values become -1 and 1: the controller's bounds or percentiles of the data
+    # GAP-23: actions are scaled to [-1, 1] from the controller's bounds, or from the 1st and 99th
+    # percentile of the data
     action_bounds: Literal["controller", "percentiles"] = "controller"
     # public weights of the VLM: folder or hub name of a Prismatic checkpoint or of openvla-7b, a
     # folder of the folders of DINOv2, SigLIP and Qwen2.5, or "hub"; unused with --init-from
     pretrained: str | None = "Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b"
-    # weights of an earlier stage (its folder or a checkpoint in it); default: the run's last stage
-    # before this one
+    # folder of an earlier stage, or of a checkpoint in it; default: the run's stage before this one
     init_from: str | None = None
     # auto: continue from the newest whole checkpoint in `out`
     resume: Literal["auto", "never"] = "auto"
@@ -272,12 +264,12 @@ class TrainConfig:
     compile: bool = False  # torch.compile every block
     lr: float = 2e-5  # Adam, constant (Sec. 6.1)
     warmup: int = 0  # steps of linear warm-up; the paper has none
-    # last share of the steps, in which lr falls linearly to 0; the paper has none
+    # share of the steps, at the end, during which lr falls linearly to 0; the paper has none
     cooldown: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)  # GAP-21: not stated; MiniVLA's
     grad_clip: float = 1.0  # GAP-21: MiniVLA's
     weights: LossWeights = LossWeights()  # Eq. 4
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = ModelConfig()
     seed: int = 0  # weights, order of samples, flow noise
     device: Literal["cpu", "cuda"] | None = None  # default: a GPU if there is one
     workers: int = 4  # loader processes per GPU
@@ -286,18 +278,16 @@ class TrainConfig:
     val_frames: int = 2048  # held-out frames per validation, spread evenly
     log_every: int = 10  # steps
     save_every: int = 1000  # steps; one more at the end
-    keep: int = 2  # newest checkpoints to keep, beside the best
+    keep: int = 2  # newest checkpoints to keep
     max_skipped: int = 10  # stop after so many steps in a row whose loss or gradient is not finite
     tracker: Literal["tensorboard", "wandb"] | None = None  # beside log.jsonl
 
     def __post_init__(self):
-        for name in ("batch_size", "micro_batch", "steps", "keep", "max_skipped"):
-            check_range(name, getattr(self, name), 1)
-        for name in ("val_every", "log_every", "save_every"):
-            check_range(name, getattr(self, name), 1)
-        check_range("seed", self.seed, 0)
-        check_range("val_episodes", self.val_episodes, 0, 1)
-        check_range("cooldown", self.cooldown, 0, 1)
+        every = ("val_every", "log_every", "save_every")
+        for name in ("batch_size", "micro_batch", "steps", "keep", "max_skipped", *every):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} {value}: expected 1 or more")
 
 
 # Table 1's OpenVLA as published: one camera, RGB, neither latents nor decoders.
@@ -308,14 +298,11 @@ TINY_MODEL = ModelConfig(
     image_size=64,
     patch_size=32,
     dino=VisionConfig(192, 2, 6, 768, registers=1, layer_scale=1.0),
-    siglip=VisionConfig(
-        192, 2, 6, 768, registers=0, cls_token=False, layer_scale=None,
-        mean=(0.5,) * 3, std=(0.5,) * 3,
-    ),
+    siglip=replace(SIGLIP_SO400M, width=192, depth=2, heads=6, mlp=768),
     projector_hidden=384,
     llm=LLMConfig(
-        "words", vocab=512, width=192, depth=4, heads=6, kv_heads=6, head_dim=32, mlp=512,
-        rope_theta=1e4, init_std=0.06, first_action_id=256,
+        "words", vocab=512, width=192, depth=4, heads=6, kv_heads=6, mlp=512, rope_theta=1e4,
+        init_std=0.06, first_action_id=256,
         prompt="What action should the robot take to {}?", prompt_length=20,
     ),
     decoder=DecoderConfig(width=128, heads=4, mlp=256, channels=(16, 16, 8, 8)),

@@ -1,8 +1,8 @@
 """The five auxiliary decoders (paper Sec. 4.3, Table 5) and their losses (Eqs. 2 and 3).
 
-Every decoder reads the same latents [B, N, D] (8 x 896 in the paper) and nothing else, so any
-subset can be trained (Tables 2 and 3). A loss returns one value per frame, [B]; model.py averages
-over the frames that have the label.
+Every decoder reads the latents [B, N, D] (8 x 896 in the paper) and nothing else, so any subset can
+be trained (Tables 2 and 3). A loss returns one value per frame, [B]; model.py averages over the
+frames that have the label. paper.py's rows choose the data that each decoder trains on (Sec. 3).
 
     pos    GlobalPositionDecoder  [B, 2]   base x, y, metres, world frame
     grasp  GraspDecoder           [B]      logit: is the target held?
@@ -40,8 +40,8 @@ class MLPDecoder(nn.Module):
         )  # fmt: skip
 
     def forward(self, latents: Tensor) -> Tensor:
-        # GAP-11 (Table 5): the paper gives neither the place of the pooling nor the activation. We
-        # pool the projected latents before the MLP and use GELU, as the mask decoder does.
+        # GAP-11 (Table 5): the paper gives neither the place of the pooling nor the activation.
+        # Here the projected latents are pooled before the MLP; GELU, as in the mask decoder.
         pooled = reduce(self.feature_proj(latents), "b n d -> b d", "mean")  # [B, 512]
         return self.mlp(pooled)  # [B, out_dim]
 
@@ -145,10 +145,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class CameraMaskDecoder(nn.Module):
-    """One camera's mask (Table 5).
-
-    Latents -> 64 x 8 x 8, then four transposed convolutions to 128 x 128.
-    """
+    """Latents -> 64 x 8 x 8 -> four transposed convolutions -> one 128 x 128 mask (Table 5)."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -159,11 +156,12 @@ class CameraMaskDecoder(nn.Module):
         # GAP-12 (Table 5): "Spatial proj to 8x8x64" from [B, 8, 256], without details. We flatten
         # all latents, so that each latent can describe its own part of the image.
         self.spatial_proj = nn.Linear(cfg.num_latents * width // 2, channels[0] * self.grid**2)
-        double = partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1)
+        # Each transposed convolution doubles the side: 8 -> 16 -> 32 -> 64 -> 128.
+        transpose_conv = partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1)
         stages = []
         for c_in, c_out in pairwise(channels):  # BatchNorm would cancel a bias
-            stages += [double(c_in, c_out, bias=False), BatchNorm(c_out), nn.GELU()]
-        self.upsample = nn.Sequential(*stages, double(channels[-1], 1))
+            stages += [transpose_conv(c_in, c_out, bias=False), BatchNorm(c_out), nn.GELU()]
+        self.upsample = nn.Sequential(*stages, transpose_conv(channels[-1], 1))
 
     def forward(self, latents: Tensor) -> Tensor:
         features = rearrange(self.feature_proj(latents), "b n d -> b (n d)")  # [B, 8 x 256]

@@ -7,17 +7,15 @@
     python eval.py --checkpoint RUN/stage2 --workers 8 --out RUN/eval  # the GPUs in turn
     python eval.py --checkpoint RUN/stage2 --envs 16 --out RUN/eval    # simulated on a GPU
 
-A finished episode is one line of OUT/episodes.jsonl, on disk before the next one counts. A killed
-run goes on with the missing episodes, and the table is always computed from that file.
-OUT/results.json has the columns and their provenance. tools/report.py puts all evaluations of a run
-side by side, tools/compare.py compares two on equal seeds.
+Each finished episode is one line of OUT/episodes.jsonl; the table is computed from this file. After
+a kill, the same command runs the missing episodes. OUT/results.json has the columns and their
+provenance. tools/report.py puts all evaluations of a run side by side, tools/compare.py compares
+two on equal seeds.
 """
 
 import platform
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,21 +23,20 @@ from typing import Annotated, Literal
 import tyro
 
 from config import HORIZON, TASKS, InputError, user_errors
-from paper import COLUMNS, DEFAULT_ROW, EACH, OBJECTS, PAPER_COLUMNS, ROWS, sentences, targets
-from simulation.assets import apartment, asset_folder, check_assets, plan_files
+from paper import COLUMNS, DEFAULT_ROW, OBJECTS, PAPER_COLUMNS, ROWS, sentences, targets
+from simulation.assets import apartment, asset_folder, plan_files
 from simulation.plans import (
     Job,
     articulations,
     batches,
     check_envs,
     count_scenes,
-    film_name,
     simulation_backend,
-)
+)  # fmt: skip
 from simulation.workers import Workers
 from storage.checkpoint import read_manifest, resolve
 from storage.files import append, code_commit, read_json, sha256, sole_writer, write_json
-from storage.results import merge_settings, read_episodes, success_table, table
+from storage.results import check_settings, read_episodes, success_table, table
 from training.ranks import device_of
 
 LIBRARIES = ("torch", "mani_skill", "praxis-mshab", "sapien", "numpy")
@@ -47,44 +44,36 @@ LIBRARIES = ("torch", "mani_skill", "praxis-mshab", "sapien", "numpy")
 
 @dataclass(frozen=True)
 class EvalConfig:
-    # folder of the results, where a stopped run goes on; default: runs/RUN/eval, and eval-POLICY
-    # for other policies than the learned one
+    # folder of the results; default: runs/RUN/eval, or runs/RUN/eval-POLICY if not learned
     out: Path | None = None
     # RUN/stageN (its newest) or RUN/stageN/step-NNNNNNNN; default: the newest stage of runs/RUN
     checkpoint: Path | None = None
     # a folder in runs/; default: the row
     run_name: Annotated[str | None, tyro.conf.arg(aliases=["--run"])] = None
-    # only learned takes a checkpoint; rl are MS-HAB's, for each column that of its target or "all"
+    # only learned takes a checkpoint; rl: MS-HAB's policy for each column's target
     policy: Literal["learned", "expert", "random", "rl"] = "learned"
-    # of rl: `hf download arth-shukla/mshab_checkpoints --local-dir mshab_checkpoints`
+    # for rl: `hf download arth-shukla/mshab_checkpoints --local-dir mshab_checkpoints`
     policies: Path = Path("mshab_checkpoints")
-    task: Literal[TASKS] = "set_table"  # of MS-HAB
-    # default: the paper's that the task has; pick_each, place_each: one for each of its objects
-    columns: tuple[Literal[(*COLUMNS, *EACH)], ...] = ()
-    unseen_instructions: bool = False  # run columns whose sentences the checkpoint never saw
+    task: Literal[TASKS] = "set_table"
+    # default: the paper's columns that the task has and the checkpoint was trained on
+    columns: tuple[Literal[tuple(COLUMNS)], ...] = ()
     episodes: int = 30  # per column (Sec. 6.1)
     split: Literal["train", "val"] = "val"  # GAP-18: the paper names none
-    seed: int = 0  # of the first episode; the others count up from it
+    seed: int = 0  # of the first episode; the next ones have seed + 1, seed + 2, ...
     horizon: int = HORIZON  # control steps per episode (MS-HAB: max_episode_steps)
     stop_at_success: bool = False  # faster, but success at the end is then unknown
-    workers: int = 1  # processes, one core and simulator each; results do not depend on it
-    envs: int = 1  # several: simulated at once on a GPU, and filmed ones alone; not the expert
-    video: int = 0  # film the first so many episodes of each column
-    # the paper's row beside ours (python paper.py); default: the checkpoint's, else auxvla-all
+    workers: int = 1  # processes, one core and simulator each; the number does not change results
+    envs: int = 1  # environments that each worker simulates at once on a GPU; not for the expert
+    video: int = 0  # film the first N episodes of each column, if they are not finished yet
+    # the paper's row to print beside the results; default: the checkpoint's, else auxvla-all
     row: Literal[tuple(ROWS)] | None = None
-    real_meshes: bool = False  # render Fetch's own meshes, not the light copies in the asset folder
-    device: Literal["cpu", "cuda"] | None = None  # of the learned policy; default: cuda if present
+    device: Literal["cpu", "cuda"] | None = None  # for the learned policy; default: cuda if present
 
     def __post_init__(self):
         if self.checkpoint and (self.policy != "learned" or self.out is None):
-            raise InputError(
-                f"--checkpoint {self.checkpoint}: expected --out too, and no --policy but learned"
-            )
-        counts = self.episodes, self.horizon, self.workers, self.envs
-        if min(counts) < 1 or min(self.seed, self.video) < 0:
-            raise InputError(
-                "--episodes, --horizon, --workers, --envs start at 1, --seed and --video at 0"
-            )
+            raise InputError("--checkpoint: expected --out too, and no --policy but learned")
+        if min(self.episodes, self.horizon, self.workers, self.envs) < 1 or self.seed < 0:
+            raise InputError("--episodes, --horizon, --workers, --envs: at least 1; --seed: 0")
         for name in self.names:
             known = targets(self.task, COLUMNS[name].subtask)
             if not known or COLUMNS[name].target_in(self.task) not in ("all", *known):
@@ -97,37 +86,35 @@ class EvalConfig:
     def names(self) -> tuple[str, ...]:
         """The columns to run, each once."""
         known = [name for name in PAPER_COLUMNS if targets(self.task, COLUMNS[name].subtask)]
-        names = []
-        for name in self.columns or known:
-            each = OBJECTS[self.task]
-            names += [f"{EACH[name]}:{target}" for target in each] if name in EACH else [name]
-        return tuple(dict.fromkeys(names))
+        return tuple(dict.fromkeys(self.columns or known))
 
     def address(self, column: str) -> tuple[str, str, str]:
         """MS-HAB's task, subtask and target of a column."""
         return self.task, COLUMNS[column].subtask, COLUMNS[column].target_in(self.task)
 
     def plan_file(self, column: str) -> Path:
-        """MS-HAB's task plans of a column. Raises InputError when a file is missing."""
         return plan_files(*self.address(column), self.split)[0]
 
 
 def choose(cfg: EvalConfig) -> EvalConfig:
-    """Fill in the folders, the checkpoint, its row and its columns.
-
-    Raises InputError when a file is missing, before any worker starts.
-    """
-    run, learned = Path("runs", cfg.run_name or cfg.row or DEFAULT_ROW), cfg.policy == "learned"
-    out = cfg.out or run / ("eval" if learned else f"eval-{cfg.policy}")
-    cfg = replace(cfg, out=out)
-    if learned:
-        folder = resolve(cfg.checkpoint or newest_stage(run))  # fixed, even if training goes on
-        manifest = read_manifest(folder, verify=False, moments=False)  # workers verify it
-        cfg = replace(cfg, checkpoint=folder, row=cfg.row or manifest["config"].get("row"))
-        cfg = replace(cfg, columns=known_columns(cfg, manifest))
-    for name in cfg.names:
-        cfg.plan_file(name)
-    return replace(cfg, row=cfg.row or DEFAULT_ROW)
+    """Fill in the default folders, checkpoint, row and columns."""
+    run = Path("runs", cfg.run_name or cfg.row or DEFAULT_ROW)
+    if cfg.policy != "learned":
+        return replace(cfg, out=cfg.out or run / f"eval-{cfg.policy}", row=cfg.row or DEFAULT_ROW)
+    folder = resolve(cfg.checkpoint or newest_stage(run))  # fixed, even if training goes on
+    manifest = read_manifest(folder, verify=False, moments=False)  # the workers verify it
+    row = cfg.row or manifest["config"].get("row") or DEFAULT_ROW
+    cfg = replace(cfg, out=cfg.out or run / "eval", checkpoint=folder, row=row)
+    trained = set(manifest["instructions"])
+    unseen = [name for name in cfg.names if not sentences(cfg.task, name) <= trained]
+    if unseen:
+        print(
+            f"warning: {folder} was not trained on every instruction of {', '.join(unseen)}; "
+            f"{'asked for by' if cfg.columns else 'left out without'} --columns",
+            file=sys.stderr,
+        )
+    known = tuple(name for name in cfg.names if name not in unseen)
+    return replace(cfg, columns=cfg.columns or known or cfg.names)
 
 
 def newest_stage(run: Path) -> Path:
@@ -140,34 +127,15 @@ def newest_stage(run: Path) -> Path:
     )
 
 
-def known_columns(cfg: EvalConfig, manifest: dict) -> tuple[str, ...]:
-    """Return the columns whose every sentence the checkpoint was trained on.
-
-    Of the default columns the others are left out with a message. Raises InputError when the user
-    asked for one of them without --unseen-instructions.
-    """
-    trained, names = set(manifest["instructions"]), cfg.names
-    new = [name for name in names if sentences(cfg.task, name) - trained]
-    if not new or cfg.unseen_instructions:
-        return names
-    unseen = sorted(set().union(*(sentences(cfg.task, name) for name in new)) - trained)
-    text = f"{cfg.checkpoint} never saw {', '.join(map(repr, unseen))}; it was trained on "
-    text += ", ".join(map(repr, sorted(trained)))
-    if cfg.columns or len(new) == len(names):
-        raise InputError(f"{text}. Leave out --columns {' '.join(new)}, or --unseen-instructions")
-    print(f"{text}. Not run: {' '.join(new)} (--unseen-instructions runs them)", file=sys.stderr)
-    return tuple(name for name in names if name not in new)
-
-
 def settings_of(cfg: EvalConfig) -> dict:
-    """The settings that determine an episode; a results folder may not mix two of them."""
-    same = ("task", "split", "policy", "horizon", "stop_at_success", "real_meshes")
+    """Settings that determine an episode, equal for all episodes of a results folder."""
+    copied = ("task", "split", "policy", "horizon", "stop_at_success")
     policies = None
     if cfg.policy == "rl":
         from simulation.rl_expert import RLPolicy  # here: it imports the simulator
 
         policies = {name: RLPolicy.load(cfg.policies, *cfg.address(name)).sha for name in cfg.names}
-    return {key: getattr(cfg, key) for key in same} | {
+    return {key: getattr(cfg, key) for key in copied} | {
         "simulation": simulation_backend(cfg.envs),
         "checkpoint": sha256(cfg.checkpoint / "manifest.json") if cfg.checkpoint else None,
         "policies": policies,
@@ -178,7 +146,7 @@ def settings_of(cfg: EvalConfig) -> dict:
 
 def provenance(cfg: EvalConfig) -> dict:
     """Checkpoint path, command, commit, renderer and versions."""
-    import sapien  # here, and the simulator in the workers: --help and mistakes in flags are fast
+    import sapien  # here: --help and wrong flags answer without it
 
     marker = asset_folder() / "household.json"
     return {
@@ -193,35 +161,29 @@ def provenance(cfg: EvalConfig) -> dict:
     }
 
 
-def serve(cfg: EvalConfig, jobs: Iterator[Job]) -> Iterator[list[dict]]:
-    """Run in a worker."""
-    from simulation.episodes import run_jobs  # here: the main process needs no simulator
-
-    return run_jobs(cfg, jobs)
+def missing_jobs(cfg: EvalConfig, done: dict[tuple[str, int], dict]) -> list[Job]:
+    """Return the episodes that are not in `done` as jobs for the workers."""
+    missing = []
+    for name in cfg.names:
+        articulation_of = articulations(cfg.plan_file(name))
+        for seed in range(cfg.seed, cfg.seed + cfg.episodes):
+            if (name, seed) not in done:
+                filmed = seed < cfg.seed + cfg.video
+                missing.append((name, seed, filmed, articulation_of(seed)))
+    return batches(missing, cfg.envs)
 
 
 def run(cfg: EvalConfig, done: dict[tuple[str, int], dict]) -> None:
-    """Run the missing episodes; each finished one is a line on disk at once."""
-    missing, last = [], cfg.seed + cfg.episodes
-    for name in cfg.names:
-        articulation_of = articulations(cfg.plan_file(name)) if cfg.envs > 1 else lambda seed: ""
-        videos = [cfg.out / "videos" / film_name(name, seed) for seed in range(cfg.seed, last)]
-        late = []
-        for seed, video in zip(range(cfg.seed, last), videos):
-            filmed = seed < cfg.seed + cfg.video
-            if (name, seed) not in done:
-                missing.append((name, seed, filmed, articulation_of(seed)))
-            elif filmed and not [*video.parent.glob(f"{video.name}_[sf]*.mp4")]:
-                late.append(seed)
-        if late:
-            print(f"{name}, seeds {late}: run already, without a film; another --out films them")
-    jobs, workers = iter(batches(missing, cfg.envs)), Workers(cfg.workers, partial(serve, cfg))
-    results = workers.run(lambda running: next(jobs, None))
-    for i, episode in enumerate((each for _, job in results for each in job), start=1):
+    """Run the missing episodes; append each to OUT/episodes.jsonl as soon as it is finished."""
+    jobs = missing_jobs(cfg, done)
+    waiting, total = iter(jobs), sum(len(job.seeds) for job in jobs)
+    workers = Workers(cfg.workers, "simulation.episodes", cfg)
+    results = workers.run(lambda running: next(waiting, None))
+    for i, episode in enumerate((each for _, episodes in results for each in episodes), start=1):
         append(cfg.out / "episodes.jsonl", episode)
         outcome = "success" if episode["success_once"] else "fail"
-        where = f"{i}/{len(missing)}  {episode['column']}, seed {episode['seed']}"
-        print(f"{where:32} {outcome:8} {episode['seconds']:6.1f} s", flush=True)
+        name = f"{i}/{total}  {episode['column']}, seed {episode['seed']}"
+        print(f"{name:32} {outcome:8} {episode['seconds']:6.1f} s", flush=True)
 
 
 def conclude(cfg: EvalConfig, settings: dict) -> None:
@@ -230,29 +192,23 @@ def conclude(cfg: EvalConfig, settings: dict) -> None:
     paper, scenes = row.paper.get(cfg.task, {}), {}
     columns = table(episodes, paper)
     for name in columns:
-        of_column = [episode for episode in episodes if episode["column"] == name]
-        scenes[name] = count_scenes(cfg.plan_file(name), of_column, cfg.seed)
+        reached = {episode["scene"] for episode in episodes if episode["column"] == name}
+        scenes[name] = {"reached": len(reached), "of": count_scenes(cfg.plan_file(name))}
     seeds = sorted({episode["seed"] for episode in episodes})
     manifest = settings | provenance(cfg) | {"seeds": seeds}
     results = {"columns": columns, "scenes": scenes, "manifest": manifest}
     write_json(cfg.out / "results.json", results)
     print("\n".join(["", *success_table({cfg.policy: columns}, {row.label: paper})]))
     for name, count in scenes.items():
-        if count["reached"] < count["of"]:
-            print(
-                f"{name}: {count['reached']} of the split's {count['of']} scenes; "
-                f"--episodes {count['seeds_for_all']} reaches all of them"
-            )
-    print("An interval that contains the paper's figure neither confirms nor refutes it.")
+        print(f"{name}: {count['reached']} of the split's {count['of']} scenes")
 
 
 def main(cfg: EvalConfig) -> None:
     check_envs(cfg.envs, cfg.policy == "expert", cfg.device)
-    check_assets(tasks=(cfg.task,))
     cfg = choose(cfg)
     with sole_writer(cfg.out):
         done = read_episodes(cfg.out, mend=True)
-        settings = merge_settings(cfg.out, done, settings_of(cfg))
+        check_settings(cfg.out, done, settings := settings_of(cfg))
         write_json(cfg.out / "config.json", settings)
         run(cfg, done)
         conclude(cfg, settings)

@@ -68,19 +68,18 @@ class FlowHead(nn.Module):
         steps = torch.arange(horizon, device=prefix_mask.device)
         positions = prefix_mask.sum(-1, keepdim=True) + steps  # [B, H]
         visible = F.pad(prefix_mask, (0, horizon), value=True)  # [B, S + H]
-        table = rope(positions, self.llm.head_dim, self.llm.rope_theta)
-        return table, repeat(visible, "b s -> b 1 h s", h=horizon)
+        return rope(positions, self.llm), repeat(visible, "b s -> b 1 h s", h=horizon)
 
     def velocity(
-        self, x_t: Tensor, time: Tensor, cache: list[KeyValues], table: tuple[Tensor, Tensor],
-        mask: Tensor,
+        self, x_t: Tensor, embedded_t: Tensor, cache: list[KeyValues],
+        table: tuple[Tensor, Tensor], mask: Tensor,
     ) -> Tensor:  # fmt: skip
         """Velocity [B, H, 13] of noised actions x_t [B, H, 13].
 
-        time [B or 1, W] is the time_embedding of t; table and mask are chunk_context's.
+        embedded_t [B or 1, W] is time_embedding(t); table and mask are chunk_context's.
         """
-        time = time[:, None].expand(*x_t.shape[:2], -1)  # [B, H, W]
-        x = self.action_time_in(torch.cat([self.action_in(x_t), time], dim=-1))  # [B, H, W]
+        embedded_t = embedded_t[:, None].expand(*x_t.shape[:2], -1)  # [B, H, W]
+        x = self.action_time_in(torch.cat([self.action_in(x_t), embedded_t], dim=-1))  # [B, H, W]
         # The residual stream stays fp32 under autocast, like the VLM's: bf16 would round each sum.
         x = self.action_time_out(F.silu(x)).float()
         for layer, past in zip(self.layers, cache):
@@ -90,16 +89,13 @@ class FlowHead(nn.Module):
     def loss(
         self, actions: Tensor, noise: Tensor, t: Tensor, cache: list[KeyValues], prefix_mask: Tensor
     ) -> Tensor:
-        """Squared error of the velocity per action, [B, H].
-
-        Takes normalised chunks and noise [B, H, 13], times t [B], the prefix's KV cache.
-        """
-        t_ = rearrange(t, "b -> b 1 1")
-        x_t = t_ * noise + (1 - t_) * actions
+        """Squared error of the velocity per action [B, H], of normalised actions [B, H, 13]."""
+        weight = rearrange(t, "b -> b 1 1")
+        x_t = weight * noise + (1 - weight) * actions
         target = noise - actions  # dx_t / dt
-        time = time_embedding(t, self.cfg.width)
         context = self.chunk_context(prefix_mask, actions.shape[1])
-        return (self.velocity(x_t, time, cache, *context) - target).square().mean(-1)
+        velocity = self.velocity(x_t, time_embedding(t, self.cfg.width), cache, *context)
+        return (velocity - target).square().mean(-1)
 
     @torch.no_grad()
     def sample(self, cache: list[KeyValues], prefix_mask: Tensor, noise: Tensor) -> Tensor:
@@ -107,6 +103,6 @@ class FlowHead(nn.Module):
         x, num_steps = noise, self.cfg.denoise_steps
         context = self.chunk_context(prefix_mask, noise.shape[1])
         t = 1 - torch.arange(num_steps, device=noise.device) / num_steps
-        for time in time_embedding(t, self.cfg.width).split(1):  # [1, W]
-            x = x - self.velocity(x, time, cache, *context) / num_steps
+        for embedded_t in time_embedding(t, self.cfg.width).split(1):  # [1, W]
+            x = x - self.velocity(x, embedded_t, cache, *context) / num_steps
         return x

@@ -1,7 +1,6 @@
 """AuxVLA (paper Sec. 4, 5): images, instruction -> 8 latents -> action tokens, predictions, flow.
 
-    losses = model(batch, stage)             # {"action": ..., "pos": ..., ...} or {"flow": ...};
-                                             # in training through the DDP wrapper
+    losses = model(batch, stage)             # {"action": ..., "pos": ..., ...} or {"flow": ...}
     actions, predictions = model.act(batch)  # normalised actions [B, H, 13], decoder outputs
     python model.py --preset paper           # prints the number of parameters, part by part
 
@@ -25,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from backbone import LLM, FusedVision, KeyValues, Projector, crop
-from config import ACTION_DIM, ModelConfig, model_config
+from backbone import LLM, FusedVision, KeyValues, Projector, rope
+from config import ACTION_DIM, BINS, ModelConfig, model_config
 from decoders import DECODERS
 from flow_head import FlowHead
 
@@ -35,47 +34,42 @@ TRAINED_IN = {"vlm": (1, 2), "decoders": (1, 2), "flow_head": (3,)}
 
 
 def aux_input(latents: Tensor, stage: int) -> Tensor:
-    """Stage 1: decoders on detached latents; stage 2: their gradients reach the VLM (Sec. 5.2)."""
+    """Stage 1: decoders read detached latents. Stage 2: their losses reach the VLM (Sec. 5.2)."""
     return latents.detach() if stage == 1 else latents
 
 
 # --- Action tokens ---
 
-# GAP-3 (Sec. 4.1): "discrete action tokens", of unknown number and code. Here one step is 13
-# tokens, one per dimension, each one of 256 uniform bins on [-1, 1]. The bins have Prismatic's 256
-# <|extra_i|> ids, in rising order. Tokens stay ids and never pass through strings.
+# GAP-3 (Sec. 4.1): the paper does not say how "discrete action tokens" encode an action. Here one
+# step is 13 tokens, one per dimension; a token is one of 256 uniform bins on [-1, 1]. The token ids
+# are first_action_id + bin: in the paper preset Prismatic's <|extra_0|> to <|extra_255|>.
 
 
-def actions_to_bins(actions: Tensor, bins: int) -> Tensor:
-    """Normalised actions in [-1, 1] -> bin indices in 0..bins-1; values outside are clipped."""
-    return ((actions.clamp(-1, 1) + 1) / 2 * bins).long().clamp(max=bins - 1)
+def actions_to_bins(actions: Tensor) -> Tensor:
+    """Normalised actions in [-1, 1] -> bins in 0..255; values outside are clipped."""
+    return ((actions.clamp(-1, 1) + 1) / 2 * BINS).long().clamp(max=BINS - 1)
 
 
-def bins_to_actions(index: Tensor, bins: int) -> Tensor:
-    """Bin indices -> bin centres. A round trip errs by at most 1 / bins."""
-    return (index.float() + 0.5) / bins * 2 - 1
-
-
-def count_matches(guess: Tensor, tokens: Tensor) -> int:
-    """The number of leading tokens of guess [B, T] that equal tokens [B, T] in every frame."""
-    return int((guess == tokens).all(0).long().cumprod(0).sum())
+def bins_to_actions(bins: Tensor) -> Tensor:
+    """Bins -> their centres. A round trip errs by at most 1 / 256."""
+    return (bins.float() + 0.5) / BINS * 2 - 1
 
 
 # --- Means over labelled frames ---
 
 
 def label_counts(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The number of values that each loss averages over: labelled frames; valid actions for flow.
+    """The number of values that each loss averages over: labelled frames; for flow, valid actions.
 
-    train.py replaces the counts by those of the global batch, averaged over ranks. The gradient is
-    then that of one mean over all labelled frames, for any number of GPUs and micro-batches.
+    train.py replaces them by the global batch's counts, averaged over ranks. The gradient is then
+    that of one mean over all labelled frames, for any number of GPUs and micro-batches.
     """
     counts = {name: batch[f"has_{name}"].sum() for name in DECODERS if f"has_{name}" in batch}
     return counts | {"action": batch["action_mask"][:, 0].sum(), "flow": batch["action_mask"].sum()}
 
 
 def masked_mean(values: Tensor, mask: Tensor, count: Tensor) -> Tensor:
-    """Mean over labelled values; without any, 0 with zero gradients: DDP waits for all of them."""
+    """Mean over labelled values. Without labels it is 0, and its gradients are 0, for DDP."""
     return torch.where(mask.bool(), values.float(), 0.0).sum() / count.clamp(min=1e-6)
 
 
@@ -86,7 +80,8 @@ def masked_mean(values: Tensor, mask: Tensor, count: Tensor) -> Tensor:
 class Encoded:
     """The LLM's output for a prefix and, if given, the first A - 1 action tokens after it."""
 
-    # Final-norm states of queries (without queries: of the last prefix token) and action tokens
+    # Final-norm states of the queries (if there are none: of the last prefix token), then of the
+    # action tokens
     hidden: Tensor  # [B, N or N + A - 1, D]
     cache: list[KeyValues]  # KV cache per layer
     mask: Tensor  # [B, S or S + A - 1], False at padding
@@ -115,9 +110,10 @@ class VLM(nn.Module):
         self.latent_queries = nn.Parameter(torch.randn(cfg.num_queries, cfg.llm.width) * 0.02)
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """First prompt token, images, past actions, other prompt tokens (Prismatic), queries.
+        """Embeddings of the prefix [B, S, D] and their mask [B, S].
 
-        Returns [B, S, D] and its mask [B, S].
+        In this order: first prompt token, images, past actions, other prompt tokens, queries.
+        Prismatic, too, puts the images after the first token.
         """
         images, prompt_mask = batch["images"], batch["prompt_mask"]  # [B, V, 3, H, W], [B, L]
         patches = self.vision(rearrange(images, "b v c h w -> (b v) c h w"))  # [B*V, P, C]
@@ -137,7 +133,7 @@ class VLM(nn.Module):
 
     def embed_past(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The last four actions as tokens [B, K, D]; mask [B, K], False before the episode."""
-        ids = self.cfg.llm.first_action_id + actions_to_bins(batch["past_actions"], self.cfg.bins)
+        ids = self.cfg.llm.first_action_id + actions_to_bins(batch["past_actions"])
         mask = repeat(batch["past_mask"], "b t -> b (t a)", a=ACTION_DIM)  # [B, 4 * 13]
         return self.llm.embed(rearrange(ids, "b t a -> b (t a)")), mask
 
@@ -153,7 +149,7 @@ class VLM(nn.Module):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         visible = rearrange(causal & mask[:, None, :], "b t s -> b 1 t s")
-        hidden, cache = self.llm(x, self.llm.rope(positions), visible, tail=tail)
+        hidden, cache = self.llm(x, rope(positions, self.cfg.llm), visible, tail=tail)
         return Encoded(hidden, cache, mask)
 
 
@@ -187,8 +183,9 @@ class AuxVLA(nn.Module):
         return [parameter for part in self.trained_parts() for parameter in part]
 
     def trained_parts(self) -> list[list[nn.Parameter]]:
-        """The trained parameters by part: VLM, decoders, flow head. SigLIP's prefix is empty."""
+        """The trained parameters of VLM, decoders and flow head, each a list; no empty lists."""
         every = (part.parameters() for part in self.children())
+        # Empty parameters, such as SigLIP's prefix, get no gradient.
         parts = ([p for p in part if p.requires_grad and p.numel()] for part in every)
         return [part for part in parts if part]
 
@@ -231,7 +228,7 @@ class AuxVLA(nn.Module):
 
         The last A states predict the ids: the last latent predicts the first one.
         """
-        bins = actions_to_bins(batch["actions"][:, 0], self.cfg.bins)  # [B, A]: one step (GAP-3)
+        bins = actions_to_bins(batch["actions"][:, 0])  # [B, A]: one step (GAP-3)
         ids = self.cfg.llm.first_action_id + bins
         return ids, self.vlm.encode(batch, ids[:, :-1]).hidden
 
@@ -267,52 +264,45 @@ class AuxVLA(nn.Module):
         predictions = self.predict(prefix.hidden) if predict else {}
         if noise is not None:
             return self.flow_head.sample(prefix.cache, prefix.mask, noise).clamp(-1, 1), predictions
-        return rearrange(bins_to_actions(bins, self.cfg.bins), "b a -> b 1 a"), predictions
+        return rearrange(bins_to_actions(bins), "b a -> b 1 a"), predictions
 
     def decode_actions(self, batch: dict[str, Tensor], draft: Tensor) -> tuple[Encoded, Tensor]:
-        """Greedy decoding of 13 action tokens over the 256 action ids, by fixed-point iteration.
+        """Greedy decoding of the 13 action tokens, all at once, by fixed-point iteration.
 
-        The first pass reads the prefix and `draft` [B, A]; the most likely tokens are the next
-        guess. A token is final once all tokens before it are, so each pass finds at least one.
-        Returns bin indices [B, A] and all hidden states, with cache and mask [B, S] of the prefix.
+        A pass reads the tokens that the pass before predicted, the first pass `draft` [B, A]. Each
+        pass fixes at least one more token, so 13 suffice; a pass that changes nothing is the last.
+        Returns the hidden states, with cache and mask [B, S] of the prefix only, and the bins
+        [B, A].
         """
-        llm, first, count = self.vlm.llm, self.cfg.llm.first_action_id, self.cfg.bins
+        llm, first = self.vlm.llm, self.cfg.llm.first_action_id
         num_read = ACTION_DIM - 1  # the 13th token is never fed back
-        guess = actions_to_bins(draft, count)[:, :num_read]  # [B, A - 1]
+        guess = actions_to_bins(draft)[:, :num_read]  # [B, A - 1]
         out = self.vlm.encode(batch, first + guess)
-        cache, length = out.cache, out.mask.shape[1] - num_read  # S
-        bins = llm.logits(out.hidden[:, -ACTION_DIM:], first, count).argmax(-1)  # [B, A]
-        states = out.hidden[:, -num_read:]  # [B, A - 1, D], a view: updated in place
-        table = llm.rope(out.mask.cumsum(-1)[:, length:] - 1)
+        hidden, length = out.hidden, out.mask.shape[1] - num_read  # S
+        bins = llm.logits(hidden[:, -ACTION_DIM:], first, BINS).argmax(-1)  # [B, A]
+        cache = [KeyValues(k[:, :, :length], v[:, :, :length]) for k, v in out.cache]
+        prefix = Encoded(hidden, cache, out.mask[:, :length])
+        table = rope(out.mask.cumsum(-1)[:, length:] - 1, self.cfg.llm)
         causal = out.mask.new_ones(num_read, length + num_read).tril(length)
         visible = causal & rearrange(out.mask, "b s -> b 1 1 s")  # [B, 1, A - 1, S + A - 1]
-
-        # A GPU reads all tokens in all passes: comparing them on the host takes longer than a pass,
-        # and a CUDA graph needs fixed shapes. A CPU reads the tokens that are not final yet, at
-        # most twice as many as the last pass found.
-        found = 0 if bins.is_cuda else 1 + count_matches(guess, bins[:, :num_read])
-        begin = max(0, found - 1)
         for _ in range(num_read):
-            if begin >= num_read:
+            # A GPU makes every pass: to compare on the host takes longer than a pass, and a CUDA
+            # graph cannot stop early.
+            if not bins.is_cuda and torch.equal(guess, bins[:, :num_read]):
                 break
-            end = num_read if bins.is_cuda else min(begin + 2 * found, num_read)
-            states[:, begin:end], cache = llm(
-                llm.embed(first + bins[:, begin:end]), [x[:, :, begin:end] for x in table],
-                visible[:, :, begin:end, : length + end], crop(cache, length + begin),
-            )  # fmt: skip
-            tokens = llm.logits(states[:, begin:end], first, count).argmax(-1)
-            if not bins.is_cuda:
-                found = 1 + count_matches(bins[:, begin + 1 : end], tokens[:, :-1])
-            bins[:, begin + 1 : end + 1] = tokens
-            begin += found  # 0 on a GPU
-        return Encoded(out.hidden, crop(cache, length), out.mask[:, :length]), bins
+            guess = bins[:, :num_read]
+            states, _ = llm(llm.embed(first + guess), table, visible, cache)
+            prefix.hidden = torch.cat([hidden[:, :-num_read], states], dim=1)
+            tokens = llm.logits(states, first, BINS).argmax(-1)  # [B, A - 1]
+            bins = torch.cat([bins[:, :1], tokens], dim=1)
+        return prefix, bins
 
     @torch.no_grad()
     def teacher_forced(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits of the bins [B, A, bins] given the true earlier ones; decoders' predictions."""
+        """Logits [B, A, 256] of each token given the true earlier ones; decoders' predictions."""
         _, hidden = self.encode_actions(batch)
-        first, bins = self.cfg.llm.first_action_id, self.cfg.bins
-        return self.vlm.llm.logits(hidden[:, -ACTION_DIM:], first, bins), self.predict(hidden)
+        logits = self.vlm.llm.logits(hidden[:, -ACTION_DIM:], self.cfg.llm.first_action_id, BINS)
+        return logits, self.predict(hidden)
 
     def predict(self, hidden: Tensor) -> dict[str, Tensor]:
         """The decoders' outputs, grasp and seg as probabilities."""

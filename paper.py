@@ -2,8 +2,8 @@
 
     python paper.py   # print the rows
 
-collect.py, train.py and eval.py take instructions from here, so a policy is evaluated with the
-sentences it was trained on.
+collect.py, train.py and eval.py take their instructions from here: a policy is evaluated on the
+sentences that it was trained on.
 """
 
 from dataclasses import dataclass
@@ -49,16 +49,15 @@ COLUMNS = {
     "open_drawer": Column("open", "kitchen_counter"),
     "close_fridge": Column("close", "fridge"),
     "close_drawer": Column("close", "kitchen_counter"),
-    # GAP-22 (Tables 1, 2, 4): the header "All Obj." is over one figure; read as all objects. The
-    # next two columns take one object.
+    # GAP-22 (Tables 1, 2, 4): pick and place have one figure each, under the header "All Obj.". It
+    # is read as the rate over all objects. These two columns evaluate one object.
     "pick_obj": Column("pick", "obj"),
     "place_obj": Column("place", "obj"),
 }
 PAPER_COLUMNS = tuple(COLUMNS)[:6]
-# One more column for each object, such as pick:013_apple; pick_each is all of the task's.
+# One more column for each object, such as pick:013_apple.
 _OBJECTS = dict.fromkeys(name for names in OBJECTS.values() for name in names)
 COLUMNS |= {f"{sub}:{name}": Column(sub, name) for sub in ("pick", "place") for name in _OBJECTS}
-EACH = {"pick_each": "pick", "place_each": "place"}
 
 
 def targets(task: str, subtask: str) -> tuple[str, ...]:
@@ -68,25 +67,16 @@ def targets(task: str, subtask: str) -> tuple[str, ...]:
     return tuple(ARTICULATIONS) if task == "set_table" else ()
 
 
-def readable(target: str) -> str:
-    """`024_bowl` -> `bowl`, `kitchen_counter` -> `kitchen drawer`."""
-    return ARTICULATIONS.get(target) or target.partition("_")[2].replace("_", " ")
-
-
 def instruction(subtask: str, target: str) -> str:
-    """The sentence for one subtask.
+    """The sentence for one subtask: place, 024_bowl -> "place the bowl at its goal".
 
     GAP-19 (Sec. 4.1): the model reads "a natural language instruction", but MS-HAB's data has none.
     One template per subtask takes the target's name. No input shows the goal of `place`: MS-HAB
     hides its goal markers from the cameras.
     """
-    templates = {
-        "pick": "pick up the {}",
-        "place": "place the {} at its goal",
-        "open": "open the {}",
-        "close": "close the {}",
-    }
-    return templates[subtask].format(readable(target))
+    name = ARTICULATIONS.get(target) or target.partition("_")[2].replace("_", " ")
+    verb = "pick up" if subtask == "pick" else subtask
+    return f"{verb} the {name}" + " at its goal" * (subtask == "place")
 
 
 def sentences(task: str, column: str) -> set[str]:
@@ -120,8 +110,13 @@ class Row:
         return {task: {column: next(rates) for column in columns} for task in tasks}
 
     @property
+    def training(self) -> dict:
+        """Fields of TrainConfig that the row fixes."""
+        return dict(tasks=self.tasks, subtasks=self.subtasks, epochs=self.epochs)
+
+    @property
     def model(self) -> dict:
-        """Fields of ModelConfig. Rows without decoders have no latents."""
+        """Fields of ModelConfig that the row fixes. Rows without decoders have no latents."""
         return dict(
             cameras=self.cameras, depth=self.depth, history=self.history, decoders=self.decoders,
             num_latents=8 if self.decoders else 0,
@@ -132,9 +127,12 @@ class Row:
         return tuple(stage for stage, epochs in enumerate(self.epochs, 1) if epochs)
 
 
-PLAIN, NAIVE, STAGED, FLOW = (10, 0, 0), (0, 10, 0), (3, 7, 0), (3, 7, 10)  # Sec. 6.2, 6.3; GAP-14
+# Epochs of stages 1, 2, 3 (Sec. 6.2, 6.3; GAP-14). Naive co-training is stage 2 from the start.
+PLAIN, NAIVE, STAGED, FLOW = (10, 0, 0), (0, 10, 0), (3, 7, 0), (3, 7, 10)
 ALL = ("pos", "grasp", "qpos")  # Table 2's "+ all"
-PICK_PLACE = dict(tasks=TASKS, subtasks=("pick", "place"))  # data of Table 3
+# Data (Sec. 3), of 44K episodes and 8.2M transitions in all: pos, grasp and qpos train on SetTable
+# (8K episodes, 1.6M), obj and seg on pick and place of all three tasks (40K episodes, 8M).
+PICK_PLACE = dict(tasks=TASKS, subtasks=("pick", "place"))
 
 ROWS = {
     # Table 1: inputs (Sec. 6.2)

@@ -41,12 +41,11 @@ def distribute(model: AuxVLA, cfg: TrainConfig, ranks: Ranks) -> nn.Module:
     if ranks.world == 1:
         return model.to(ranks.device)
     if cfg.shard:
-        shard(model, ranks.device)
-        return model
+        return shard(model, ranks.device)
     # The mask decoder's last kernel has an axis of length 1, whose stride has no meaning.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    # find_unused_parameters=True stops DDP from rebuilding its buckets after step 1, which would
-    # change the order of summation and make a resumed run differ in the last bits.
+    # find_unused_parameters: else DDP rebuilds its buckets after step 1, sums in another order, and
+    # a resumed run differs in the last bits.
     return DDP(model.to(ranks.device), find_unused_parameters=True, gradient_as_bucket_view=True)
 
 
@@ -61,10 +60,9 @@ def learning_rate(step: int, num_steps: int, cfg: TrainConfig) -> float:
 
 
 def global_counts(batch: dict[str, Tensor], stop: bool, ranks: Ranks) -> dict[str, Tensor]:
-    """Number of labels per loss, averaged over ranks.
+    """Number of labels per loss, averaged over ranks; "stop" above 0 if any rank got a signal.
 
-    Each rank divides by these counts, so DDP's mean gradient is the gradient of one mean over all
-    labels. The same sum carries "stop", above 0 if any rank received a signal.
+    Each rank divides by these counts, so DDP's mean gradient is that of one mean over all labels.
     """
     counts = label_counts(batch) | {"stop": torch.tensor(stop, device=ranks.device)}
     stacked = torch.stack([count.float() for count in counts.values()])
@@ -72,43 +70,28 @@ def global_counts(batch: dict[str, Tensor], stop: bool, ranks: Ranks) -> dict[st
 
 
 def step_noise(cfg: TrainConfig, step: int, ranks: Ranks) -> dict[str, Tensor]:
-    """The rank's share of the flow head's noise and times.
-
-    Drawn for the global batch, so that a step does not depend on the number of processes.
-    """
+    """The rank's share of the flow head's noise and times, drawn for the global batch."""
     generator = torch.Generator().manual_seed(cfg.seed * 2**32 + step)
     noise, t = draw_noise(cfg.batch_size, RECORDED_ACTIONS, generator)
     mine = slice(ranks.rank, None, ranks.world)
     return {"noise": noise[mine].to(ranks.device), "t": t[mine].to(ranks.device)}
 
 
-def micro_batches(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    """Slices of a rank's batch. All divide by the global batch's counts, so their losses add up."""
-    counts = batch.pop("counts")
-    split = {key: value.split(size) for key, value in batch.items()}
-    return [
-        {key: parts[i] for key, parts in split.items()} | {"counts": counts}
-        for i in range(len(split["images"]))
-    ]
-
-
-def moving_buffers(model: nn.Module) -> list[Tensor]:
-    """The running statistics of the mask decoders, which a forward pass changes."""
-    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
-    return [buffer for norm in norms if norm.training for buffer in norm.buffers()]
-
-
 def accumulate(ddp: nn.Module, batch: dict[str, Tensor], cfg: TrainConfig) -> dict[str, Tensor]:
-    """Forward and backward over a rank's batch, in micro-batches; its share of each loss."""
-    device, sums = batch["images"].device, {}
-    micros = micro_batches(batch, cfg.micro_batch)
+    """Forward and backward over a rank's batch, in micro-batches; its share of each loss.
+
+    Each micro-batch divides by the label counts of the global batch, so the losses add up.
+    """
+    counts, device, sums = batch.pop("counts"), batch["images"].device, {}
+    split = {key: value.split(cfg.micro_batch) for key, value in batch.items()}
+    micros = [dict(zip(split, parts)) for parts in zip(*split.values())]
     for i, micro in enumerate(micros):
         # DDP: all-reduce only after the last micro-batch. FSDP cannot skip it: unreduced gradients
         # would be full-size.
         if isinstance(ddp, DDP):
             ddp.require_backward_grad_sync = i == len(micros) - 1
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            losses = ddp(micro, cfg.stage)  # never the bare model: it would skip the all-reduce
+            losses = ddp(micro | {"counts": counts}, cfg.stage)  # the bare model would not reduce
         # Eq. 4, plus the action loss (Sec. 4.3)
         sum(getattr(cfg.weights, name) * loss for name, loss in losses.items()).backward()
         for name, loss in losses.items():
@@ -122,29 +105,28 @@ def take_step(
 ) -> tuple[dict[str, Tensor], Tensor] | None:  # fmt: skip
     """One optimizer step: the rank's share of each loss, and the gradient norm.
 
-    None, with weights and running statistics unchanged, if a loss or gradient of any rank is not
-    finite.
+    If a loss or gradient of any rank is not finite: None, and the model stays as it was.
     """
-    buffers = moving_buffers(ddp)
-    before = [buffer.clone() for buffer in buffers]
+    norms = [module for module in ddp.modules() if isinstance(module, BatchNorm)]
+    buffers = [buffer for norm in norms if norm.training for buffer in norm.buffers()]
+    before = [buffer.clone() for buffer in buffers]  # the forward pass updates them
     losses = accumulate(ddp, batch, cfg)
     # GAP-24: each part is clipped alone. In stage 1 the decoders' gradients end at the latents
     # (Sec. 5.2), so they should not scale the VLM's step either.
-    norms = [
+    lengths = [
         checkpoint.full_tensor(nn.utils.clip_grad_norm_(part["params"], cfg.grad_clip))
         for part in optimizer.param_groups
     ]
-    grad_norm = torch.stack([norm.to(ranks.device) for norm in norms]).norm()
+    grad_norm = torch.stack([length.to(ranks.device) for length in lengths]).norm()
     # The sum over ranks is finite only if every term is: all ranks take the step, or none does.
-    finite = ranks.sum(sum(losses.values()) + grad_norm).isfinite()
-    if finite:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    if finite := ranks.sum(sum(losses.values()) + grad_norm).isfinite():
+        for part in optimizer.param_groups:
+            part["lr"] = lr
         optimizer.step()
     else:
         for buffer, value in zip(buffers, before):
             buffer.copy_(value)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return (losses, grad_norm) if finite else None
 
 
@@ -155,9 +137,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
     """Train the stage; return the exit code: 0, STOPPED by a signal, 1 after too many bad steps."""
     rank, world, device, is_main = ranks.rank, ranks.world, ranks.device, ranks.is_main
     if cfg.batch_size % world:
-        raise InputError(
-            f"--batch-size {cfg.batch_size} must be a multiple of the {world} processes"
-        )
+        raise InputError(f"--batch-size {cfg.batch_size} must be a multiple of {world} processes")
     frames, held_out = open_frames(cfg)
     start = choose_start(cfg, ranks)
     cfg = settle_config(cfg, start, frames, is_main)
@@ -170,6 +150,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
     plan = describe_plan(memory_plan(cfg, world, device), cfg, world, device)
     if is_main:
         print(*frames.remarks, plan, sep="\n")
+    stats, tokenizer = prepare_data(cfg, frames, start)
     model, pretrained = build_model(cfg, start, is_main)
     model.train_stage(cfg.stage)  # before DDP, which registers what requires a gradient
     model.prepare_blocks(cfg.recompute, cfg.compile)
@@ -178,7 +159,6 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
     optimizer = torch.optim.Adam(parts, lr=cfg.lr, betas=cfg.betas, fused=True)  # Sec. 6.1
     if start.resumed:
         checkpoint.load_optimizer(model, optimizer, start.folder)
-    stats, tokenizer = prepare_data(cfg, frames, start)
     prompts = tokenize(frames.source.instructions, tokenizer, cfg.model.llm)
     prompts = tuple(each.to(device) for each in prompts)  # ids and mask, each [n, L]
     manifest = describe_run(cfg, frames, stats, pretrained, start)
@@ -198,8 +178,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
     validates = len(held_out) and (is_main or (cfg.shard and world > 1))  # all ranks of a shard
 
     with signals() as stop, closing(saver):
-        for raw in loader(frames, order, cfg.workers):
-            log.data_arrived()
+        for raw in log.time_waits(loader(frames, order, cfg.workers)):
             batch = make_batch(raw, stats, prompts, cfg.model)
             if step == order.first:
                 check_batch(batch, cfg.model)
@@ -217,24 +196,21 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
                 log.skip(step, frames.names(order.batch(step - 1)))
                 skipped += 1
 
-            last = step == num_steps
+            last = step == num_steps or skipped == cfg.max_skipped
             if step % cfg.log_every == 0 or last:
                 log.write(step, lr)
             if step % cfg.save_every == 0 or last:
                 saver.save(step, model, optimizer, manifest, tokenizer.to_str())
-            if validates and (step % cfg.val_every == 0 or last):
+            if validates and (step % cfg.val_every == 0 or step == num_steps):
                 began = time.perf_counter()
                 figures = validate(model, held_out, stats, prompts, cfg)
-                saver.rate(step, figures[0]["flow" if cfg.stage == 3 else "action"])
                 if is_main:
                     log.write_validation(step, *figures, time.perf_counter() - began)
-            if skipped == cfg.max_skipped:
+            if last:
                 break
-            log.data_requested()
-
-        gave_up = skipped == cfg.max_skipped
-        if stopped or gave_up:
+        if stopped:
             saver.save(step, model, optimizer, manifest, tokenizer.to_str())
+    gave_up = skipped == cfg.max_skipped
     log.close(step, stopped, gave_up)
     return STOPPED if stopped else int(gave_up)
 

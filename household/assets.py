@@ -3,18 +3,17 @@
     python -m household.assets --out assets [--seed 0]       # then: MS_ASSET_DIR=assets
 
 ManiSkill-HAB's unpatched classes load it: SetTable, TidyHouse and PrepareGroceries, train and val.
-The scenes of one seed share colours and handles, and differ in furniture positions and walls. Val
-has the scenes of train, with other episodes and start poses; another seed gives apartments that
-were not in training.
+The three scenes of a seed share colours and handles, and differ in furniture positions and walls.
+Val has the scenes of train, with other episodes and start poses; another seed gives new scenes.
 
-Differences from the real MS-HAB: one room, furniture of boxes, objects small enough for the gripper
-and always reachable from the front; the apple stands on a block in the fridge, and goals lie on a
-table.
+The real apartments differ: here is one room, furniture consists of boxes, objects fit into the
+gripper and can be reached from the front, the apple stands on a block in the fridge, and goals lie
+on a table.
 """
 
 import json
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,13 @@ def main(out: Path, seed: int = 0) -> None:
     """Write OUT/data, for MS_ASSET_DIR=OUT. A folder that is complete already is left alone."""
     marker = dict(seed=seed, code=VERSION)
     if out.exists() and any(out.iterdir()):
-        check_marker(out, marker)
+        path = out / "household.json"
+        found = json.loads(path.read_bytes()) if path.is_file() else "other files"
+        if found != marker:
+            raise InputError(
+                f"{out} holds {found}, expected {marker} (code: the generator's version). "
+                f"Choose another --out, or move it aside: mv {quoted(out, f'{out}-aside')}"
+            )
         print(f"{out} is already the generated apartment of seed {seed}: nothing to do")
         return
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -48,28 +53,11 @@ def main(out: Path, seed: int = 0) -> None:
     print(f"wrote {out} (seed {seed}); use it with MS_ASSET_DIR={out.absolute()}")
 
 
-def check_marker(out: Path, expected: dict) -> None:
-    path = out / "household.json"
-    if not path.is_file():
-        raise InputError(f"{out} is not empty and not a generated apartment; choose another --out")
-    found = json.loads(path.read_bytes())
-    if found != expected:
-        raise InputError(
-            f"{out} holds the apartment {found}, not {expected} (code: the generator's version). "
-            f"Choose another --out, or move it aside: mv {quoted(out, f'{out}-aside')}"
-        )
-
-
 def generate(data: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
-
-    @cache
-    def tint(color):
-        """This seed's shade of a colour."""
-        return vary_color(rng, color)
-
+    tint = cache(partial(vary_color, rng))  # this seed's shade of a colour
     replica_cad = data / "scene_datasets/replica_cad_dataset"
-    counter, fridge = parts.kitchen_counter(rng, tint), parts.fridge(rng, tint)
+    counter, fridge = parts.make_counter(rng, tint), parts.make_fridge(rng, tint)
     for cupboard in (counter, fridge):
         parts.write_urdf(replica_cad / "urdf", cupboard)
     parts.write_objects(data / "assets/mani_skill2_ycb", tint)
@@ -81,8 +69,8 @@ def generate(data: Path, seed: int) -> None:
     write_light_fetch(data / "robots/fetch_light")
 
 
-def vary_color(rng: np.random.Generator, color, amount: int = 14) -> tuple[int, int, int]:
-    return tuple(int(v) for v in (color + rng.integers(-amount, amount + 1, 3)).clip(0, 255))
+def vary_color(rng: np.random.Generator, color) -> tuple[int, int, int]:
+    return tuple((color + rng.integers(-14, 15, 3)).clip(0, 255).tolist())
 
 
 def write_scene(folder: Path, name: str, rng: np.random.Generator) -> Scene:
@@ -94,17 +82,17 @@ def write_scene(folder: Path, name: str, rng: np.random.Generator) -> Scene:
     )
     stem = name.partition(".")[0]
     table = f"table_{stem}"
-    colors = [(150, 120, 95), *[(200, 200, 195)] * 4]  # floor, walls
-    boxes = parts.room_boxes(*(vary_color(rng, color) for color in colors))
-    parts.write_glb(folder / f"stages/{stem}.glb", boxes)
-    boxes = parts.table_boxes(vary_color(rng, (120, 75, 45)))
-    parts.write_glb(folder / f"objects/{table}.glb", boxes)
+    floor, *walls = (vary_color(rng, c) for c in [(150, 120, 95), *[(200, 200, 195)] * 4])
+    parts.write_glb(folder / f"stages/{stem}.glb", parts.room_boxes(floor, walls))
+    wood = vary_color(rng, (120, 75, 45))
+    parts.write_glb(folder / f"objects/{table}.glb", parts.table_boxes(wood))
     config = dict(render_asset=f"../../objects/{table}.glb")
     parts.write_json(folder / f"configs/objects/{table}.object_config.json", config)
 
-    def instance(template: str, xy: np.ndarray, **kwargs) -> dict:
+    def instance(template: str, xy: np.ndarray, **options) -> dict:
         x, y = xy.tolist()
-        return dict(template_name=template, translation=[x, 0, -y], rotation=[1, 0, 0, 0], **kwargs)
+        pose = dict(translation=[x, 0, -y], rotation=[1, 0, 0, 0])
+        return dict(template_name=template, **pose, **options)
 
     content = dict(
         stage_instance=dict(template_name=f"stages/{stem}"),

@@ -1,24 +1,24 @@
 """A scripted demonstrator for MS-HAB's pick, place, open and close in the generated apartment.
 
-It reads the simulator's state (object, handle and joint poses) and acts through the robot's 13
-action dimensions. Its motions can be learned from images: each grasp has one arm posture, so equal
-situations get equal actions; the joints move together at the controller's full speed and slow down
-smoothly; a phase ends when a distance is reached, never after a number of steps; nothing is random
-and no step is idle.
+    python eval.py --policy expert --columns close_drawer --episodes 50 --stop-at-success --out OUT
+
+The expert reads the simulator's state (object, handle and joint poses) and acts through the robot's
+13 action dimensions. A learner can learn its motions from images: each grasp has one arm posture,
+so equal situations get equal actions; the joints move together at the controller's full speed and
+slow down smoothly; a phase ends at a distance, never after a number of steps; no action is random
+and no step idle.
 
 With the arm in its posture, the hand is a point `reach` metres ahead of the base. Driving and
 turning move that point in any direction, so the base alone brings the hand to an object or along
 the arc of a door.
-
-    python eval.py --policy expert --columns close_drawer --episodes 50 --stop-at-success --out OUT
 """
 
+from collections import namedtuple
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import sapien
-from transforms3d.quaternions import mat2quat
+from transforms3d.euler import euler2quat
 
 from simulation.env import SubtaskEnvs
 
@@ -27,25 +27,17 @@ TORSO, FINGERS = 3, [13, 14]
 REST_TORSO = 0.386
 REST_ARM = np.array([-0.370, -1.032, 0.695, 0.955, -0.1, 2.077, 0.0])  # Fetch's rest keyframe
 OPEN, CLOSE = 1.0, -1.0  # gripper: an absolute target
-Motion = Iterator[np.ndarray]
+Motion = Iterator[np.ndarray]  # actions [13]
 FULL_SPEED = 0.5  # m/s of the hand point when it is driven
-GRID = 0.05  # the arm's and torso's actions are rounded to it: finer digits are noise to a learner
+GRID = 0.05  # arm and torso actions are its multiples: finer digits are noise to a learner
 # Fractions of the joint's range; MS-HAB's limits (sequential_task.py) are 0.01, 0.9 and 0.75.
 CLOSED, OPEN_DRAWER, OPEN_FRIDGE, SPARE = 0.005, 0.91, 0.76, 0.05
 
 
-@dataclass(frozen=True)
-class Posture:
-    """The gripper `reach` metres ahead of the base, pitched down by `pitch`, rolled by `roll`."""
-
-    reach: float
-    pitch: float
-    roll: float
-    seed: tuple[float, ...]  # arm joints where inverse kinematics start: decides the elbow's side
-
-
-# The seeds are the solutions nearest to the rest posture: no joint moves by more than about 1.1
-# rad, some 30 steps. A gripper that points ahead costs 2.5 rad and more: no grasp uses that.
+# The gripper is `reach` metres ahead of the base, pitched down and rolled by angles in rad. Inverse
+# kinematics starts at the arm joints `seed`, the solution nearest to the rest posture: no joint
+# moves by more than about 1.1 rad, 30 steps. A gripper that points ahead would cost 2.5 rad.
+Posture = namedtuple("Posture", "reach pitch roll seed")
 DOWN = Posture(0.70, np.pi / 2, 0.0, (-0.186, -0.404, 0.424, 1.198, -0.512, 0.880, 0.102))
 SHELF = Posture(0.80, 1.3, 0.0, (-0.150, -0.750, 0.470, 0.750, -0.390, 1.370, 0.170))
 PUSH = Posture(0.78, np.pi / 2, 0.0, (-0.086, 0.037, 0.420, 0.510, -0.483, 1.073, -0.090))
@@ -57,7 +49,7 @@ FRONT = Posture(0.90, 0.8, 0.0, (-0.371, -0.656, 1.154, 0.941, -1.199, 0.991, 0.
 class ScriptedExpert:
     """Acts in one environment after its reset and `reset()`; after the motion it rests."""
 
-    obs_mode = "state_dict"  # no images: it reads the simulator's state
+    obs_mode = "state_dict"  # no images
 
     def __init__(self, env: SubtaskEnvs):
         self.env = env
@@ -65,31 +57,28 @@ class ScriptedExpert:
     def reset(self) -> None:
         """Start the skill of the environment's current episode."""
         sim = self.env.mshab
-        self.agent, self.plan = sim.agent, sim.task_plan[0]
+        self.agent, self.object, self.goal = sim.agent, sim.subtask_objs[0], sim.subtask_goals[0]
         robot = sim.agent.robot._objs[0]
         self.model = robot.create_pinocchio_model()
         self.gripper_link = robot.links.index(sim.agent.tcp._objs[0])
-        self.object, self.goal = sim.subtask_objs[0], sim.subtask_goals[0]
         subtask, target = self.env.episodes[0]["subtask"], self.env.targets[0]
-        skills = {
-            ("open", "kitchen_counter"): self.open_drawer,
-            ("open", "fridge"): self.open_fridge,
-            ("close", "kitchen_counter"): self.close_drawer,
-            ("close", "fridge"): self.close_fridge,
-            ("pick", target): self.pick,
-            ("place", target): self.place,
-        }
-        self.motion = skills[subtask, target]()
+        if subtask in ("pick", "place"):
+            self.motion = dict(pick=self.pick, place=self.place)[subtask]()
+            return
+        self.cupboard = sim.subtask_articulations[0]
+        self.joint_index = sim.task_plan[0].articulation_handle_active_joint_idx
+        self.joint = self.cupboard._objs[0].active_joints[self.joint_index]  # drawer's or door's
+        drawer = dict(open=self.open_drawer, close=self.close_drawer)
+        fridge = dict(open=self.open_fridge, close=self.close_fridge)
+        self.motion = dict(kitchen_counter=drawer, fridge=fridge)[target][subtask]()
 
     def act(self, obs: dict, instruction: str) -> np.ndarray:
         """Return the next action, float32 [1, 13]; both arguments are unused."""
         return next(self.motion)[None]
 
-    # ---- state
-
     @property
     def joints(self) -> np.ndarray:
-        """The simulator's 15 joints: base x, y, yaw, then MS-HAB's 12."""
+        """The simulator's joints [15]: base x, y, yaw, then MS-HAB's 12."""
         return self.agent.robot.qpos[0].numpy().astype(float)
 
     @property
@@ -97,30 +86,23 @@ class ScriptedExpert:
         return self.env.mshab.handle_world_poses[0].sp.p  # [3]
 
     @property
-    def articulation_joint(self) -> sapien.physx.PhysxArticulationJoint:
-        """The joint to open or close; the x axis of its `global_pose` is its axis."""
-        articulation = self.env.mshab.subtask_articulations[0]._objs[0]
-        return articulation.active_joints[self.plan.articulation_handle_active_joint_idx]
-
-    @property
     def opening(self) -> float:
         """The opening of drawer or door, as a fraction of its range."""
-        index = self.plan.articulation_handle_active_joint_idx
-        low, high = self.articulation_joint.limits[0]
-        return (float(self.env.mshab.subtask_articulations[0].qpos[0, index]) - low) / (high - low)
+        low, high = self.joint.limits[0]
+        return (float(self.cupboard.qpos[0, self.joint_index]) - low) / (high - low)
 
     @property
     def axis(self) -> np.ndarray:
         """The joint's axis in the world [3]: a drawer's way out, a door's hinge."""
-        return self.articulation_joint.global_pose.to_transformation_matrix()[:3, 0]
+        return self.joint.global_pose.to_transformation_matrix()[:3, 0]
 
     def on_arc(self, angle: float, fraction: float = 1.0, outward: float = 0.0) -> np.ndarray:
-        """Return a point [3] near the handle's arc about its hinge.
+        """Return the handle's position [3] after the door opens by `angle` rad.
 
-        The handle is swung by `angle` rad (opening is positive), drawn in to `fraction` of its
-        distance from the hinge and moved `outward` metres away from the door.
+        The point is moved to `fraction` of its distance from the hinge and `outward` metres off
+        the door.
         """
-        hinge, axis = self.articulation_joint.global_pose.p, self.axis
+        hinge, axis = self.joint.global_pose.p, self.axis
         arm = self.handle - hinge
         arm = arm - axis * (axis @ arm)
         swung = np.cos(angle) * arm + np.sin(angle) * np.cross(axis, arm)
@@ -128,32 +110,25 @@ class ScriptedExpert:
         return hinge + fraction * swung + outward * normal
 
     def in_hand(self, point: np.ndarray, bar=(0.0, 0.0, 0.0)) -> bool:
-        """Is `point`, or another point of the bar along the direction `bar` [3], in the hand?"""
+        """Is `point`, or a point of the bar through it in direction `bar` [3], in the hand?"""
         away = point - self.agent.tcp_pose.sp.p
         return bool(np.linalg.norm(away - np.multiply(bar, np.clip(away @ bar, -0.1, 0.1))) < 0.06)
 
-    # ---- kinematics
-
-    def posture(self, posture: Posture, height: float) -> np.ndarray:
+    def solve_arm(self, posture: Posture, height: float) -> np.ndarray:
         """Return the arm joints [7] that hold the gripper at `height` metres above the floor."""
-        c, s = np.cos(posture.pitch), np.sin(posture.pitch)
-        approach, left, up = np.array([c, 0, -s]), np.array([0.0, 1.0, 0.0]), np.array([s, 0, c])
-        y = np.cos(posture.roll) * left + np.sin(posture.roll) * up
-        rotation = np.stack([approach, y, np.cross(approach, y)], axis=1)
         above_root = height - self.agent.robot.pose.sp.p[2]
-        target = sapien.Pose([posture.reach, 0, above_root], mat2quat(rotation))
-        start = self.joints
+        rotation = euler2quat(posture.roll, posture.pitch, 0)  # about x first
+        target = sapien.Pose([posture.reach, 0, above_root], rotation)
+        start, free = self.joints, np.zeros(15, int)
         start[:3] = 0  # the base
         start[TORSO] = REST_TORSO
-        start[ARM] = posture.seed
-        free = np.zeros(15, int)
-        free[ARM] = 1
+        start[ARM], free[ARM] = posture.seed, 1
         solution, _, _ = self.model.compute_inverse_kinematics(
             self.gripper_link, target, start, free, eps=1e-3, max_iterations=200, dt=0.2, damp=1e-3
         )
         return solution[ARM]
 
-    def aligned(self, arm: np.ndarray) -> np.ndarray:
+    def align_wrist(self, arm: np.ndarray) -> np.ndarray:
         """Turn the wrist of a hand that points down so that it grasps the object's narrow side."""
         size = self.object.get_first_collision_mesh(to_world_frame=False).extents  # [3]
         axes = self.object.pose.sp.to_transformation_matrix()[:3, :3]  # its axes, in columns
@@ -168,75 +143,65 @@ class ScriptedExpert:
         turn = (turn + np.pi / 2) % np.pi - np.pi / 2  # the fingers may change places
         return arm - turn * np.eye(7)[6]
 
-    def far(self, arm: np.ndarray) -> float:
-        """Largest distance of an arm joint to its target, rad."""
-        return float(np.abs(arm - self.joints[ARM]).max())
+    def move(self, arm: np.ndarray, gripper: float, drive=(0.0, 0.0)) -> np.ndarray:
+        """Return the action [13] that moves the arm toward the joints `arm` and drives the base.
 
-    def toward(self, arm: np.ndarray, gripper: float, drive=(0.0, 0.0)) -> np.ndarray:
-        """Return the action [13] that moves the arm joints in proportion to `arm` and the base.
-
-        `drive` is the base's (m/s, rad/s).
+        All joints arrive together. `drive` is the base's velocity (m/s, rad/s).
         """
         joints = self.joints
         delta = np.append(arm - joints[ARM], REST_TORSO - joints[TORSO])
         delta = delta / max(np.abs(delta).max(), 0.1)  # full speed, slower over the last 0.1 rad
-        delta = np.round(delta / GRID) * GRID
-        action = np.zeros(13, np.float32)
-        action[:7], action[10] = delta[:7], delta[7]
-        action[7] = gripper
-        action[11], action[12] = drive[0], drive[1] / np.pi
-        return np.clip(action, -1, 1)
+        *arm_delta, torso_delta = np.round(delta / GRID) * GRID
+        action = [*arm_delta, gripper, 0, 0, torso_delta, drive[0], drive[1] / np.pi]
+        return np.clip(np.array(action, np.float32), -1, 1)
 
-    def hold(self, gripper: float, drive) -> np.ndarray:
+    def move_base(self, gripper: float, drive) -> np.ndarray:
         """Return the action [13] that moves the base and sends the arm no correction.
 
-        Action tokens are decoded arm before base: small corrections of the arm would tell the phase
-        of the motion, and a learner would read the phase there instead of in the images.
+        Action tokens are decoded arm before base: a learner would read the phase of the motion in
+        small corrections of the arm instead of in the images.
         """
-        return self.toward(self.joints[ARM], gripper, drive)
+        return self.move(self.joints[ARM], gripper, drive)
 
     def offset(self, point: np.ndarray, reach: float, slack=(0.0, 0.0)) -> np.ndarray:
         """Return `point` relative to the hand point, less `slack`; [forward, left] metres."""
-        seen = self.agent.base_link.pose.sp.inv() * sapien.Pose([*point[:2], 0])
-        away = seen.p[:2] - [reach, 0]
+        in_base = self.agent.base_link.pose.sp.inv() * sapien.Pose([*point[:2], 0])
+        away = in_base.p[:2] - [reach, 0]
         return np.sign(away) * np.maximum(np.abs(away) - slack, 0)
 
-    def drive_to(
-        self, point: np.ndarray, reach: float, gain=1.5, slack=(0.0, 0.0)
-    ) -> tuple[float, float]:
+    def drive_to(self, point, reach: float, gain=1.5, slack=(0.0, 0.0)) -> tuple[float, float]:
         """Return the forward and turning velocity that bring the hand point to `point`.
 
-        By default the offset fades as slowly as the arm unfolds, so that many frames show how to
-        correct an offset. `slack` is the offset that the task forgives. It stays uncorrected:
-        a learner that does not see so finely would otherwise meet states without a demonstration.
+        The default gain corrects an offset as slowly as the arm unfolds: many frames show how.
+        `slack` is the offset that the task forgives. It stays uncorrected, since a learner that
+        cannot see it would meet states without a demonstration.
         """
         velocity = gain * self.offset(point, reach, slack)
         velocity *= min(1.0, FULL_SPEED / max(np.linalg.norm(velocity), 1e-6))
         return velocity[0], velocity[1] / reach
 
-    # ---- motions
-
-    def bring(
-        self, arm, point: np.ndarray, reach: float, gripper: float, near=0.02, slack=(0.0, 0.0)
-    ) -> Motion:
+    def bring(self, arm, point, reach: float, gripper: float, near=0.02, slack=(0, 0)) -> Motion:
         """Shape the arm while driving, until the hand is within `near` metres of `point`."""
-        while self.far(arm) > 0.05 or np.linalg.norm(self.offset(point, reach, slack)) > near:
-            yield self.toward(arm, gripper, self.drive_to(point, reach, slack=slack))
+        while (
+            np.abs(arm - self.joints[ARM]).max() > 0.05
+            or np.linalg.norm(self.offset(point, reach, slack)) > near
+        ):
+            yield self.move(arm, gripper, self.drive_to(point, reach, slack=slack))
 
     def retreat(self, point: np.ndarray, distance: float, gripper: float) -> Motion:
         """Fold the arm and back off to `distance` metres from `point`; then keep still forever."""
         while True:
             gap = np.linalg.norm(self.offset(point, reach=0.0))
-            yield self.toward(REST_ARM, gripper, (np.clip(3 * (gap - distance), -FULL_SPEED, 0), 0))
+            yield self.move(REST_ARM, gripper, (np.clip(3 * (gap - distance), -FULL_SPEED, 0), 0))
 
     def back_off(self, point: np.ndarray, distance: float) -> Motion:
-        """Drive back to `distance` metres from `point` with the hand open; only then retreat.
+        """Drive back to `distance` metres from `point`, then retreat; the hand is open.
 
-        The arm folds where it never unfolds on the way in, and an open hand means the way back.
-        Otherwise images of both ways differ only in the door or drawer, and a learner dithers.
+        The open hand, and the arm that folds only here, tell a learner the way back from the way
+        in: otherwise the images would differ only in the door or drawer.
         """
         while np.linalg.norm(self.offset(point, reach=0.0)) < distance:
-            yield self.hold(OPEN, (-FULL_SPEED, 0))
+            yield self.move_base(OPEN, (-FULL_SPEED, 0))
         yield from self.retreat(point, distance, OPEN)
 
     def squeeze(self, arm: np.ndarray, gripper: float) -> Motion:
@@ -244,31 +209,30 @@ class ScriptedExpert:
         before = np.inf
         while np.abs(before - self.joints[FINGERS]).max() > 0.001:
             before = self.joints[FINGERS]
-            yield self.toward(arm, gripper)
+            yield self.move(arm, gripper)
 
     # ---- skills: each ends in `retreat`, which never ends
 
     def pick(self) -> Motion:
-        """Grasp from above, in the fridge aslant; a lost object is picked again."""
+        """Grasp from above, in the fridge obliquely; pick a lost object again."""
         held = False
         while not held:
             position = self.object.pose.sp.p
             # High up the gripper cannot point down; in the fridge the elbow must clear the door.
-            hold, clear = (DOWN, 0.12) if position[2] < 1.0 else (SHELF, 0.08)
-            above, at = (self.posture(hold, position[2] + lift) for lift in (clear, 0.005))
-            yield from self.bring(self.aligned(above), position, hold.reach, OPEN)
-            grasp = self.aligned(at)
-            yield from self.bring(grasp, position, hold.reach, OPEN)
-            yield from self.squeeze(grasp, CLOSE)
-            yield from self.bring(above, position, hold.reach, CLOSE, near=0.1)
+            grip, clear = (DOWN, 0.12) if position[2] < 1.0 else (SHELF, 0.08)
+            above, at = (self.solve_arm(grip, position[2] + lift) for lift in (clear, 0.005))
+            yield from self.bring(self.align_wrist(above), position, grip.reach, OPEN)
+            at = self.align_wrist(at)
+            yield from self.bring(at, position, grip.reach, OPEN)
+            yield from self.squeeze(at, CLOSE)
+            yield from self.bring(above, position, grip.reach, CLOSE, near=0.1)
             held = self.in_hand(self.object.pose.sp.p)
-        yield from self.retreat(position, hold.reach + 0.2, CLOSE)
+        yield from self.retreat(position, grip.reach + 0.2, CLOSE)
 
     def place(self) -> Motion:
-        goal = self.goal.pose.sp.p
-        in_hand = (self.object.pose.sp.p - self.agent.tcp_pose.sp.p)[2]  # its centre above the tcp
-        above, at = (self.posture(DOWN, goal[2] - in_hand + lift) for lift in (0.12, 0.01))
-        slack = (0.05, 0.05)  # MS-HAB counts 0.15 m from the goal as placed
+        goal, slack = self.goal.pose.sp.p, (0.05, 0.05)  # MS-HAB forgives 0.15 m
+        center = (self.object.pose.sp.p - self.agent.tcp_pose.sp.p)[2]  # height above the tcp
+        above, at = (self.solve_arm(DOWN, goal[2] - center + lift) for lift in (0.12, 0.01))
         yield from self.bring(above, goal, DOWN.reach, CLOSE, slack=slack)
         yield from self.bring(at, goal, DOWN.reach, CLOSE, slack=slack)
         yield from self.squeeze(at, OPEN)
@@ -277,45 +241,46 @@ class ScriptedExpert:
 
     def close_drawer(self) -> Motion:
         """Push the handle with the closed hand, anywhere along the bar."""
-        arm, outward, slack = self.posture(PUSH, self.handle[2]), self.axis, (0.11, 0.10)
+        arm, outward, slack = self.solve_arm(PUSH, self.handle[2]), self.axis, (0.11, 0.10)
         before = self.handle + 0.23 * outward
         yield from self.bring(arm, before, PUSH.reach, CLOSE, slack=slack)
         while self.opening > CLOSED:
             inside = self.handle - 0.4 * outward
-            yield self.hold(CLOSE, self.drive_to(inside, PUSH.reach, 3.0, slack))
+            yield self.move_base(CLOSE, self.drive_to(inside, PUSH.reach, 3.0, slack))
         yield from self.back_off(self.handle, PUSH.reach + 0.4)
 
     def open_drawer(self) -> Motion:
-        """Grasp the bar from above, anywhere, one finger behind it, and pull; again if it slips."""
+        """Grasp the bar from above, one finger behind it, and pull; grasp again if it slips."""
         bar, slack = np.cross(self.axis, [0, 0, 1]), (0.0, 0.08)
-        above, at = (self.posture(HOOK, self.handle[2] + lift) for lift in (0.10, 0.0))
+        above, at = (self.solve_arm(HOOK, self.handle[2] + lift) for lift in (0.10, 0.0))
         while self.opening < OPEN_DRAWER:
             yield from self.bring(above, self.handle, HOOK.reach, OPEN, slack=slack)
             yield from self.bring(at, self.handle, HOOK.reach, OPEN, slack=slack)
             yield from self.squeeze(at, CLOSE)
             while self.opening < OPEN_DRAWER + SPARE and self.in_hand(self.handle, bar):
                 outside = self.handle + 0.2 * self.axis
-                yield self.toward(at, CLOSE, self.drive_to(outside, HOOK.reach, 3.0, slack))
+                yield self.move(at, CLOSE, self.drive_to(outside, HOOK.reach, 3.0, slack))
             yield from self.squeeze(at, OPEN)
             yield from self.bring(above, self.handle, HOOK.reach, OPEN, near=0.1, slack=slack)
         yield from self.retreat(self.handle, HOOK.reach + 0.1, CLOSE)  # closed: the way back
 
     def close_fridge(self) -> Motion:
         """Push the outer side of the door, aiming ahead along its arc."""
-        arm = self.posture(REACH, self.handle[2])
+        arm = self.solve_arm(REACH, self.handle[2])
         yield from self.bring(arm, self.on_arc(0.0, 0.7, 0.20), REACH.reach, CLOSE, near=0.05)
         while self.opening > CLOSED:
-            yield self.hold(CLOSE, self.drive_to(self.on_arc(-0.4, 0.7, 0.03), REACH.reach, 3.0))
+            ahead = self.on_arc(-0.4, 0.7, 0.03)
+            yield self.move_base(CLOSE, self.drive_to(ahead, REACH.reach, 3.0))
         yield from self.back_off(self.handle, REACH.reach + 0.3)
 
     def open_fridge(self) -> Motion:
-        """Grasp the bar and pull it along its arc; again if the handle slips."""
-        arm = self.posture(FRONT, self.handle[2])
+        """Grasp the bar and pull it along its arc; grasp again if the bar slips."""
+        arm = self.solve_arm(FRONT, self.handle[2])
         while self.opening < OPEN_FRIDGE:
             yield from self.bring(arm, self.on_arc(0.0, outward=0.12), FRONT.reach, OPEN)
             yield from self.bring(arm, self.handle, FRONT.reach, OPEN)
             yield from self.squeeze(arm, CLOSE)
             while self.opening < OPEN_FRIDGE + SPARE and self.in_hand(self.handle):
-                yield self.toward(arm, CLOSE, self.drive_to(self.on_arc(0.3), FRONT.reach, 3.0))
+                yield self.move(arm, CLOSE, self.drive_to(self.on_arc(0.3), FRONT.reach, 3.0))
             yield from self.squeeze(arm, OPEN)
         yield from self.retreat(self.handle, FRONT.reach + 0.2, OPEN)

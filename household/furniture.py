@@ -1,11 +1,12 @@
 """Furniture and objects of the miniature apartment, written as ReplicaCAD and YCB files.
 
-Files are y-up with the front of a cupboard towards +x, as in ReplicaCAD; mani_skill turns them by
-90 degrees about x, so (x, y, z) here is (x, -z, y) in the simulator. Only the objects are z-up.
-Lengths are metres, colours RGB in 0..255. `tint` returns the apartment's shade of a colour.
+As in ReplicaCAD, y is up and the front of a cupboard faces +x. mani_skill turns the files by 90
+degrees about x: (x, y, z) here is (x, -z, y) in the simulator. Only the objects are z-up. Lengths
+are metres, colours RGB in 0..255. `tint` returns the apartment's shade of a colour.
 """
 
 import json
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,28 +14,18 @@ import numpy as np
 import trimesh
 from trimesh.visual.material import PBRMaterial
 
-ROOM, WALL_HEIGHT = 6.0, 2.6  # a square room, the origin in its middle
-TABLE_SIZE = (0.8, 0.72, 1.4)  # depth, height, width
-
-COUNTER_SIZE = (0.6, 0.90, 1.6)  # depth, height, width; the front is at x = 0
-DRAWER_SIZE = (0.50, 0.20, 0.70)  # depth, height, width
+# Sizes are depth, height, width. The fronts of counter and fridge are at x = 0.
+TABLE_SIZE = (0.8, 0.72, 1.4)
+COUNTER_SIZE = (0.6, 0.90, 1.6)
+DRAWER_SIZE = (0.50, 0.20, 0.70)
 DRAWER_Y, DRAWER_Z = 0.74, 0.39  # height of the drawers' middle, offset to either side
-DRAWER_RANGE = 0.35
 DRAWER_FLOOR = DRAWER_Y - DRAWER_SIZE[1] / 2 + 0.03  # the surface on which the bowl stands
-DRAWER_HANDLE_X, DRAWER_HANDLE_LENGTH = 0.10, 0.26
-
-FRIDGE_SIZE = (0.6, 1.70, 0.56)  # depth, height, width; the front is at x = 0
-DOOR_THICKNESS, DOOR_WIDTH = 0.05, 0.54
-DOOR_BOTTOM, DOOR_HINGE_Z = 0.72, -0.275
-# rad; MS-HAB asks for three quarters of it, which one pull from in front of the fridge reaches.
-DOOR_RANGE = 1.25
-DOOR_HANDLE_X, DOOR_HANDLE_Z, DOOR_HANDLE_LENGTH = 0.125, 0.47, 0.40
-SHELF_TOP = 1.06
+SHELF_TOP = 1.06  # in the fridge
 STAND_TOP = SHELF_TOP + 0.06  # the apple stands clear of the shelf: room for the gripper
 STAND_X, STAND_Z = -0.12, 0.06
 
-# Half sizes (of round objects radius, radius, half height), colour, density. Fetch's fingers open
-# to 10 cm and close along y; they reach 3 cm to either side of the tcp, where the palm begins.
+# Shape, half sizes (round objects: radius, radius, half height), colour, density. Fetch's fingers
+# open to 10 cm, close along y and reach 3 cm beyond the tcp; the palm begins 3 cm before the tcp.
 OBJECTS = {
     "013_apple": ("ball", (0.036, 0.036, 0.036), (210, 30, 30), 400),
     "024_bowl": ("can", (0.040, 0.040, 0.030), (200, 60, 140), 400),
@@ -48,21 +39,15 @@ OBJECTS = {
     "010_potted_meat_can": ("box", (0.050, 0.025, 0.040), (50, 70, 200), 500),
 }
 
-WOOD, WORKTOP, WHITE, GREY = (165, 140, 110), (80, 80, 85), (225, 225, 230), (90, 90, 95)
 HANDLE = (0, 170, 60)  # the only strong green: a small network finds handles by their colour
 INSIDE = (30, 70, 200)  # the furniture's only blue, visible when a drawer or the fridge is open
 
-
-@dataclass
-class Box:
-    size: tuple[float, float, float]
-    center: tuple[float, float, float]
-    color: tuple[int, int, int]
+Box = namedtuple("Box", "size center color")  # three numbers each
 
 
 @dataclass
 class Link:
-    """A rigid part of a cupboard; a joint connects each to the first, the root."""
+    """A rigid part of a cupboard. A joint connects it to the cupboard's first link, the root."""
 
     name: str
     boxes: list[Box]
@@ -81,7 +66,7 @@ class Furniture:
 
     name: str
     links: list[Link]
-    handle_link: int
+    handle_link: int  # index in `links`
     handle_pos: tuple[float, float, float]  # in the frame of the handle's link
 
     @property
@@ -89,89 +74,86 @@ class Furniture:
         return self.handle_link - 1  # the root has no joint
 
 
-def kitchen_counter(rng: np.random.Generator, tint) -> Furniture:
+def make_counter(rng: np.random.Generator, tint) -> Furniture:
     """A counter with two drawers; the tasks use the one at -z."""
     depth, height, width = COUNTER_SIZE
-    wood, back, end = tint(WOOD), -depth / 2, width / 2 - 0.015
+    wood, back, end = tint((165, 140, 110)), -depth / 2, width / 2 - 0.015
     low, high = DRAWER_Y - DRAWER_SIZE[1] / 2 - 0.02, height - 0.04
     tall, middle = high - low, (high + low) / 2
     root = [
-        Box((depth, 0.04, width), (back, height - 0.02, 0), tint(WORKTOP)),
+        Box((depth, 0.04, width), (back, height - 0.02, 0), tint((80, 80, 85))),
         Box((depth, low, width), (back, low / 2, 0), wood),
         Box((0.02, tall, width), (0.01 - depth, middle, 0), wood),
         *[Box((depth, tall, 0.03), (back, middle, z), wood) for z in (-end, end)],
         Box((depth - 0.02, tall, 0.03), (back - 0.01, middle, 0), wood),
     ]
-    handle_y = float(rng.uniform(-0.02, 0.02))
-    boxes = drawer_boxes(tint((200, 180, 140)), handle_y)
-    slide = dict(joint="prismatic", axis=(1, 0, 0), upper=DRAWER_RANGE, damping=2, friction=1)
-    drawers = [
-        Link(name, boxes, mass=3, origin=(0.005, DRAWER_Y, z), **slide)
-        for name, z in (("drawer_left", DRAWER_Z), ("drawer_right", -DRAWER_Z))
+    handle_x, handle_y = 0.10, float(rng.uniform(-0.02, 0.02))
+    slide = dict(
+        boxes=drawer_boxes(tint((200, 180, 140)), handle_x, handle_y),
+        mass=3, joint="prismatic", axis=(1, 0, 0), upper=0.35, damping=2, friction=1,
+    )  # fmt: skip
+    links = [
+        Link("root", root, mass=50),
+        Link("drawer_left", origin=(0.005, DRAWER_Y, DRAWER_Z), **slide),
+        Link("drawer_right", origin=(0.005, DRAWER_Y, -DRAWER_Z), **slide),
     ]
-    links = [Link("root", root, mass=50), *drawers]
-    return Furniture("kitchen_counter", links, 2, (DRAWER_HANDLE_X, handle_y, 0.0))
+    return Furniture("kitchen_counter", links, 2, (handle_x, handle_y, 0.0))
 
 
-def drawer_boxes(front, handle_y: float) -> list[Box]:
+def drawer_boxes(front, handle_x: float, handle_y: float) -> list[Box]:
     depth, height, width = DRAWER_SIZE
-    back, wall, wall_y, side = -depth / 2, height * 0.5, -0.04, width / 2 - 0.03
-    x, post = DRAWER_HANDLE_X, DRAWER_HANDLE_LENGTH / 2 - 0.015
+    back, wall, side = -depth / 2, height / 2, width / 2 - 0.03
+    post_size, post_x = (handle_x, 0.02, 0.02), handle_x / 2
     return [
         Box((0.02, height, width), (0, 0, 0), front),
         Box((depth, 0.02, width - 0.04), (back, 0.02 - height / 2, 0), INSIDE),
-        *[Box((depth, wall, 0.02), (back, wall_y, z), INSIDE) for z in (-side, side)],
-        Box((0.02, wall, width - 0.04), (-depth, wall_y, 0), INSIDE),
-        *[Box((x, 0.02, 0.02), (x / 2, handle_y, z), HANDLE) for z in (-post, post)],
-        Box((0.02, 0.03, DRAWER_HANDLE_LENGTH), (x, handle_y, 0), HANDLE),
+        *[Box((depth, wall, 0.02), (back, -0.04, z), INSIDE) for z in (-side, side)],
+        Box((0.02, wall, width - 0.04), (-depth, -0.04, 0), INSIDE),
+        *[Box(post_size, (post_x, handle_y, z), HANDLE) for z in (-0.115, 0.115)],
+        Box((0.02, 0.03, 0.26), (handle_x, handle_y, 0), HANDLE),
     ]
 
 
-def fridge(rng: np.random.Generator, tint) -> Furniture:
+def make_fridge(rng: np.random.Generator, tint) -> Furniture:
     """A fridge with two doors; the tasks use the top door, which coasts shut after a push."""
-    depth, height, width = FRIDGE_SIZE
-    white, back, side = tint(WHITE), -depth / 2, width / 2 - 0.015
-    levels, middle = (0.015, 0.70, height - 0.015), height / 2
+    depth, height, width = 0.6, 1.70, 0.56
+    white, back, side = tint((225, 225, 230)), -depth / 2, width / 2 - 0.015
+    grey, middle = tint((90, 90, 95)), height / 2
     body = [
-        *[Box((depth, 0.03, width), (back, y, 0), white) for y in levels],
+        *[Box((depth, 0.03, width), (back, y, 0), white) for y in (0.015, 0.70, height - 0.015)],
         Box((0.03, height, width), (0.015 - depth, middle, 0), white),
         Box((0.01, height - 0.06, width - 0.06), (0.035 - depth, middle, 0), INSIDE),
         *[Box((depth, height, 0.03), (back, middle, z), white) for z in (-side, side)],
-        Box((depth - 0.1, 0.02, width - 0.06), (back - 0.05, SHELF_TOP - 0.01, 0), tint(GREY)),
-        *stand_boxes(tint(GREY)),
+        Box((depth - 0.1, 0.02, width - 0.06), (back - 0.05, SHELF_TOP - 0.01, 0), grey),
+        *stand_boxes(grey),
     ]
-    top_height, bottom_height = height - DOOR_BOTTOM - 0.02, DOOR_BOTTOM - 0.04
-    top_y, bottom_y = DOOR_BOTTOM + top_height / 2, 0.02 + bottom_height / 2
-    handle = (DOOR_HANDLE_X, 1.12 - top_y + float(rng.uniform(-0.02, 0.02)), DOOR_HANDLE_Z)
+    top, bottom = 0.96, 0.68  # heights of the doors
+    top_y, bottom_y, hinge_z = 0.72 + top / 2, 0.02 + bottom / 2, -0.275
+    handle = (0.125, 1.12 - top_y + float(rng.uniform(-0.02, 0.02)), 0.47)
     face = tint((235, 235, 240))
-    hinge = dict(joint="revolute", axis=(0, 1, 0), upper=DOOR_RANGE, damping=0.5, friction=0.1)
-    doors = [
-        Link(name, boxes, mass=4, origin=(0.005, y, DOOR_HINGE_Z), **hinge)
-        for name, boxes, y in (
-            ("top_door", [door_box(top_height, face), *door_handle(handle)], top_y),
-            ("bottom_door", [door_box(bottom_height, face)], bottom_y),
-        )
+    top_door = [Box((0.05, top, 0.54), (0.025, 0, 0.27), face), *door_handle(*handle)]
+    bottom_door = [Box((0.05, bottom, 0.54), (0.025, 0, 0.27), face)]
+    # One pull from the fridge's front reaches three quarters of the range, which MS-HAB asks for.
+    hinge = dict(mass=4, joint="revolute", axis=(0, 1, 0), upper=1.25, damping=0.5, friction=0.1)
+    links = [
+        Link("body", body, mass=80),
+        Link("top_door", top_door, origin=(0.005, top_y, hinge_z), **hinge),
+        Link("bottom_door", bottom_door, origin=(0.005, bottom_y, hinge_z), **hinge),
     ]
-    return Furniture("fridge", [Link("body", body, mass=80), *doors], 1, handle)
+    return Furniture("fridge", links, 1, handle)
 
 
-def door_box(height: float, color) -> Box:
-    return Box((DOOR_THICKNESS, height, DOOR_WIDTH), (DOOR_THICKNESS / 2, 0, DOOR_WIDTH / 2), color)
-
-
-def door_handle(bar: tuple[float, float, float]) -> list[Box]:
-    """Two posts and the bar at `bar`."""
-    x, y, z = bar
-    post, post_x, post_y = x - DOOR_THICKNESS, (DOOR_THICKNESS + x) / 2, DOOR_HANDLE_LENGTH / 2
-    post_y -= 0.015
+def door_handle(x: float, y: float, z: float) -> list[Box]:
+    """Two posts on the door, which is 0.05 thick, and a bar at x, y, z."""
+    post_size, post_x = (x - 0.05, 0.02, 0.02), (0.05 + x) / 2
     return [
-        *[Box((post, 0.02, 0.02), (post_x, y + dy, z), HANDLE) for dy in (-post_y, post_y)],
-        Box((0.025, DOOR_HANDLE_LENGTH, 0.03), bar, HANDLE),
+        *[Box(post_size, (post_x, y + dy, z), HANDLE) for dy in (-0.185, 0.185)],
+        Box((0.025, 0.40, 0.03), (x, y, z), HANDLE),
     ]
 
 
 def stand_boxes(color) -> list[Box]:
-    """A block with a rim just narrower than the apple, which keeps the apple from rolling away."""
+    """A block whose rim, just narrower than the apple, keeps the apple from rolling away."""
     size, rim, height = 0.056, 0.008, STAND_TOP - SHELF_TOP
     y, rim_y, edge = SHELF_TOP + height / 2, STAND_TOP + rim / 2, (size - rim) / 2
     return [
@@ -181,28 +163,21 @@ def stand_boxes(color) -> list[Box]:
     ]
 
 
-def room_boxes(floor, *walls) -> list[Box]:
-    """Floor and four walls, from their colours."""
-    half, height = ROOM / 2 + 0.05, WALL_HEIGHT
-    sides = [(-half, 0), (half, 0), (0, -half), (0, half)]
-    boxes = [Box((ROOM, 0.1, ROOM), (0, -0.05, 0), floor)]
-    for (x, z), color in zip(sides, walls):
-        size = (0.1, height, ROOM) if x else (ROOM, height, 0.1)
+def room_boxes(floor, walls) -> list[Box]:
+    """Floor and four walls of a square room around the origin, from their colours."""
+    width, height, half = 6.0, 2.6, 3.05
+    boxes = [Box((width, 0.1, width), (0, -0.05, 0), floor)]
+    for x, z, color in zip((-half, half, 0, 0), (0, 0, -half, half), walls):
+        size = (0.1, height, width) if x else (width, height, 0.1)
         boxes.append(Box(size, (x, height / 2, z), color))
     return boxes
 
 
 def table_boxes(color) -> list[Box]:
     depth, height, width = TABLE_SIZE
-    leg, x, z = height - 0.04, depth / 2 - 0.04, width / 2 - 0.04
-    corners = [(-x, -z), (-x, z), (x, -z), (x, z)]
-    return [
-        Box((depth, 0.04, width), (0, height - 0.02, 0), color),
-        *[Box((0.05, leg, 0.05), (x, leg / 2, z), color) for x, z in corners],
-    ]
-
-
-# --- Files
+    leg, dx, dz = height - 0.04, depth / 2 - 0.04, width / 2 - 0.04
+    legs = [Box((0.05, leg, 0.05), (x, leg / 2, z), color) for x in (-dx, dx) for z in (-dz, dz)]
+    return [Box((depth, 0.04, width), (0, height - 0.02, 0), color), *legs]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -214,50 +189,49 @@ def write_json(path: Path, data: dict) -> None:
     write_text(path, json.dumps(data, indent=1))
 
 
-def painted(rgba, metallic=0.0, roughness=0.9) -> trimesh.visual.TextureVisuals:
+def make_visual(rgba, metallic=0.0, roughness=0.9) -> trimesh.visual.TextureVisuals:
     material = PBRMaterial(baseColorFactor=rgba, metallicFactor=metallic, roughnessFactor=roughness)
     return trimesh.visual.TextureVisuals(material=material)
 
 
 def write_glb(path: Path, boxes: list[Box]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    meshes = [trimesh.creation.box(box.size) for box in boxes]
-    for mesh, box in zip(meshes, boxes):
+    scene = trimesh.Scene()
+    for box in boxes:
+        mesh = trimesh.creation.box(box.size)
         mesh.apply_translation(box.center)
-        mesh.visual = painted([*box.color, 255])
-    trimesh.Scene(meshes).export(path)
+        mesh.visual = make_visual([*box.color, 255])
+        scene.add_geometry(mesh)
+    scene.export(path)
 
 
 def write_urdf(folder: Path, furniture: Furniture) -> None:
     """Write <folder>/<name>/<name>.urdf."""
-    root, *others = furniture.links
-    text = f'<?xml version="1.0"?>\n<robot name="{furniture.name}">\n'
+    name, root = furniture.name, furniture.links[0]
+    inertia = '<inertia ixx="0.2" iyy="0.2" izz="0.2" ixy="0" ixz="0" iyz="0"/></inertial>'
+    text = f'<?xml version="1.0"?>\n<robot name="{name}">\n'
     for link in furniture.links:
-        text += (
-            f'<link name="{link.name}"><inertial><mass value="{link.mass}"/>'
-            '<inertia ixx="0.2" iyy="0.2" izz="0.2" ixy="0" ixz="0" iyz="0"/></inertial>\n'
-        )
-        for box in link.boxes:
-            shape = (
-                f'<origin xyz="{numbers(box.center)}"/>'
-                f'<geometry><box size="{numbers(box.size)}"/></geometry>'
-            )
-            rgba = numbers([*(np.array(box.color) / 255), 1])
+        text += f'<link name="{link.name}"><inertial><mass value="{link.mass}"/>{inertia}\n'
+        for size, center, color in link.boxes:
+            shape = f'<origin xyz="{format_numbers(center)}"/>'
+            shape += f'<geometry><box size="{format_numbers(size)}"/></geometry>'
+            rgba = format_numbers([*(np.array(color) / 255), 1])
             paint = f'<material name="c{rgba.replace(" ", "_")}"><color rgba="{rgba}"/></material>'
             text += f"  <visual>{shape}{paint}</visual>\n  <collision>{shape}</collision>\n"
         text += "</link>\n"
-    for i, link in enumerate(others):
+    for i, link in enumerate(furniture.links[1:]):
         text += (
             f'<joint name="joint_{i}" type="{link.joint}">'
             f'<parent link="{root.name}"/><child link="{link.name}"/>'
-            f'<origin xyz="{numbers(link.origin)}"/><axis xyz="{numbers(link.axis)}"/>'
+            f'<origin xyz="{format_numbers(link.origin)}"/>'
+            f'<axis xyz="{format_numbers(link.axis)}"/>'
             f'<limit lower="0" upper="{link.upper}" effort="1000" velocity="10"/>'
             f'<dynamics damping="{link.damping}" friction="{link.friction}"/></joint>\n'
         )
-    write_text(folder / furniture.name / f"{furniture.name}.urdf", text + "</robot>\n")
+    write_text(folder / name / f"{name}.urdf", text + "</robot>\n")
 
 
-def numbers(values) -> str:
+def format_numbers(values) -> str:
     return " ".join(f"{float(value):.6g}" for value in values)
 
 
@@ -272,12 +246,12 @@ def write_objects(folder: Path, tint) -> None:
         else:
             mesh = trimesh.creation.box(np.multiply(half, 2))
         model = folder / "models" / name
-        rgb = numbers(np.array(tint(color)) / 255)
+        rgb = format_numbers(np.array(tint(color)) / 255)
         write_text(model / "textured.mtl", f"newmtl m\nKd {rgb}\nKa 0 0 0\n")
-        vertices = "".join(f"v {numbers(vertex)}\n" for vertex in mesh.vertices)
-        faces = "".join(f"f {a + 1} {b + 1} {c + 1}\n" for a, b, c in mesh.faces)
-        obj = f"mtllib textured.mtl\no o\n{vertices}usemtl m\n{faces}"
-        write_text(model / "textured.obj", obj)
+        vertices = "".join(f"v {format_numbers(vertex)}\n" for vertex in mesh.vertices)
+        faces = "".join(f"f {a} {b} {c}\n" for a, b, c in mesh.faces + 1)
+        header = "mtllib textured.mtl\no o\n"
+        write_text(model / "textured.obj", f"{header}{vertices}usemtl m\n{faces}")
         mesh.export(model / "collision.ply")
         low, high = mesh.bounds.tolist()
         infos[name] = dict(bbox=dict(min=low, max=high), density=density, scales=[1.0])

@@ -1,12 +1,9 @@
 """A Fetch that renders fast: the simulator's robot with lighter visual meshes and equal physics.
 
-    write_light_fetch(Path("assets/data/robots/fetch_light"))        # fetch.urdf, meshes; about 3 s
-
-mani_skill loads Fetch's visual meshes unindexed: 384,507 vertices, 98 % of the miniature
-apartment's, and a software renderer spends its time on vertices. Here all vertices in a cell of
-10 mm become one. About 2.5 % remain; the cameras' colours change by less than 1 % on average.
-Joints, inertia and collision meshes are copied. Paths in the URDF are relative: the folder can be
-moved.
+mani_skill loads Fetch's visual meshes unindexed: 384,507 vertices, 98 % of the generated
+apartment's, and a software renderer spends its time on vertices. Here one vertex replaces all
+vertices in a cell of 10 mm. About 2.5 % remain; the cameras' colours change by less than 1 % on
+average. Joints, inertia and collision meshes are copied.
 """
 
 import shutil
@@ -18,21 +15,17 @@ import sapien
 import trimesh
 from mani_skill import PACKAGE_ASSET_DIR
 
-from household.furniture import painted
+from household.furniture import make_visual
 
-CELL = 0.010  # metres; at 20 mm the fingers in the hand camera's image are visibly wrong
+CELL = 0.010  # metres; with 20 mm the hand camera would see misshapen fingers
 COLORS_PER_MESH = 6  # a texture's main colours; each makes one more mesh to draw
-COLOR_STEPS = 7  # per channel, for finding the main colours
-SRGB_GAMMA = 2.2  # textures hold sRGB, base colour factors are linear
 
 
 def write_light_fetch(folder: Path) -> None:
-    """Write fetch.urdf, fetch.srdf and meshes into `folder`."""
+    """Write fetch.urdf with relative paths, fetch.srdf and meshes into `folder`, in about 3 s."""
     meshes = folder / "meshes"
     meshes.mkdir(parents=True)
-    urdf = (
-        Path(PACKAGE_ASSET_DIR) / "robots/fetch/fetch.urdf"
-    )  # not Fetch.urdf_path, which env.py sets
+    urdf = Path(PACKAGE_ASSET_DIR) / "robots/fetch/fetch.urdf"  # env.py changes Fetch.urdf_path
     tree = ElementTree.parse(urdf)
     for link in tree.getroot().iter("link"):
         for mesh in link.findall("collision/geometry/mesh"):
@@ -55,16 +48,14 @@ def lighten(path: Path) -> trimesh.Scene:
         faces = np.asarray(part.triangles)  # [F, 3]
         colors = face_colors(part, faces)  # [F, 3]
         vertices, faces, normals, kept = cluster(vertices, faces)
+        colors = colors[kept]
         for color in np.unique(colors, axis=0):
-            chosen = faces[(colors[kept] == color).all(axis=1)]
-            if len(chosen) == 0:
-                continue
+            chosen = faces[(colors == color).all(axis=1)]
             used, local = np.unique(chosen, return_inverse=True)
             mesh = trimesh.Trimesh(vertices[used], local.reshape(chosen.shape), process=False)
             mesh.vertex_normals = normals[used]
             rgba = np.append(color * 255, 255).round().astype(np.uint8)
-            look = float(part.material.metallic), float(part.material.roughness)
-            mesh.visual = painted(rgba, *look)
+            mesh.visual = make_visual(rgba, part.material.metallic, part.material.roughness)
             scene.add_geometry(mesh)
     return scene
 
@@ -76,7 +67,7 @@ def cluster(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, ...]:
     """
     cells = np.floor(vertices / CELL).astype(np.int64)
     _, cell, count = np.unique(cells, axis=0, return_inverse=True, return_counts=True)
-    cell = cell.reshape(-1)
+    cell = cell.reshape(-1)  # numpy 2.0 returns [V, 1]
     merged = np.zeros((len(count), 3))
     np.add.at(merged, cell, vertices)
     merged /= count[:, None]
@@ -86,11 +77,11 @@ def cluster(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, ...]:
     _, first = np.unique(np.sort(faces[proper], axis=1), axis=0, return_index=True)
     kept = proper[first]
     faces = faces[kept]
-    corners = merged[faces]  # [G, 3 corners, 3]
-    face_normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    a, b, c = merged[faces.T]  # corners [G, 3]
+    face_normals = np.cross(b - a, c - a)
     normals = np.zeros_like(merged)
-    for corner in range(3):
-        np.add.at(normals, faces[:, corner], face_normals)
+    for corner in faces.T:
+        np.add.at(normals, corner, face_normals)
     normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(min=1e-12)
     return merged, faces, normals, kept
 
@@ -106,10 +97,10 @@ def face_colors(part: sapien.render.RenderShapeTriangleMeshPart, faces: np.ndarr
     row = (v * height).astype(int).clip(max=height - 1)
     column = (u * width).astype(int).clip(max=width - 1)
     colors = texels[row, column]  # [F, 3]
-    rounded = np.round(colors * COLOR_STEPS)
+    rounded = np.round(colors * 7)  # eight levels of each channel, to find the main colours
     palette, count = np.unique(rounded, axis=0, return_counts=True)
     palette = palette[np.argsort(-count, kind="stable")[:COLORS_PER_MESH]]
     nearest = np.abs(rounded[:, None] - palette).sum(axis=-1).argmin(axis=1)
     for i in range(len(palette)):
         colors[nearest == i] = colors[nearest == i].mean(axis=0)
-    return colors**SRGB_GAMMA
+    return colors**2.2  # textures hold sRGB, base colour factors are linear

@@ -34,7 +34,7 @@ def asset_folder() -> Path:
 
 
 def plan_paths(root: Path, *address: str) -> tuple[Path, Path]:
-    """Where a folder has the task plans and start poses of (task, subtask, target, split)."""
+    """Paths below `root` of the task plans and start poses of (task, subtask, target, split)."""
     task, subtask, target, split = address
     place, rearrange = Path(task, subtask, split), root / REPLICA / "rearrange"
     plans = rearrange / "task_plans" / place / f"{target}.json"
@@ -53,9 +53,9 @@ def plan_files(task: str, subtask: str, target: str, split: str) -> tuple[Path, 
 def apartment(root: Path | None = None) -> str | None:
     """The sha256 that names a generated apartment; None for the real ones.
 
-    Raises InputError when a download lies in a generated apartment's folder: the simulator would
-    put the generated apartment's simplified robot into real scenes. Generated scenes have file
-    names of real scenes, but name a table that no real scene has.
+    Raises InputError when a folder holds a generated apartment and a download: the simulator would
+    put the simplified robot into real scenes. A generated scene has the file name of a real one,
+    but refers to a table that no real scene has.
     """
     root = root or asset_folder()
     marker = root / "household.json"
@@ -71,27 +71,27 @@ def apartment(root: Path | None = None) -> str | None:
     real += [path for path in models if path.name not in sum(OBJECTS.values(), ())]
     if real:
         raise InputError(
-            f"{marker} is of a generated apartment, {min(real)} of a download: one folder cannot "
-            f"hold both. {REMEDY}"
+            f"{marker} is of a generated apartment, {min(real)} of a download: use two folders. "
+            f"{REMEDY}"
         )
     return sha256(marker)
 
 
-def check_assets(root: Path | None = None, tasks: tuple[str, ...] = TASKS) -> str:
+def check_assets(root: Path | None = None) -> str:
     """Check a sample of the files: all plans, and the files of one episode of each subtask.
 
-    Raises InputError, with the command that brings the file again.
+    Raises InputError, with the command that restores the file.
     """
     root = root or asset_folder()
     generated = apartment(root)
-    for path in needed_files(root, tasks):
+    for path in needed_files(root):
         if fault := fault_of(path):
             raise InputError(f"{path}: {fault}. {command_for(root, path)}")
     return f"{root}: {'a generated apartment' if generated else 'ReplicaCAD'}, a sample is complete"
 
 
 def fault_of(path: Path) -> str | None:
-    """Why a file cannot be used, as far as its size and its last bytes tell."""
+    """Why a file is unusable, by its size and its last bytes; None: no fault found."""
     if not path.is_file() or not path.stat().st_size:
         return "the file is empty" if path.is_file() else "no such file"
     if path.suffix == ".json":
@@ -102,7 +102,7 @@ def fault_of(path: Path) -> str | None:
 
 
 def command_for(root: Path, path: Path) -> str:
-    """The command that brings a missing or damaged file again and removes nothing else."""
+    """The command that restores a missing or damaged file and removes nothing else."""
     marker = root / "household.json"
     if marker.is_file():
         seed = json.loads(marker.read_bytes())["seed"]
@@ -117,14 +117,14 @@ def command_for(root: Path, path: Path) -> str:
     return f"hf download haosulab/ReplicaCAD --repo-type dataset --local-dir {folder}"
 
 
-def needed_files(root: Path, tasks: tuple[str, ...]) -> Iterator[Path]:
+def needed_files(root: Path) -> Iterator[Path]:
     """All plans and start poses, the objects, and each subtask's first validation episode.
 
-    A caller that finds a file missing must stop: the next file is named in that file.
+    A caller must stop at a missing file: the names of later files are read from it.
     """
     replica, ycb = root / REPLICA, root / YCB
     yield ycb / "info_pick_v0.json"
-    for task in tasks:
+    for task in TASKS:
         for model in OBJECTS[task]:
             yield ycb / "models" / model / "collision.ply"
             yield ycb / "models" / model / "textured.obj"

@@ -1,4 +1,4 @@
-"""An expert's episodes as demonstrations, in one simulator process. `cfg` is a CollectConfig."""
+"""An expert's episodes, recorded in one simulator process. `cfg` is a collect.CollectConfig."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -16,21 +16,21 @@ from simulation.plans import Job, pad_seeds, simulation_backend
 from simulation.rl_expert import RLPolicy
 from storage.recording import encode
 
-# MS-HAB's labels of the episodes that it released (utils/gen/gen_data.py). Its other successes
-# dropped the object before, or dropped it to its goal.
+# Labels of the episodes that MS-HAB released (utils/gen/gen_data.py). In its other successes the
+# object was dropped, once or to its goal.
 RELEASED = ("straightforward_success", "placed_in_goal_success", "open_success", "closed_success")
 
 
 def run_jobs(cfg, jobs: Iterator[Job]) -> Iterator[list[tuple[bool, int, bytes]]]:
-    """Attempt each job's seeds; a simulator is kept while the target stays the same."""
+    """Attempt each job's seeds. Consecutive jobs of one target share a simulator."""
     for target, group in groupby(jobs, attrgetter("column")):
         envs = SubtaskEnvs(
-            cfg.task, cfg.subtask, target, cfg.split, real_meshes=cfg.real_meshes,
+            cfg.task, cfg.subtask, target, cfg.split,
             simulation=simulation_backend(cfg.envs), num_envs=cfg.envs,
         )  # fmt: skip
         if cfg.expert == "rl":
-            place = cfg.policies, cfg.task, cfg.subtask, target
-            expert = RLPolicy.load(*place, envs.mshab.device)
+            address = cfg.task, cfg.subtask, target
+            expert = RLPolicy.load(cfg.policies, *address, envs.mshab.device)
         else:
             expert = ScriptedExpert(envs)
         for job in group:
@@ -43,8 +43,8 @@ def attempt(
 ) -> list[tuple[bool, int, bytes]]:
     """Let the expert act until each episode succeeded, failed or reached the horizon.
 
-    Returns for each seed whether to keep it, its steps, and its h5 (recording.encode). Of an RL
-    policy's successes, the ones are kept that MS-HAB's release keeps.
+    Returns for each seed whether to keep the episode, its steps, and its h5 (recording.encode). An
+    RL policy's success is kept if MS-HAB's release would keep it.
     """
     obs = envs.reset(pad_seeds(seeds, envs.num_envs))
     expert.reset()
@@ -65,7 +65,7 @@ def attempt(
 
 
 def frames(envs: SubtaskEnvs, obs: dict) -> list[dict]:
-    """Return a row of the file for each environment; MS-HAB keeps no segmentation images."""
+    """Return each environment's observation and labels, without segmentation, as MS-HAB records."""
     seg = dict(zip(SENSORS, rearrange(envs.masks(obs), "n c h w -> c n h w")))
     tree = {"obs": to_numpy(obs), "labels": {"pos": envs.positions, "seg": seg}}
     for camera in SENSORS:
@@ -76,7 +76,7 @@ def frames(envs: SubtaskEnvs, obs: dict) -> list[dict]:
 def encode_attempt(
     envs: SubtaskEnvs, i: int, rows: list[dict], steps: list[dict], released: bool
 ) -> tuple[bool, int, bytes]:
-    """Return the i-th environment's episode as `attempt` does."""
+    """Return one element of the result of `attempt`, for environment i."""
     taken = {key: np.array([step[key] for step in steps]) for key in steps[0]}  # [T, ...] each
     trajectory = {
         "obs": [each["obs"] for each in rows],
@@ -108,7 +108,7 @@ def encode_attempt(
 
 
 def header(envs: SubtaskEnvs) -> dict:
-    """The json's entries for all episodes (MS-HAB: parse_env_info, without the file arguments)."""
+    """The json's entries besides the episodes (MS-HAB: parse_env_info, without its files)."""
     spec = envs.mshab.spec
     kwargs = {k: v for k, v in spec.kwargs.items() if k not in ("task_plans", "spawn_data_fp")}
     return {

@@ -1,8 +1,6 @@
-"""Episodes in one simulator process: its jobs, the loop, and the counts.
+"""Evaluation episodes in one simulator process. `cfg` is an eval.EvalConfig.
 
-    for records in run_jobs(cfg, [Job("close_drawer", seeds=[0, 1])]): ...
-
-One environment on the CPU is a batch of one, by the same code. `cfg` is an eval.EvalConfig.
+for records in run_jobs(cfg, [Job("close_drawer", seeds=[0, 1])]): ...
 """
 
 import hashlib
@@ -20,14 +18,14 @@ from config import ACTION_DIM
 from household.expert import ScriptedExpert
 from policy import Policy, check_schema
 from simulation.env import SubtaskEnvs
-from simulation.plans import Job, film_name, pad_seeds, simulation_backend
+from simulation.plans import Job, pad_seeds, simulation_backend
 from simulation.rl_expert import RLPolicy
 
 
 class RandomPolicy:
-    """Uniform actions from each episode's seed: the success rate of chance."""
+    """Uniform actions, drawn from each episode's seed."""
 
-    obs_mode = "state_dict"  # no images: ten times as fast
+    obs_mode = "state_dict"  # without images, ten times as fast
 
     def __init__(self, envs: SubtaskEnvs):
         self.envs = envs
@@ -36,33 +34,31 @@ class RandomPolicy:
         self.generators = [np.random.default_rng(each["seed"]) for each in self.envs.episodes]
 
     def act(self, obs: dict, instructions: Sequence[str]) -> np.ndarray:
-        """Return actions [N, 13] in [-1, 1]."""
+        """Return actions [N, 13] in [-1, 1]; both arguments are unused."""
         actions = [generator.uniform(-1, 1, ACTION_DIM) for generator in self.generators]
         return np.stack(actions).astype(np.float32)
 
 
-POLICIES = {
-    "learned": Policy, "expert": ScriptedExpert, "random": RandomPolicy, "rl": RLPolicy
-}  # fmt: skip
+POLICIES = dict(learned=Policy, expert=ScriptedExpert, random=RandomPolicy, rl=RLPolicy)
 
 
 def make_envs(cfg, column: str, filmed: bool) -> SubtaskEnvs:
-    """Make a column's simulator, which renders the images that the policy or the film reads."""
+    """Make a column's simulator; it renders only images that the policy or the film reads."""
     mode = "rgb+depth+segmentation" if filmed else POLICIES[cfg.policy].obs_mode
     return SubtaskEnvs(
-        *cfg.address(column), cfg.split, obs_mode=mode, real_meshes=cfg.real_meshes,
+        *cfg.address(column), cfg.split, obs_mode=mode,
         simulation=simulation_backend(cfg.envs), num_envs=1 if filmed else cfg.envs,
     )  # fmt: skip
 
 
 def run_jobs(cfg, jobs: Iterable[Job]) -> Iterator[list[dict]]:
-    """Yield each job's episodes. A simulator is kept while column and film stay the same."""
+    """Yield each job's records. Consecutive jobs with the same images share a simulator."""
     learned = Policy.from_checkpoint(cfg.checkpoint, cfg.device) if cfg.checkpoint else None
     for (column, filmed), group in groupby(jobs, attrgetter("column", "filmed")):
         envs = make_envs(cfg, column, filmed)
         if learned is not None:
             check_schema(envs, learned.manifest)
-            learned.predict = filmed  # a film alone shows the auxiliary predictions
+            learned.predict = filmed  # only films show the auxiliary predictions
         if cfg.policy == "rl":
             policy = RLPolicy.load(cfg.policies, *cfg.address(column), envs.mshab.device)
         else:
@@ -70,9 +66,9 @@ def run_jobs(cfg, jobs: Iterable[Job]) -> Iterator[list[dict]]:
         for job in group:
             film = None
             if filmed:
-                from simulation.film import Film  # here: only a film needs imageio and PIL
+                from simulation.film import Film  # here: only films need imageio and PIL
 
-                name = film_name(column, job.seeds[0])
+                name = f"{column}_{job.seeds[0]}".replace(":", "_")  # scp splits at a colon
                 film = Film(envs, learned, cfg.out / "videos", name)
             records = run_episodes(envs, policy, job.seeds, cfg, film)
             yield [{"column": column, **record} for record in records]
@@ -80,29 +76,29 @@ def run_jobs(cfg, jobs: Iterable[Job]) -> Iterator[list[dict]]:
 
 
 def run_episodes(envs: SubtaskEnvs, policy, seeds: list[int], cfg, film=None) -> list[dict]:
-    """Run the episodes of the seeds, at most one for each environment, and return their records.
+    """Run the episodes of at most `envs.num_envs` seeds together and return their records.
 
-    A batch keeps its size, so that a GPU keeps its graph: environments to spare run along. A batch
-    takes as long as its longest episode, and each record has an equal share of that time.
+    All environments step until the longest episode ends. Each record has an equal share of the
+    time.
     """
     torch.manual_seed(seeds[0])  # a policy's samples must not depend on earlier episodes
-    started, thought = time.perf_counter(), 0.0
+    started, policy_seconds = time.perf_counter(), 0.0
     obs = envs.reset(pad_seeds(seeds, envs.num_envs))
     policy.reset()
     outcomes = [Outcome(cfg.horizon, cfg.stop_at_success) for _ in seeds]
-    while not all(outcome.settled for outcome in outcomes):
+    while not all(outcome.ended for outcome in outcomes):
         asked = time.perf_counter()
         actions = policy.act(obs, envs.instructions)  # [N, 13]
-        thought += time.perf_counter() - asked
-        if film is not None:  # before the step: predictions are about this observation
+        policy_seconds += time.perf_counter() - asked
+        if film is not None:  # before the step: the predictions are for this observation
             film.add(to_cpu_tensor(obs), envs.elapsed)
         obs, info = envs.step(actions)
         for outcome, action, success in zip(outcomes, actions, info["success"].tolist()):
             outcome.add(action, success)
     if film is not None:
         film.save(outcomes[0].success_once)
-    shares = {"seconds": time.perf_counter() - started, "policy_seconds": thought}
-    shares = {name: round(value / len(seeds), 2) for name, value in shares.items()}
+    times = {"seconds": time.perf_counter() - started, "policy_seconds": policy_seconds}
+    shares = {name: round(value / len(seeds), 2) for name, value in times.items()}
     return [
         episode | {"target": target} | outcome.record() | shares
         for episode, target, outcome in zip(envs.episodes, envs.targets, outcomes)
@@ -111,11 +107,11 @@ def run_episodes(envs: SubtaskEnvs, policy, seeds: list[int], cfg, film=None) ->
 
 @dataclass
 class Outcome:
-    """The counts of one episode; settled, they no longer change.
+    """The outcome of one episode.
 
     GAP-18 (Sec. 6.1): the paper does not say whether success counts once or at the end. Both are
-    kept: after a success the episode goes on to the horizon (MS-HAB: continuous_task), unless
-    `stop_at_success`.
+    recorded: after a success the episode continues to the horizon (MS-HAB: continuous_task),
+    unless `stop_at_success`.
     """
 
     horizon: int
@@ -126,12 +122,12 @@ class Outcome:
     actions: "hashlib._Hash" = field(default_factory=hashlib.sha256)
 
     @property
-    def settled(self) -> bool:
+    def ended(self) -> bool:
         return self.length == self.horizon or (self.success_once and self.stop_at_success)
 
     def add(self, action: np.ndarray, success: bool) -> None:
-        """Count a step; a settled episode ignores the steps of the others in its batch."""
-        if self.settled:
+        """Count a step, unless the episode has ended and only others of its batch go on."""
+        if self.ended:
             return
         self.actions.update(action.tobytes())
         self.success_once, self.success = self.success_once or success, success

@@ -1,4 +1,4 @@
-"""The film of one episode, drawn by `eval.py --video` in the style of Fig. 4."""
+"""The film of one episode, for `eval.py --video`, in the style of Fig. 4."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,14 +7,15 @@ import imageio.v2 as imageio
 import numpy as np
 from einops import repeat
 from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import binary_dilation
 
 from config import CAMERAS
 from data import normalize_depth
 
 FPS = 20  # the control rate: films run in real time
-VIEW, INSET, PANEL = 512, 128, 208  # pixels; h264 wants every sum to be a multiple of 16
-PREDICTED, TRUE = np.array([255, 110, 0]), np.array([0, 255, 90])  # colours of masks and of text
-WHITE = np.array([255, 255, 255])
+VIEW, INSET, PANEL = 512, 128, 208  # pixels; h264 needs a frame's width to be a multiple of 16
+PREDICTED, TRUE = (255, 110, 0), (0, 255, 90)  # colours of masks and of text
+WHITE = (255, 255, 255)
 FONT = ImageFont.load_default(13)
 CAPTIONS = {  # a decoder's name: the line above its numbers
     "grasp": "holds the target",
@@ -24,10 +25,8 @@ CAPTIONS = {  # a decoder's name: the line above its numbers
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
-    """Return the pixels just outside a mask [H, W]: an outline that hides nothing of the target."""
-    padded = np.pad(mask, 1)
-    grown = padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
-    return grown & ~mask
+    """Return the pixels just outside a mask [H, W]; outlining these hides nothing of the target."""
+    return binary_dilation(mask) & ~mask
 
 
 def draw_masks(rgb: np.ndarray, true: np.ndarray, predicted: np.ndarray | None) -> np.ndarray:
@@ -35,20 +34,16 @@ def draw_masks(rgb: np.ndarray, true: np.ndarray, predicted: np.ndarray | None) 
     image = rgb.astype(float)
     if predicted is not None:
         inside = predicted > 0.5
-        image[inside] = 0.4 * image[inside] + 0.6 * PREDICTED
+        image[inside] = 0.4 * image[inside] + 0.6 * np.array(PREDICTED)
     image[outline(true)] = TRUE
     return image.astype(np.uint8)
-
-
-def format_numbers(values: Sequence[float]) -> str:
-    return " ".join(f"{value:.2f}" for value in values)
 
 
 class Film:
     """One episode: a view from outside, the four inputs, the predictions.
 
-    `policy` is the learned one, whose `predictions` are drawn, or None. Insets from top to bottom:
-    head depth, head RGB, hand depth, hand RGB. Orange is predicted, green is true.
+    Orange is predicted, green is true. `policy` is the learned policy, or None. Insets from top to
+    bottom: head depth, head RGB, hand depth, hand RGB.
     """
 
     def __init__(self, envs, policy, folder: Path, name: str):
@@ -58,7 +53,7 @@ class Film:
         self.writer = imageio.get_writer(self.unfinished, fps=FPS, codec="libx264", quality=7)
 
     def add(self, obs: dict, step: int) -> None:
-        """Append the frame of one observation; call after `policy.act` on it."""
+        """Append the frame of one observation; call `policy.act` on the observation before."""
         self.writer.append_data(self.draw(obs, step))
 
     def save(self, success: bool) -> None:
@@ -69,7 +64,7 @@ class Film:
 
     def draw(self, obs: dict, step: int) -> np.ndarray:
         """Compose uint8 [VIEW, VIEW + INSET + PANEL, 3]."""
-        # A policy predicts once per chunk of actions; until the next chunk the film repeats that.
+        # A policy predicts once per chunk of actions: until the next chunk these stay the same.
         predictions = {} if self.policy is None else self.policy.predictions
         canvas = np.zeros((VIEW, VIEW + INSET + PANEL, 3), np.uint8)
         canvas[:, :VIEW] = Image.fromarray(self.envs.third_person()).resize((VIEW, VIEW))
@@ -78,7 +73,7 @@ class Film:
         draw = ImageDraw.Draw(image)
         for i, (text, colour) in enumerate(self.lines(step, self.true(obs), predictions)):
             place = (VIEW + INSET + 8, 8 + 17 * i)
-            draw.text(place, text, fill=tuple(map(int, colour)), font=FONT)
+            draw.text(place, text, fill=colour, font=FONT)
         return np.asarray(image)
 
     def insets(self, obs: dict, predictions: dict) -> list[np.ndarray]:
@@ -94,21 +89,25 @@ class Film:
         return images
 
     def true(self, obs: dict) -> dict[str, np.ndarray]:
-        """Return the true values of CAPTIONS; no "obj" where the subtask has no object."""
+        """Return the true values of CAPTIONS, without "obj" if the subtask has no object."""
         grasp = np.ravel(obs["extra"]["is_grasped"][0])
         values = {"grasp": grasp, "pos": self.envs.positions[0]}
         obj = np.asarray(obs["extra"]["obj_pose_wrt_base"][0, :3])
         return values | ({"obj": obj} if obj.any() else {})  # MS-HAB: zeros without an object
 
-    def lines(self, step: int, true: dict, predictions: dict) -> list[tuple[str, np.ndarray]]:
+    def lines(self, step: int, true: dict, predictions: dict) -> list[tuple[str, tuple]]:
         """Return the panel's lines and their colours: each prediction above its true value."""
+
+        def add(values: Sequence[float], kind: str, colour: tuple) -> None:
+            numbers = " ".join(f"{value:.2f}" for value in values)
+            lines.append((f"  {numbers}  {kind}", colour))
+
         lines = [(self.envs.instructions[0], WHITE), (f"step {step}", WHITE), ("", WHITE)]
         for key, values in true.items():
             lines.append((CAPTIONS[key], WHITE))
             if key in predictions:
-                predicted = predictions[key][0].ravel()[: len(values)]
-                lines.append((f"  {format_numbers(predicted)}  predicted", PREDICTED))
-            lines.append((f"  {format_numbers(values)}  true", TRUE))
+                add(predictions[key][0].ravel()[: len(values)], "predicted", PREDICTED)
+            add(values, "true", TRUE)
         lines += [("", WHITE), ("target: outline true", TRUE)]
         if "seg" in predictions:
             lines.append(("target: tint predicted", PREDICTED))

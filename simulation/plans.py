@@ -1,6 +1,5 @@
-"""Which episodes run, and which of them at once: plans, scenes, batches. Imports no simulator."""
+"""A seed's plan, scene and articulation; batches of seeds. Imports no simulator."""
 
-import ctypes
 import json
 import subprocess
 import sys
@@ -10,10 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import InputError, quoted
+from config import InputError
 from training.ranks import device_of
-
-# --- Plans ---
 
 
 def draw_plan(seed: int, count: int) -> tuple[int, np.random.Generator]:
@@ -23,100 +20,70 @@ def draw_plan(seed: int, count: int) -> tuple[int, np.random.Generator]:
 
 
 def articulations(plan_file: Path) -> Callable[[int], str]:
-    """Return a function from a seed to the articulation that its episode opens, closes or picks
-    from (`fridge`); "" where there is none."""
-    plans = json.loads(plan_file.read_bytes())["plans"]
-    subtasks = [plan["subtasks"][0] for plan in plans]
-    names = [
-        (each.get("articulation_config") or each).get("articulation_type") for each in subtasks
-    ]
-    return lambda seed: names[draw_plan(seed, len(names))[0]] or ""
+    """Return a function from a seed to what its episode opens, closes or picks from (`fridge`).
 
-
-def count_scenes(plan_file: Path, episodes: list[dict], first_seed: int) -> dict[str, int]:
-    """Count the reached scenes, the split's scenes, and the seeds that reach all of them.
-
-    MS-HAB's plans lie unevenly over the scenes, and a seed draws a plan: 30 seeds miss some.
+    The function returns "" for an episode without an articulation.
     """
+    subtasks = [plan["subtasks"][0] for plan in json.loads(plan_file.read_bytes())["plans"]]
+    owners = [subtask.get("articulation_config") or subtask for subtask in subtasks]
+    names = [owner.get("articulation_type") or "" for owner in owners]
+    return lambda seed: names[draw_plan(seed, len(names))[0]]
+
+
+def count_scenes(plan_file: Path) -> int:
     plans = json.loads(plan_file.read_bytes())["plans"]
-    missing, seed = {plan["build_config_name"] for plan in plans}, first_seed
-    total = len(missing)
-    while missing:
-        plan, _ = draw_plan(seed, len(plans))
-        missing.discard(plans[plan]["build_config_name"])
-        seed += 1
-    reached = {episode["scene"] for episode in episodes}
-    return {"reached": len(reached), "of": total, "seeds_for_all": seed - first_seed}
-
-
-# --- Batches ---
+    return len({plan["build_config_name"] for plan in plans})
 
 
 def check_envs(envs: int, scripted: bool, device: str | None = None) -> None:
-    """Raise InputError when so many environments cannot be simulated at once.
+    """Raise InputError when this machine or expert cannot simulate `envs` environments at once.
 
     Downloads PhysX's GPU library if it is missing.
     """
     if envs == 1:
         return
-    instead = "leave it out; --workers 2 runs two processes"
     if scripted:
-        raise InputError(
-            f"--envs {envs}: the scripted expert drives one environment, on the CPU; {instead}"
-        )
+        raise InputError("--envs: the scripted expert drives one environment; use --workers 2")
     if device_of(device).type == "cpu":
-        raise InputError(
-            f"--envs {envs}: ManiSkill simulates several environments in one process on a GPU "
-            f"alone, expected a GPU that torch finds, and no --device cpu; {instead}"
-        )
+        raise InputError("--envs: several environments need a GPU; on a CPU use --workers 2")
     check_gpu_physics()
 
 
-def check_gpu_physics(download: bool = True) -> str:
-    """Load what --envs needs: the driver's libcuda.so and PhysX's GPU library.
+def check_gpu_physics() -> str:
+    """Load the driver's libcuda.so and PhysX's GPU library, which SAPIEN downloads if missing.
 
-    SAPIEN downloads PhysX's library at its first use: with `download` here, before the workers
-    would each do so. Raises InputError when a library does not load.
+    Called before the workers start, which would each download it. Raises InputError.
     """
-    try:
-        ctypes.CDLL("libcuda.so")
-    except OSError as error:  # torch asks for libcuda.so.1, which every driver has
-        raise InputError(
-            f"{error}; --envs needs the driver's libcuda.so. This makes the link: "
-            "sudo ln -s $(ldconfig -p | grep -om1 '/.*libcuda.so.1$') /usr/lib/libcuda.so"
-        ) from error
-    from sapien import physx  # here: programs that simulate on the CPU start faster without it
-
-    library = Path.home() / ".sapien/physx" / physx.version() / "libPhysXGpu_64.so"
-    if not library.exists() and not download:
-        return f"no {library} yet: the first --envs downloads it from GitHub"
-    load = "import sapien.physx as p; p.enable_gpu()"
-    command = [sys.executable, "-W", "ignore", "-c", load]  # a damaged library may crash a process
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    load = "import ctypes, sapien.physx as p; ctypes.CDLL('libcuda.so'); p.enable_gpu()"
+    # In another process: a damaged library may crash it.
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", load], stderr=subprocess.PIPE, text=True
+    )
     if done.returncode:
         reason = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
-        aside = f"mv {quoted(library)} {quoted(library)}.aside && " if library.exists() else ""
+        # torch loads libcuda.so.1, which every driver has.
         raise InputError(
-            f"PhysX on a GPU: {library}: {reason}. SAPIEN downloads it from GitHub: "
-            f"{aside}{quoted(sys.executable)} -c '{load}'; without internet, run this on another "
-            "machine and copy its ~/.sapien here"
+            f"PhysX on a GPU: {reason}. If libcuda.so is missing: sudo ln -s "
+            "$(ldconfig -p | grep -om1 '/.*libcuda.so.1$') /usr/lib/libcuda.so; if PhysX's "
+            "library is damaged: mv ~/.sapien/physx ~/.sapien/physx.aside, and SAPIEN downloads it "
+            "from GitHub again; without internet, copy ~/.sapien from a machine that has it"
         )
-    return f"{library} loads"
+    return "PhysX's GPU library loads"
 
 
 def simulation_backend(envs: int) -> str:
     """ManiSkill's simulation backend. CPU and GPU physics give different episodes.
 
-    GAP-27 (Sec. 6.1): the paper names neither backend nor split nor seeds. Here: CPU physics (the
-    GPU's with --envs), the val split (GAP-18), and each seed draws a plan and with it a scene.
+    GAP-27 (Sec. 6.1): the paper names neither backend nor split nor seeds. Here: CPU physics (GPU
+    physics with --envs), the val split (GAP-18), and each seed draws a plan and with it a scene.
     """
     return "physx_cpu" if envs == 1 else "physx_cuda"
 
 
 class Job(NamedTuple):
-    """Episodes of a column, in collect.py of a target, that are simulated at once."""
+    """Episodes that a worker simulates at once."""
 
-    column: str
+    column: str  # in collect.py a target
     seeds: list[int]
     filmed: bool = False
 
@@ -129,18 +96,13 @@ def batches(episodes: Iterable[tuple[str, int, bool, str]], envs: int) -> list[J
     groups: dict[tuple, list[int]] = {}
     for column, seed, filmed, articulation in episodes:
         groups.setdefault((column, filmed, articulation), []).append(seed)
-    return [
-        Job(column, seeds[i : i + size], filmed)
-        for (column, filmed, _), seeds in groups.items()
-        for size in [1 if filmed else envs]
-        for i in range(0, len(seeds), size)
-    ]
+    jobs = []
+    for (column, filmed, _), seeds in groups.items():
+        size = 1 if filmed else envs
+        jobs += [Job(column, seeds[i : i + size], filmed) for i in range(0, len(seeds), size)]
+    return jobs
 
 
 def pad_seeds(seeds: list[int], num_envs: int) -> list[int]:
-    """Repeat the last seed for the environments to spare; their episodes are dropped."""
+    """Repeat the last seed up to `num_envs` seeds; the repeated episodes are dropped."""
     return seeds + seeds[-1:] * (num_envs - len(seeds))
-
-
-def film_name(column: str, seed: int) -> str:
-    return f"{column}_{seed}".replace(":", "_")  # scp reads a colon as a host

@@ -5,7 +5,7 @@
                              tokenizer.json
                              manifest.json          config, stage, step, action statistics and
                                                     schema; size and sha256 of the other files
-    RUN/stage1/last, best                           names: the newest, the lowest held-out loss
+    RUN/stage1/last                                 the name of the newest
     RUN/stage1/step-00000500.damaged                moved aside: the run resumed from an older one
 
 A checkpoint is written under a hidden name, fsynced and renamed. It contains no pickles. Without
@@ -15,7 +15,6 @@ optimizer.safetensors it still drives the robot and starts the next stage:
 """
 
 import json
-import math
 import os
 import shutil
 import sys
@@ -25,15 +24,14 @@ from pathlib import Path
 
 import dacite
 import torch
-import torch.distributed as dist
 import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from config import InputError, ModelConfig, quoted, user_errors
+from storage import files
 from storage.files import DamagedError, read_json, sha256, sync, write_json
-from storage.files import write as write_file
 
 FORMAT = 2
 MOMENTS = "optimizer.safetensors"
@@ -49,39 +47,44 @@ def snapshot(
 
     Collective if the model is sharded; ranks other than the main one get empty dicts.
     """
-    moments = {}
-    for name, parameter in model.named_parameters():
-        state = optimizer.state.get(parameter, {})
-        moments |= {f"{name}/{key}": value for key, value in state.items()}
+    moments = {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
 
-    def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         full = ((key, full_tensor(tensor.detach())) for key, tensor in tensors.items())
         return {key: t.to("cpu", copy=True).contiguous() for key, t in full if is_main}
 
-    return copies(model.state_dict()), copies(moments)
+    return copy(model.state_dict()), copy(moments)
 
 
 def write(
     out: Path, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor] | None,
     manifest: dict, tokenizer: str, keep: int,
 ) -> None:  # fmt: skip
-    """Write out/step-NNNNNNNN and out/last, then `prune`.
+    """Write out/step-NNNNNNNN and out/last; without moments the checkpoint cannot be resumed.
 
-    Without moments the checkpoint cannot be resumed. Raises InputError when the disk fails;
-    older checkpoints stay as they were.
+    The newest `keep` checkpoints stay, and damaged ones, which are not counted. Raises InputError
+    when the disk fails; older checkpoints stay as they were.
     """
     final = out / f"step-{step:08d}"
-    partial = final.with_name(f".{final.name}.partial")
+    partial = out / f".{final.name}.partial"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save(partial, weights, moments, tokenizer, {"format": FORMAT, "step": step} | manifest)
+        save_file(weights, partial / "model.safetensors")
+        if moments is not None:
+            save_file(moments, partial / MOMENTS)
+        (partial / "tokenizer.json").write_bytes(tokenizer.encode())
+        seal(partial, {"format": FORMAT, "step": step} | manifest)
         if final.exists():
             discard(final)
         os.replace(partial, final)
         sync(out)
-        write_file(out / "last", final.name.encode())
-        prune(out, keep, final)
+        files.write(out / "last", final.name.encode())
+        for folder in [*filter(is_complete, steps_in(out))][:-keep]:
+            discard(folder)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         raise InputError(
             f"{final}: could not be saved ({error}); earlier checkpoints in {out} are as they were"
@@ -90,60 +93,36 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def save(
-    folder: Path, weights: dict[str, Tensor], moments: dict[str, Tensor] | None, tokenizer: str,
-    manifest: dict,
-) -> None:  # fmt: skip
-    save_file(weights, folder / "model.safetensors")
-    if moments is not None:
-        save_file(moments, folder / MOMENTS)
-    (folder / "tokenizer.json").write_bytes(tokenizer.encode())
-    files, mode = sorted(folder.iterdir()), (folder / "tokenizer.json").stat().st_mode
-    for path in files:
-        path.chmod(mode)  # safetensors ignores the umask: its files are readable by the owner only
+def seal(folder: Path, manifest: dict) -> None:
+    """Flush the files of a checkpoint to the disk; write the manifest with their hashes."""
+    sizes, hashes, mode = {}, {}, (folder / "tokenizer.json").stat().st_mode
+    for path in sorted(folder.iterdir()):
+        path.chmod(mode)  # safetensors ignores the umask: only the owner could read its files
         sync(path)
-    sizes = {path.name: path.stat().st_size for path in files}
-    hashes = {path.name: sha256(path) for path in files}
+        sizes[path.name], hashes[path.name] = path.stat().st_size, sha256(path)
     write_json(folder / "manifest.json", manifest | {"sizes": sizes, "files": hashes})
 
 
-def rate(out: Path, step: int, score: float, keep: int) -> None:
-    """Add the held-out loss of a checkpoint to its manifest, then `prune`."""
-    path = out / f"step-{step:08d}/manifest.json"
-    write_json(path, read_json(path) | {"score": score})
-    prune(out, keep, path.parent)
-
-
-def prune(out: Path, keep: int, saved: Path) -> None:
-    """Write the name of the checkpoint with the lowest score to out/best; remove old checkpoints.
-
-    The best, `saved` and the newest `keep` stay. Damaged checkpoints are neither counted nor
-    removed. Only sizes are compared: hashing takes a minute for each save of the paper's model.
-    """
-    scores = {}
-    for folder in steps_in(out):
-        with suppress(InputError):
-            scores[folder] = read_manifest(folder, verify=False).get("score", math.inf)
-    best = min(scores, key=scores.get, default=None)
-    if scores.get(best, math.inf) < math.inf:
-        write_file(out / "best", best.name.encode())
-    for folder in {*list(scores)[:-keep]} - {best, saved}:
-        discard(folder)
+def is_complete(folder: Path) -> bool:
+    """Compare sizes only: hashing takes a minute for each save of the paper's model."""
+    try:
+        read_manifest(folder, verify=False)
+    except InputError:
+        return False
+    return True
 
 
 def discard(folder: Path) -> None:
-    """Remove a checkpoint. The hidden name keeps a kill in between from leaving a damaged one."""
+    """Remove a checkpoint; under a hidden name, so that a kill leaves no damaged one."""
     trash = folder.with_name(f".{folder.name}.trash")
-    shutil.rmtree(trash, ignore_errors=True)
     os.replace(folder, trash)
     shutil.rmtree(trash)
 
 
 def tidy(out: Path) -> None:
     """Remove the remains of killed saves. The caller must be the only writer of `out`."""
-    for pattern in (".step-*.partial", ".step-*.trash"):
-        for remains in out.glob(pattern):
-            shutil.rmtree(remains)
+    for remains in out.glob(".step-*"):
+        shutil.rmtree(remains)
 
 
 # --- Finding ---
@@ -163,8 +142,8 @@ def read_manifest(folder: Path, verify: bool = True, moments: bool = True) -> di
     manifest = read_json(folder / "manifest.json")
     if manifest.get("format") != FORMAT:
         raise InputError(
-            f"{folder}: format {manifest.get('format')}, expected {FORMAT}. Use the version of "
-            "this code that wrote it, or give another --out or --checkpoint"
+            f"{folder}: format {manifest.get('format')}, expected {FORMAT}: another version of "
+            "this code wrote it. Give another --out or --checkpoint"
         )
     sizes = manifest.get("sizes", {})  # older manifests have no sizes
     for name, expected in manifest["files"].items():
@@ -199,14 +178,11 @@ def resumable(out: Path, resume: str) -> Path | None:
     steps, found = steps_in(out), newest(out)
     if steps and not found:
         raise InputError(
-            f"{out}: none of its {len(steps)} checkpoints is undamaged. Nothing was changed. Copy "
-            f"one again, or start in another --out; to start here: mv "
-            f"{quoted(out, f'{out}.damaged')}"
+            f"{out}: none of its {len(steps)} checkpoints is undamaged. Copy one again, give "
+            f"another --out, or start anew: mv {quoted(out, f'{out}.damaged')}"
         )
     if found and resume == "never":
-        raise InputError(
-            f"{out}: holds {found.name}; choose another --out, or drop --resume never to continue"
-        )
+        raise InputError(f"{out}: holds {found.name}; give another --out, or drop --resume never")
     for folder in steps[steps.index(found) + 1 :] if found else ():
         aside = folder.with_name(f"{folder.name}.damaged")
         while aside.exists():
@@ -221,13 +197,12 @@ def resolve(path: str | Path) -> Path:
     path = Path(path)
     if (path / "manifest.json").is_file():
         return path
-    found = newest(path, moments=False) if path.is_dir() else None
-    if found is None:
-        raise InputError(
-            f"{path}: no undamaged checkpoint there; train one: python train.py --stage 1 "
-            f"--out {quoted(path)}"
-        )
-    return found
+    if found := newest(path, moments=False):
+        return found
+    raise InputError(
+        f"{path}: no undamaged checkpoint there; train one: python train.py --stage 1 "
+        f"--out {quoted(path)}"
+    )
 
 
 # --- Loading ---
@@ -255,8 +230,8 @@ def load_weights(model: nn.Module, folder: Path, new: tuple[str, ...] = ()) -> N
     missing = [key for key in missing if not key.startswith(new)]
     if missing or unexpected:
         raise InputError(
-            f"{folder}: lacks {missing[:5]} and has unknown {unexpected[:5]}; "
-            "the file is of another model or of a later stage"
+            f"{folder}: is of another model or a later stage: lacks {missing[:5]}, has unknown "
+            f"{unexpected[:5]}"
         )
 
 
@@ -264,8 +239,8 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
     """Load Adam's state. Raises InputError for a checkpoint that was exported without it."""
     if not (folder / MOMENTS).is_file():
         raise InputError(
-            f"{folder}: has no {MOMENTS}, so its stage cannot be resumed. It can start a stage: "
-            f"--init-from {quoted(folder)}, with another --out"
+            f"{folder}: has no {MOMENTS} to resume with. Give another --out and --init-from "
+            + quoted(folder)
         )
     parameters = dict(model.named_parameters())
     with safe_open(folder / MOMENTS, "pt") as file:  # one tensor at a time
@@ -273,24 +248,16 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
             name, _, moment = key.rpartition("/")
             parameter = parameters[name]
             value = file.get_tensor(key).to(parameter.device)
-            if moment != "step" and is_sharded(parameter):
+            if moment != "step" and hasattr(parameter, "placements"):  # an FSDP shard
                 from torch.distributed.tensor import distribute_tensor
 
                 value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
             optimizer.state[parameter][moment] = value
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    if not dist.is_initialized():
-        return False
-    from torch.distributed.tensor import DTensor  # importing it takes a second
-
-    return isinstance(tensor, DTensor)
-
-
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The full tensor of a shard, gathered on the CPU by all ranks together; others unchanged."""
-    return tensor.full_tensor().cpu() if is_sharded(tensor) else tensor
+    """The full tensor of an FSDP shard, gathered on the CPU by all ranks; others unchanged."""
+    return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
 
 
 def export(checkpoint: Path, out: Path) -> None:
@@ -308,11 +275,11 @@ def export(checkpoint: Path, out: Path) -> None:
         name: weight.bfloat16() if weight.is_floating_point() and weight.ndim > 1 else weight
         for name, weight in load_file(folder / "model.safetensors").items()
     }
-    about = manifest | {"published_from": sha256(folder / "manifest.json")}
     tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    write(out, manifest["step"], weights, None, about, tokenizer, keep=1)
+    manifest["published_from"] = sha256(folder / "manifest.json")
+    write(out, manifest["step"], weights, None, manifest, tokenizer, keep=1)
     for log in ("config.json", "log.jsonl", "validation.json"):
-        if (folder.parent / log).is_file():
+        with suppress(FileNotFoundError):
             shutil.copyfile(folder.parent / log, out / log)
     print(f"{out}: stage {manifest['stage']}, step {manifest['step']}, matrices in bf16")
 

@@ -34,37 +34,32 @@ def download(
 
     Args:
         out: the files are OUT/<task>/<subtask>/<target>.h5 and .json
-        tasks: of these tasks
-        subtasks: of these subtasks
-        targets: of these objects and articulations, as MS-HAB names them; default: of all
+        targets: objects and articulations, as MS-HAB names them; default: all
         workers: files fetched at a time; a kill loses only those
         dry_run: show the sizes and end
     """
     patterns = [f"{subtask}/{target}.*" for subtask in subtasks for target in targets or ("*",)]
-    fetches, files = {}, {}  # huggingface_hub's DryRunFileInfo by <task>/<subtask>/<target>.*
-    with sole_writer(out):
+    fetch = partial(
+        snapshot_download, repo_type="dataset", allow_patterns=patterns, max_workers=workers
+    )
+    files = {}  # <task>/<subtask>/<target>.*: huggingface_hub's DryRunFileInfo
+    with sole_writer(out), reachable("MS-HAB's demonstrations", RESUME):
         for incomplete in out.glob("*/.cache/huggingface/download/**/*.incomplete"):
             incomplete.unlink()  # huggingface_hub never resumes inside a file
         for task in tasks:
-            fetches[task] = partial(
-                snapshot_download, HUB_DATASETS[task], repo_type="dataset", local_dir=out / task,
-                allow_patterns=patterns, max_workers=workers,
-            )  # fmt: skip
-            with reachable(HUB_DATASETS[task], RESUME):
-                files |= {f"{task}/{file.filename}": file for file in fetches[task](dry_run=True)}
+            found = fetch(HUB_DATASETS[task], local_dir=out / task, dry_run=True)
+            files |= {f"{task}/{file.filename}": file for file in found}
         show_sizes(files, targets, out)
-        for task, fetch in fetches.items() if not dry_run else ():
-            with reachable(HUB_DATASETS[task], RESUME):
-                fetch()
+        for task in () if dry_run else tasks:
+            fetch(HUB_DATASETS[task], local_dir=out / task)
 
 
 def show_sizes(files: dict, targets: tuple[str, ...], out: Path) -> None:
     """Print what there is to fetch. Raises InputError if the hub lacks one of the targets."""
-    lacking = sorted(set(targets) - {Path(name).stem for name in files})
-    if lacking or not files:
+    if lacking := sorted(set(targets) - {Path(name).stem for name in files}):
         raise InputError(
-            f"the hub has no {lacking or 'files'} of these --tasks and --subtasks; without "
-            "--targets, --dry-run lists all"
+            f"the hub has no {lacking} of these tasks and subtasks; --dry-run without --targets "
+            "lists all"
         )
     for name, file in sorted(files.items()):
         print(f"{file.file_size / 1e6:12.1f} MB  {name}{'' if file.will_download else '  there'}")
@@ -75,7 +70,7 @@ def show_sizes(files: dict, targets: tuple[str, ...], out: Path) -> None:
 
 @contextmanager
 def reachable(name: str, remedy: str) -> Iterator[None]:
-    """Turn errors of the hub and of the network into an InputError that ends in `remedy`."""
+    """Turn an error of the hub or of the network into an InputError that ends in `remedy`."""
     try:
         yield
     except (HTTPError, HFValidationError, OSError, RuntimeError, XetDownloadError) as error:
@@ -84,5 +79,5 @@ def reachable(name: str, remedy: str) -> Iterator[None]:
         why = " ".join(f"{error} {error.__cause__ or ''}".split())
         answers = (getattr(each, "response", None) for each in (error, error.__cause__))
         if {answer.status_code for answer in answers if answer is not None} & {401, 403, 404}:
-            why += ". Look at the name; a private or gated repository needs: hf auth login"
-        raise InputError(f"{name}: not to be had from the hub ({why}). {remedy}") from error
+            why += ". Is the name right? A private or gated repository needs: hf auth login"
+        raise InputError(f"{name}: not available from the hub ({why}). {remedy}") from error

@@ -1,10 +1,8 @@
 """Files that are complete or absent, even after a kill or on a full disk.
 
-    write(path, bytes); write_json(path, {...})   # written beside, fsynced, renamed over `path`
-    append(path, {...}); read_lines(path)         # JSON lines, each fsynced before the next
-    with sole_writer(folder): ...                 # no other process writes to the folder
-
-Checkpoints, packs, demonstrations and results are written with these functions.
+write(path, content); write_json(path, {...})  # written beside, fsynced, renamed over `path`
+append(path, {...}); read_lines(path)          # JSON lines, each fsynced before the next
+with sole_writer(folder): ...                  # no other process writes to the folder
 """
 
 import errno
@@ -22,7 +20,7 @@ from config import InputError, quoted
 
 
 class DamagedError(InputError):
-    """A file whose content is not what was written; the message names it."""
+    """A file that is missing, or not as it was written; the message names it."""
 
 
 MENDS = {  # system error: the command after which an undamaged file can be read
@@ -34,11 +32,8 @@ MENDS = {  # system error: the command after which an undamaged file can be read
 
 
 def mend_of(path: Path, error: BaseException | None) -> str | None:
-    """The command after which a file can be read; None if it is missing or damaged.
-
-    h5py's errors have an errno only if the system refused to read, not for damaged content.
-    """
-    number = getattr(error, "errno", None)
+    """The command after which a file can be read; None if it is missing or damaged."""
+    number = getattr(error, "errno", None)  # h5py's errors for damaged content have none
     if number in (None, errno.ENOENT):
         return None
     return MENDS.get(number, "dmesg | tail  # on {}").format(quoted(path))
@@ -102,8 +97,7 @@ def sole_writer(folder: Path, name: str = "") -> Iterator[None]:
         lock = open(folder / (f".{name}.lock" if name else ".lock"), "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise InputError(
-            f"{folder}: cannot be written to ({error.strerror}). Give another --out, or "
-            f"chmod u+w {quoted(folder)}"
+            f"{folder}: {error.strerror}. Give another --out, or chmod u+w {quoted(folder)}"
         ) from None
     with lock:
         try:
@@ -111,8 +105,8 @@ def sole_writer(folder: Path, name: str = "") -> Iterator[None]:
         except (BlockingIOError, PermissionError):
             lock.seek(0)
             raise InputError(
-                f"{folder}: process {lock.read()} is writing to it. Stop that process (kill: it "
-                "saves its state), or give another --out"
+                f"{folder}: process {lock.read()} is writing to it. Give another --out, or kill "
+                "the process (it saves its state)"
             ) from None
         os.truncate(lock.name, 0)
         lock.write(str(os.getpid()))
@@ -144,8 +138,8 @@ def read_lines(path: Path, mend: bool = False) -> list[dict]:
             lines.append(dict(json.loads(line)))
         except (ValueError, TypeError) as error:
             raise DamagedError(
-                f"{path}, line {number}: damaged, expected a JSON object ({error}). To delete the "
-                f"line, with a copy in {path.name}.damaged: sed -i.damaged {number}d {quoted(path)}"
+                f"{path}, line {number}: damaged, expected a JSON object ({error}). Delete it, "
+                f"keeping a copy: sed -i.damaged {number}d {quoted(path)}"
             ) from error
     return lines
 

@@ -1,21 +1,17 @@
-"""Public weights for AuxVLA's VLM (paper Sec. 4.1): an explicit map of names, strict both ways.
+"""Public weights for AuxVLA's VLM (paper Sec. 4.1). `--pretrained` takes
 
-    python train.py --pretrained PRISM ...  # a Prismatic folder or hub name; vision encoders from
-                                            # the hub if the checkpoint has none
-    python train.py --preset openvla ...    # openvla-7b, or openvla-7b-prismatic
-    python train.py --pretrained hub ...    # DINOv2, SigLIP and Qwen2.5, each from its own hub
-                                            # repository; a new projector
-    python train.py --pretrained DIR ...    # the same from DIR/dinov2-with-registers-large,
-                                            # DIR/siglip-so400m-patch14-224, DIR/Qwen2.5-0.5B
+    PRISM  a Prismatic checkpoint, openvla-7b or openvla-7b-prismatic: a folder or a hub name.
+           Vision encoders that the checkpoint lacks come from the hub
+    hub    DINOv2, SigLIP and Qwen2.5, each from its own hub repository; the projector is new
+    DIR    the same three from DIR/dinov2-with-registers-large, DIR/siglip-so400m-patch14-224 and
+           DIR/Qwen2.5-0.5B
 
-Every key of a file is used or listed as dead in weight_names.py. Every parameter of the VLM is
-filled or listed in NEW. Anything else is a PretrainedError that lists keys and shapes. Downloads go
-through huggingface_hub; with HF_HUB_OFFLINE=1 its cache must have the files.
+weight_names.py maps a file's keys to our names and lists the keys that nothing reads. Any other
+key, a parameter that no file fills, and a wrong shape are an InputError. Downloads go through
+huggingface_hub; with HF_HUB_OFFLINE=1 its cache must have the files.
 """
 
-import json
 import math
-import pickle
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,14 +20,14 @@ import torch
 from einops import rearrange
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from config import InputError, ModelConfig, quoted
+from config import BINS, InputError, ModelConfig, quoted
 from storage import weight_names
 from storage.download import reachable
-from storage.files import sha256
+from storage.files import read_json, sha256
 
 NEW = {"latent_queries"}  # parameters in no public checkpoint (GAP-2)
 HUB = {
@@ -40,28 +36,19 @@ HUB = {
     "siglip": "google/siglip-so400m-patch14-224",
 }
 INDEX = "model.safetensors.index.json"  # of several shards: {"weight_map": {key: shard}}
-# The last step in Prismatic's repositories. A step has 2.6 or 30 GB; only the last one is read.
-LAST_STEPS = {
-    "Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b": "020792-epoch-01-loss=0.5268",
-    "openvla/openvla-7b-prismatic": "295000-epoch-40-loss=0.2200",
-}
-
-
-class PretrainedError(InputError):
-    """The weights do not fit the model or cannot be read; the message lists keys and shapes."""
-
 
 # --- Files ---
 
 
-def find_folder(name: str, cached_only: bool = False) -> Path:
-    """A local folder as given. Any other name is a hub repository, downloaded or in the cache."""
+def find_folder(name: str, cached_only: bool) -> Path:
+    """`name` itself if it is a folder, else that hub repository, downloaded or in the cache."""
     if Path(name).is_dir():
         return Path(name)
+    folder = f"DIR/{Path(name).name}"
     remedy = (
-        f"Where there is a network: {download_command(name, f'DIR/{Path(name).name}')}; then "
-        "--pretrained DIR for the hub models, or that folder itself for a whole VLM. --pretrained "
-        "None starts from random weights"
+        f"Where there is a network: {quoted('hf', 'download', name, '--local-dir', folder)}; then "
+        f"--pretrained {'DIR' if name in HUB.values() else folder}. --pretrained None starts from "
+        "random weights"
     )
     with reachable(name, remedy):
         try:
@@ -71,20 +58,10 @@ def find_folder(name: str, cached_only: bool = False) -> Path:
         return Path(snapshot_download(name, allow_patterns=files, local_files_only=cached_only))
 
 
-def download_command(name: str, folder: str | Path | None = None) -> str:
-    """The command that downloads a hub repository's files that we read; default: to the cache."""
-    patterns = [INDEX, "*.safetensors", "checkpoints/latest-checkpoint.pt"]
-    if name in LAST_STEPS:
-        patterns = [f"checkpoints/step-{LAST_STEPS[name]}.pt"]
-    include = [part for each in ("config.json", *patterns) for part in ("--include", each)]
-    return quoted("hf", "download", name, *include, *(("--local-dir", folder) if folder else ()))
-
-
 def select_files(names: Iterable[str], source: object) -> list[str]:
-    """The weight files and config.json among the files of a folder or repository.
+    """config.json and the weight files among the files of a folder or repository.
 
-    Of several Prismatic checkpoints: latest-checkpoint.pt, else the last step. Raises
-    PretrainedError that names the files found if there are no weights.
+    Of several Prismatic checkpoints: latest-checkpoint.pt, else the last step, 2.6 or 30 GB.
     """
     names = sorted(names)
     steps = {
@@ -92,16 +69,14 @@ def select_files(names: Iterable[str], source: object) -> list[str]:
         for name in names
         if (found := re.fullmatch(r"checkpoints/(?:latest-checkpoint|step-(\d+).*)\.pt", name))
     }
-    weights = [max(steps, key=steps.get)] if steps else [
-        name for name in names if name == INDEX or re.fullmatch(r"[^/]+\.safetensors", name)
-    ]  # fmt: skip
+    weights = [name for name in names if name == INDEX or re.fullmatch(r"[^/]+\.safetensors", name)]
+    if steps:
+        weights = [max(steps, key=steps.get)]
     if not weights:
-        hubs = ", ".join(Path(name).name for name in HUB.values())
-        raise PretrainedError(
-            f"{source}: neither checkpoints/latest-checkpoint.pt, checkpoints/step-*.pt nor "
-            f"*.safetensors in it; it has {', '.join(names[:12]) or 'no files'}. Give another "
-            "--pretrained: the folder of a Prismatic checkpoint, of openvla-7b, or one that holds "
-            f"the folders {hubs}"
+        raise InputError(
+            f"{source} has {', '.join(names[:12]) or 'no files'}; expected *.safetensors, "
+            "checkpoints/latest-checkpoint.pt, checkpoints/step-*.pt, or folders named "
+            f"{', '.join(Path(name).name for name in HUB.values())}. Give another --pretrained"
         )
     return ["config.json"] * ("config.json" in names) + weights
 
@@ -112,64 +87,43 @@ def files_in(folder: Path) -> list[Path]:
     names = select_files((str(path.relative_to(folder)) for path in found), folder)
     if INDEX in names:
         listed = set(read_json(folder / INDEX).get("weight_map", {}).values())
-        if not listed or listed - set(names):
-            lacking = ", ".join(sorted(listed - set(names))) or "no shards"
-            raise PretrainedError(f"{folder / INDEX}: names {lacking}; expected files in {folder}")
-        if "model.safetensors" in set(names) - listed:  # transformers would read this file instead
-            raise PretrainedError(
-                f"{folder}: model.safetensors beside {INDEX}, which names {sorted(listed)}: two "
-                "saves; move the files of the older one into another folder"
-            )
+        if lacking := sorted(listed - set(names)):
+            raise InputError(f"{folder / INDEX} names {', '.join(lacking)}: download them again")
         names = [name for name in names if name in listed or name.endswith(".json")]
     return [folder / name for name in names]
 
 
-def read_json(path: Path) -> dict:
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        text = f"{path}: cannot be read ({error}); download it from where the weights are"
-        raise PretrainedError(text) from error
-
-
 def read_file(path: Path, headers: bool) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a Prismatic .pt file as component/key."""
-    try:
-        if path.suffix == ".pt":
-            # Prismatic's format is a pickle. weights_only builds tensors and containers alone.
-            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            return {
-                f"{component}/{key}": tensor.to("meta") if headers else tensor
-                for component, part in checkpoint["model"].items()
-                for key, tensor in part.items()
-            }
-        with safe_open(path, "pt") as file:
-            keys = list(file.keys())
-            if headers:
-                shapes = {key: file.get_slice(key).get_shape() for key in keys}
-                return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-            return {key: file.get_tensor(key) for key in keys}
-    except (
-        SafetensorError, RuntimeError, OSError, EOFError, LookupError, TypeError,
-        AttributeError, pickle.UnpicklingError,
-    ) as error:  # fmt: skip
-        text = f"{path}: cut off or in another format ({error}); download it again"
-        raise PretrainedError(text) from error
+    if path.suffix == ".pt":
+        # Prismatic's format is a pickle. weights_only builds tensors and containers alone.
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return {
+            f"{component}/{key}": tensor.to("meta") if headers else tensor
+            for component, part in checkpoint["model"].items()
+            for key, tensor in part.items()
+        }
+    with safe_open(path, "pt") as file:
+        keys = list(file.keys())
+        if headers:
+            shapes = {key: file.get_slice(key).get_shape() for key in keys}
+            return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        return {key: file.get_tensor(key) for key in keys}
 
 
-def read_tensors(files: list[Path], headers: bool = False) -> dict[str, Tensor]:
-    """The tensors of all weight files; with `headers` only their shapes, on the meta device.
-
-    Raises PretrainedError for a key that is in two files.
-    """
+def read_tensors(files: list[Path], headers: bool) -> dict[str, Tensor]:
+    """The tensors of all weight files; with `headers` only their shapes, on the meta device."""
     out: dict[str, Tensor] = {}
     for path in files:
-        tensors = {} if path.suffix == ".json" else read_file(path, headers)
+        if path.suffix == ".json":
+            continue
+        try:
+            tensors = read_file(path, headers)
+        except Exception as error:  # a foreign pickle may raise anything
+            text = f"{path}: cut off or in another format ({error}); download it again"
+            raise InputError(text) from error
         if twice := sorted(out.keys() & tensors.keys()):
-            raise PretrainedError(
-                f"{path}: {twice[0]} is in another file of the folder too, and no {INDEX} chooses "
-                "between them: move the files of the older save into another folder"
-            )
+            raise InputError(f"{path}: {twice[0]} is in two files; move the older save elsewhere")
         out |= tensors
     return out
 
@@ -177,33 +131,26 @@ def read_tensors(files: list[Path], headers: bool = False) -> dict[str, Tensor]:
 # --- Names and shapes ---
 
 
-def translate(
-    tensors: dict[str, Tensor], names: dict[str, str], dead: tuple[str, ...], source: str
-) -> dict[str, Tensor]:
-    """Rename tensors by a map, fuse the parts marked "#", drop the dead, refuse unknown keys."""
+def translate(tensors: dict[str, Tensor], names: dict[str, str], source: str) -> dict[str, Tensor]:
+    """Rename tensors by a map, fuse the parts marked "#", drop the unused, refuse unknown keys."""
     out, parts, unknown = {}, {}, []
     for key, tensor in tensors.items():
         found = ((re.fullmatch(pattern, key), new) for pattern, new in names.items())
-        new = next((match.expand(new) for match, new in found if match), "")
-        name, _, index = new.partition("#")
-        if index:
-            parts.setdefault(name, {})[int(index)] = tensor
+        new = next((match.expand(new) for match, new in found if match), None)
+        name, _, index = (new or "").partition("#")
+        if new is None:
+            unknown.append(f"{key} {list(tensor.shape)}")
+        elif index:
+            parts.setdefault(name, {})[index] = tensor
         elif name:
             out[name] = tensor
-        elif not any(re.fullmatch(pattern, key) for pattern in dead):
-            unknown.append(f"{key} {list(tensor.shape)}")
     if unknown:
-        raise PretrainedError(
+        raise InputError(
             f"{source}: {len(unknown)} keys that are not of this model: {', '.join(unknown[:8])}"
         )
     for name, fused in parts.items():
-        try:
-            ordered = [fused[i] for i in sorted(fused)]
-            out[name] = torch.cat(ordered, dim=1 if name == "prefix" else 0)
-        except RuntimeError as error:
-            shapes = ", ".join(str(list(part.shape)) for part in fused.values())
-            text = f"{source}: the parts of {name} do not go together: {shapes}"
-            raise PretrainedError(text) from error
+        ordered = [fused[i] for i in sorted(fused)]
+        out[name] = torch.cat(ordered, dim=1 if name == "prefix" else 0)
     return out
 
 
@@ -231,12 +178,12 @@ def fit_encoder(tensors: dict[str, Tensor], from_hub: bool, patches: int) -> dic
     return out
 
 
-def ascending_actions(llm: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
+def reverse_actions(llm: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
     """A VLA's LLM with its action tokens in our order (GAP-3).
 
-    In Prismatic's ActionTokenizer a larger action has a smaller id.
+    In Prismatic's ActionTokenizer a larger action has a smaller id, here a larger one.
     """
-    first, end = cfg.llm.first_action_id, cfg.llm.first_action_id + cfg.bins
+    first, end = cfg.llm.first_action_id, cfg.llm.first_action_id + BINS
     tables = ("model.embed_tokens.weight", "lm_head.weight")  # [vocabulary, width]
     return llm | {
         key: torch.cat([llm[key][:first], llm[key][first:end].flip(0), llm[key][end:]])
@@ -249,16 +196,14 @@ def ascending_actions(llm: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Ten
 
 
 def choose_sources(name: str) -> dict[str, str]:
-    """The hub names or folders behind --pretrained, by part: whole VLM ("vlm"), llm, dino, siglip.
-
-    A folder in `name` that is named like one of the hub models stands for that model.
-    """
-    sources = dict(HUB)
+    """The hub names or folders of the parts: llm, dino, siglip; "vlm" if `name` is a whole VLM."""
+    sources = {}
     for part, hub in HUB.items():
-        if (folder := Path(name, Path(hub).name)).is_dir():
-            sources[part] = str(folder)
-    whole = name != "hub" and sources["llm"] == HUB["llm"]
-    return sources | ({"vlm": name} if whole else {})
+        folder = Path(name, Path(hub).name)
+        sources[part] = str(folder) if folder.is_dir() else hub
+    if name != "hub" and sources["llm"] == HUB["llm"]:
+        sources["vlm"] = name
+    return sources
 
 
 def split_vlm(
@@ -268,14 +213,12 @@ def split_vlm(
     prismatic = any("/" in key for key in tensors)
     names = weight_names.PRISMATIC if prismatic else weight_names.OPENVLA
     parts = {"projector": {}, "llm": {}, "dino": {}, "siglip": {}}
-    for key, tensor in translate(tensors, names, (), str(folder)).items():
+    for key, tensor in translate(tensors, names, str(folder)).items():
         part, _, key = key.partition("/")
         parts[part][key] = tensor
-    if lacking := [part for part in ("projector", "llm") if not parts[part]]:
-        raise PretrainedError(f"{folder}: has no tensors of the {' and '.join(lacking)}")
     # Only a VLA's config.json has "vla" (Prismatic) or "norm_stats" (openvla).
     if {"vla", "norm_stats"} & set(read_json(folder / "config.json")):
-        parts["llm"] = ascending_actions(parts["llm"], cfg)
+        parts["llm"] = reverse_actions(parts["llm"], cfg)
     return parts
 
 
@@ -296,22 +239,17 @@ def read_parts(
         parts = split_vlm(*read(sources["vlm"]), vlm.cfg)
         yield "projector.", parts["projector"]
     llm = parts["llm"] if parts else read(sources["llm"])[0]
-    names, dead = weight_names.LLM_HF_UNTIED, ()
-    if vlm.cfg.llm.tied:
-        names, dead = weight_names.LLM_HF, weight_names.LLM_HF_DEAD
-    yield "llm.", translate(llm, names, dead, "llm")
+    tied = vlm.cfg.llm.tied
+    yield "llm.", translate(llm, weight_names.LLM_HF if tied else weight_names.LLM_HF_UNTIED, "llm")
     # Prismatic stores no encoders that stayed frozen while the VLM was trained.
     stored = bool(parts and (parts["dino"] or parts["siglip"]))
-    for name, names, dead in (
-        ("dino", weight_names.DINO_HF, weight_names.DINO_HF_DEAD),
-        ("siglip", weight_names.SIGLIP_HF, weight_names.SIGLIP_HF_DEAD),
-    ):
+    for name, names in (("dino", weight_names.DINO_HF), ("siglip", weight_names.SIGLIP_HF)):
         if stored:
-            tensors = translate(parts[name], weight_names.TIMM, weight_names.TIMM_DEAD, name)
+            tensors = translate(parts[name], weight_names.TIMM, name)
         else:
-            tensors = translate(read(sources[name])[0], names, dead, sources[name])
-        unused = f"blocks.{len(getattr(vlm.vision, name).blocks)}."  # the last block is not built
-        tensors = {key: value for key, value in tensors.items() if not key.startswith(unused)}
+            tensors = translate(read(sources[name])[0], names, sources[name])
+        last = f"blocks.{len(getattr(vlm.vision, name).blocks)}."  # never built: backbone.py
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(last)}
         yield f"vision.{name}.", fit_encoder(tensors, not stored, vlm.cfg.patches)
 
 
@@ -319,16 +257,17 @@ def load_pretrained(vlm: nn.Module, name: str, headers: bool = False) -> dict[st
     """Fill the VLM, which may be on the meta device, from what --pretrained names.
 
     Returns the sha256 of every file used, {"<source>/<file>": sha256}. With `headers` only names
-    and shapes are compared and nothing is downloaded or hashed; the VLM stays without values.
-    Raises PretrainedError that names the keys and shapes which do not fit.
+    and shapes are compared: nothing is downloaded or hashed, and the VLM stays without values.
+    Raises InputError that names the keys and shapes which do not fit.
     """
     sources, hashes, wrong = choose_sources(name), {}, []
     ours = vlm.state_dict()
-    new = {key for key in ours if key.startswith("projector.") and "vlm" not in sources} | NEW
     # SigLIP has no prefix tokens: an empty parameter, in no file
     empty = {key: torch.empty(value.shape) for key, value in ours.items() if not value.numel()}
-    unfilled = ours.keys() - new - empty.keys()
     vlm.load_state_dict(empty, strict=False, assign=True)
+    unfilled = ours.keys() - empty.keys() - NEW
+    if "vlm" not in sources:
+        unfilled = {key for key in unfilled if not key.startswith("projector.")}
     for prefix, tensors in read_parts(vlm, sources, hashes, headers):
         filled = {}
         for key, tensor in tensors.items():
@@ -342,7 +281,7 @@ def load_pretrained(vlm: nn.Module, name: str, headers: bool = False) -> dict[st
         vlm.load_state_dict(filled, strict=False, assign=True)
     lacking = [f"{key} {list(ours[key].shape)}" for key in sorted(unfilled)]
     if wrong or lacking:
-        raise PretrainedError(
+        raise InputError(
             f"{name}: {len(wrong)} tensors do not fit, {len(lacking)} are missing: "
             f"{'; '.join([*wrong[:8], *lacking[:8]])}. Are these all files of --preset's model?"
         )

@@ -1,13 +1,12 @@
-"""Demonstrations in MS-HAB's h5 + json layout, in files that are complete at every moment.
+"""Demonstrations in MS-HAB's h5 + json layout, written so that a kill loses no finished episode.
 
     recording = Recording(Path("DATA/set_table/close"), "kitchen_counter", recipe)
     recording.start()
     recording.add(seed, success, steps, encode(trajectory, header, episode))
     recording.merge()
 
-A finished attempt is on disk before it counts: a success as <target>.parts/<seed>.part, an h5 with
-one episode; a failure as a line of <target>.parts/attempts.jsonl. `merge` makes <target>.h5 and
-.json of them.
+A successful attempt is one file, <target>.parts/<seed>.part, an h5 with one episode. A failed
+attempt is one line of <target>.parts/attempts.jsonl. `merge` makes <target>.h5 and .json of them.
 """
 
 import errno
@@ -24,7 +23,7 @@ import numpy as np
 from config import InputError
 from storage.files import append, read_lines, replacing, write, write_json
 
-COMPRESSED = ("rgb", "depth", "fetch_head", "fetch_hand")  # images, and the masks named by camera
+COMPRESSED = ("rgb", "depth", "fetch_head", "fetch_hand")  # images; masks, named by camera
 GZIP = dict(compression="gzip", compression_opts=5)  # (MS-HAB: envs/wrappers/record.py)
 
 
@@ -59,7 +58,7 @@ class Recording:
 
     `recipe` holds the settings that determine an episode; recipe["seed"] is the first seed. `done`
     maps every attempted seed to its success; `episodes` is the list in the json. Raises InputError
-    when the files have another recipe, or when one of h5 and json is missing or damaged.
+    when the files have another recipe, or when h5 or json is missing or damaged.
     """
 
     def __init__(self, folder: Path, target: str, recipe: dict):
@@ -68,11 +67,16 @@ class Recording:
         self.attempts = self.parts / "attempts.jsonl"
         self.recipe, self.episodes, self.done = recipe, [], {}
         if self.json.exists():
-            sidecar = self.read_sidecar()
+            try:
+                h5py.File(self.h5).close()
+                sidecar = json.loads(self.json.read_bytes())
+            except (OSError, ValueError) as error:
+                raise self.incomplete(error) from error
+            self.check_recipe(self.json, sidecar)
             self.episodes = sidecar["episodes"]
             self.done = dict.fromkeys(sidecar["failed_seeds"], False)
             self.done |= {episode["seed"]: True for episode in self.episodes}
-        elif self.h5.exists() and not self.parts.exists():  # with parts: killed between the two
+        elif self.h5.exists() and not self.parts.exists():  # with parts: killed during `merge`
             raise self.incomplete(f"no {self.json.name}")
         merged = len(self.done)
         if lines := read_lines(self.attempts, mend=True):
@@ -87,26 +91,16 @@ class Recording:
     def successes(self) -> int:
         return sum(self.done.values())
 
-    def read_sidecar(self) -> dict:
-        """Read the json of a pair whose h5 opens."""
-        try:
-            h5py.File(self.h5).close()
-            sidecar = json.loads(self.json.read_bytes())
-        except (OSError, ValueError) as error:
-            raise self.incomplete(error) from error
-        self.check_recipe(self.json, sidecar)
-        return sidecar
-
     def incomplete(self, reason: object) -> InputError:
         return InputError(
-            f"{self.h5} and {self.json.name} are not both complete ({reason}). Nothing is "
-            "replaced: move them away, or give another --out"
+            f"{self.h5} and {self.json.name} are not both complete ({reason}). Move them away, or "
+            "give another --out"
         )
 
     def check_recipe(self, path: Path, found: dict) -> None:
         if found.get("recipe") != self.recipe:
             raise InputError(
-                f"{path} has episodes of {found.get('recipe')}, asked for are {self.recipe}: "
+                f"{path} has episodes of {found.get('recipe')}, this run records {self.recipe}: "
                 "choose another --out"
             )
 
@@ -117,29 +111,33 @@ class Recording:
 
     def add(self, seed: int, success: bool, steps: int, part: bytes) -> None:
         if success:
-            # Not .h5: readers take every .h5 below DATA for a complete file.
+            # Not named .h5: readers open every .h5 below DATA.
             write(self.parts / f"{seed:08d}.part", part)
         else:
             append(self.attempts, {"seed": seed, "success": False, "steps": steps})
         self.done[seed] = success
 
-    def next_seed(self, running: list[int], episodes: int) -> int | None:
-        """Return the lowest seed not attempted yet; None if `episodes` lower ones succeed or may.
+    def next_seeds(self, running: list[int], episodes: int, number: int) -> list[int]:
+        """Return up to `number` of the lowest seeds that are neither attempted nor running.
 
-        No episode is recorded in vain, and the kept ones do not depend on the workers.
+        A seed is left out when `episodes` lower seeds succeeded or still may: so the kept seeds do
+        not depend on the number of workers.
         """
-        seeds = count(self.recipe["seed"])
-        seed = next(s for s in seeds if s not in self.done and s not in running)
-        hopeful = [*running, *(s for s, success in self.done.items() if success)]
-        return seed if sum(s < seed for s in hopeful) < episodes else None
+        seeds, lower = [], 0  # lower: how many seeds below `seed` succeeded or still may
+        for seed in count(self.recipe["seed"]):
+            if len(seeds) == number or lower >= episodes:
+                return seeds
+            if seed not in self.done and seed not in running:
+                seeds.append(seed)
+            lower += self.done.get(seed, True)
 
     def merge(self) -> None:
-        """Write the h5, then the json that makes it count, then remove the parts."""
+        """Write the h5, then the json, then remove the parts; a file without json is incomplete."""
         merged = {episode["seed"] for episode in self.episodes}
         parts = {int(part.stem): part for part in self.parts.glob("*.part")}
         header, sources = {}, [*parts.values(), *([self.h5] if merged else [])]
         if shutil.disk_usage(self.parts).free < sum(path.stat().st_size for path in sources):
-            # Before h5py meets a full disk: it raises RuntimeError, or fails on closing.
+            # On a full disk h5py would raise RuntimeError, or fail on closing.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.h5))
         with replacing(self.h5) as path, h5py.File(path, "w") as file:
             if merged:

@@ -1,8 +1,8 @@
-"""The files of an evaluation: a line for each episode, the run's settings, and the tables.
+"""The files of an evaluation and its table of success rates.
 
-OUT/episodes.jsonl has one line for each finished episode; OUT/config.json has the settings, the
-same for all of them. Older evaluations have the settings on every line, and may have a file
-episodes.RANK.jsonl for each process.
+OUT/episodes.jsonl has one line for each finished episode, OUT/config.json the settings of all of
+them. Older evaluations have the settings on every line and may have a file episodes.RANK.jsonl for
+each process.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from paper import COLUMNS, PAPER_COLUMNS
 from storage.files import read_json, read_lines
 
 NOT_RUN = "not run"
-# The settings of evaluations that were written before these keys existed.
+# Settings of evaluations that were written before these keys existed.
 IMPLIED = {"simulation": "physx_cpu", "device": "cpu"}
 
 
@@ -25,30 +25,22 @@ def read_episodes(out: Path, mend: bool = False) -> dict[tuple[str, int], dict]:
     """
     config = out / "config.json"
     settings = IMPLIED | (read_json(config) if config.exists() else {})
-    lines = [
-        line for path in sorted(out.glob("episodes*.jsonl")) for line in read_lines(path, mend)
-    ]
-    return {(line["column"], line["seed"]): settings | line for line in lines}
+    episodes = {}
+    for path in sorted(out.glob("episodes*.jsonl")):
+        for line in read_lines(path, mend):
+            episodes[line["column"], line["seed"]] = settings | line
+    return episodes
 
 
-def merge_settings(out: Path, episodes: dict[tuple[str, int], dict], settings: dict) -> dict:
-    """Return the settings of a run that goes on in `out`; `policies` keeps the other columns'.
-
-    Raises InputError when the folder's episodes were run with other settings.
-    """
-    merged = dict(settings)
+def check_settings(out: Path, episodes: dict[tuple[str, int], dict], settings: dict) -> None:
+    """Raise InputError when the folder's episodes were run with other settings."""
     for episode in episodes.values():
         for name, ours in settings.items():
-            theirs = episode.get(name)
-            if isinstance(ours, dict) and isinstance(theirs, dict):  # by column
-                merged[name] = theirs | merged[name]
-                ours = {key: ours.get(key, value) for key, value in theirs.items()}
-            if theirs != ours:
+            if episode.get(name) != ours:
                 raise InputError(
-                    f"{out} has episodes with {name} = {theirs!r}, this run has {ours!r}: one "
-                    "table cannot mix them. Give another --out"
+                    f"{out} has episodes with {name} = {episode.get(name)!r}, this run has "
+                    f"{ours!r}: give another --out"
                 )
-    return merged
 
 
 def table(episodes: list[dict], paper: dict[str, float]) -> dict[str, dict]:
@@ -74,7 +66,7 @@ def table(episodes: list[dict], paper: dict[str, float]) -> dict[str, dict]:
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of successes / n."""
-    from scipy.stats import binomtest  # here: a second that most programs need not wait
+    from scipy.stats import binomtest  # here: the import takes a second
 
     interval = binomtest(successes, n).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
@@ -95,7 +87,7 @@ def markdown(cells: list[list[str]], heads: list[str]) -> list[str]:
 
 
 def columns_to_show(policies: dict[str, dict]) -> list[str]:
-    """Return the paper's columns, and the others of {policy: {column: figures}}."""
+    """Return the paper's columns, and any other in {policy: {column: figures}}."""
     ran = {name for columns in policies.values() for name in columns}
     return [name for name in COLUMNS if name in PAPER_COLUMNS or name in ran]
 

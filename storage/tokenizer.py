@@ -7,36 +7,34 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from config import SUBTASKS, InputError, LLMConfig, ModelConfig, quoted
+from config import BINS, SUBTASKS, InputError, LLMConfig, quoted
 from paper import ARTICULATIONS, OBJECTS, instruction
 
 
 def build_tokenizer(cfg: LLMConfig) -> Tokenizer:
     """The LLM's tokenizer, from a folder, the hub or its cache; "words" needs no download.
 
-    Raises InputError when it cannot be read or is another model's.
+    Raises InputError when it cannot be read or belongs to another model.
     """
-    tokenizer = word_tokenizer(cfg) if cfg.tokenizer == "words" else load_tokenizer(cfg.tokenizer)
-    check_tokenizer(tokenizer, cfg, cfg.tokenizer)
-    return tokenizer
-
-
-def load_tokenizer(name: str) -> Tokenizer:
+    if cfg.tokenizer == "words":
+        return build_word_tokenizer(cfg)
     from huggingface_hub import hf_hub_download  # a second; a run from a checkpoint needs no hub
 
     from storage.download import reachable
 
-    file = Path(name) / "tokenizer.json"
+    name, file = cfg.tokenizer, Path(cfg.tokenizer, "tokenizer.json")
     remedy = (
         f"Where there is a network: {quoted('hf', 'download', name, file.name)} --local-dir "
         "FOLDER; then give --model.llm.tokenizer FOLDER"
     )
     with reachable(name, remedy):
         found = file if file.is_file() else hf_hub_download(name, file.name)
-    return Tokenizer.from_file(str(found))
+    tokenizer = Tokenizer.from_file(str(found))
+    check_tokenizer(tokenizer, cfg)
+    return tokenizer
 
 
-def word_tokenizer(cfg: LLMConfig) -> Tokenizer:
+def build_word_tokenizer(cfg: LLMConfig) -> Tokenizer:
     """One token for each word of the prompt and of every instruction."""
     names = {name for objects in OBJECTS.values() for name in objects} | set(ARTICULATIONS)
     texts = [instruction(subtask, name) for subtask in SUBTASKS for name in names]
@@ -49,30 +47,27 @@ def word_tokenizer(cfg: LLMConfig) -> Tokenizer:
     return tokenizer
 
 
-def check_tokenizer(tokenizer: Tokenizer, cfg: LLMConfig, source: object) -> None:
-    """Raise InputError, naming what was found, unless action ids and prompt fit the tokenizer.
+def check_tokenizer(tokenizer: Tokenizer, cfg: LLMConfig) -> None:
+    """Raise InputError unless the LLM's action ids and prompt fit the tokenizer.
 
     As in Prismatic's ActionTokenizer the action ids begin at <|extra_0|> (Prismatic's Qwen), follow
-    all tokens (Qwen2.5) or are the last of its own vocabulary (Llama). With "words" they lie
-    anywhere above its tokens. A special token of the prompt is one id; `prompt_end` is a space.
+    all tokens (Qwen2.5) or are the last of the tokenizer's own vocabulary (Llama). A special token
+    of the prompt is one token; `prompt_end` is a space.
     """
     size, own = tokenizer.get_vocab_size(), tokenizer.get_vocab_size(with_added_tokens=False)
     first, extra = cfg.first_action_id, tokenizer.token_to_id("<|extra_0|>")
-    special = re.findall(r"<\|.*?\|>", cfg.prompt)
-    fits = first == extra if extra is not None else first in (size, own - ModelConfig.bins)
-    if cfg.tokenizer == "words":
-        special, fits = [], first >= size
-    found = []
-    if not fits:
+    wrong = []
+    if first not in ((size, own - BINS) if extra is None else (extra,)):
         place = "" if extra is None else f", <|extra_0|> is {extra}"
-        found = [f"{size} tokens, {own} of them its own{place}; the action ids begin at {first}"]
-    found += [f"no token {name}" for name in special if tokenizer.token_to_id(name) is None]
+        wrong = [f"{size} tokens, {own} of them its own{place}; the action ids begin at {first}"]
+    special = dict.fromkeys(re.findall(r"<\|.*?\|>", cfg.prompt))
+    wrong += [f"no token {name}" for name in special if tokenizer.token_to_id(name) is None]
     ends = {id: tokenizer.id_to_token(id) for id in cfg.prompt_end}
-    found += [f"{id} is {token!r}, no lone space" for id, token in ends.items() if token != "▁"]
-    if found:
+    wrong += [f"{id} is {token!r}, no lone space" for id, token in ends.items() if token != "▁"]
+    if wrong:
         raise InputError(
-            f"{source}: the tokenizer of another model: {'; '.join(dict.fromkeys(found))}. Give "
-            "the LLM's own, --model.llm.tokenizer HUB-NAME or FOLDER"
+            f"{cfg.tokenizer}: the tokenizer of another model: {'; '.join(wrong)}. Give the LLM's "
+            "own, --model.llm.tokenizer HUB-NAME or FOLDER"
         )
 
 

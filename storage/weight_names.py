@@ -1,7 +1,7 @@
 """Names in public checkpoints, as regular expressions -> names here (paper Sec. 4.1).
 
-"#0" marks the first part of a tensor that is fused here. The DEAD are in a file and not in this
-model: what nothing reads (backbone.py). `pretrained.py` refuses every other name.
+"#0" marks the first part of a tensor that is fused here. Tensors mapped to "" are dropped: nothing
+here reads them (backbone.py). `pretrained.py` refuses every other name.
 """
 
 TIMM = {
@@ -13,8 +13,8 @@ TIMM = {
     r"blocks\.(\d+)\.attn\.(qkv|proj)\.(\w+)": r"blocks.\1.\2.\3",
     r"blocks\.(\d+)\.mlp\.(fc[12])\.(\w+)": r"blocks.\1.\2.\3",
     r"blocks\.(\d+)\.ls([12])\.(gamma|scale_factor)": r"blocks.\1.scale\2",
+    r"norm\.\w+|attn_pool\..*": "",
 }
-TIMM_DEAD = (r"norm\.\w+", r"attn_pool\..*")
 DINO_HF = {
     r"embeddings\.cls_token": "prefix#0",
     r"embeddings\.register_tokens": "prefix#1",
@@ -27,8 +27,8 @@ DINO_HF = {
     r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(\w+)": r"blocks.\1.proj.\2",
     r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1": r"blocks.\1.scale\2",
     r"encoder\.layer\.(\d+)\.mlp\.(fc[12])\.(\w+)": r"blocks.\1.\2.\3",
+    r"embeddings\.mask_token|layernorm\.\w+": "",
 }
-DINO_HF_DEAD = (r"embeddings\.mask_token", r"layernorm\.\w+")
 SIGLIP_HF = {
     r"vision_model\.embeddings\.patch_embedding\.(\w+)": r"patch_embed.\1",
     r"vision_model\.embeddings\.position_embedding\.weight": "pos_embed",
@@ -38,12 +38,8 @@ SIGLIP_HF = {
     r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.v_proj\.(\w+)": r"blocks.\1.qkv.\2#2",
     r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.out_proj\.(\w+)": r"blocks.\1.proj.\2",
     r"vision_model\.encoder\.layers\.(\d+)\.mlp\.(fc[12])\.(\w+)": r"blocks.\1.\2.\3",
+    r"text_model\..*|logit_(scale|bias)|vision_model\.(post_layernorm|head)\..*": "",
 }
-SIGLIP_HF_DEAD = (
-    r"text_model\..*",
-    r"logit_(scale|bias)",
-    r"vision_model\.(post_layernorm|head)\..*",
-)
 LLM_HF = {
     r"model\.embed_tokens\.weight": "embed.weight",
     r"model\.norm\.weight": "norm.weight",
@@ -56,8 +52,8 @@ LLM_HF = {
     r"model\.layers\.(\d+)\.mlp\.down_proj\.weight": r"layers.\1.down.weight",
     r"model\.layers\.(\d+)\.input_layernorm\.weight": r"layers.\1.input_norm.weight",
     r"model\.layers\.(\d+)\.post_attention_layernorm\.weight": r"layers.\1.mlp_norm.weight",
+    r"lm_head\.weight": "",  # tied: equal to the embedding, stored twice
 }
-LLM_HF_DEAD = (r"lm_head\.weight",)  # tied: equal to the embedding, stored twice
 LLM_HF_UNTIED = LLM_HF | {r"lm_head\.weight": "head.weight"}  # Llama 2
 # A whole VLM's names -> part/name: the LLM's names are then the hub model's, the towers' timm's.
 PRISMATIC = {

@@ -1,7 +1,7 @@
 """What a run survives, counted: kill -9, failing disks, flipped bytes, other numbers of processes.
 
 test_endurance.py does a few of each, and all for results/endure.json. Each function returns its
-figures, or fails saying what was lost.
+figures; a failed assertion says what was lost.
 """
 
 import errno
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,11 +21,13 @@ import numpy as np
 import torch
 from processes import REPOSITORY
 from safetensors.torch import load_file
+from tiny_run import TORCHRUN, flags, lines
 
 from config import InputError
+from data import Frames
 from storage import checkpoint
-from storage.files import read_lines, sha256, sole_writer, write_json
-from storage.pack import FORMAT, npy_name
+from storage.files import sha256, sole_writer, write_json
+from storage.pack import FORMAT, Pack, npy_name
 from storage.trajectory import RECORD, SURVEY
 from training.log import Saver
 
@@ -34,17 +36,15 @@ KILLED = 100  # exit code of an injected kill
 # --- Training as a user starts it ---
 
 
-def start(out: Path, processes: int, *flags, restarts: int = 0) -> subprocess.Popen:
-    """Start train.py, small, on the CPU, saving at every step."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    torchrun += [f"--max-restarts={restarts}"]
-    command = [sys.executable, *(torchrun if processes > 1 else []), "train.py", "--preset", "tiny"]
-    command += ["--device", "cpu", "--batch-size", "8", "--micro-batch", "8", "--log-every", "1"]
-    command += ["--val-frames", "8", "--save-every", "1", "--out", out, *flags]
+def start(data: Path, out: Path, processes: int, restarts: int = 0, **settings) -> subprocess.Popen:
+    """Start train.py, small, on the CPU, saving at every step; its output goes to OUT.txt."""
+    torchrun = [*TORCHRUN, "--standalone", f"--nproc_per_node={processes}"]
+    launcher = [*torchrun, f"--max-restarts={restarts}"] if processes > 1 else [sys.executable]
+    words = flags(data, out, **dict(save_every=1, val_frames=8, seed=3) | settings)
     with open(f"{out}.txt", "ab") as log:
         return subprocess.Popen(
-            [str(word) for word in command], cwd=REPOSITORY,
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log,
+            [*launcher, "train.py", *words], cwd=REPOSITORY, stdout=log, stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
 
@@ -77,19 +77,18 @@ def fingerprint(out: Path) -> tuple[str, str, str]:
 # --- Signals ---
 
 
-def kills(data: Path, work: Path, count: int, stage: int, init_from=None, steps=30) -> dict:
+def kills(data: Path, work: Path, count: int, **settings) -> dict:
     """Kill runs of two processes at random instants; each ends with the uninterrupted one's bytes.
 
     The instant is uniform over the time that an uninterrupted run takes, start-up included.
     """
-    flags = ["--data", data, "--stage", stage, "--steps", steps, "--workers", "1", "--seed", "3"]
-    flags += ["--init-from", init_from] if init_from else []
+    stage = settings["stage"]
     straight, out, began = work / f"straight{stage}", work / f"killed{stage}", time.monotonic()
-    finish(start(straight, 2, *flags), straight)
+    finish(start(data, straight, 2, workers=1, **settings), straight)
     takes, expected = time.monotonic() - began, fingerprint(straight)
-    rng, done, runs, reached = random.Random(stage), 0, 0, []
-    while True:
-        process = start(out, 2, *flags)
+    rng, done, runs, in_training = random.Random(stage), 0, 0, 0
+    while done < count or out.exists():
+        process = start(data, out, 2, workers=1, **settings)
         try:
             process.wait(timeout=rng.uniform(0, takes) if done < count else 900)
         except subprocess.TimeoutExpired:
@@ -99,25 +98,24 @@ def kills(data: Path, work: Path, count: int, stage: int, init_from=None, steps=
                     os.kill(pid, signal.SIGKILL)
             process.wait()
             done += 1
-            reached.append(len(read_lines(out / "log.jsonl")))
+            in_training += bool(lines(out))
+            out.mkdir(exist_ok=True)
             continue
         assert process.returncode == 0, f"{out}: after {done} kills, see {out}.txt"
         assert fingerprint(out) == expected, f"{out}: other bytes than {straight}"
         runs += 1
         shutil.rmtree(out)
-        if done == count:
-            return {"kills": done, "runs completed": runs, "equal": runs,
-                    "in training": sum(lines > 0 for lines in reached)}  # fmt: skip
+    return {"kills": done, "runs completed": runs, "equal": runs, "in training": in_training}
 
 
 def rank_deaths(data: Path, work: Path, count: int, processes=2, steps=12) -> dict:
     """Kill one rank: torchrun starts all again, and the bytes are the same."""
-    flags = ["--data", data, "--stage", 2, "--steps", steps, "--seed", "3"]
+    settings = dict(processes=processes, stage=2, steps=steps)
     straight, rng = work / "straight-rank", random.Random(0)
-    finish(start(straight, processes, *flags), straight)
+    finish(start(data, straight, **settings), straight)
     for number in range(count):
         out = work / f"rank{number}"
-        process = start(out, processes, *flags, restarts=1)
+        process = start(data, out, restarts=1, **settings)
         wait_for(lambda out=out: (out / "step-00000003").exists(), process)
         os.kill(rng.choice(processes_of(out, "-u train.py")), signal.SIGKILL)
         finish(process, out)
@@ -128,16 +126,16 @@ def rank_deaths(data: Path, work: Path, count: int, processes=2, steps=12) -> di
 
 def sigterm(data: Path, work: Path, count: int) -> dict:
     """SIGTERM to torchrun: every rank saves the step it is in and ends."""
-    slowest, flags = 0.0, ["--data", data, "--stage", 1, "--steps", 10_000, "--seed", "3"]
+    slowest = 0.0
     for number in range(count):
         out = work / f"term{number}"
-        process = start(out, 2, *flags)
+        process = start(data, out, 2, steps=10_000)
         wait_for(lambda out=out: (out / "step-00000002").exists(), process)
         os.kill(process.pid, signal.SIGTERM)
         began = time.monotonic()
         process.wait(timeout=60)
         slowest = max(slowest, time.monotonic() - began)
-        trained = [line["step"] for line in read_lines(out / "log.jsonl") if "action" in line]
+        trained = [line["step"] for line in lines(out) if "action" in line]
         saved = checkpoint.newest(out).name
         assert saved == f"step-{trained[-1]:08d}", f"{out}: step {trained[-1]} was taken"
         shutil.rmtree(out)
@@ -147,20 +145,22 @@ def sigterm(data: Path, work: Path, count: int) -> dict:
 # --- Other numbers of processes ---
 
 
-def order(data: Path, work: Path, epochs: int = 2) -> dict:
+def steps_of_epoch(data: Path) -> int:
+    return len(Frames(Pack(data), 0.1, train=True)) // 8
+
+
+def order(data: Path, work: Path) -> dict:
     """1, 2, 4, 8 processes, and 8 -> 2 -> 4, over two epochs: the same losses."""
-    curves, per_epoch = {}, 0
-    for name, plan in {"1": [1], "2": [2], "4": [4], "8": [8], "8 -> 2 -> 4": [8, 2, 4]}.items():
-        out = work / f"order-{name.replace(' -> ', '-')}"
+    curves, epoch = {}, steps_of_epoch(data)
+    settings = dict(stage=2, warmup=0, cooldown=0, val_every=1000, save_every=1000)
+    for name in ("1", "2", "4", "8", "8 -> 2 -> 4"):
+        out, plan = work / f"order-{name.replace(' -> ', '-')}", name.split(" -> ")
         for i, processes in enumerate(plan, 1):
-            flags = ["--data", data, "--stage", 2, "--warmup", 0, "--cooldown", 0, "--seed", 3]
-            flags += ["--epochs", 0, epochs, 0, "--val-every", 1000, "--save-every", 1000]
-            if i < len(plan):
-                flags += ["--steps", i * per_epoch // 2]
-            finish(start(out, processes, *flags), out)
-        lines = [line for line in read_lines(out / "log.jsonl") if "action" in line]
-        losses = [[line[key] for key in ("action", "qpos", "seg")] for line in lines]
-        curves[name], per_epoch = np.array(losses), len(lines) // epochs
+            steps = 2 * epoch if i == len(plan) else i * epoch // 2
+            finish(start(data, out, int(processes), steps=steps, **settings), out)
+        trained = [line for line in lines(out) if "action" in line]
+        losses = [[line[key] for key in ("action", "qpos", "seg")] for line in trained]
+        curves[name] = np.array(losses)
     worst = {name: float(np.abs(curve / curves["1"] - 1).max()) for name, curve in curves.items()}
     return {"steps": len(curves["1"]), "largest relative difference of a loss": worst}
 
@@ -170,10 +170,7 @@ def order(data: Path, work: Path, epochs: int = 2) -> dict:
 
 @contextmanager
 def fault(number: int, effect: Callable[[], None]) -> Iterator[list]:
-    """Under every file call of a save: at the `number`-th one, half of it happens, then `effect`.
-
-    Yields the calls that were made so far.
-    """
+    """Do half of the `number`-th file call of a save, then `effect`. Yields the calls made."""
     made = []
 
     def around(call, half=lambda *_: None):
@@ -194,13 +191,12 @@ def fault(number: int, effect: Callable[[], None]) -> Iterator[list]:
         write_bytes(path, content[: len(content) // 2])
 
     save_file, write_bytes = checkpoint.save_file, Path.write_bytes
-    with ExitStack() as patches:
-        for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
-            patches.enter_context(patch(f"os.{name}", around(getattr(os, name))))
-        patches.enter_context(
-            patch("storage.checkpoint.save_file", around(save_file, half_of_tensors))
-        )
-        patches.enter_context(patch.object(Path, "write_bytes", around(write_bytes, half_of_bytes)))
+    names = ("fsync", "replace", "mkdir", "unlink", "rmdir")
+    with (
+        patch.multiple("os", **{name: around(getattr(os, name)) for name in names}),
+        patch.object(checkpoint, "save_file", around(save_file, half_of_tensors)),
+        patch.object(Path, "write_bytes", around(write_bytes, half_of_bytes)),
+    ):
         yield made
 
 
@@ -209,15 +205,14 @@ def raise_error():
 
 
 def faults(work: Path) -> dict:
-    """At each file call of a save: an error, or the end of the process. A checkpoint always loads.
+    """An error, or the end of the process, at each file call of a save: a checkpoint always loads.
 
-    The save is the hardest: it names a new best, and the checkpoint before it goes (--keep 1).
+    With --keep 1, so that the save also removes the checkpoint before it.
     """
     tensors = [{"weight": torch.full((1000,), float(step))} for step in range(4)]
 
     def save(out, step):
-        manifest = {"score": 1.0 / step}
-        checkpoint.write(out, step, tensors[step], tensors[step], manifest, "{}", keep=1)
+        checkpoint.write(out, step, tensors[step], tensors[step], {}, "{}", keep=1)
 
     counts = {}
     for name, effect in (("error", raise_error), ("kill", lambda: os._exit(KILLED))):
@@ -238,8 +233,8 @@ def faults(work: Path) -> dict:
             with sole_writer(out):  # the next run
                 checkpoint.tidy(out)
                 save(out, 3)
-            whole = checkpoint.newest(out).name == "step-00000003" and not [*out.glob(".step-*")]
-            assert whole, f"{out}: the next save after {at} is not whole"
+            assert checkpoint.newest(out).name == "step-00000003", f"{out}: next save after {at}"
+            assert not [*out.glob(".step-*")], f"{out}: remains after {at}"
             if 0 <= made <= number and made != KILLED:
                 counts[name] = number
                 break
@@ -260,8 +255,11 @@ def stall(work: Path, parameters: int = 100_000_000) -> dict:
     saver.close()
     took = time.perf_counter() - began
     shutil.rmtree(work / "stall")
-    figures = {"GB": 12 * parameters / 1e9}
-    return figures | {"stalled (s)": round(stalled, 2), "took (s)": round(took, 2)}
+    return {
+        "GB": 12 * parameters / 1e9,
+        "stalled (s)": round(stalled, 2),
+        "took (s)": round(took, 2),
+    }
 
 
 # --- Flipped bytes ---
@@ -317,20 +315,19 @@ def write_large_index(folder: Path, episodes: int, length: int) -> None:
 
 OPEN = """
 import re, sys, time
+from pathlib import Path
 from data import Frames
 from storage.pack import Pack
 from training.order import StepOrder
 
-STATUS = "/proc/self/status"
+def peak():  # memory in MB
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
-def memory(which):  # kB of now (VmRSS), or of the peak since the reset (VmHWM)
-    return int(re.search(rf"{which}:\\s+(\\d+)".encode(), open(STATUS, "rb").read())[1])
-
-open("/proc/self/clear_refs", "w", encoding="utf-8").write("5")  # forget the peak of the imports
-before, began = memory("VmRSS"), time.perf_counter()
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
+before, began = peak(), time.perf_counter()
 frames = Frames(Pack(sys.argv[1]), 0.02, train=True)
 StepOrder(len(frames), 512, 0, 0, 10, 0, 8).batch(0)
-print(len(frames), time.perf_counter() - began, (memory("VmHWM") - before) / 1024)
+print(len(frames), time.perf_counter() - began, peak() - before)
 """
 
 
@@ -339,7 +336,7 @@ def open_large_index(folder: Path) -> dict:
     folder.mkdir(exist_ok=True)
     write_large_index(folder, episodes=44_000, length=182)
     command = [sys.executable, "-c", OPEN, folder]
-    said = subprocess.check_output(command, cwd=REPOSITORY).split()
-    frames, seconds, megabytes = map(float, said)
+    printed = subprocess.check_output(command, cwd=REPOSITORY).split()
+    frames, seconds, megabytes = map(float, printed)
     shutil.rmtree(folder)
     return {"frames": int(frames), "seconds": round(seconds, 2), "MB": round(megabytes)}

@@ -11,11 +11,11 @@ COMMIT = "c0ffee" + "0" * 34
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `repositories`: bytes by name, by owner/name of the dataset or model.
+    """Serves `repositories`: {owner/name: {file name: content}}, of datasets and models.
 
-    `fetched` are the names whose content was sent, in order. The content of a name in `stalled`
-    stops half way until it is taken out; one in `refused` is listed, but not to be had. A
-    repository in `gated` is for those whom the hub knows.
+    `fetched` are the names whose content was sent, in order. Content of a name in `stalled` stops
+    half way until the name is removed. A name in `refused` is listed, its content is not sent. A
+    repository in `gated` answers 401.
     """
 
     daemon_threads = True
@@ -26,6 +26,11 @@ class Hub(ThreadingHTTPServer):
         self.stalled, self.refused, self.gated = set(), set(), set()
         self.halfway = threading.Event()  # set when a stalled name has stopped
         threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def __exit__(self, *_):
+        self.stalled.clear()
+        self.shutdown()
+        self.server_close()
 
     @property
     def url(self) -> str:
@@ -38,29 +43,26 @@ class Answer(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def head(self, status: int, length: int, headers: dict[str, str] | None = None):
+    def head(self, status: int, length: int = 0, **headers: str):
         self.send_response(status)
-        for name, value in {"Content-Length": str(length), **(headers or {})}.items():
-            self.send_header(name, value)
+        for name, value in {"Content_Length": str(length), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
         self.end_headers()
 
     def answer(self, send: bool):
         path = unquote(self.path.partition("?")[0])
         if any(name in path for name in self.server.gated):
-            self.head(401, 0, {"X-Error-Code": "GatedRepo"})
+            self.head(401, X_Error_Code="GatedRepo")
         elif found := re.fullmatch(
             r"/api/(?:dataset|model)s/([^/]+/[^/]+)(/tree/\w+|/revision/\w+)?", path
         ):
-            self.listing(self.server.repositories.get(found[1]), "/tree/" in (found[2] or ""))
+            self.send_listing(self.server.repositories[found[1]], "/tree/" in (found[2] or ""))
         elif found := re.fullmatch(rf"(?:/datasets)?/([^/]+/[^/]+)/resolve/{COMMIT}/(.+)", path):
-            self.file(self.server.repositories[found[1]][found[2]], found[2], send)
+            self.send_file(self.server.repositories[found[1]][found[2]], found[2], send)
         else:
-            self.head(404, 0)
+            self.head(404)
 
-    def listing(self, files: dict[str, bytes] | None, tree: bool):
-        if files is None:
-            self.head(404, 0, {"X-Error-Code": "RepoNotFound"})
-            return
+    def send_listing(self, files: dict[str, bytes], tree: bool):
         content = {"id": "x/y", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
         if tree:
             content = [
@@ -68,15 +70,15 @@ class Answer(BaseHTTPRequestHandler):
                 for name, data in files.items()
             ]
         body = json.dumps(content).encode()
-        self.head(200, len(body), {"Content-Type": "application/json"})
+        self.head(200, len(body), Content_Type="application/json")
         self.wfile.write(body)
 
-    def file(self, data: bytes, name: str, send: bool):
+    def send_file(self, data: bytes, name: str, send: bool):
         if name in self.server.refused:
-            self.head(403, 0)
+            self.head(403)
             return
-        about = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
-        self.head(200, len(data), about)
+        etag = f'"{hashlib.sha256(data).hexdigest()}"'
+        self.head(200, len(data), ETag=etag, X_Repo_Commit=COMMIT)
         if not send:
             return
         self.server.fetched.append(name)

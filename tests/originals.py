@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from backbone import rope
 from config import ModelConfig
 from model import VLM
 from storage.pretrained import HUB, INDEX
-from tools.reference import Originals
 
 DINO, SIGLIP, QWEN = (Path(HUB[part]).name for part in ("dino", "siglip", "llm"))
 
@@ -63,19 +63,19 @@ def timm_tower(hub: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def prismatic_components(originals: Originals, cfg: ModelConfig, folder: Path) -> dict[str, dict]:
+def prismatic_components(originals: dict, cfg: ModelConfig, folder: Path) -> dict[str, dict]:
     """The originals, and a random projector, as the components of a Prismatic checkpoint."""
     projector = VLM(cfg).projector.state_dict()
-    llm = saved(originals.llm, folder / "llm")
+    hub = {name: saved(model, folder / name) for name, model in originals.items()}
+    llm = hub.pop("llm")
     llm.setdefault("lm_head.weight", llm["model.embed_tokens.weight"].clone())  # tied, stored twice
-    towers = {name: saved(getattr(originals, name), folder / name) for name in ("dino", "siglip")}
     return {
         "projector": {f"projector.{key}": value for key, value in projector.items()},
         "llm_backbone": {f"llm.{key}": value for key, value in llm.items()},
         "vision_backbone": {
             f"{name}_featurizer.{key}": value
-            for name, hub in towers.items()
-            for key, value in timm_tower(hub).items()
+            for name, tower in hub.items()
+            for key, value in timm_tower(tower).items()
         },
     }
 
@@ -127,11 +127,11 @@ def save_shards(tensors: dict[str, Tensor], folder: Path, count: int) -> None:
 
 
 @torch.no_grad()
-def compare(vlm: VLM, originals: Originals, cfg: ModelConfig, tolerance: float) -> None:
+def compare(vlm: VLM, originals: dict, cfg: ModelConfig, tolerance: float) -> None:
     """Our features are the second-to-last block's of both towers, our logits the LLM's."""
     images = torch.rand(2, 3, cfg.image_size, cfg.image_size)
     features = vlm.vision(images).split([cfg.dino.width, cfg.siglip.width], dim=-1)
-    towers = {"dino": originals.dino, "siglip": originals.siglip.vision_model}
+    towers = {"dino": originals["dino"], "siglip": originals["siglip"].vision_model}
     for ours, (name, tower) in zip(features, towers.items()):
         part = getattr(cfg, name)
         mean, std = (torch.tensor(each)[:, None, None] for each in (part.mean, part.std))
@@ -141,8 +141,8 @@ def compare(vlm: VLM, originals: Originals, cfg: ModelConfig, tolerance: float) 
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     ids = torch.randint(0, cfg.llm.vocab, (2, 17))
     causal = torch.ones(2, 17, 17, dtype=torch.bool).tril()
-    table = vlm.llm.rope(torch.arange(17).expand(2, 17))
+    table = rope(torch.arange(17).expand(2, 17), cfg.llm)
     hidden, _ = vlm.llm(vlm.llm.embed(ids), table, causal[:, None])
-    theirs = originals.llm(ids).logits
+    theirs = originals["llm"](ids).logits
     assert theirs.abs().max() > 0.5
     torch.testing.assert_close(vlm.llm.logits(hidden), theirs, rtol=0, atol=1e-5)

@@ -7,7 +7,7 @@ import torch
 import tyro
 from files import write_demos
 
-from config import model_config
+from config import InputError, model_config
 from tools.bench import VERBS, random_batch
 from tools.reference import build_pair
 
@@ -43,7 +43,7 @@ def test_the_port_decodes_our_actions(pair):
 FLAGS = {
     "loader": ["--rounds", "1", "--batch", "8"],
     "train": ["--rounds", "1", "--batch", "2", "--device", "cpu"],
-    "act": ["--queries", "5", "--batches", "1", "2", "--exact", "6", "--device", "cpu"],
+    "act": ["--queries", "5", "--batches", "1", "2", "--device", "cpu"],
 }
 
 
@@ -57,11 +57,14 @@ def test_a_verb_measures_ours_and_the_reference(verb, tmp_path, capsys):
     assert all(figure["median"] > 0 for figure in result["figures"].values())
     printed = capsys.readouterr().out
     assert {"torch", "device", "date"} <= result["about"].keys() and "ours" in printed
-    if verb == "train":
-        ours, theirs = (
-            result["kept for the backward pass (MB)"][name] for name in ("ours", "naive port")
-        )
-        assert ours < theirs and result["FLOP per s"] > result["FLOP per sample"] > 1e6
     if verb == "act":
-        assert result["exactness"] == {"frames": 6, "tokens": 78, "different": 0}
-        assert sum(result["passes of the LLM per query, batch 1"].values()) == 6
+        assert result["exactness"] == {"frames": 5, "tokens": 65, "different": 0}
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_figures_that_could_not_be_written_are_refused_before_the_run(verb, tmp_path):
+    (tmp_path / "file").touch()
+    data = [] if verb == "train" else ["--data", str(tmp_path / "missing")]
+    args = [verb, *FLAGS[verb], *data, "--json", str(tmp_path / "file/figures.json")]
+    with pytest.raises(InputError, match=r"--json .*/file/figures.json: .*Give another"):
+        tyro.extras.subcommand_cli_from_dict(VERBS, args=args)

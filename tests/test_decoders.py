@@ -4,11 +4,9 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from config import DecoderConfig, model_config
 from decoders import DECODERS, grasp_loss, obj_loss, pos_loss, qpos_loss, seg_loss
-from model import masked_mean
 
 OUTPUTS = {"pos": (2,), "grasp": (), "qpos": (12,), "obj": (7,), "seg": (2, 128, 128)}
 
@@ -28,40 +26,27 @@ def test_the_widths_of_table_5_are_the_defaults():
     assert (cfg.layers, cfg.heads, cfg.grid, cfg.channels[0]) == (2, 8, 8, 64)
 
 
-def test_pos_and_qpos_losses_are_mean_squared_errors():
-    loss = pos_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]]))
-    assert loss.item() == pytest.approx((1 + 4) / 2)
-    assert qpos_loss(torch.full((1, 12), 0.5), torch.zeros(1, 12)).item() == pytest.approx(0.25)
+T = torch.tensor
+SURE = -math.log(1 / (1 + math.exp(-2)))  # binary cross-entropy of a right logit of 2
+FORWARD, TURNED = [1, 0, 0, 0], [math.sqrt(0.5), 0, 0, math.sqrt(0.5)]  # 90 degrees about z apart
+TURNED_LOSS = 1 + 4 + 1 - math.sqrt(0.5)  # the last two terms: 1 - |q_hat . q|
 
 
-def test_grasp_loss_is_binary_cross_entropy_of_the_logit():
-    expected = -math.log(1 / (1 + math.exp(-2)))
-    for logit, target in ((2.0, 1.0), (-2.0, 0.0)):
-        loss = grasp_loss(torch.tensor([logit]), torch.tensor([target]))
-        assert loss.item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_seg_loss_averages_over_pixels_and_cameras():
-    logits, target = torch.zeros(1, 2, 128, 128), torch.zeros(1, 2, 128, 128)
-    assert seg_loss(logits, target).item() == pytest.approx(math.log(2), rel=1e-5)
-    target[:, 0] = 1
-    logits[:, 0], logits[:, 1] = 9, -9
-    assert seg_loss(logits, target).item() < 1e-3 < seg_loss(-logits, target).item()
-
-
-def test_object_loss_is_squared_distance_plus_one_minus_quaternion_alignment():
-    # 90 degrees about z: |q_hat . q| = cos 45 degrees
-    pred = torch.tensor([[1.0, 2.0, 3.0, 1.0, 0.0, 0.0, 0.0]])
-    target = torch.tensor([[0.0, 0.0, 3.0, math.sqrt(0.5), 0.0, 0.0, math.sqrt(0.5)]])
-    assert obj_loss(pred, target).item() == pytest.approx(1 + 4 + 1 - math.sqrt(0.5), rel=1e-5)
-
-
-def test_object_loss_ignores_the_sign_of_the_quaternion():
-    pred, target = torch.randn(2, 4, 7)
-    for pose in (pred, target):
-        pose[:, 3:] = F.normalize(pose[:, 3:], dim=-1)
-    flipped = torch.cat([target[:, :3], -target[:, 3:]], dim=-1)
-    torch.testing.assert_close(obj_loss(pred, target), obj_loss(pred, flipped))
+@pytest.mark.parametrize(
+    "loss, pred, target, expected",
+    [
+        (pos_loss, T([[1.0, 2.0]]), T([[0.0, 4.0]]), (1 + 4) / 2),
+        (qpos_loss, torch.full((1, 12), 0.5), torch.zeros(1, 12), 0.25),
+        (grasp_loss, T([2.0]), T([1.0]), SURE),
+        (grasp_loss, T([-2.0]), T([0.0]), SURE),
+        (obj_loss, T([[1.0, 2, 3, *FORWARD]]), T([[0, 0, 3, *TURNED]]), TURNED_LOSS),
+        (obj_loss, T([[1.0, 2, 3, *FORWARD]]), T([[0, 0, 3, *(-x for x in TURNED)]]), TURNED_LOSS),
+        (seg_loss, torch.zeros(1, 2, 128, 128), torch.zeros(1, 2, 128, 128), math.log(2)),
+    ],
+)
+def test_losses_are_those_of_eqs_2_and_3(loss, pred, target, expected):
+    """MSE; binary cross-entropy; squared distance and quaternion alignment, whatever its sign."""
+    assert loss(pred, target).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_object_pose_decoder_gives_a_unit_quaternion():
@@ -94,12 +79,3 @@ def test_descending_its_loss_brings_a_decoder_to_its_label(name):
         assert ((pred > 0) == (target > 0.5)).float().mean() > 0.6
     else:
         assert (pred - target)[:, :2].abs().mean() < 0.15
-
-
-def test_masked_mean_averages_over_labelled_frames_and_keeps_its_graph_without_any():
-    values = torch.tensor([1.0, 5.0, float("nan")], requires_grad=True)
-    mean = masked_mean(values, torch.tensor([1, 1, 0]), torch.tensor(2.0))
-    assert mean.item() == 3
-    none = masked_mean(values, torch.zeros(3), torch.tensor(0.0))
-    none.backward()
-    assert none.item() == 0 and torch.equal(values.grad, torch.zeros(3))

@@ -3,9 +3,9 @@
 In full counts: ENDURE=results/endure.json python -m pytest -m slow tests/test_endurance.py
 """
 
-import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,17 +18,15 @@ import endurance
 import numpy as np
 import pytest
 import torch.distributed as dist
-from tiny_run import flags, train, weights, write_pack
+from processes import REPOSITORY as ROOT
+from tiny_run import flags, lines, run_command, train, weights, write_pack
 
 from config import InputError
-from data import Frames
 from storage import checkpoint
-from storage.files import read_lines, write
-from storage.pack import Pack, verify
+from storage.files import write_json
+from storage.pack import verify
 from training.order import StepOrder
 from training.ranks import STOPPED, gather
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +59,12 @@ def test_a_single_process_that_is_told_to_stop_ends_with_75_and_goes_on(data, tm
     out = tmp_path / "out"
     command = [sys.executable, "train.py", *flags(data, out, steps=10_000)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    endurance.wait_for(lambda: read_lines(out / "log.jsonl"), process)
+    endurance.wait_for(lambda: lines(out), process)
     process.terminate()
-    said, _ = process.communicate(timeout=30)
-    last = read_lines(out / "log.jsonl")[-1]["step"]
+    printed, _ = process.communicate(timeout=30)
+    last = lines(out)[-1]["step"]
     assert process.returncode == STOPPED == 75
-    assert f"step {last} is saved" in said and checkpoint.newest(out).name == f"step-{last:08d}"
+    assert f"after step {last}" in printed and checkpoint.newest(out).name == f"step-{last:08d}"
 
 
 WRITE = """
@@ -103,8 +101,7 @@ def test_a_folder_that_may_not_be_written_to_ends_in_a_sentence():
 
 
 def test_one_changed_byte_of_a_pack_is_found_by_verify(data, tmp_path):
-    subprocess.run(["cp", "-r", data, tmp_path], check=True)
-    folder = tmp_path / data.name
+    folder = shutil.copytree(data, tmp_path / "pack")
     assert endurance.flips(folder, lambda: verify(folder), 30) == 30
 
 
@@ -125,52 +122,46 @@ def test_no_pickle_is_loaded_but_by_torch_with_weights_only():
 # --- Numbers that go bad ---
 
 
-def plant_nan(data, out, rows) -> None:
+def plant_nan(data: Path, out: Path, rows) -> Path:
     """A pack in which these records' position is NaN."""
-    subprocess.run(["cp", "-r", data, out], check=True)
+    shutil.copytree(data, out)
     np.load(out / "set_table/close/kitchen_counter.npy", mmap_mode="r+")["pos"][rows] = np.nan
-
-
-def same_files(one: Path, other: Path) -> bool:
-    names = ("model.safetensors", "optimizer.safetensors")
-    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+    return out
 
 
 def test_a_frame_with_nan_skips_its_step_on_all_ranks_and_changes_no_byte(data, tmp_path):
-    plant_nan(data, tmp_path / "pack", [17])
-    out = tmp_path / "out"
-    steps = len(Frames(Pack(data), 0.1, train=True)) // 8  # an epoch: every frame at most once
-    given = ["--data", tmp_path / "pack", "--stage", 2, "--steps", steps, "--keep", 99]
-    endurance.finish(endurance.start(out, 2, *given), out)
-    (skip,) = [line for line in read_lines(out / "log.jsonl") if "skipped" in line]
+    bad, out = plant_nan(data, tmp_path / "pack", [17]), tmp_path / "out"
+    steps = endurance.steps_of_epoch(data)  # every frame at most once
+    endurance.finish(endurance.start(bad, out, 2, stage=2, steps=steps, keep=99), out)
+    (skip,) = [line for line in lines(out) if "skipped" in line]
     assert "set_table/close/kitchen_counter.h5 traj_0 frame 17" in skip["skipped"]
     assert len(skip["skipped"]) == 8
-    after = out / f"step-{skip['step']:08d}"
-    assert same_files(out / f"step-{skip['step'] - 1:08d}", after)
-    assert not same_files(after, out / f"step-{skip['step'] + 1:08d}")
+
+    def content(step: int) -> list[bytes]:
+        return [path.read_bytes() for path in sorted(out.glob(f"step-{step:08d}/*.safetensors"))]
+
+    assert content(skip["step"] - 1) == content(skip["step"]) != content(skip["step"] + 1)
 
 
 def test_bad_steps_in_a_row_stop_the_run_with_a_saved_state(data, tmp_path, capsys):
-    plant_nan(data, tmp_path / "pack", slice(None))
-    code = train(tmp_path / "pack", tmp_path / "out", stage=2, max_skipped=3, steps=9)
+    bad = plant_nan(data, tmp_path / "pack", slice(None))
+    code = train(bad, tmp_path / "out", stage=2, max_skipped=3, steps=9)
     assert code == 1 and "3 steps in a row" in capsys.readouterr().err
-    saved = checkpoint.newest(tmp_path / "out")
-    assert saved.name == "step-00000003"
+    assert checkpoint.newest(tmp_path / "out").name == "step-00000003"
     # Stage 2 does not see stage 1's batches again.
-    train(tmp_path / "pack", tmp_path / "1", max_skipped=1)
-    one, two = (read_lines(tmp_path / name / "log.jsonl")[0]["skipped"] for name in ("1", "out"))
+    train(bad, tmp_path / "1", max_skipped=1)
+    one, two = (lines(tmp_path / name)[0]["skipped"] for name in ("1", "out"))
     assert {*one} != {*two}
     assert all(t.isfinite().all() for t in weights(tmp_path / "out").values())
 
 
 def test_tensorboard_gets_the_numbers_and_a_skipped_step_does_not_end_it(data, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    plant_nan(data, tmp_path / "pack", [17])
-    steps = len(Frames(Pack(data), 0.1, train=True)) // 8
-    assert train(tmp_path / "pack", tmp_path / "out", tracker="tensorboard", steps=steps) == 0
-    assert any("skipped" in line for line in read_lines(tmp_path / "out/log.jsonl"))
-    read = events.EventAccumulator(str(tmp_path / "out")).Reload()
-    assert read.Scalars("action")[-1].step == steps
+    bad, out = plant_nan(data, tmp_path / "pack", [17]), tmp_path / "out"
+    steps = endurance.steps_of_epoch(data)
+    assert train(bad, out, tracker="tensorboard", steps=steps) == 0
+    assert any("skipped" in line for line in lines(out))
+    assert events.EventAccumulator(str(out)).Reload().Scalars("action")[-1].step == steps
 
 
 # --- The order of samples, and where the ranks meet ---
@@ -196,22 +187,22 @@ def test_the_index_of_eight_million_frames_opens_small_and_at_once(tmp_path):
     assert figures["seconds"] < 20  # under 1 on a quiet machine, see README
 
 
-def a_store():
+def make_store():
     return dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=5))
 
 
 def test_missing_ranks_are_named():
-    store, named = a_store(), r"of 4 ranks these did not come: \[1, 3\]"
+    store = make_store()
     with ThreadPoolExecutor() as threads:
-        there = [threads.submit(gather, store, rank, 4, 1.0) for rank in (0, 2)]
-    for rank in there:
-        with pytest.raises(InputError, match=named):
+        present = [threads.submit(gather, store, rank, 4, 1.0) for rank in (0, 2)]
+    for rank in present:
+        with pytest.raises(InputError, match=r"of 4 ranks these did not come: \[1, 3\]"):
             rank.result()
 
 
 def test_ranks_that_are_started_again_do_not_meet_the_dead_ones():
     """torchrun keeps its store: the main rank comes again first, and waits for the others' new."""
-    store = a_store()
+    store = make_store()
     with ThreadPoolExecutor() as threads:
         dead = [threads.submit(gather, store, rank, 3, 5.0) for rank in range(3)]
         assert all(rank.result() for rank in dead)
@@ -229,16 +220,15 @@ def test_two_machines_take_the_same_steps_as_one(data, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--nnodes=2"]
-    torchrun += ["--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    nodes = [
-        subprocess.Popen([*torchrun, "train.py", *flags(data, tmp_path / "two")], cwd=ROOT, env=env)
-        for _ in range(2)
-    ]
-    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
-    one = [*torchrun[:3], "--standalone", "--nproc_per_node=2", "train.py"]
-    subprocess.run([*one, *flags(data, tmp_path / "one")], cwd=ROOT, env=env, check=True)
+    # --nnodes=2, each with one process
+    machines = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}")
+    with ThreadPoolExecutor() as threads:
+        for node in [
+            threads.submit(run_command, 1, *flags(data, tmp_path / "two"), torchrun=machines)
+            for _ in range(2)
+        ]:
+            node.result()
+    run_command(2, *flags(data, tmp_path / "one"))
     assert endurance.fingerprint(tmp_path / "one") == endurance.fingerprint(tmp_path / "two")
 
 
@@ -248,11 +238,14 @@ def test_two_machines_take_the_same_steps_as_one(data, tmp_path):
 @pytest.mark.slow  # an hour and a half on two cores
 def test_nothing_is_lost_in_full_counts(data, tmp_path):
     """The figures go to the file that $ENDURE names."""
-    straight = {stage: tmp_path / f"straight{stage}" for stage in (1, 2, 3)}
 
-    def checkpoint_flips() -> int:
-        saved = checkpoint.newest(straight[3])
+    def flip_checkpoint() -> int:
+        saved = checkpoint.newest(tmp_path / "straight3")
         return endurance.flips(saved, lambda: checkpoint.read_manifest(saved), 1000)
+
+    def kill(stage: int) -> dict:
+        before = {"init_from": tmp_path / f"straight{stage - 1}"} if stage > 1 else {}
+        return endurance.kills(data, tmp_path, 66, stage=stage, steps=30, **before)
 
     parts = {
         "index": lambda: endurance.open_large_index(tmp_path / "index"),
@@ -260,18 +253,15 @@ def test_nothing_is_lost_in_full_counts(data, tmp_path):
         "faults": lambda: endurance.faults(tmp_path),
         "order": lambda: endurance.order(data, tmp_path),
         "SIGTERM": lambda: endurance.sigterm(data, tmp_path, 20),
-    }
-    for stage in straight:
-        parts[f"kill -9, stage {stage}"] = lambda stage=stage: endurance.kills(
-            data, tmp_path, 66, stage, straight.get(stage - 1)
-        )
-    parts |= {
+        "kill -9, stage 1": lambda: kill(1),
+        "kill -9, stage 2": lambda: kill(2),
+        "kill -9, stage 3": lambda: kill(3),
         "rank deaths": lambda: endurance.rank_deaths(data, tmp_path, 20),
-        "flipped bytes, checkpoint": checkpoint_flips,
+        "flipped bytes, checkpoint": flip_checkpoint,
         "flipped bytes, pack": lambda: endurance.flips(data, lambda: verify(data), 1000),
     }
     out = Path(os.environ.get("ENDURE", tmp_path / "endure.json"))
     figures = {}
     for name, part in parts.items():
         figures[name] = part()
-        write(out, (json.dumps(figures, indent=1) + "\n").encode())
+        write_json(out, figures)

@@ -1,6 +1,5 @@
 """Evaluation: numbers, files that survive a kill, one result for all worker counts, the report."""
 
-import json
 import os
 import re
 import shutil
@@ -27,7 +26,7 @@ from storage.files import (
     sole_writer,
     write_json,
 )
-from storage.results import merge_settings, read_episodes, success_table, table, wilson
+from storage.results import check_settings, read_episodes, success_table, table, wilson
 from tools.report import write_report
 
 DRAWER = ("set_table", "close", "kitchen_counter", "val")
@@ -68,85 +67,58 @@ def test_the_table_is_counted_from_the_file_of_episodes(tmp_path):
     for seed, (once, end) in enumerate([(True, True), (True, False), (False, False)]):
         success = {"success_once": once, "success_at_end": end}
         append(path, {"column": "open_fridge", "seed": seed} | success)
+    append(path, {"column": "pick_all", "success_once": True, "success_at_end": None})  # stopped
     row = ROWS["auxvla-action-head"].paper["set_table"]
     columns = table(read_lines(path), row)
-    assert list(columns) == ["open_fridge"]
+    assert list(columns) == ["pick_all", "open_fridge"]
     figures = {"n": 3, "success_once": 2 / 3, "success_at_end": 1 / 3, "paper": 0.76}
     assert columns["open_fridge"] == pytest.approx(
         figures | {"low": 0.2077, "high": 0.9385}, abs=1e-4
     )
     text = "\n".join(success_table({"ours": columns}, {"AuxVLA + action head": row}))
+    text = re.sub(" +", " ", text)  # columns are padded
     assert "2/3 = 0.67 [0.21, 0.94], at the end 0.33 | 0.76" in text
-    assert text.count("not run") == 5
+    assert "1/1 = 1.00 [0.21, 1.00], at the end not run" in text
+    assert text.count("| not run") == 4
     assert wilson(22, 30) == pytest.approx((0.556, 0.858), abs=1e-3)  # as published
 
 
-def test_an_episode_that_stopped_at_its_success_says_nothing_of_the_end(tmp_path):
-    path = tmp_path / "episodes.jsonl"
-    append(path, {"column": "pick_all", "success_once": True, "success_at_end": None})
-    columns = table(read_lines(path), {})
-    assert columns["pick_all"]["success_at_end"] is None
-    text = "\n".join(success_table({"ours": columns}, {"": {}}))
-    assert "1/1 = 1.00 [0.21, 1.00], at the end not run" in text
-
-
-def test_a_torn_last_line_is_dropped_with_a_warning(tmp_path, capsys):
-    path = tmp_path / "episodes.jsonl"
-    append(path, {"seed": 0})
-    path.write_text(path.read_text() + '{"seed": 1, "succ')
-    assert read_lines(path, mend=True) == [{"seed": 0}]
-    assert "incomplete" in capsys.readouterr().err
-    append(path, {"seed": 1})
-    assert read_lines(path) == [{"seed": 0}, {"seed": 1}]
-
-
-def test_a_damaged_line_is_named_with_what_takes_it_out(tmp_path):
+def test_a_torn_last_line_is_dropped_and_another_damaged_line_named_with_its_mend(tmp_path, capsys):
     path = tmp_path / "episodes.jsonl"
     for seed in range(3):
         append(path, {"seed": seed})
-    path.write_text(path.read_text().replace('{"seed": 1}', "\0\0\0"))
+    whole = path.read_text()
+    path.write_text(whole + '{"seed": 3, "succ')
+    assert read_lines(path, mend=True) == [{"seed": 0}, {"seed": 1}, {"seed": 2}]
+    assert "incomplete" in capsys.readouterr().err and path.read_text() == whole
+    path.write_text(whole.replace('{"seed": 1}', "\0\0\0"))
     with pytest.raises(InputError, match=f"line 2: damaged.*sed -i.damaged 2d {path}") as error:
         read_lines(path)
     subprocess.run(str(error.value).rpartition(": ")[2].split(), check=True)
     assert read_lines(path) == [{"seed": 0}, {"seed": 2}]
 
 
-def test_a_report_of_one_evaluation_is_refused_and_changes_nothing(tmp_path):
-    (tmp_path / "run/eval").mkdir(parents=True)
-    (tmp_path / "run/eval/results.json").write_text("{}")
-    with pytest.raises(InputError, match=f"python -m tools.report --run {tmp_path}/run"):
-        write_report(tmp_path / "run/eval")
-    assert [path.name for path in (tmp_path / "run/eval").iterdir()] == ["results.json"]
-
-
 def test_settings_stand_once_or_on_every_line_and_may_not_change(tmp_path):
     line = {"column": "place_obj", "seed": 0, "split": "train"}
-    append(tmp_path / "episodes.jsonl", line)  # as old evaluations, and as a killed torchrun
+    append(tmp_path / "episodes.jsonl", line)  # as old evaluations
     append(tmp_path / "episodes.1.jsonl", line | {"seed": 1})
-    (tmp_path / "config.json").write_text('{"policies": {"place_obj": "a"}}')
+    write_json(tmp_path / "config.json", {"policies": {"place_obj": "a"}})
     done = read_episodes(tmp_path)
     assert sorted(done) == [("place_obj", 0), ("place_obj", 1)]
     assert {episode["simulation"] for episode in done.values()} == {"physx_cpu"}
-    with pytest.raises(InputError, match="split = 'train', this run has 'val'"):
-        merge_settings(tmp_path, done, {"split": "val"})
-    added = merge_settings(tmp_path, done, {"policies": {"pick_obj": "b"}, "device": "cpu"})
-    assert added == {"policies": {"place_obj": "a", "pick_obj": "b"}, "device": "cpu"}
-    with pytest.raises(InputError, match=r"policies = \{'place_obj': 'a'\}, this run has"):
-        merge_settings(tmp_path, done, {"policies": {"place_obj": "b"}})
-    with pytest.raises(InputError, match="device = 'cpu', this run has 'cuda'"):
-        merge_settings(tmp_path, done, {"device": "cuda"})
+    check_settings(tmp_path, done, {"split": "train", "policies": {"place_obj": "a"}})
+    for name, ours in {"split": "val", "device": "cuda", "policies": {"place_obj": "b"}}.items():
+        with pytest.raises(InputError, match=f"with {name} = .*, this run has .*{ours}"):
+            check_settings(tmp_path, done, {name: ours})
 
 
-def test_results_of_this_repository_are_read_with_their_settings():
-    old = read_episodes(REPOSITORY / "weights/eval")
-    assert old["close_drawer", 0]["horizon"] == 200 and old["close_drawer", 0]["device"] == "cpu"
-
-
-def test_only_the_learned_policy_takes_a_checkpoint(tmp_path):
+def test_wrong_flags_are_refused(tmp_path):
+    assert read_episodes(REPOSITORY / "weights/eval")["close_drawer", 0]["horizon"] == 200
     with pytest.raises(InputError, match="no --policy but learned"):
         EvalConfig(out=tmp_path, checkpoint=tmp_path, policy="random")
-    with pytest.raises(ValueError, match="only set_table"):
-        EvalConfig(out=tmp_path, policy="random", task="tidy_house", columns=("open_fridge",))
+    for task, column in (("tidy_house", "open_fridge"), ("set_table", "place:003_cracker_box")):
+        with pytest.raises(InputError, match=f"{column}: {task} has none.*only set_table"):
+            EvalConfig(out=tmp_path, policy="random", task=task, columns=(column,))
 
 
 def test_a_kill_neither_loses_nor_repeats_an_episode(one_worker, tmp_path):
@@ -199,39 +171,39 @@ def loaded_by(program: str) -> set[str]:
 
 def test_the_main_process_loads_no_simulator_and_its_workers_no_tools(assets):
     """mani_skill itself imports matplotlib and imageio, but draws nothing."""
-    main_process, worker = (
-        loaded_by("import eval, collect"),
-        loaded_by("import simulation.episodes, simulation.demonstrations"),
-    )
-    alone = loaded_by("import mani_skill.envs, mshab.envs")
+    main_process = loaded_by("import eval, collect")
+    worker = loaded_by("import simulation.episodes, simulation.demonstrations")
+    worker -= loaded_by("import mani_skill.envs, mshab.envs")
     unwanted = ("tools", "matplotlib", "jinja2", "imageio", "transformers", "simulation.film")
     assert "policy" in worker
-    for loaded in (worker - alone, main_process):
-        assert not [name for name in loaded if name.startswith(unwanted)]
+    assert not [name for name in worker | main_process if name.startswith(unwanted)]
     assert not {"mani_skill", "mshab", "sapien"} & main_process
 
 
-def test_the_random_policy_runs_through_the_same_code(assets, tmp_path):
+def test_the_random_policy_runs_through_the_same_code(assets, tmp_path, capsys):
     chosen = dict(columns=("open_drawer",), episodes=2, horizon=3, seed=5)
     main(EvalConfig(out=tmp_path, policy="random", **chosen))
     for seed, episode in zip((5, 6), read_lines(tmp_path / "episodes.jsonl"), strict=True):
         assert (episode["seed"], episode["length"], episode["success_once"]) == (seed, 3, False)
         assert episode["target"] == "kitchen_counter" and episode["column"] == "open_drawer"
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["columns"]["open_drawer"]["n"] == 2
+    results = read_json(tmp_path / "results.json")
+    assert (
+        results["columns"]["open_drawer"]["n"] == 2 and results["scenes"]["open_drawer"]["of"] == 3
+    )
     assert results["manifest"]["seeds"] == [5, 6] and results["manifest"]["versions"]["mani_skill"]
+    assert "of the split's 3 scenes" in capsys.readouterr().out
 
 
-def test_a_checkpoint_drives_the_robot_and_is_filmed_unless_that_comes_too_late(
-    trained, tmp_path, capsys
-):
-    cfg = EvalConfig(tmp_path, trained, columns=("close_drawer",), episodes=1, horizon=3)
-    main(cfg)
-    (episode,) = read_episodes(tmp_path).values()
+def test_a_checkpoint_drives_the_robot_the_same_in_two_processes_and_is_filmed(trained, tmp_path):
+    cfg = EvalConfig(tmp_path / "1", trained, columns=("close_drawer",), episodes=2, horizon=5)
+    main(replace(cfg, episodes=1))
+    (episode,) = read_episodes(cfg.out).values()
     assert episode["checkpoint"] == sha256(trained / "step-00000001/manifest.json")
-    main(replace(cfg, episodes=2, video=2))
-    assert "close_drawer, seeds [0]: run already, without a film" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "videos").iterdir()] == ["close_drawer_1_fail.mp4"]
+    main(replace(cfg, video=2))
+    assert [path.name for path in (cfg.out / "videos").iterdir()] == ["close_drawer_1_fail.mp4"]
+    main(replace(cfg, out=tmp_path / "2", workers=2))
+    one, two = outcomes(cfg.out), outcomes(tmp_path / "2")
+    assert one == two and len({dict(episode)["actions"] for _, episode in one}) == 2
 
 
 def test_the_readmes_example_drives_a_step(trained):
@@ -243,56 +215,48 @@ def test_the_readmes_example_drives_a_step(trained):
     names["env"].close()
 
 
-def test_columns_whose_sentences_the_checkpoint_never_heard_run_only_when_told_to(
-    trained, tmp_path, capsys
-):
-    seen = EvalConfig(out=tmp_path, checkpoint=trained)
-    assert choose(seen).names == ("close_drawer",)
-    assert "never saw 'close the fridge', 'open the fridge'" in capsys.readouterr().err
-    asked = replace(seen, columns=("close_drawer", "open_fridge"))
-    with pytest.raises(InputError, match=r"never saw 'open the fridge'.*--unseen-instructions"):
-        choose(asked)
-    told = replace(asked, unseen_instructions=True)
-    assert choose(told).names == ("close_drawer", "open_fridge")
+def test_default_columns_are_those_that_the_checkpoint_was_trained_on(trained, tmp_path, capsys):
+    cfg = EvalConfig(out=tmp_path, checkpoint=trained)
+    assert choose(cfg).names == ("close_drawer",)
+    assert "open_fridge, open_drawer, close_fridge; left out" in capsys.readouterr().err
+    assert choose(replace(cfg, columns=("open_fridge",))).names == ("open_fridge",)
+    assert "not trained on every instruction of open_fridge; asked" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_robot_is_refused_naming_the_slot(
     trained, simulator, tmp_path, capfd
 ):
     manifest_file = trained / "step-00000001/manifest.json"
-    manifest = read_json(manifest_file)
-    env = simulator(*DRAWER)
+    manifest, env = read_json(manifest_file), simulator(*DRAWER)
+    names, schema = manifest["qpos_names"], manifest["action_schema"]
     check_schema(env, manifest)
-    with pytest.raises(ValueError, match="qpos_names: 11 slots in the checkpoint, 12 here"):
-        check_schema(env, manifest | {"qpos_names": manifest["qpos_names"][1:]})
-    swapped = manifest["qpos_names"][1::-1] + manifest["qpos_names"][2:]
-    with pytest.raises(ValueError, match="qpos_names, slot 0"):
-        check_schema(env, manifest | {"qpos_names": swapped})
-    wider = dict(manifest["action_schema"][8], high=0.2)
-    schema = [*manifest["action_schema"][:8], wider, *manifest["action_schema"][9:]]
-    write_json(manifest_file, manifest | {"action_schema": schema})
+    with pytest.raises(InputError, match=r"qpos_names, slot 11: .* trained on None"):
+        check_schema(env, manifest | {"qpos_names": names[:-1]})
+    with pytest.raises(InputError, match="qpos_names, slot 0"):
+        check_schema(env, manifest | {"qpos_names": names[1::-1] + names[2:]})
+    wider = [*schema[:8], schema[8] | {"high": 0.2}, *schema[9:]]
+    write_json(manifest_file, manifest | {"action_schema": wider})
     message = "action_schema, slot 8: the checkpoint was trained on"
-    with pytest.raises(InputError, match=message):  # the worker's own sentence
+    with pytest.raises(InputError, match=message):  # raised in the worker
         main(EvalConfig(out=tmp_path, checkpoint=trained, columns=("close_drawer",), episodes=1))
+    write_json(manifest_file, manifest)
     check_schema(env, manifest | {"action_schema": None, "qpos_names": None})
     assert "the training data had no action_schema" in capfd.readouterr().err
-    write_json(manifest_file, manifest)
 
 
-def test_the_report_says_what_was_not_run_and_what_does_not_beat_the_trivial_predictor(tmp_path):
+def test_a_report_has_what_was_run_and_says_what_was_not(tmp_path):
     stage = tmp_path / "stage1"
     stage.mkdir()
-    lines = [{"step": s, "stage": 1, "action": 1 / s, "pos": 2 / s, "lr": 1e-3} for s in (1, 2, 3)]
-    lines.append({"step": 3, "val_action": 0.5, "val_base_position_error": 3.0})
-    log = "".join(json.dumps(line) + "\n" for line in lines)
-    (stage / "log.jsonl").write_text(log + '{"step": 4, "act')
+    for step in (1, 2, 3):
+        append(stage / "log.jsonl", {"step": step, "stage": 1, "action": 1 / step, "lr": 1e-3})
+    append(stage / "log.jsonl", {"step": 3, "val_action": 0.5, "val_base_position_error": 3.0})
     cm = {"unit": "cm", "higher_is_better": False, "n": 9}
     share = {"unit": "share", "higher_is_better": True, "n": 9}
     metrics = {
         "error": {"ours": 3.0, "trivial": 40.0} | cm,
         "grasp": {"ours": 0.5, "trivial": 0.9} | share,
     }
-    (stage / "validation.json").write_text(json.dumps({"metrics": metrics}))
+    write_json(stage / "validation.json", {"metrics": metrics})
     text = re.sub(" +", " ", write_report(tmp_path).read_text())  # columns are padded
     assert "| close_drawer | not run | not run | not run | 1.00" in text
     assert "| error | 3 cm | 40 cm | 9 | beats the trivial predictor |" in text
@@ -301,38 +265,29 @@ def test_the_report_says_what_was_not_run_and_what_does_not_beat_the_trivial_pre
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
-def test_the_report_gathers_the_finished_films_of_all_evaluations(tmp_path):
-    for evaluation in ("eval", "eval-flow"):
-        film = tmp_path / evaluation / "videos/close_drawer_0_success.mp4"
+def test_a_report_gathers_finished_films_and_names_what_its_evaluations_differ_in(tmp_path):
+    for name, horizon in (("eval", 200), ("eval-flow", 40)):
+        film = tmp_path / name / "videos/close_drawer_0_success.mp4"
         film.parent.mkdir(parents=True)
-        film.write_text(evaluation)
+        film.write_text(name)
         film.with_name("close_drawer_1.part.mp4").write_text("half of one")
-    (tmp_path / "stage2-again").mkdir()  # a folder of the user's own
-    (tmp_path / "stage2-again/log.jsonl").write_text('{"step": 1, "action": 1.0}\n')
+        manifest = {"policy": "random", "task": "set_table", "split": "val", "horizon": horizon}
+        write_json(tmp_path / name / "results.json", {"columns": {}, "manifest": manifest})
+    with pytest.raises(InputError, match=f"python -m tools.report --run {tmp_path}"):
+        write_report(tmp_path / "eval")
     text = write_report(tmp_path).read_text()
+    assert "these evaluations differ in horizon." in text
     copies = list((tmp_path / "videos").iterdir())
     assert {copy.read_text() for copy in copies} == {"eval", "eval-flow"}
     assert all(f"](videos/{copy.name})" in text for copy in copies)
 
 
-def test_the_report_says_when_its_evaluations_are_not_of_the_same_episodes(tmp_path):
-    same = {"policy": "random", "task": "set_table", "split": "val", "assets": "a"}
-    for name, horizon in (("eval", 200), ("eval-short", 40)):
-        (tmp_path / name).mkdir()
-        results = {"columns": {}, "manifest": same | {"horizon": horizon}}
-        (tmp_path / name / "results.json").write_text(json.dumps(results))
-    assert "these evaluations differ in horizon." in write_report(tmp_path).read_text()
-    (tmp_path / "eval-short/results.json").unlink()
-    assert "differ in" not in write_report(tmp_path).read_text()
-
-
 def test_results_name_the_commit_and_whether_a_program_differs_from_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("storage.files.__file__", str(tmp_path / "storage/files.py"))
-    (tmp_path / "storage").mkdir()
+    monkeypatch.setattr("storage.files.__file__", str(tmp_path / "files.py"))
     assert code_commit() is None
     git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a"]
-    (tmp_path / "eval.py").write_text("1")
-    (tmp_path / "table.json").write_text("1")
+    for name in ("eval.py", "table.json"):
+        (tmp_path / name).write_text("1")
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *words], check=True)
     commit = code_commit()

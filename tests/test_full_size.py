@@ -19,7 +19,7 @@ from test_model import ROOT, compare_alone_and_together, compare_cached_decoding
 from config import LABELS, model_config
 from model import VLM, AuxVLA
 from storage.pretrained import load_pretrained
-from tools.reference import build_originals
+from tools.reference import build_originals, save_originals
 
 pytestmark = pytest.mark.slow
 PAPER = model_config("paper")
@@ -60,12 +60,13 @@ figures = {"build_s": built - began, "load_s": time.perf_counter() - built}
 
 def test_a_prismatic_file_of_5_gb_loads_within_a_minute_and_12_gb(tmp_path):
     manifest = json.loads((ROOT / "tests/prismatic_manifest.json").read_text())
-    components = {
-        part: {key: torch.randn(shape) * 0.02 for key, shape in manifest[part].items()}
-        for part in ("projector", "llm_backbone", "vision_backbone")
-    }
-    folder = save_prismatic(components, tmp_path / "prism")
-    del components
+    folder = save_prismatic(
+        {
+            part: {key: torch.randn(shape) * 0.02 for key, shape in manifest[part].items()}
+            for part in ("projector", "llm_backbone", "vision_backbone")
+        },
+        tmp_path / "prism",
+    )
     path = folder / STEP
     assert path.stat().st_size > 5e9
     descriptor = os.open(path, os.O_RDONLY)
@@ -80,11 +81,12 @@ def test_a_prismatic_file_of_5_gb_loads_within_a_minute_and_12_gb(tmp_path):
 
 ONE_STEP = """
 import json, time, torch
-from test_full_size import PAPER, AuxVLA, make_batch
-model = AuxVLA(PAPER)
+from test_model import AuxVLA, make_batch, model_config
+cfg = model_config("paper")
+model = AuxVLA(cfg)
 parameters = model.train_stage(2)
 began = time.perf_counter()
-losses = model(make_batch(1, cfg=PAPER), 2)
+losses = model(make_batch(1, cfg=cfg), 2)
 forward = time.perf_counter()
 sum(losses.values()).backward()
 figures = {"forward_s": forward - began, "backward_s": time.perf_counter() - forward}
@@ -101,7 +103,7 @@ def test_one_stage_2_step_with_all_five_decoders_runs():
 def test_the_hub_models_give_the_features_and_logits_of_transformers(tmp_path):
     torch.manual_seed(0)
     originals = build_originals(PAPER, dino_image_size=518)
-    originals.save(tmp_path)
+    save_originals(originals, tmp_path)
     vlm = VLM(PAPER).eval()
     load_pretrained(vlm, str(tmp_path))
     for path in tmp_path.glob("*/model.safetensors"):
@@ -109,20 +111,11 @@ def test_the_hub_models_give_the_features_and_logits_of_transformers(tmp_path):
     compare(vlm, originals, PAPER, tolerance=1e-5)
 
 
-@pytest.fixture(scope="module")
-def model():
+def test_the_exact_relations_of_the_tiny_model_hold():
+    """Cached decoding and one pass, a frame alone and in a batch, the expert and a joint pass."""
     torch.manual_seed(0)
-    return AuxVLA(PAPER, flow_head=True).eval()
-
-
-def test_cached_decoding_equals_one_pass_over_all_tokens(model):
+    model = AuxVLA(PAPER, flow_head=True).eval()
     compare_cached_decoding(model, make_padded(2, cfg=PAPER), tolerance=1e-5)
-
-
-def test_left_padded_frames_act_alike_alone_and_in_a_batch(model):
     compare_alone_and_together(model, make_padded(2, cfg=PAPER), tolerance=1e-5)
-
-
-def test_the_expert_on_cached_keys_and_values_equals_the_joint_forward_pass(model):
     padded = {key: value[1:] for key, value in make_padded(2, cfg=PAPER).items()}
     compare_with_joint_pass(model, padded, tolerance=1e-5)

@@ -1,6 +1,5 @@
 """The stage rule, the sequence and the action tokens, on the real model at tiny size."""
 
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from config import LABELS, model_config
+from config import BINS, LABELS, model_config
 from decoders import DECODERS
 from model import AuxVLA, actions_to_bins, bins_to_actions
 
@@ -46,41 +45,28 @@ def model():
     return AuxVLA(CFG, flow_head=True)
 
 
-def gradient_sum(part):
-    return sum(p.grad.abs().sum().item() for p in part.parameters() if p.grad is not None)
+def reaches(part):
+    """Did the backward pass reach a parameter of the part?"""
+    return any(p.grad is not None and p.grad.any() for p in part.parameters())
 
 
-def gradient_on_vlm(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return gradient_sum(model.vlm)
-
-
-@pytest.mark.parametrize("name", LABELS)
+@pytest.mark.parametrize("name", ["action", *LABELS])
 def test_stage_1_sends_no_decoder_gradient_into_the_vlm_and_stage_2_does(model, name):
     for stage in (1, 2):
         model.train_stage(stage)
-        reached = gradient_on_vlm(model, model(make_batch(), stage)[name])
-        assert reached == 0 if stage == 1 else reached > 0
-        assert gradient_sum(model.decoders[name]) > 0
-
-
-def test_the_action_loss_trains_the_vlm_in_both_stages(model):
-    for stage in (1, 2):
-        model.train_stage(stage)
-        assert gradient_on_vlm(model, model(make_batch(), stage)["action"]) > 0
+        model.zero_grad()
+        model(make_batch(), stage)[name].backward()
+        assert reaches(model.vlm) == (stage == 2 or name == "action")
+        assert name == "action" or reaches(model.decoders[name])
 
 
 def test_stage_3_trains_only_the_flow_head_and_leaves_every_other_byte(model):
-    params = model.train_stage(3)
+    optimizer = torch.optim.Adam(model.train_stage(3), lr=1e-2)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    optimizer = torch.optim.Adam(params, lr=1e-2)
-    for step in range(3):
-        optimizer.zero_grad()
-        model(make_batch(seed=step), 3)["flow"].backward()
-        optimizer.step()
+    model.zero_grad()
+    model(make_batch(), 3)["flow"].backward()
+    optimizer.step()
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed and all(key.startswith("flow_head.") for key in changed)
     assert {f"flow_head.{name}" for name, _ in model.flow_head.named_parameters()} == changed
 
 
@@ -96,22 +82,6 @@ def test_every_trained_parameter_gets_a_gradient_and_what_is_frozen_is_in_eval_m
         assert all(p.grad is not None for p in params)
 
 
-def test_every_loss_is_positive_and_training_on_one_batch_lowers_it():
-    torch.manual_seed(0)
-    model = AuxVLA(CFG, flow_head=True)
-    for stage in (2, 3):
-        optimizer = torch.optim.Adam(model.train_stage(stage), lr=1e-3)
-        history = []
-        for _ in range(12):
-            losses = model(make_batch(), stage)
-            history.append({name: loss.item() for name, loss in losses.items()})
-            optimizer.zero_grad()
-            sum(losses.values()).backward()
-            optimizer.step()
-        for name, first in history[0].items():
-            assert 0 < history[-1][name] < first, name
-
-
 def test_without_latents_and_decoders_it_is_the_bare_vlm_and_still_acts():
     bare = AuxVLA(replace(CFG, num_latents=0, decoders=()))
     batch = make_batch()
@@ -119,58 +89,39 @@ def test_without_latents_and_decoders_it_is_the_bare_vlm_and_still_acts():
     losses = bare(batch, 1)
     losses["action"].backward()
     assert losses.keys() == {"action"} and all(p.grad is not None for p in params)
-    prefix = bare.vlm.encode(batch)
     length = CFG.llm.prompt_length + CFG.num_views * CFG.patches
-    assert prefix.mask.shape == (2, length) and bare.predict(prefix.hidden) == {}
+    assert bare.vlm.encode(batch).mask.shape == (2, length)
     actions, predictions = bare.act(batch)
     assert actions.shape == (2, 1, 13) and predictions == {}
     with pytest.raises(ValueError, match="num_latents 0"):
         replace(CFG, num_latents=0)
 
 
-def test_frames_without_a_mask_do_not_change_the_seg_gradient(model):
-    model.train_stage(2)
-    batch = make_batch()
-    batch["has_seg"][1] = False
-    gradients = []
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_frame_without_labels_does_not_count_and_a_batch_still_reaches_every_decoder(
+    model, labelled
+):
+    params, losses = model.train_stage(2), []
     for garbage in (0.0, 1.0):
-        batch["seg"][1] = garbage
-        model.zero_grad()
-        model(batch, 2)["seg"].backward()
-        gradients.append(model.vlm.latent_queries.grad.clone())
-    assert torch.equal(*gradients) and gradients[0].abs().sum() > 0
-
-
-def test_a_batch_without_any_label_still_reaches_every_decoder(model):
-    params = model.train_stage(2)
-    batch = make_batch() | {f"has_{name}": torch.zeros(2, dtype=torch.bool) for name in LABELS}
+        batch = make_batch()
+        for name in LABELS:
+            batch[name][1] = garbage
+            batch[f"has_{name}"] = torch.tensor([labelled, False])
+        losses.append(model(batch, 2))
     model.zero_grad()
-    losses = model(batch, 2)
-    sum(losses.values()).backward()
-    assert all(losses[name].item() == 0 for name in LABELS)
+    sum(losses[1].values()).backward()
+    assert losses[0] == losses[1] and all((losses[1][name] > 0) == labelled for name in LABELS)
     assert all(p.grad is not None for p in params)
 
 
-def test_black_and_white_images_give_different_action_logits(model):
-    model.eval()
-    logits = []
-    for level in (0.0, 1.0):
-        batch = make_batch() | {"images": torch.full_like(make_batch()["images"], level)}
-        logits.append(model.vlm.llm.logits(model.vlm.encode(batch).hidden[:, -1]))
-    assert (logits[0] - logits[1]).abs().max() > 1e-3
-
-
+@torch.no_grad()
 def test_every_view_and_the_instruction_reach_the_action(model):
     model.eval()
-    hidden = lambda batch: model.vlm.encode(batch).hidden[:, -1].detach()  # noqa: E731
-    reference = hidden(make_batch())
-    for view in range(CFG.num_views):
+    reference = model.vlm.encode(make_batch()).hidden[:, -1]
+    for key, index in [*(("images", view) for view in range(CFG.num_views)), ("prompt_ids", 5)]:
         batch = make_batch()
-        batch["images"][:, view] = 0.5
-        assert (hidden(batch) - reference).abs().max() > 1e-5
-    other = make_batch()
-    other["prompt_ids"][:, 5] = 7
-    assert (hidden(other) - reference).abs().max() > 1e-5
+        batch[key][:, index] = 7 if key == "prompt_ids" else 0.5
+        assert (model.vlm.encode(batch).hidden[:, -1] - reference).abs().max() > 1e-5
 
 
 def make_padded(b=3, cfg=CFG):
@@ -183,24 +134,14 @@ def make_padded(b=3, cfg=CFG):
 
 @torch.no_grad()
 def compare_cached_decoding(model, batch, tolerance):
-    """Decoding on cached keys and values is what one pass over all 13 tokens gives."""
+    """Each token is the best of the action ids, given those before it, in one pass over all 13."""
     first = model.cfg.llm.first_action_id
     decoded, bins = model.decode_actions(batch, torch.zeros(len(batch["images"]), 13))
     cached = decoded.hidden[:, -13:]  # [B, 13, D]
     whole = model.vlm.encode(batch, first + bins[:, :-1]).hidden[:, -13:]
     torch.testing.assert_close(cached, whole, rtol=0, atol=tolerance)
-    logits = model.vlm.llm.logits(whole)[..., first : first + model.cfg.bins]
-    assert torch.equal(logits.argmax(-1), bins) and len(bins.unique()) > 1
-
-
-def one_token_a_pass(model, batch):
-    """Greedy decoding as it is defined: the best of the action ids, given those before it."""
-    first, bins = model.cfg.llm.first_action_id, torch.zeros(len(batch["images"]), 0).long()
-    for _ in range(13):
-        hidden = model.vlm.encode(batch, first + bins).hidden[:, -1:]
-        logits = model.vlm.llm.logits(hidden)[..., first : first + model.cfg.bins]
-        bins = torch.cat([bins, logits.argmax(-1)], dim=1)
-    return bins
+    assert torch.equal(model.vlm.llm.logits(whole, first, BINS).argmax(-1), bins)
+    assert len(bins.unique()) > 1
 
 
 @pytest.mark.parametrize("wrong", [[], [0], [5], [3, 7], [11, 12], list(range(13))])
@@ -208,8 +149,8 @@ def one_token_a_pass(model, batch):
 def test_a_draft_changes_the_passes_that_decoding_takes_and_not_its_tokens(model, wrong):
     model.eval()
     batch = make_padded(3)
-    plain = one_token_a_pass(model, batch)
-    guess, passes = bins_to_actions(plain, model.cfg.bins), []
+    plain = model.decode_actions(batch, torch.zeros(3, 13))[1]
+    guess, passes = bins_to_actions(plain), []
     guess[1, wrong] = -guess[1, wrong] + 0.1
     hook = model.vlm.llm.register_forward_hook(lambda *_: passes.append(1))
     _, bins = model.decode_actions(batch, guess)
@@ -259,31 +200,28 @@ def test_the_action_loss_is_over_the_13_label_positions_and_the_whole_vocabulary
 def test_the_decoders_see_no_ground_truth_action(model):
     model.eval()
     one, other = make_batch(), make_batch() | {"actions": -make_batch()["actions"]}
-    for a, b in zip(model.teacher_forced(one)[1].values(), model.teacher_forced(other)[1].values()):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    predictions = [model.teacher_forced(batch)[1] for batch in (one, other)]
+    torch.testing.assert_close(*predictions, rtol=0, atol=1e-6)
 
 
 def test_action_bins_round_trip_within_half_a_bin():
     actions = torch.linspace(-1, 1, 1001)
-    back = bins_to_actions(actions_to_bins(actions, 256), 256)
-    assert (back - actions).abs().max() <= 1 / 256 + 1e-6
-    assert actions_to_bins(torch.tensor([-5.0, 5.0]), 256).tolist() == [0, 255]
-    assert (actions_to_bins(actions, 256).diff() >= 0).all()
+    bins = actions_to_bins(actions)
+    assert (bins_to_actions(bins) - actions).abs().max() <= 1 / 256 + 1e-6
+    assert (bins.diff() >= 0).all()
+    assert actions_to_bins(torch.tensor([-5.0, 5.0])).tolist() == [0, 255]
 
 
 def test_prompts_and_action_ids_are_those_of_the_public_models():
     qwen, llama = model_config("paper").llm, model_config("openvla").llm
-    assert qwen.prompt.format("close the fridge") == (
-        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-        "<|im_end|>\n<|im_start|>user\nWhat action should the robot take to close the fridge?"
-        "<|im_end|>\n<|im_start|>assistant\n"
-    )
+    system = "system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+    user = "user\nWhat action should the robot take to {}?"
+    turns = [f"<|im_start|>{turn}<|im_end|>\n" for turn in (system, user)]
+    assert qwen.prompt == "".join(turns) + "<|im_start|>assistant\n"
+    assert llama.prompt == "In: What action should the robot take to {}?\nOut:"
     # <|extra_0|> to <|extra_255|> behind the 151,665 tokens of Qwen2.5; Llama's last 256 of 32,000.
     for llm, last in ((qwen, 151_920), (llama, 31_999)):
-        assert llm.first_action_id + model_config("paper").bins - 1 == last
-    assert llama.prompt.format("close the fridge") == (
-        "In: What action should the robot take to close the fridge?\nOut:"
-    )
+        assert llm.first_action_id + BINS - 1 == last
     assert qwen.prompt_end == () and llama.prompt_end == (29871,)
 
 
@@ -294,12 +232,9 @@ def test_prompts_and_action_ids_are_those_of_the_public_models():
         ("openvla", 7_868_090_029, 7_541_237_184, 369_933_325),
     ],
 )
-def test_the_table_of_parameters_is_printed_within_ten_seconds(preset, everything, vlm, flow_head):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def test_the_table_of_parameters_has_the_public_models_numbers(preset, everything, vlm, flow_head):
     command = [sys.executable, "model.py", "--preset", preset]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
     lines = [line.split() for line in done.stdout.splitlines()]
     table = {name: int(count.replace(",", "")) for name, count in lines}
     assert table.pop("all") == sum(table.values()) == everything

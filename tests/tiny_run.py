@@ -1,10 +1,16 @@
 """Short runs of train.py with the tiny model, their checkpoints, and an observation of MS-HAB."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from einops import repeat
 from files import write_demos
+from processes import REPOSITORY
+from pytest import approx
 from safetensors.torch import load_file
 
 from config import IMAGE_SIZE, model_config
@@ -17,7 +23,7 @@ from train import main
 from training.flags import parse
 
 SCHEMA = [dict(name=f"joint_{i}", low=-0.1, high=0.1 * i, unit="rad") for i in range(13)]
-SEED = torch.Generator().manual_seed(0)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def flags(data: Path, out: Path, **others) -> list[str]:
@@ -33,6 +39,38 @@ def flags(data: Path, out: Path, **others) -> list[str]:
 def train(data: Path, out: Path, *words: str, **others) -> int:
     """Run train.py in this process; `words` are further flags."""
     return main(parse([*flags(data, out, **others), *words]))
+
+
+def run_command(processes: int, *words, torchrun: tuple[str, ...] = ()) -> str:
+    """Run train.py as a program, with torchrun if there are more processes or its flags; stdout."""
+    launcher = [sys.executable]
+    if processes > 1 or torchrun:
+        launcher = [*TORCHRUN, *(torchrun or ["--standalone"]), f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [*launcher, "train.py", *words], cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def compare(one: Path, two: Path, every: bool = False, rel: float = 1e-5, atol: float = 1e-6):
+    """Assert that two runs took equal steps: losses, gradients, running statistics.
+
+    The gradients are Adam's first moments; `every` compares the other tensors too.
+    """
+    for name in ("model", "optimizer"):
+        ours, theirs = weights(one, name), weights(two, name)
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert ours[key].shape == theirs[key].shape, key
+            if every or key.endswith("exp_avg") or "running" in key:
+                torch.testing.assert_close(theirs[key], ours[key], rtol=1e-4, atol=atol, msg=key)
+    figures = {"action", "pos", "grasp", "qpos", "obj", "seg", "flow", "grad_norm", "val_action"}
+    for ours, theirs in zip(lines(one), lines(two), strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in figures & ours.keys():
+            assert theirs[key] == approx(ours[key], rel=rel, abs=1e-6), key
 
 
 def weights(out: Path, name: str = "model") -> dict[str, torch.Tensor]:
@@ -59,9 +97,10 @@ def train_tiny(folder: Path, row: str = "auxvla-all") -> Path:
     train(folder / "data", folder / "stage1", row=row, steps=1)
     trained = newest(folder / "stage1")
     tensors, moments = weights(folder / "stage1"), weights(folder / "stage1", "optimizer")
-    for weight in tensors.values():  # so that what it sees decides what it does
+    generator = torch.Generator().manual_seed(0)
+    for weight in tensors.values():  # larger weights, so that actions depend on the pictures
         if weight.ndim > 1:
-            weight += torch.randn(weight.shape, generator=SEED) * 0.3
+            weight += torch.randn(weight.shape, generator=generator) * 0.3
     manifest = read_manifest(trained) | {"action_schema": SCHEMA}
     tokenizer = (trained / "tokenizer.json").read_text()
     write(folder / "stage1", 1, tensors, moments, manifest, tokenizer, keep=1)
@@ -86,7 +125,7 @@ def write_untrained(stage: Path, env, instruction: str):
 
 
 def observation(seed: int) -> dict:
-    """As MS-HAB gives it, of one environment: torch, with a batch dimension."""
+    """MS-HAB's, of one environment: torch, with a batch dimension."""
     generator = torch.Generator().manual_seed(seed)
     sensors = {}
     for camera in ("fetch_head", "fetch_hand"):
@@ -98,3 +137,10 @@ def observation(seed: int) -> dict:
             for name, small in (("rgb", rgb), ("depth", depth))
         }
     return {"sensor_data": sensors}
+
+
+def stacked(trees: Sequence) -> dict | torch.Tensor:
+    """Observations of several environments as one batch."""
+    if isinstance(trees[0], dict):
+        return {key: stacked([tree[key] for tree in trees]) for key in trees[0]}
+    return torch.cat(tuple(trees))

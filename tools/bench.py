@@ -1,17 +1,16 @@
-"""The speed of our code beside what a user would otherwise run, measured in one process.
+"""Measure the speed of our code and of what a user would otherwise run, in one process.
 
     python -m tools.bench loader --data DATA --json FILE   # DATA: files in MS-HAB's layout
     python -m tools.bench train --preset tiny --json FILE
     python -m tools.bench act --preset tiny --json FILE    # or --checkpoint RUN/stage2 --data DATA
 
-The contestants take turns, one round each, on one CPU thread or one GPU. A figure is the median of
-the rounds, with minimum and maximum. `train` and `act` compare with tools/reference.py.
+The contestants take turns, one round each, on one CPU thread or one GPU. The table shows median,
+minimum and maximum of the rounds. `train` and `act` compare with tools/reference.py.
 """
 
 import json as json_module
 import platform
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +22,9 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from config import ACTION_DIM, CAMERAS, PRESETS, ModelConfig, model_config, user_errors
+import config
+from config import ACTION_DIM, CAMERAS, PRESETS, InputError, ModelConfig, model_config
 from data import ActionStats, Frames, batch_shapes
 from model import AuxVLA
 from policy import Policy
@@ -34,7 +33,6 @@ from storage.pack import Pack, open_data, pack
 from storage.tokenizer import build_tokenizer
 from storage.trajectory import RECORD
 from tools.reference import build_pair
-from training.memory import kept_for_backward
 from training.order import StepOrder
 from training.ranks import device_of
 
@@ -51,16 +49,26 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def in_turns(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict]:
-    """Call every contestant once a round; {name: median, min, max and p99 of its values}."""
+def in_turns(contestants: dict[str, Callable[[int], float]], rounds: int) -> dict[str, dict]:
+    """Call each contestant with the number of the round; median, min, max and p99 of its values."""
     values: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds + 1):
+    for i in range(rounds + 1):
         for name, contestant in contestants.items():
-            values[name].append(contestant())
+            values[name].append(contestant(i))
     return {  # the first round warms up
         name: dict(zip(("median", "min", "max", "p99"), np.percentile(each[1:], (50, 0, 100, 99))))
         for name, each in values.items()
     }
+
+
+def check_writable(json: Path | None) -> None:
+    """Raise InputError before the run if its figures cannot be written afterwards."""
+    try:
+        if json:
+            json.parent.mkdir(parents=True, exist_ok=True)
+            json.open("a").close()
+    except OSError as error:
+        raise InputError(f"--json {json}: {error.strerror}. Give another path") from None
 
 
 def report(json: Path | None, unit: str, figures: dict[str, dict], **more) -> None:
@@ -79,14 +87,13 @@ def report(json: Path | None, unit: str, figures: dict[str, dict], **more) -> No
             "date": time.strftime("%Y-%m-%d"),
         }  # fmt: skip
         result = {"about": about, "unit": unit, "figures": figures, **more}
-        json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_text(json_module.dumps(result, indent=1, default=float) + "\n", encoding="utf-8")
+        json.write_text(json_module.dumps(result, indent=1, default=float) + "\n")
 
 
 # --- Frames per second of the loader ---
 
 
-def single_reads(source: Demonstrations, count: int) -> float:
+def read_singly(source: Demonstrations, count: int) -> float:
     """Frames per second of one read per dataset and frame, as in MS-HAB's own loader."""
     files = {name: h5py.File(source.folder / name) for name in {e.file for e in source.episodes}}
     paths = ["actions", "obs/agent/qpos", "obs/extra/is_grasped", "obs/extra/obj_pose_wrt_base"]
@@ -100,7 +107,7 @@ def single_reads(source: Demonstrations, count: int) -> float:
     return count / seconds(lambda: [read(e) for e in rng.choice(source.episodes, count)])
 
 
-def epoch(source: Demonstrations | Pack, size: int) -> float:
+def read_epoch(source: Demonstrations | Pack, size: int) -> float:
     """Frames per second of an epoch of ours in batches of `size`."""
     frames = Frames(source, held_out=0.02, train=True)
     steps = len(frames) // size
@@ -116,14 +123,15 @@ def loader(data: Path, json: Path | None = None, rounds: int = 5, batch: int = 6
     Args:
         data: demonstrations in MS-HAB's layout
     """
+    check_writable(json)
     source = Demonstrations(data)
     with TemporaryDirectory() as folder:
         pack(str(data), folder)
         contestants = {
-            "one frame, one read (MS-HAB)": lambda: single_reads(source, 200),
+            "one frame, one read (MS-HAB)": lambda _: read_singly(source, 200),
             # Opened anew, so that a round finds no blocks of the last round in memory
-            "ours, files": lambda: epoch(Demonstrations(data), batch),
-            "ours, pack": lambda: epoch(Pack(folder), batch),
+            "ours, files": lambda _: read_epoch(Demonstrations(data), batch),
+            "ours, pack": lambda _: read_epoch(Pack(folder), batch),
         }
         report(json, "frames/s", in_turns(contestants, rounds), frames=len(source))
 
@@ -152,25 +160,19 @@ def random_batch(cfg: ModelConfig, size: int, device: torch.device) -> dict[str,
     return {name: value.to(device) for name, value in batch.items()}
 
 
-class Step:
-    """A training step of stage 2: forward, backward, Adam."""
+def build_step(model: nn.Module, batch: dict[str, Tensor], fused: bool) -> Callable[[int], float]:
+    """A training step of stage 2: forward, backward, Adam. A call returns samples per second."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5, fused=fused)
+    kind = batch["images"].device.type
 
-    def __init__(self, model: nn.Module, batch: dict[str, Tensor], fused: bool):
-        self.model, self.batch = model, batch
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-5, fused=fused)
-
-    def loss(self) -> Tensor:
-        kind = self.batch["images"].device.type
+    def step() -> None:
         with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-            return sum(self.model(self.batch, 2).values())
+            loss = sum(model(batch, 2).values())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-    def run(self) -> None:
-        self.loss().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def samples_per_s(self) -> float:
-        return len(self.batch["images"]) / seconds(self.run)
+    return lambda _: len(batch["images"]) / seconds(step)
 
 
 def train(
@@ -182,19 +184,17 @@ def train(
     Args:
         layers: blocks of each encoder and layers of the LLM, if the whole preset does not fit
     """
+    check_writable(json)
     place = device_of(device)
     torch.manual_seed(0)
     port, ours = (model.to(place).train() for model in build_pair(build_config(preset, layers)))
     ours.train_stage(2)
     samples = random_batch(ours.cfg, batch, place)
-    steps = {"naive port": Step(port, samples, False), "ours": Step(ours, samples, True)}
-    with FlopCounterMode(display=False) as counter:
-        steps["ours"].loss().backward()
-    work = counter.get_total_flops() / batch
-    figures = in_turns({name: step.samples_per_s for name, step in steps.items()}, rounds)
-    kept = {name: kept_for_backward(step.model, step.loss) / 1e6 for name, step in steps.items()}
-    more = {"FLOP per sample": work, "FLOP per s": work * figures["ours"]["median"]}
-    report(json, "samples/s", figures, **more, **{"kept for the backward pass (MB)": kept})
+    steps = {
+        "naive port": build_step(port, samples, fused=False),
+        "ours": build_step(ours, samples, fused=True),
+    }
+    report(json, "samples/s", in_turns(steps, rounds))
 
 
 # --- Latency of an action ---
@@ -219,8 +219,8 @@ def build_policies(
     else:
         port, ours = build_pair(cfg)
         stats = ActionStats((-1.0,) * ACTION_DIM, (1.0,) * ACTION_DIM)  # normalised actions
-        words = replace(cfg.llm, tokenizer="words", first_action_id=256)  # needs no file
-        tokens = Policy(ours.to(device).eval(), stats, build_tokenizer(words), {}, device)
+        tokenizer = build_tokenizer(replace(cfg.llm, tokenizer="words"))  # needs no file
+        tokens = Policy(ours.to(device).eval(), stats, tokenizer, {}, device)
     tokens.predict = False
     flow = AuxVLA(tokens.model.cfg, flow_head=True, meta=True)
     flow.vlm, flow.decoders = tokens.model.vlm, tokens.model.decoders
@@ -249,7 +249,7 @@ def observations(data: Path | None, size: int, count: int) -> Iterator[dict]:
         }
 
 
-def first_step(policy: Policy, obs: dict) -> np.ndarray:
+def act_first(policy: Policy, obs: dict) -> np.ndarray:
     """The first action [B, 13] of an episode: no draft yet, no actions left of a chunk."""
     policy.reset()
     return policy.act(obs, SENTENCE)
@@ -258,7 +258,7 @@ def first_step(policy: Policy, obs: dict) -> np.ndarray:
 def act(
     preset: Preset = "tiny", layers: int | None = None, device: Device = None,
     json: Path | None = None, checkpoint: Path | None = None, data: Path | None = None,
-    queries: int = 100, batches: tuple[int, ...] = (1, 4, 16, 64), exact: int | None = None,
+    queries: int = 100, batches: tuple[int, ...] = (1, 4, 16, 64),
 ) -> None:  # fmt: skip
     """Milliseconds of a query, camera frames in and actions out, beside transformers' generate.
 
@@ -266,56 +266,51 @@ def act(
         layers: blocks of each encoder and layers of the LLM, if the whole preset does not fit
         checkpoint: weights of ours; the port keeps random ones
         data: frames, one after the other; default: random pictures
-        exact: frames whose tokens are compared with the port's; default: as many as queries
     """
+    check_writable(json)
     cfg = build_config(preset, layers)
     tokens, flow, naive = build_policies(cfg, checkpoint, device_of(device))
+    figures, exact = {}, {}
+    for size in batches:
+        figures |= time_queries(tokens, flow, naive, data, size, queries)
+    if not checkpoint:
+        exact = {"exactness": compare_tokens(tokens, naive, observations(data, 1, queries))}
+    report(json, "ms", figures, **exact)
+
+
+def time_queries(
+    tokens: Policy, flow: Policy, naive: Policy, data: Path | None, size: int, queries: int
+) -> dict[str, dict]:
+    """Milliseconds of a query of `size` environments."""
+    count = max(min(5, queries), queries // size)
+    seen = list(observations(data, size, count + 1))
+    tokens.reset()
     without_draft = replace(tokens, graphs={})
     runs = {
-        "transformers generate": lambda obs: first_step(naive, obs),
+        "transformers generate": lambda obs: act_first(naive, obs),
         # The last action is the draft of the next one, as in an episode.
         "ours, tokens": lambda obs: tokens.act(obs, SENTENCE),
-        "ours, tokens, first step": lambda obs: first_step(without_draft, obs),
-        "ours, flow chunk": lambda obs: first_step(flow, obs),
+        "ours, tokens, first step": lambda obs: act_first(without_draft, obs),
+        "ours, flow chunk": lambda obs: act_first(flow, obs),
     }
-
-    def latency(run: Callable[[dict], np.ndarray], seen: list[dict]) -> Callable[[], float]:
-        left = iter(seen)
-        return lambda: 1000 * seconds(lambda: run(next(left)))
-
-    figures = {}
-    for size in batches:
-        tokens.reset()
-        count = max(min(5, queries), queries // size)
-        seen = list(observations(data, size, count + 1))
-        timed = {f"{name}, batch {size}": latency(run, seen) for name, run in runs.items()}
-        figures |= in_turns(timed, count)
-    frames = observations(data, 1, exact or queries)
-    report(json, "ms", figures, **compare_tokens(tokens, None if checkpoint else naive, frames))
+    timed = {
+        f"{name}, batch {size}": lambda i, run=run: 1000 * seconds(lambda: run(seen[i]))
+        for name, run in runs.items()
+    }
+    return in_turns(timed, count)
 
 
-def compare_tokens(ours: Policy, naive: Policy | None, frames: Iterator[dict]) -> dict[str, dict]:
-    """Our LLM passes for each frame, and the number of our tokens that differ from generate's."""
-    calls: list[int] = []
-    ours.model.vlm.llm.register_forward_hook(lambda *_: calls.append(1))
+def compare_tokens(ours: Policy, naive: Policy, frames: Iterator[dict]) -> dict[str, int]:
+    """Count our tokens that differ from those of `generate`."""
     ours.reset()
-    passes, different = Counter(), 0
-    for obs in frames:
-        calls.clear()
-        actions = ours.act(obs, SENTENCE)
-        passes[len(calls)] += 1
-        if naive:
-            different += int((np.abs(actions - first_step(naive, obs)) > 1e-5).sum())
-    out = {"passes of the LLM per query, batch 1": dict(sorted(passes.items()))}
-    if naive:
-        count = passes.total()
-        out["exactness"] = dict(frames=count, tokens=count * ACTION_DIM, different=different)
-    return out
+    gaps = np.array([ours.act(obs, SENTENCE) - act_first(naive, obs) for obs in frames])
+    different = int((np.abs(gaps) > 1e-5).sum())  # of [frames, 1, 13]
+    return {"frames": len(gaps), "tokens": gaps.size, "different": different}
 
 
 VERBS = {"loader": loader, "train": train, "act": act}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # figures of one core are steady, and comparable between machines
-    with user_errors():
+    with config.user_errors():
         tyro.extras.subcommand_cli_from_dict(VERBS, description=__doc__)

@@ -19,7 +19,7 @@ from paper import COLUMNS
 from storage.results import markdown, read_episodes, wilson
 
 # Settings of an evaluation, then the start of an episode.
-SAME = ("task", "split", "horizon", "assets", "real_meshes", "simulation")
+SAME = ("task", "split", "horizon", "assets", "simulation")
 SAME += ("subtask_uid", "scene", "spawn")
 HEAD = ["", "n", "A", "B", "B - A [95 %]", "A alone", "B alone"]
 NOTE = "An interval that contains 0 does not separate A from B (Newcombe 1998, paired, method 10)."
@@ -77,7 +77,7 @@ def compare(a: Positional[Path], b: Positional[Path]) -> str:
             raise InputError(
                 f"seed {key[1]} of {key[0]}: {wrong[0]} is {in_a.get(wrong[0])!r} in A, "
                 f"{in_b.get(wrong[0])!r} in B: not the same episode. Evaluate both with equal "
-                "--task, --split, --horizon, --real-meshes, --envs and MS_ASSET_DIR"
+                "--task, --split, --horizon, --envs and MS_ASSET_DIR"
             )
         outcome = in_a["success_once"], in_b["success_once"]
         outcomes[key[0]].append(outcome)

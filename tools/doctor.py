@@ -111,7 +111,7 @@ def check_disk(out: str, part: str, preset: str) -> str:
     if part in ("all", "train"):
         with torch.device("meta"):
             model = AuxVLA(model_config(preset), flow_head=True)
-        copies = TrainConfig.keep + 2  # newest, best, and the one being written
+        copies = TrainConfig.keep + 1  # and the one being written
         need = 12 * copies * sum(parameter.numel() for parameter in model.parameters())
     path = Path(out).absolute()
     place = next(each for each in (path, *path.parents) if each.exists())
@@ -225,7 +225,7 @@ def check_policy(path: str, data: str | None = None, device: str | None = None) 
         """Return the logits of the 13 tokens [B, 13, bins] and the recorded tokens [B, 13]."""
         batch = make_batch(raw, policy.stats, prompts, cfg)
         logits = policy.model.teacher_forced(batch)[0].cpu()
-        return logits, actions_to_bins(batch["actions"][:, 0], cfg.bins).cpu()
+        return logits, actions_to_bins(batch["actions"][:, 0]).cpu()
 
     if source.action_schema:  # collect.py's files name their actions and joints
         check_schema(source, manifest)
@@ -316,7 +316,7 @@ def choose_checks(cfg: Doctor) -> Iterator[tuple[str, Callable[[], str]]]:
         yield "renderer", check_renderer
         yield "simulator", partial(run, "-c", RESET)
         if torch.cuda.is_available():
-            yield "gpu physics", partial(check_gpu_physics, download=False)
+            yield "gpu physics", check_gpu_physics
 
 
 def report(name: str, check: Callable[[], str]) -> bool:

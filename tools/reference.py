@@ -7,7 +7,6 @@ each encoder, and the logits of every position over the whole vocabulary.
 """
 
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,9 +14,8 @@ import torch
 import transformers
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from config import ACTION_DIM, ModelConfig
+from config import ACTION_DIM, BINS, ModelConfig
 from decoders import DECODERS
 from model import AuxVLA, actions_to_bins, bins_to_actions, label_counts, masked_mean
 from storage.pretrained import HUB, load_pretrained
@@ -25,20 +23,14 @@ from storage.pretrained import HUB, load_pretrained
 # --- The public models ---
 
 
-@dataclass
-class Originals:
-    dino: nn.Module
-    siglip: nn.Module  # with a text model, as in the hub's file
-    llm: nn.Module
-
-    def save(self, folder: Path) -> None:
-        """Save each model below `folder` under its hub name, as --pretrained reads them."""
-        for part, model in vars(self).items():
-            model.save_pretrained(folder / Path(HUB[part]).name)
+def save_originals(originals: dict[str, nn.Module], folder: Path) -> None:
+    """Save each model below `folder` under its hub name, as --pretrained reads them."""
+    for part, model in originals.items():
+        model.save_pretrained(folder / Path(HUB[part]).name)
 
 
-def build_originals(cfg: ModelConfig, dino_image_size: int) -> Originals:
-    """The public models with random weights.
+def build_originals(cfg: ModelConfig, dino_image_size: int) -> dict[str, nn.Module]:
+    """The public models dino, siglip (with its text model) and llm, with random weights.
 
     Biases and scales get noise too: all zeros or ones would hide a wrong map of names.
     """
@@ -53,13 +45,13 @@ def build_originals(cfg: ModelConfig, dino_image_size: int) -> Originals:
         rope_parameters={"rope_type": "default", "rope_theta": llm.rope_theta},
         eos_token_id=None, bos_token_id=None, pad_token_id=None,
     )  # fmt: skip
-    originals = Originals(
-        transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(
+    originals = {
+        "dino": transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(
             hidden_size=dino.width, num_hidden_layers=dino.depth, num_attention_heads=dino.heads,
             mlp_ratio=dino.mlp // dino.width, num_register_tokens=dino.registers,
             image_size=dino_image_size, **common,
         )),
-        transformers.SiglipModel(transformers.SiglipConfig(
+        "siglip": transformers.SiglipModel(transformers.SiglipConfig(
             vision_config=dict(
                 hidden_size=siglip.width, num_hidden_layers=siglip.depth,
                 num_attention_heads=siglip.heads, intermediate_size=siglip.mlp,
@@ -67,10 +59,10 @@ def build_originals(cfg: ModelConfig, dino_image_size: int) -> Originals:
             ),
             text_config=dict(hidden_size=siglip.width, num_hidden_layers=1, vocab_size=9),
         )),
-        getattr(transformers, f"{family}ForCausalLM")(llm_config),
-    )  # fmt: skip
+        "llm": getattr(transformers, f"{family}ForCausalLM")(llm_config),
+    }  # fmt: skip
     with torch.no_grad():
-        for model in vars(originals).values():
+        for model in originals.values():
             for parameter in model.eval().parameters():
                 shake = 0.1 if parameter.ndim == 1 else 0.02
                 parameter.add_(torch.randn_like(parameter), alpha=shake)
@@ -85,7 +77,7 @@ def build_pair(cfg: ModelConfig) -> tuple["Port", AuxVLA]:
     originals = build_originals(cfg, cfg.image_size)
     ours = AuxVLA(cfg, meta=True)
     with TemporaryDirectory() as folder:
-        originals.save(Path(folder))
+        save_originals(originals, Path(folder))
         load_pretrained(ours.vlm, folder)
     return Port(originals, ours), ours
 
@@ -93,10 +85,10 @@ def build_pair(cfg: ModelConfig) -> tuple["Port", AuxVLA]:
 class Port(nn.Module):
     flow_head = None
 
-    def __init__(self, originals: Originals, ours: AuxVLA):
+    def __init__(self, originals: dict[str, nn.Module], ours: AuxVLA):
         super().__init__()
-        self.cfg = ours.cfg
-        self.dino, self.siglip, self.llm = originals.dino, originals.siglip, originals.llm
+        self.cfg, self.llm = ours.cfg, originals["llm"]
+        self.towers = nn.ModuleList([originals["dino"], originals["siglip"].vision_model])
         self.projector, self.decoders = deepcopy(ours.vlm.projector), deepcopy(ours.decoders)
         self.latent_queries = deepcopy(ours.vlm.latent_queries)
 
@@ -104,9 +96,7 @@ class Port(nn.Module):
         """Patches of the second-to-last block."""
         flat = rearrange(images, "b v c h w -> (b v) c h w")
         out = []
-        for encoder, cfg in (
-            (self.dino, self.cfg.dino), (self.siglip.vision_model, self.cfg.siglip)
-        ):  # fmt: skip
+        for encoder, cfg in zip(self.towers, (self.cfg.dino, self.cfg.siglip)):
             mean, std = (flat.new_tensor(x)[:, None, None] for x in (cfg.mean, cfg.std))
             states = encoder(pixel_values=(flat - mean) / std, output_hidden_states=True)
             out.append(states.hidden_states[-2][:, cfg.prefix_tokens :])
@@ -124,7 +114,7 @@ class Port(nn.Module):
 
     def forward(self, batch: dict[str, Tensor], stage: int = 2) -> dict[str, Tensor]:
         """The losses of stage 2, named as ours."""
-        bins = actions_to_bins(batch["actions"][:, 0], self.cfg.bins)
+        bins = actions_to_bins(batch["actions"][:, 0])
         ids = self.cfg.llm.first_action_id + bins
         x, mask = self.prefix(batch)
         x = torch.cat([x, self.llm.get_input_embeddings()(ids)], dim=1)
@@ -132,13 +122,11 @@ class Port(nn.Module):
         labels = torch.full(x.shape[:2], -100, device=x.device)
         labels[:, -ACTION_DIM:] = ids
         out = self.llm(
-            inputs_embeds=x, attention_mask=mask, output_hidden_states=True,
+            inputs_embeds=x, attention_mask=mask, labels=labels, output_hidden_states=True,
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0),  # as `generate` counts them
         )  # fmt: skip
-        logits = rearrange(out.logits[:, :-1].float(), "b s v -> b v s")
-        losses = {"action": F.cross_entropy(logits, labels[:, 1:])}
-        last = x.shape[1] - ACTION_DIM
-        latents = out.hidden_states[-1][:, last - self.cfg.num_latents : last]
+        losses = {"action": out.loss}
+        latents = out.hidden_states[-1][:, -ACTION_DIM - self.cfg.num_latents : -ACTION_DIM]
         counts = label_counts(batch)
         for name, decoder in self.decoders.items():
             per_frame = DECODERS[name][1](decoder(latents.float()), batch[name])
@@ -151,11 +139,11 @@ class Port(nn.Module):
         predict: bool = False,
     ) -> tuple[Tensor, dict]:  # fmt: skip
         """As AuxVLA.act: normalised actions [B, 1, 13], by `generate` over the action ids."""
-        first, bins = self.cfg.llm.first_action_id, self.cfg.bins
+        first = self.cfg.llm.first_action_id
 
         def only_actions(_, scores: Tensor) -> Tensor:  # [B, vocabulary]
             kept = torch.full_like(scores, -torch.inf)
-            kept[:, first : first + bins] = scores[:, first : first + bins]
+            kept[:, first : first + BINS] = scores[:, first : first + BINS]
             return kept
 
         x, mask = self.prefix(batch)
@@ -163,5 +151,5 @@ class Port(nn.Module):
             inputs_embeds=x, attention_mask=mask, do_sample=False, max_new_tokens=ACTION_DIM,
             min_new_tokens=ACTION_DIM, logits_processor=[only_actions],
         )  # fmt: skip
-        actions = bins_to_actions(ids[:, -ACTION_DIM:] - first, bins)
+        actions = bins_to_actions(ids[:, -ACTION_DIM:] - first)
         return rearrange(actions, "b a -> b 1 a"), {}

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,9 +23,7 @@ class Log:
 
     def __init__(self, cfg: TrainConfig, step: int, num_steps: int, ranks: Ranks):
         self.cfg, self.num_steps, self.ranks, self.out = cfg, num_steps, ranks, Path(cfg.out)
-        self.sums: dict[str, Tensor] = {}
-        self.steps, self.waited = 0, 0.0
-        self.waiting_since = self.since = time.perf_counter()
+        self.clear()
         if not ranks.is_main:
             return
         self.out.mkdir(parents=True, exist_ok=True)
@@ -34,17 +32,22 @@ class Log:
         # Drop lines newer than the checkpoint that the run resumes: those steps run again.
         kept = [line for line in read_lines(path) if line["step"] <= step]
         write(path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
-        # Open until `close`.
-        self.file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        self.file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  until `close`
         if cfg.row:
             print(describe(cfg.row))
         self.track, self.end_tracking = open_tracker(cfg)
 
-    def data_requested(self) -> None:
-        self.waiting_since = time.perf_counter()
+    def clear(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps, self.waited, self.since = 0, 0.0, time.perf_counter()
 
-    def data_arrived(self) -> None:
-        self.waited += time.perf_counter() - self.waiting_since
+    def time_waits(self, batches: Iterable) -> Iterator:
+        """Yield the batches; add up the time until each arrives."""
+        began = time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - began
+            yield batch
+            began = time.perf_counter()
 
     def add(self, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
         """Add a step: this rank's share of each loss, and the gradient norm."""
@@ -62,16 +65,16 @@ class Log:
         """Write the means since the last line. Collective: each rank has a share of the losses."""
         if not self.steps:  # all were skipped
             return
-        names, values = list(self.sums), torch.stack(list(self.sums.values())) / self.steps
-        values = self.ranks.sum(values) / self.ranks.world
+        means = torch.stack(list(self.sums.values())) / self.steps
+        means = self.ranks.sum(means) / self.ranks.world
         seconds = time.perf_counter() - self.since
-        losses = dict(zip(names, values.tolist()))
+        losses = dict(zip(self.sums, means.tolist()))
         speed = {
             "samples_per_s": self.steps * self.cfg.batch_size / seconds,
             "data_wait": self.waited / seconds,
             "eta_s": (self.num_steps - step) * seconds / self.steps,
         }
-        self.sums, self.steps, self.waited, self.since = {}, 0, 0.0, time.perf_counter()
+        self.clear()
         if self.ranks.is_main:
             self.emit(step, losses | speed | {"lr": lr, "grad_norm": float(self.grad_norm)})
             figures = [f"{name} {value:.4g}" for name, value in (losses | speed).items()]
@@ -83,12 +86,11 @@ class Log:
         self.emit(step, {f"val_{name}": value for name, value in ours.items()})
         figures = {"step": step, "losses": losses, "metrics": metrics}
         write_json(self.out / "validation.json", figures)
-        texts = [
-            f"{name} {m['ours']:.3g} ({m['trivial']:.3g})"
-            + ", which never changes" * m.get("constant", False)
-            for name, m in metrics.items()
-        ]
-        print(f"{step:>7} held out (best constant in brackets): " + "  ".join(texts))
+        text = f"{step:>7} held out (best constant in brackets):"
+        for name, metric in metrics.items():
+            text += f" {name} {metric['ours']:.3g} ({metric['trivial']:.3g})"
+            text += ", which never changes" * metric.get("constant", False)
+        print(text)
         self.since += seconds
 
     def emit(self, step: int, figures: dict) -> None:
@@ -106,15 +108,11 @@ class Log:
         if gave_up:
             print(
                 f"error: {self.cfg.max_skipped} steps in a row had a loss or gradient that is not "
-                f"finite. The state before them is saved in {self.out}, its log.jsonl names their "
-                "frames: look at those, or lower --lr",
+                f"finite. {self.out}/log.jsonl names their frames: look at them, or lower --lr",
                 file=sys.stderr,
             )
-        elif stopped:
-            saved = f"step {step} is saved in {self.out}" if step else "before the first step"
-            print(f"stage {self.cfg.stage}: stopped by a signal, {saved}")
-        else:
-            print(f"stage {self.cfg.stage}: {step} steps done, newest checkpoint in {self.out}")
+        how = "stopped by a signal after" if stopped else "ended with"
+        print(f"stage {self.cfg.stage} {how} step {step}, its checkpoint is in {self.out}")
 
 
 def open_tracker(cfg: TrainConfig) -> tuple[Callable[[int, dict], None], Callable[[], None]]:
@@ -129,16 +127,19 @@ def open_tracker(cfg: TrainConfig) -> tuple[Callable[[int, dict], None], Callabl
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(cfg.out)
-    return lambda step, line: [
-        writer.add_scalar(*item, step) for item in line.items()
-    ], writer.close
+
+    def add(step: int, line: dict) -> None:
+        for name, value in line.items():
+            writer.add_scalar(name, value, step)
+
+    return add, writer.close
 
 
 class Saver:
     """Writes checkpoints in a thread, one at a time, while training continues.
 
-    `step` is the checkpoint that `out` already has. An error of a save is printed at once and
-    training continues; `close` raises the error of the last save.
+    `step` is that of the checkpoint that `out` already has. A failed save is printed at once, and
+    `close` raises the error if no later save succeeded.
     """
 
     def __init__(self, out: Path, keep: int, is_main: bool, step: int):
@@ -149,26 +150,22 @@ class Saver:
     def save(
         self, step: int, model: nn.Module, optimizer: Optimizer, manifest: dict, tokenizer: str
     ) -> None:  # fmt: skip
-        """Copy the state and return. Every rank calls this, the main one writes."""
+        """Copy the state and return. Collective; the main rank writes."""
         if step == self.step:
             return
         self.failed()  # waits for the previous save
         tensors = checkpoint.snapshot(model, optimizer, self.is_main)
         self.step = step
         if self.is_main:
-            self.submit(checkpoint.write, step, *tensors, manifest, tokenizer)
+            state = (step, *tensors, manifest, tokenizer)
+            self.saving = self.pool.submit(self.write, *state)
 
-    def rate(self, step: int, score: float) -> None:
-        """Add the held-out loss to the checkpoint of `step`, if that was the last one saved.
-
-        The save comes first, since validation may fail.
-        """
-        if self.saving and step == self.step and not self.failed():
-            self.submit(checkpoint.rate, step, score)
-
-    def submit(self, function: Callable, *args) -> None:
-        self.saving = self.pool.submit(function, self.out, *args, self.keep)
-        self.saving.add_done_callback(print_error)
+    def write(self, *state) -> None:
+        try:
+            checkpoint.write(self.out, *state, self.keep)
+        except BaseException as error:
+            print(f"warning: {type(error).__name__}: {error}", file=sys.stderr)
+            raise
 
     def failed(self) -> BaseException | None:
         """Wait for the last save; return its error, if any."""
@@ -179,8 +176,3 @@ class Saver:
         self.pool.shutdown()
         if error := self.failed():
             raise error
-
-
-def print_error(saving: Future) -> None:
-    if error := saving.exception():
-        print(f"warning: {type(error).__name__}: {error}", file=sys.stderr)

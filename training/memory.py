@@ -2,9 +2,8 @@
 
     plan = memory_plan(cfg, world, device)   # {"weights": bytes, ...} per process
 
-The pass runs on tensors that have shapes and no content (torch's FakeTensorMode); the tensors that
-autograd keeps are added up. What lives within one kernel, and the allocator's own share, is not
-counted: a tenth of the device stays free for it.
+The pass runs on tensors without content (torch's FakeTensorMode) and adds up those that autograd
+keeps. Temporary tensors and the allocator's share are not counted: a tenth of the GPU stays free.
 """
 
 import shutil
@@ -60,11 +59,10 @@ def memory_plan(cfg: TrainConfig, world: int, device: torch.device) -> dict[str,
         per_frame, constant = two - one, max(0, 2 * one - two)
         if cfg.recompute:
             model.prepare_blocks(recompute=True)
-            inputs = kept(2) - kept(1)
-            vlm = model.vlm
-            blocks = (*vlm.vision.dino.blocks, *vlm.vision.siglip.blocks, *vlm.llm.layers)
+            inputs, vision = kept(2) - kept(1), model.vlm.vision
+            blocks = len(vision.dino.blocks) + len(vision.siglip.blocks) + len(model.vlm.llm.layers)
             # The backward pass holds the activations of one recomputed block and their gradients.
-            per_frame = inputs + 2 * (per_frame - inputs) / len(blocks)
+            per_frame = inputs + 2 * (per_frame - inputs) / blocks
     share = 4 / (world if cfg.shard else 1)
     return {
         "weights": share * sum(p.numel() for p in model.parameters()),
@@ -78,7 +76,7 @@ def memory_plan(cfg: TrainConfig, world: int, device: torch.device) -> dict[str,
 def describe_plan(
     plan: dict[str, float], cfg: TrainConfig, world: int, device: torch.device
 ) -> str:
-    """The plan in a line. Raises InputError, with the flag that mends it, if a GPU is too small."""
+    """The plan in a line. Raises InputError, with a flag that helps, if a GPU is too small."""
     *fixed, frame = plan.values()
     frames = min(cfg.micro_batch, cfg.batch_size // world)
     needed = sum(fixed) + frames * frame
@@ -93,12 +91,12 @@ def describe_plan(
     fit = int((USABLE * total - sum(fixed)) // frame)
     remedy = f"--micro-batch {fit}" if fit >= 1 else "--shard on more GPUs"
     if not cfg.recompute:
-        remedy += ", or --recompute, which keeps little, for a third more arithmetic"
+        remedy += ", or --recompute, for a third more arithmetic"
     raise InputError(f"{line}, but the GPU has {total / 2**30:.3g}: give {remedy}")
 
 
-def check_shared_memory(cfg: TrainConfig, folder: str = "/dev/shm") -> str:
-    """Return the size; InputError if the loader processes' batches, two each, do not fit."""
+def check_shared_memory(cfg: TrainConfig, folder: str = "/dev/shm") -> None:
+    """Raise InputError if the loader processes' batches, two each, do not fit."""
     pictures = sum(RECORD[name].itemsize for name in ("rgb", "depth"))
     frame = RECORD.itemsize + (HISTORY * pictures if cfg.model.history == "frames" else 0)
     total, need = shutil.disk_usage(folder).total, 2 * cfg.workers * cfg.batch_size * frame
@@ -109,4 +107,3 @@ def check_shared_memory(cfg: TrainConfig, folder: str = "/dev/shm") -> str:
             f"{need / 1e9:.1f} GB: mount -o remount,size={size} {folder} (or docker run "
             f"--shm-size={size}), or give --workers 0"
         )
-    return f"{folder}: {total / 1e9:.1f} GB"

@@ -24,8 +24,8 @@ from torch import Tensor
 from config import InputError
 from model import AuxVLA
 
-# Seconds that ranks wait for each other: at the start; at the end, when one may still be saving.
-JOIN_TIMEOUT, LEAVE_TIMEOUT = 120.0, 3600.0
+# Seconds that ranks wait for each other: at the start; later, when one may be saving.
+JOIN_TIMEOUT, STEP_TIMEOUT = 120.0, 3600.0
 STOPPED = 75  # exit code of a run that was stopped by a signal and saved (EX_TEMPFAIL)
 
 
@@ -34,7 +34,7 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
-    store: dist.Store | None = None  # None without torchrun
+    grouped: bool = False  # there is a process group: torchrun started this process
 
     @property
     def is_main(self) -> bool:
@@ -47,10 +47,7 @@ class Ranks:
         return tensor
 
     def on_main(self, function: Callable[[], object]) -> object:
-        """Run `function` on rank 0 and broadcast its result.
-
-        If it raises on rank 0, the other ranks exit with 1 and print nothing.
-        """
+        """The result of `function` on rank 0. If it raises there, the other ranks exit quietly."""
         result, failed = None, True
         try:
             if self.is_main:
@@ -59,61 +56,45 @@ class Ranks:
             message = [result, failed]
             if self.world > 1:
                 dist.broadcast_object_list(message, device=self.device)
-        if message[1]:
+        result, failed = message
+        if failed:
             raise SystemExit(1)
-        return message[0]
+        return result
 
     def leave(self) -> None:
         """Wait for all ranks, then close the process group. The caller must have dropped DDP."""
-        if self.store is None:
-            return
-        # DDP's reducer holds the process group. If the reducer were freed after the group, gloo's
-        # threads and the interpreter would wait for each other: 1 run of 20 hung.
-        gc.collect()
-        deadline = time.monotonic() + LEAVE_TIMEOUT
-        while missing := arrive(self.store, "leave", self.rank, self.world):
-            wait_for(missing, self.rank, self.world, deadline)
-        dist.destroy_process_group()
-
-
-# Ranks meet through the store, since a collective with a missing rank only says that it timed out.
-
-
-def arrive(store: dist.Store, place: str, rank: int, world: int) -> list[int]:
-    """Mark this rank as arrived at `place`; return the ranks that have not arrived."""
-    store.set(f"{place}/{rank}", "here")
-    return [other for other in range(world) if not store.check([f"{place}/{other}"])]
-
-
-def wait_for(missing: list[int], rank: int, world: int, deadline: float) -> None:
-    """Sleep a little. Raises InputError, naming the missing ranks, after the deadline."""
-    if time.monotonic() > deadline:
-        raise InputError(
-            f"rank {rank} waited in vain: of {world} ranks these did not come: {missing}. Their "
-            "own output says why; start all nodes with the same command at about the same time"
-        )
-    time.sleep(0.01)
+        if self.grouped:
+            gc.collect()  # frees DDP's reducer: if it outlived the group, gloo could hang (1 in 20)
+            dist.barrier()
+            dist.destroy_process_group()
 
 
 def gather(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
-    """Wait for all ranks of this start; return a store of their own. InputError names the missing.
+    """Wait for all ranks of this start; return a store of their own.
 
-    torchrun reuses its key-value store after a restart, so keys of crashed ranks are still in it.
-    Each process writes a new id; rank 0 publishes the ids it sees; a rank proceeds once its own id
-    is listed, under a prefix derived from that list.
+    Raises InputError, naming the missing ranks, after `timeout` seconds. After a restart torchrun's
+    key-value store still has the keys of the crashed ranks. So each process writes a new id, and
+    rank 0 publishes the ids that it sees. A rank proceeds when its own id is published, under a
+    prefix made from all ids.
     """
     own_id, deadline = uuid4().hex, time.monotonic() + timeout
     keys, missing = [f"id/{other}" for other in range(world)], [0]  # until rank 0 lists this rank
     store.set(keys[rank], own_id)
-    while True:
+    while missing:
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"rank {rank} waited in vain: of {world} ranks these did not come: {missing}. See "
+                "their output; start all nodes with the same command at about the same time"
+            )
         if rank == 0:
             store.set("ids", " ".join(store.get(k).decode() for k in keys if store.check([k])))
         ids = store.get("ids").decode() if store.check(["ids"]) else ""
         if own_id in ids:
             own = dist.PrefixStore(hashlib.sha256(ids.encode()).hexdigest(), store)
-            if not (missing := arrive(own, "begin", rank, world)):
-                return own
-        wait_for(missing, rank, world, deadline)
+            own.set(f"here/{rank}", "")
+            missing = [other for other in range(world) if not own.check([f"here/{other}"])]
+        time.sleep(0.01)
+    return own
 
 
 def device_of(name: str | None) -> torch.device:
@@ -121,38 +102,32 @@ def device_of(name: str | None) -> torch.device:
     usable = torch.cuda.is_available()
     if name == "cuda" and not usable:
         raise InputError(
-            "--device cuda: torch finds no GPU here. `python -m tools.doctor --device cuda` says "
-            "why; --device cpu needs none"
+            "--device cuda: torch finds no GPU here; why: python -m tools.doctor --device cuda"
         )
     return torch.device(name or ("cuda" if usable else "cpu"))
 
 
 def join(device: str | None, timeout: float = JOIN_TIMEOUT) -> Ranks:
-    """This process's place among the ranks that torchrun started (GPUs: NCCL, CPUs: gloo)."""
-    kind = device_of(device).type
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if kind == "cuda":
-        # Before anything allocates, or every rank opens a context on GPU 0.
-        torch.cuda.set_device(local_rank)
+    """This process's place among the ranks that torchrun started; without torchrun one rank."""
+    own, backend = device_of(device), "gloo"
+    if own.type == "cuda":
+        own, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
+        torch.cuda.set_device(own)  # before any allocation, or every rank allocates on GPU 0 too
     if "RANK" not in os.environ:
-        return Ranks(0, 1, torch.device(kind))
-    own = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+        return Ranks(0, 1, own)
     store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
     store = gather(store, rank, world, timeout)
-    dist.init_process_group(
-        "nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world
-    )
-    return Ranks(rank, world, own, store)
+    limit = timedelta(seconds=STEP_TIMEOUT)
+    dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
+    return Ranks(rank, world, own, grouped=True)
 
 
 @contextmanager
 def signals() -> Iterator[Callable[[], bool]]:
     """Inside the block, SIGTERM and SIGUSR1 (of a scheduler) only set the yielded function True."""
     received = []
-    before = {
-        number: signal.signal(number, lambda *_: received.append(1))
-        for number in (signal.SIGTERM, signal.SIGUSR1)
-    }
+    numbers = signal.SIGTERM, signal.SIGUSR1
+    before = {number: signal.signal(number, lambda *_: received.append(1)) for number in numbers}
     try:
         yield lambda: bool(received)
     finally:
@@ -160,9 +135,9 @@ def signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def shard(model: AuxVLA, device: torch.device) -> None:
+def shard(model: AuxVLA, device: torch.device) -> AuxVLA:
     """Divide the model, which every rank holds in full, among the ranks' devices (FSDP2)."""
-    # Here, since importing FSDP takes a second and most runs do not shard.
+    # Imported here: takes a second, and most runs do not shard.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -173,8 +148,9 @@ def shard(model: AuxVLA, device: torch.device) -> None:
     empty = {p for p in model.parameters() if not p.numel()}  # FSDP2 cannot divide empty tensors
     for parameter in empty:
         parameter.data = parameter.data.to(device)
-    # The other parameters are one group. It is sharded again after each forward pass; otherwise its
-    # full tensors would replace the parameters that the optimizer holds.
+    # The rest is one group, sharded again after each forward pass: otherwise its full tensors would
+    # replace the parameters that the optimizer holds.
     fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=empty)
     for method in ("act", "teacher_forced"):  # they also run forward passes
         register_fsdp_forward_method(model, method)
+    return model

@@ -42,21 +42,15 @@ class Start:
 def choose_start(cfg: TrainConfig, ranks: Ranks) -> Start:
     """The newest checkpoint in --out, else the one of --init-from, else none."""
 
-    def choose() -> tuple[Path | None, bool]:
-        if resumed := checkpoint.resumable(Path(cfg.out), cfg.resume):
-            return resumed, True
+    def choose() -> Start:
+        if folder := checkpoint.resumable(Path(cfg.out), cfg.resume):
+            return Start(folder, checkpoint.read_manifest(folder, verify=False), resumed=True)
         if not cfg.init_from:
-            return None, False
+            return Start()
         folder = checkpoint.resolve(cfg.init_from)
-        checkpoint.read_manifest(folder, moments=False)
-        return folder, False
+        return Start(folder, checkpoint.read_manifest(folder, moments=False))
 
-    # Rank 0 picks the checkpoint, verifying its hashes once, and broadcasts the path.
-    folder, resumed = ranks.on_main(choose)
-    if folder is None:
-        return Start()
-    manifest = checkpoint.read_manifest(folder, verify=False, moments=resumed)
-    return Start(folder, manifest, resumed)
+    return ranks.on_main(choose)  # the others need not verify it too
 
 
 def settle_config(cfg: TrainConfig, start: Start, frames: Frames, is_main: bool) -> TrainConfig:
@@ -65,25 +59,25 @@ def settle_config(cfg: TrainConfig, start: Start, frames: Frames, is_main: bool)
     The default five decoders become those of the checkpoint or, without one, those with labels.
     Raises InputError for a decoder that a flag or a row names and that has no label.
     """
-    default = cfg.model.decoders == LABELS and not cfg.row
     decoders = cfg.model.decoders
+    default = decoders == LABELS and not cfg.row
     if start.folder:
         stored = start.manifest["config"]
         decoders = model_config_of(start.manifest).decoders if default else decoders
         # The weights were trained with these bounds. Older checkpoints had percentiles only.
-        cfg = replace(cfg, action_bounds=stored.get("action_bounds", "percentiles"))
-        if start.resumed:  # keep the init_from of the run that is resumed
-            cfg = replace(cfg, init_from=stored["init_from"])
+        bounds = stored.get("action_bounds", "percentiles")
+        init_from = stored["init_from"] if start.resumed else cfg.init_from
+        cfg = replace(cfg, action_bounds=bounds, init_from=init_from)
     lacking = [name for name in decoders if cfg.stage < 3 and not frames.labelled[name]]
     if lacking:
-        lacks = f"no training frame of {cfg.data} has a label for: {', '.join(lacking)}"
+        error = f"no training frame of {cfg.data} has a label for: {', '.join(lacking)}"
         mend = label_command(frames.source.episodes[frames.episode_ids[0]], cfg.data)
         if lacking == ["obj"]:
             mend = "those of pick or place: no other subtask has an object (GAP-8)"
         if not default:
-            raise InputError(f"{lacks}. Record labels: {mend}; or train without these decoders")
+            raise InputError(f"{error}. Record labels: {mend}; or train without these decoders")
         if is_main:
-            print(f"warning: {lacks}. NOT TRAINED: these decoders. To record labels: {mend}")
+            print(f"warning: {error}. NOT TRAINED: these decoders. To record labels: {mend}")
     if not start.folder:
         decoders = tuple(name for name in decoders if name not in lacking)
     cfg = replace(cfg, model=replace(cfg.model, decoders=decoders))
@@ -93,29 +87,21 @@ def settle_config(cfg: TrainConfig, start: Start, frames: Frames, is_main: bool)
 
 
 def check_config(cfg: TrainConfig, start: Start) -> None:
-    """Raise InputError, naming the fields, unless the run may start from the checkpoint.
-
-    A field that is newer than the checkpoint has its default there.
-    """
+    """Raise InputError, naming the fields, unless the run may start from the checkpoint."""
+    # The checkpoint had the defaults of fields that are newer than itself.
     theirs = to_json(TrainConfig()) | start.manifest["config"]
     theirs |= {"model": to_json(model_config_of(start.manifest))}
     fields = differences(to_json(cfg), theirs)
     if start.resumed:
-        wrong = [
-            text for name, text in fields.items() if name.split(".")[0] not in RESUME_MAY_CHANGE
-        ]
+        wrong = [name for name in fields if name.split(".")[0] not in RESUME_MAY_CHANGE]
         mend = "Give the same flags, or another --out"
     else:  # A stage needs the same model; the flow head is new unless stage 3 trained one.
         free = ("model.freeze_vision",) + ("model.flow.",) * (start.manifest["stage"] != 3)
-        parts = {name: text for name, text in fields.items() if name.startswith("model.")}
-        wrong = [text for name, text in parts.items() if not name.startswith(free)]
+        wrong = [name for name in fields if name.startswith("model.") and not name.startswith(free)]
         mend = "Give its --row or its --model flags, or another --init-from"
     if wrong:
-        more = f"; {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise InputError(
-            f"{start.folder} was made with another configuration ({'; '.join(wrong[:4])}{more}). "
-            + mend
-        )
+        shown = "; ".join(fields[name] for name in wrong[:4]) + "; ..." * (len(wrong) > 4)
+        raise InputError(f"{start.folder} was made with another configuration ({shown}). {mend}")
 
 
 def differences(ours: dict, theirs: dict, prefix: str = "") -> dict[str, str]:
@@ -131,7 +117,7 @@ def differences(ours: dict, theirs: dict, prefix: str = "") -> dict[str, str]:
 
 
 def build_model(cfg: TrainConfig, start: Start, is_main: bool) -> tuple[AuxVLA, dict]:
-    """The model with its weights; sha256 of the files of public weights."""
+    """The model with its weights; the hashes of public weights' files."""
     torch.manual_seed(cfg.seed)  # the same weights on every rank
     from_file = bool(start.folder or cfg.pretrained)
     model = AuxVLA(cfg.model, flow_head=cfg.stage == 3, meta=from_file)
@@ -139,17 +125,14 @@ def build_model(cfg: TrainConfig, start: Start, is_main: bool) -> tuple[AuxVLA, 
         checkpoint.load_weights(model, start.folder, new=() if start.resumed else ("flow_head.",))
         if is_main:
             print(f"{'resumed' if start.resumed else 'initialised'} from {start.folder}")
-            if cfg.stage == 3 and start.manifest["stage"] == 1:
-                print("stage 3 on a stage-1 checkpoint: the paper's starts from stage 2 (Sec. 5)")
         return model, start.manifest["pretrained"]
     if cfg.stage == 2 and not cfg.row and is_main:
         print("stage 2 without --init-from RUN/stage1: naive co-training (Table 2)")
-    build_tokenizer(cfg.model.llm)  # a missing tokenizer fails here, before weights are read
     return model, load_pretrained(model.vlm, cfg.pretrained) if cfg.pretrained else {}
 
 
 def prepare_data(cfg: TrainConfig, frames: Frames, start: Start) -> tuple[ActionStats, Tokenizer]:
-    """Action statistics and tokenizer; from the checkpoint, since its weights trained with them."""
+    """Action statistics and tokenizer: those that the checkpoint's weights were trained with."""
     if not start.folder:
         return frames.stats(cfg.action_bounds), build_tokenizer(cfg.model.llm)
     stats = {name: tuple(bounds) for name, bounds in start.manifest["action_stats"].items()}
@@ -165,8 +148,7 @@ def describe_run(
     Raises InputError if a resumed run has other data than before.
     """
     data = frames.source
-    # The order of samples and the held-out episodes depend on these.
-    identity = {
+    identity = {  # the order of samples and the held-out episodes depend on these
         "frames": len(data),
         "episodes": len(data.episodes),
         "packed": data.blocks is None,

@@ -29,7 +29,7 @@ def validate(
     device = prompts[0].device
     model.eval()
     rows = np.unique(np.linspace(0, len(frames) - 1, min(cfg.val_frames, len(frames))).astype(int))
-    sums, counted = defaultdict(float), defaultdict(float)  # of losses, and over how many labels
+    sums, labels = defaultdict(float), defaultdict(float)  # of each loss, and their number
     seen: dict[str, list[Tensor]] = defaultdict(list)
     generator = torch.Generator().manual_seed(cfg.seed)
     for part in np.array_split(rows, -(-len(rows) // cfg.micro_batch)):
@@ -40,10 +40,10 @@ def validate(
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             for name, loss in model(batch, cfg.stage).items():
                 sums[name] += loss.item() * counts[name].item()
-                counted[name] += counts[name].item()
+                labels[name] += counts[name].item()
             logits, predictions = model.teacher_forced(batch)
             chunk = model.act(batch, batch["noise"])[0] if cfg.stage == 3 else None
-        true = actions_to_bins(batch["actions"][:, 0], cfg.model.bins)
+        true = actions_to_bins(batch["actions"][:, 0])
         keep = {"bins": logits.argmax(-1), "true_bins": true}
         if cfg.stage == 3:
             keep |= {"chunk": chunk, "true_chunk": batch["actions"], "mask": batch["action_mask"]}
@@ -52,47 +52,46 @@ def validate(
         for key, value in keep.items():
             seen[key].append(value.cpu())
     model.train_stage(cfg.stage)
-    losses = {name: total / counted[name] for name, total in sums.items() if counted[name]}
+    losses = {name: total / labels[name] for name, total in sums.items() if labels[name]}
     return losses, metrics({key: torch.cat(values) for key, values in seen.items()}, stats)
 
 
 def metrics(seen: dict[str, Tensor], stats: ActionStats) -> dict[str, dict]:
-    """{name: ours, trivial, unit, higher_is_better, n, and for labels: are they all equal}."""
-    n = len(seen["bins"])
-    out = {"action_token_accuracy": to_dict(action_accuracy(seen, stats), n)}
+    """{name: ours, trivial, unit, higher_is_better, n, and of labels: are they all equal}."""
+    moving = torch.tensor(stats.high) > torch.tensor(stats.low)
+    n, tokens = len(seen["bins"]), (seen["bins"][:, moving], seen["true_bins"][:, moving])
+    out = to_figures(token_accuracy(*tokens), n=n)
     if "chunk" in seen:
-        out["flow_action_error"] = to_dict(chunk_error(seen), n)
+        mask = seen["mask"].bool()
+        out |= to_figures(action_error(seen["chunk"][mask], seen["true_chunk"][mask]), n=n)
     for name, function in METRICS.items():
         if f"pred_{name}" in seen and seen[f"has_{name}"].any():
             has = seen[f"has_{name}"]
             true = seen[name][has]
             constant = bool((true == true[0]).all())
-            for key, metric in function(seen[f"pred_{name}"][has], true).items():
-                out[key] = to_dict(metric, len(true)) | {"constant": constant}
+            measured = function(seen[f"pred_{name}"][has], true)
+            out |= to_figures(measured, n=len(true), constant=constant)
     return out
 
 
-def to_dict(metric: Metric, n: int) -> dict:
-    ours, trivial, unit, higher = metric
-    return dict(
-        ours=float(ours), trivial=float(trivial), unit=unit, higher_is_better=higher, n=n
-    )  # fmt: skip
+def to_figures(measured: dict[str, Metric], **more) -> dict[str, dict]:
+    return {
+        name: dict(ours=float(ours), trivial=float(trivial), unit=unit, higher_is_better=higher)
+        | more
+        for name, (ours, trivial, unit, higher) in measured.items()
+    }
 
 
-def action_accuracy(seen: dict[str, Tensor], stats: ActionStats) -> Metric:
-    """Share of correct tokens, given the true earlier ones; without dimensions that never move."""
-    moving = torch.tensor(stats.high) > torch.tensor(stats.low)
-    pred, true = seen["bins"][:, moving], seen["true_bins"][:, moving]
-    majority = true.mode(dim=0).values
-    return (pred == true).float().mean(), (majority == true).float().mean(), "share", True
+def token_accuracy(pred: Tensor, true: Tensor) -> dict[str, Metric]:
+    """Share of correct tokens, given the true earlier ones; [n, dimensions that move]."""
+    ours, trivial = ((guess == true).float().mean() for guess in (pred, true.mode(dim=0).values))
+    return {"action_token_accuracy": (ours, trivial, "share", True)}
 
 
-def chunk_error(seen: dict[str, Tensor]) -> Metric:
-    """Mean absolute error of the flow head's normalised actions."""
-    mask, true = seen["mask"].bool(), seen["true_chunk"]
-    guesses = seen["chunk"], true[mask].mean(0)
-    ours, trivial = ((guess - true).abs()[mask].mean() for guess in guesses)
-    return ours, trivial, "of [-1, 1]", False
+def action_error(pred: Tensor, true: Tensor) -> dict[str, Metric]:
+    """Mean absolute error of the flow head's normalised actions, [n, 13]."""
+    ours, trivial = ((guess - true).abs().mean() for guess in (pred, true.mean(0)))
+    return {"flow_action_error": (ours, trivial, "of [-1, 1]", False)}
 
 
 def position_error(pred: Tensor, true: Tensor) -> dict[str, Metric]:
@@ -119,17 +118,15 @@ def object_error(pred: Tensor, true: Tensor) -> dict[str, Metric]:
     distances = [(guess - true[:, :3]).norm(dim=-1).mean() * 100 for guess in positions]
     cosines = [(guess * quaternion).sum(-1).abs().clamp(max=1) for guess in rotations]
     angles = [torch.rad2deg(2 * cosine.acos()).mean() for cosine in cosines]
-    return {
-        "object_distance": (*distances, "cm", False),
-        "object_angle": (*angles, "degrees", False),
-    }
+    angle = (*angles, "degrees", False)
+    return {"object_distance": (*distances, "cm", False), "object_angle": angle}
 
 
 def mask_iou(pred: Tensor, true: Tensor) -> dict[str, Metric]:
     """Intersection over union of all held-out pixels, per camera.
 
-    The constant is one mask for all frames: pixels in which the target appears often enough, at the
-    best of twenty thresholds.
+    The constant is one mask for all frames: the pixels in which the target appears more often than
+    a threshold, the best of twenty.
     """
     out = {}
     for camera in range(true.shape[1]):
