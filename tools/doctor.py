@@ -322,7 +322,7 @@ def choose_checks(cfg: Doctor) -> Iterator[tuple[str, Callable[[], str]]]:
 def report(name: str, check: Callable[[], str]) -> bool:
     """Run and print a check; return whether something is missing."""
     try:
-        state, text = "ok", check()
+        state, text = "ok", check() or "enough"  # check_shared_memory returns nothing
     except InputError as error:
         state, text = "missing", str(error)
     print(f"{state:8}{name:14} " + text.replace("\n", f"\n{'':23}"), flush=True)
