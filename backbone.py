@@ -116,11 +116,6 @@ class KeyValues(NamedTuple):
     v: Tensor
 
 
-def crop(cache: list[KeyValues], length: int) -> list[KeyValues]:
-    """The KV cache of the first `length` tokens, as views."""
-    return [KeyValues(layer.k[:, :, :length], layer.v[:, :, :length]) for layer in cache]
-
-
 def rope(positions: Tensor, cfg: LLMConfig) -> tuple[Tensor, Tensor]:
     """RoPE's tables [B, 1, T, head_dim] at integer positions [B, T]: cosines, signed sines."""
     even = torch.arange(0, cfg.head_dim, 2, device=positions.device).float()

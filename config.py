@@ -3,8 +3,8 @@
     from config import PRESETS  # {"paper": ..., "openvla": ..., "tiny": ..., "tiny-openvla": ...}
     python train.py --help      # the comment beside or above a field is its help text
 
-The preset `paper` is Sec. 4-6 of the paper on MiniVLA's Prismatic VLM. `openvla` is the 7B baseline
-of Table 1. `tiny` trains on two CPU cores. Presets differ in numbers only.
+The preset `paper` is Sec. 4-6 of the paper, 1.3B parameters, on MiniVLA's Prismatic VLM. `openvla`
+is the 7B baseline of Table 1. `tiny` trains on two CPU cores. Presets differ in numbers only.
 """
 
 import errno
@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import tyro
@@ -26,11 +26,11 @@ CAMERAS = ("head", "hand")  # Fig. 1; MS-HAB's fetch_head and fetch_hand
 # forward velocity 1, base yaw velocity 1.
 ACTION_DIM = 13
 BINS = 256  # of each action dimension, uniform on [-1, 1], one token per bin (Prismatic; GAP-3)
-QPOS_DIM = 12  # Table 5
+QPOS_DIM = 12  # joint positions (Sec. 4.3, Table 5)
 DEPTH_SCALE_MM = 1000.0  # Eq. 1
 IMAGE_SIZE = 128  # pixels of MS-HAB's cameras, hence of the masks (Table 5)
 RECORDED_ACTIONS = 8  # actions of the flow head's chunk (Sec. 6.4), stored with every frame
-TASKS = ("set_table", "tidy_house", "prepare_groceries")
+TASKS = ("set_table", "tidy_house", "prepare_groceries")  # Sec. 3
 SUBTASKS = ("pick", "place", "open", "close")
 HORIZON = 200  # control steps per episode, 20 Hz (MS-HAB: max_episode_steps of all four subtasks)
 HISTORY = 4  # past time steps (Sec. 4.2)
@@ -269,7 +269,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)  # GAP-21: not stated; MiniVLA's
     grad_clip: float = 1.0  # GAP-21: MiniVLA's
     weights: LossWeights = LossWeights()  # Eq. 4
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = ModelConfig()
     seed: int = 0  # weights, order of samples, flow noise
     device: Literal["cpu", "cuda"] | None = None  # default: a GPU if there is one
     workers: int = 4  # loader processes per GPU

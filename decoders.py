@@ -2,8 +2,7 @@
 
 Every decoder reads the latents [B, N, D] (8 x 896 in the paper) and nothing else, so any subset can
 be trained (Tables 2 and 3). A loss returns one value per frame, [B]; model.py averages over the
-frames that have the label. Sec. 3 trains pos, grasp and qpos on SetTable, obj and seg on pick and
-place of all three tasks: paper.py's rows choose these data.
+frames that have the label. paper.py's rows choose the data that each decoder trains on (Sec. 3).
 
     pos    GlobalPositionDecoder  [B, 2]   base x, y, metres, world frame
     grasp  GraspDecoder           [B]      logit: is the target held?

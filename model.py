@@ -1,7 +1,6 @@
 """AuxVLA (paper Sec. 4, 5): images, instruction -> 8 latents -> action tokens, predictions, flow.
 
-    losses = model(batch, stage)             # {"action": ..., "pos": ..., ...} or {"flow": ...};
-                                             # in training through the DDP wrapper
+    losses = model(batch, stage)             # {"action": ..., "pos": ..., ...} or {"flow": ...}
     actions, predictions = model.act(batch)  # normalised actions [B, H, 13], decoder outputs
     python model.py --preset paper           # prints the number of parameters, part by part
 
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from backbone import LLM, FusedVision, KeyValues, Projector, crop, rope
+from backbone import LLM, FusedVision, KeyValues, Projector, rope
 from config import ACTION_DIM, BINS, ModelConfig, model_config
 from decoders import DECODERS
 from flow_head import FlowHead
@@ -270,10 +269,10 @@ class AuxVLA(nn.Module):
     def decode_actions(self, batch: dict[str, Tensor], draft: Tensor) -> tuple[Encoded, Tensor]:
         """Greedy decoding of the 13 action tokens, all at once, by fixed-point iteration.
 
-        Each pass reads the guess of the pass before, the first one `draft` [B, A], and predicts all
-        tokens. A token is final once all tokens before it are, so 13 passes suffice; fewer if the
-        guess is right. Returns all hidden states with cache and mask [B, S] of the prefix, and the
-        bins [B, A].
+        A pass reads the tokens that the pass before predicted, the first pass `draft` [B, A]. Each
+        pass fixes at least one more token, so 13 suffice; a pass that changes nothing is the last.
+        Returns the hidden states, with cache and mask [B, S] of the prefix only, and the bins
+        [B, A].
         """
         llm, first = self.vlm.llm, self.cfg.llm.first_action_id
         num_read = ACTION_DIM - 1  # the 13th token is never fed back
@@ -281,7 +280,8 @@ class AuxVLA(nn.Module):
         out = self.vlm.encode(batch, first + guess)
         hidden, length = out.hidden, out.mask.shape[1] - num_read  # S
         bins = llm.logits(hidden[:, -ACTION_DIM:], first, BINS).argmax(-1)  # [B, A]
-        prefix = Encoded(hidden, crop(out.cache, length), out.mask[:, :length])
+        cache = [KeyValues(k[:, :, :length], v[:, :, :length]) for k, v in out.cache]
+        prefix = Encoded(hidden, cache, out.mask[:, :length])
         table = rope(out.mask.cumsum(-1)[:, length:] - 1, self.cfg.llm)
         causal = out.mask.new_ones(num_read, length + num_read).tril(length)
         visible = causal & rearrange(out.mask, "b s -> b 1 1 s")  # [B, 1, A - 1, S + A - 1]
@@ -291,7 +291,7 @@ class AuxVLA(nn.Module):
             if not bins.is_cuda and torch.equal(guess, bins[:, :num_read]):
                 break
             guess = bins[:, :num_read]
-            states, _ = llm(llm.embed(first + guess), table, visible, prefix.cache)
+            states, _ = llm(llm.embed(first + guess), table, visible, cache)
             prefix.hidden = torch.cat([hidden[:, :-num_read], states], dim=1)
             tokens = llm.logits(states, first, BINS).argmax(-1)  # [B, A - 1]
             bins = torch.cat([bins[:, :1], tokens], dim=1)

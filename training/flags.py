@@ -53,7 +53,8 @@ def choose_folders(cfg: TrainConfig) -> TrainConfig:
             raise InputError(f"no stage {before} in {run}: {command}{naive}")
     # Without --row, --stage 2 --out OUT is naive co-training.
     if before and not init_from and (cfg.row or cfg.stage == 3):
-        raise InputError(f"stage {cfg.stage}: give --init-from RUN/stage{before}{naive}")
+        start = f"stage {cfg.stage} starts from stage {before}: give --init-from RUN/stage{before}"
+        raise InputError(start + naive)
     return replace(cfg, out=str(out), init_from=init_from)
 
 
