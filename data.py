@@ -4,16 +4,16 @@
     python data.py pack      # data/ -> data/pack: memory-mapped records; resumable
     python data.py verify    # every file of data/pack against its sha256
 
-A raw batch, of Frames or of the policy's live frames, has integer pictures of T time steps: the
-current one and, with history "frames", the 4 before it (T = 5, oldest first). B frames have
+Frames and the policy give raw batches of B frames. The pictures show T time steps: the current
+one and, with history "frames", the 4 before it (T = 5, oldest first):
 
     rgb [B, T, 2, h, w, 3] uint8     head camera, hand camera; depth [B, T, 2, h, w] int16 mm
     instruction [B]                  row of the prompts
     past_actions [B, 4, 13]          history "actions": robot units, oldest first
     past_mask [B, 4]                 0 before the start of the episode
 
-and recorded frames the other fields of storage.trajectory.RECORD. make_batch turns it into the
-batch, the contract between data and model (L: prompt length, C: cameras, V: views of a time step):
+Recorded frames add the other fields of storage.trajectory.RECORD. make_batch turns a raw batch into
+the batch, the contract between data and model (L: prompt length, C: cameras, V: views of a step):
 
     images       [B, T*V, 3, H, W]   in [0, 1]; of each step head rgb, hand rgb, head depth,
                                      hand depth
@@ -38,16 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from config import (
-    ACTION_DIM,
-    CAMERAS,
-    DEPTH_SCALE_MM,
-    HISTORY,
-    IMAGE_SIZE,
-    LABELS,
-    InputError,
-    ModelConfig,
-)  # fmt: skip
+from config import CAMERAS, DEPTH_SCALE_MM, HISTORY, IMAGE_SIZE, LABELS, InputError, ModelConfig
 from storage.h5 import Episode, Index
 from storage.trajectory import RECORD, remarks
 
@@ -57,29 +48,27 @@ from storage.trajectory import RECORD, remarks
 def normalize_depth(depth_mm: Tensor) -> Tensor:
     """Depth in whole millimetres -> [0, 1]; near is 1, far is 0 (Eq. 1).
 
-    Depth beyond 32.767 m wraps to negative int16 numbers: infinitely far. ValueError on floats.
+    Depth beyond 32.767 m wraps to negative int16 numbers and counts as infinite.
     GAP-20 (Eq. 1): depth 0 means that the ray hit nothing, yet becomes 1, "touching". We keep Eq. 1
     as it stands, as MS-HAB's own policies do.
     """
     if depth_mm.is_floating_point():
-        raise ValueError(
-            f"depth is {depth_mm.dtype}, expected integer millimetres: multiply metres by 1000"
-        )
+        raise ValueError(f"depth is {depth_mm.dtype}, expected integer millimetres")
     depth = torch.where(depth_mm < 0, torch.inf, depth_mm.float())
     # Eq. 1: p_obs = 1 - tanh(depth / 1000)
     return 1 - torch.tanh(depth / DEPTH_SCALE_MM)
 
 
 def preprocess(rgb: Tensor, depth_mm: Tensor, cfg: ModelConfig) -> Tensor:
-    """Camera pictures -> `images` [B, T*V, 3, H, W] in [0, 1]; the same for training and acting.
+    """Camera pictures -> `images` [B, T*V, 3, H, W] in [0, 1], in training and acting.
 
     rgb [B, T, 2, h, w, 3] uint8 and depth_mm [B, T, 2, h, w] integer, head camera then hand.
     """
     chosen = [CAMERAS.index(camera) for camera in cfg.cameras]
     views = [resize(rgb[:, :, chosen].float() / 255, cfg.image_size)]
     if cfg.depth:
-        # GAP-4 (Sec. 4.2): how depth enters an RGB encoder is not said; we add it as one more
-        # picture, repeated to three channels.
+        # GAP-4 (Sec. 4.2): the paper does not say how depth enters an RGB encoder. We add it as
+        # one more picture, repeated to three channels.
         near = rearrange(normalize_depth(depth_mm[:, :, chosen]), "b t v h w -> b t v h w 1")
         views.append(repeat(resize(near, cfg.image_size), "b t v 1 h w -> b t v c h w", c=3))
     return rearrange(torch.cat(views, dim=2), "b t v c h w -> b (t v) c h w")
@@ -102,9 +91,9 @@ def cameras(obs: dict) -> tuple[Tensor, Tensor]:
 
 
 def history_steps(step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For step t of an episode, [B]: the steps t-4 ... t, and does each exist? both [B, 5].
+    """Steps t [B] of an episode -> the steps t-4 ... t, and whether each exists, both [B, 5].
 
-    GAP-5: the first step stands in for steps before it, in training and acting alike.
+    GAP-5: the first step replaces steps before it, in training and acting alike.
     """
     steps = rearrange(step, "b -> b 1") + np.arange(-HISTORY, 1)
     return np.maximum(steps, 0), steps >= 0
@@ -122,9 +111,9 @@ class ActionStats:
 
     @staticmethod
     def controller(lowest: np.ndarray, highest: np.ndarray) -> "ActionStats":
-        """The controller's bounds, -1 and 1; `lowest` and `highest` are the data's actions [13].
+        """The controller's bounds, -1 and 1, given the data's ranges `lowest`, `highest` [13].
 
-        A dimension that never moves keeps its one value, which no action token holds exactly.
+        A constant dimension keeps its value as both bounds: no action token holds it exactly.
         """
         still = lowest == highest
         low, high = np.where(still, lowest, -1.0), np.where(still, lowest, 1.0)
@@ -162,7 +151,7 @@ def bounds_on(stats: ActionStats, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def raw_batch(records: np.ndarray, history: str = "none") -> dict[str, Tensor]:
-    """The raw batch of RECORDs [B, T]: with a history T = 5, the current step last."""
+    """The raw batch of RECORDs [B, T]; with a history T = 5, the current step last."""
     now = records[:, -1]
     raw = {name: now[name] for name in RECORD.names}
     seen = records if history == "frames" else records[:, -1:]
@@ -170,17 +159,14 @@ def raw_batch(records: np.ndarray, history: str = "none") -> dict[str, Tensor]:
     if history == "actions":
         raw["past_actions"] = records["actions"][:, :-1, 0]  # [B, 4, 13]
         raw["past_mask"] = history_steps(now["frame"])[1][:, :-1]  # [B, 4]
-    # Contiguous copies, which a loader process can send and pin.
+    # A loader process can send and pin contiguous copies only.
     return {name: torch.from_numpy(np.array(value, order="C")) for name, value in raw.items()}
 
 
 def make_batch(
     raw: dict[str, Tensor], stats: ActionStats, prompts: tuple[Tensor, Tensor], cfg: ModelConfig
 ) -> dict[str, Tensor]:
-    """The raw batch of recorded or live frames -> the batch, on the device of `prompts`.
-
-    `prompts` are ids and mask [n, L] of every instruction.
-    """
+    """Raw batch -> batch on the device of `prompts`: ids and mask [n, L] of all instructions."""
     ids, mask = prompts
     raw = {name: value.to(ids.device, non_blocking=True) for name, value in raw.items()}
     chosen = [CAMERAS.index(camera) for camera in cfg.cameras]
@@ -212,9 +198,9 @@ def unpack_masks(bits: Tensor) -> Tensor:
 def batch_shapes(
     cfg: ModelConfig, b: int, noise: bool = False, prompt: int | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of every key of a batch of b frames; `prompt` is the prompts' length (the longest).
+    """{key: shape} of a batch of b frames; `noise` adds noise and times of stage 3.
 
-    `noise` adds the noise and times of stage 3.
+    `prompt` is the prompts' length; default: the longest allowed.
     """
     prompt = prompt or cfg.llm.prompt_length
     shapes = {
@@ -226,12 +212,13 @@ def batch_shapes(
     shapes |= {name: (b, *RECORD[name].shape) for name in recorded}
     shapes |= {f"has_{name}": (b,) for name in LABELS}
     if cfg.history == "actions":
-        shapes |= {"past_actions": (b, HISTORY, ACTION_DIM), "past_mask": (b, HISTORY)}
+        shapes["past_mask"] = (b, HISTORY)
+        shapes["past_actions"] = (b, HISTORY, *RECORD["actions"].shape[1:])
     return shapes | ({"noise": shapes["actions"], "t": (b,)} if noise else {})
 
 
 def check_batch(batch: dict[str, Tensor], cfg: ModelConfig) -> None:
-    """Raise ValueError, naming key, got and expected, unless a batch is as the file's top says."""
+    """Raise ValueError, naming the key, unless shapes and ranges are those of the table above."""
     length = min(batch["prompt_ids"].shape[-1], cfg.llm.prompt_length)
     for key, shape in batch_shapes(cfg, len(batch["images"]), prompt=length).items():
         got = tuple(batch[key].shape) if key in batch else "nothing"
@@ -255,8 +242,8 @@ class Frames(Dataset):
     ):  # fmt: skip
         """Hold out the last share `held_out` of every file's episodes, at least one.
 
-        Only files of `tasks` and `subtasks` are read, <task>/<subtask>/<target>.h5; empty: all.
-        Raises InputError if no file is left.
+        `tasks` and `subtasks` select files <task>/<subtask>/<target>.h5; empty: all. Raises
+        InputError if they select none.
         """
         self.source, self.history = source, history
         wanted = [
@@ -264,14 +251,10 @@ class Frames(Dataset):
             for e in source.episodes
         ]
         if not any(wanted):
-            files = sorted({episode.file for episode in source.episodes})
-            raise InputError(
-                f"{source.folder}: no demonstrations of {'/'.join((*tasks, *subtasks))} "
-                f"in <task>/<subtask>/<target>.h5; it has {', '.join(files)}"
-            )
+            which = "/".join((*tasks, *subtasks))
+            raise InputError(f"{source.folder}: no demonstrations of {which}/<target>.h5")
         keep = np.array(wanted) & (last_episodes(source.episodes, held_out) != train)
         self.episode_ids = np.flatnonzero(keep)
-        # 4 bytes a frame: the index of the paper's 8 million frames takes 32 MB.
         self.frames = np.flatnonzero(np.repeat(keep, np.diff(source.starts))).astype(np.int32)
 
     def __len__(self) -> int:
@@ -279,7 +262,7 @@ class Frames(Dataset):
 
     @property
     def instructions(self) -> list[str]:
-        """The sentences of these episodes; the source may have others."""
+        """The sentences of these episodes; other episodes of the source may have others."""
         used = {self.source.episodes[e].instruction for e in self.episode_ids}
         return [text for row, text in enumerate(self.source.instructions) if row in used]
 
@@ -304,12 +287,12 @@ class Frames(Dataset):
 
     @property
     def labelled(self) -> dict[str, int]:
-        """How many of the frames have each label."""
+        """{label: number of these frames that have it}."""
         return dict(zip(LABELS, self.survey["labelled"].sum(0).tolist()))
 
     @property
     def remarks(self) -> list[str]:
-        """What a user should know of these demonstrations, one sentence each."""
+        """Sentences about skipped trajectories and oddities in these demonstrations."""
         files = [self.source.episodes[e].file for e in self.episode_ids]
         return [*self.source.notes, *remarks(self.survey, files)]
 
@@ -328,12 +311,12 @@ class Frames(Dataset):
 
 
 def last_episodes(episodes: list[Episode], share: float) -> np.ndarray:
-    """Is an episode in the last `share` of its file, at least one? [episodes] bool"""
+    """Whether each episode is in the last `share` of its file, at least one; [episodes] bool."""
     files = np.array([episode.file for episode in episodes])
     out = np.zeros(len(files), bool)
     for file in np.unique(files):
         rows = np.flatnonzero(files == file)
-        out[rows[len(rows) - max(1, round(share * len(rows))) :]] = True
+        out[rows[-max(1, round(share * len(rows))) :]] = True
     return out
 
 

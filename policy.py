@@ -4,8 +4,6 @@
     policy.reset()                                        # at the start of an episode
     action = policy.act(obs, "close the kitchen drawer")  # MS-HAB's obs, B environments -> [B, 13]
 
-B environments that step together have one instruction, or a list of B instructions.
-
 A stage-1 or stage-2 checkpoint decodes one action at a time; a stage-3 checkpoint denoises eight
 and executes two.
 """
@@ -33,12 +31,9 @@ from training.ranks import device_of
 
 # --- On a GPU ---
 
-# A decoding pass of one frame launches about 300 small kernels, and launching them takes several
-# times as long as running them. One CUDA graph holds them all and is launched once.
-
 
 def halve(model: AuxVLA) -> None:
-    """Cast linear weights to bf16 in place, as autocast would do again in every query."""
+    """Cast linear weights to bf16 in place; autocast would cast them in every query."""
     for part in (model.vlm, model.flow_head):
         for module in part.modules() if part is not None else ():
             if isinstance(module, nn.Linear):
@@ -48,7 +43,8 @@ def halve(model: AuxVLA) -> None:
 class Graphed:
     """A function of tensors, {name: tensor} -> tensors, as one CUDA graph per set of shapes.
 
-    The next call overwrites the returned tensors.
+    A decoding pass launches about 300 small kernels, which takes several times as long as running
+    them; a graph is launched once. The next call overwrites the returned tensors.
     """
 
     def __init__(self, run: Callable[[dict[str, Tensor]], object]):
@@ -64,10 +60,8 @@ class Graphed:
         graph.replay()
         return outputs
 
-    def capture(
-        self, static_inputs: dict[str, Tensor]
-    ) -> tuple[torch.cuda.CUDAGraph, dict, object]:
-        # The first calls allocate the libraries' workspaces, which must not be in the graph.
+    def capture(self, static_inputs: dict) -> tuple[torch.cuda.CUDAGraph, dict, object]:
+        # The first calls allocate the workspaces of CUDA libraries outside of the graph.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -90,9 +84,9 @@ class Policy:
     tokenizer: Tokenizer
     manifest: dict  # the checkpoint's: config, action schema, hashes
     device: torch.device
-    seed: int = 0  # of the flow head's noise, from the start of every episode
-    predict: bool = True  # fill `predictions`; acting is faster without
-    # auxiliary predictions for the last frame that the model has seen
+    seed: int = 0  # of the flow head's noise; the same noise in every episode
+    predict: bool = True  # fill `predictions`; acting is faster without them
+    # outputs of the decoders for the last frame that the model has seen
     predictions: dict[str, np.ndarray] = field(default_factory=dict)
     graphs: dict[bool, Graphed] = field(default_factory=dict)  # on a GPU, by `predict`
 
@@ -100,11 +94,7 @@ class Policy:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str | None = None) -> "Policy":
-        """From a checkpoint's folder or its stage's.
-
-        Raises FileNotFoundError or InputError, naming the file, InputError for a GPU that is
-        not there.
-        """
+        """`path`: a checkpoint or a stage's folder. InputError for a bad file or a missing GPU."""
         folder = resolve(path)
         manifest = read_manifest(folder, moments=False)
         device = device_of(device)
@@ -131,11 +121,9 @@ class Policy:
     def act(self, obs: dict, instruction: str | Sequence[str]) -> np.ndarray:
         """The next action [B, 13] in robot units, for B environments that step together.
 
-        `instruction` is one for all environments, or a list of one for each.
-
-        Without a history "frames", `obs` is read only when the queue of actions is empty;
-        `predictions` then holds the decoders' outputs for it: pos [B, 2], grasp [B] probability,
-        qpos [B, 12], obj [B, 7], seg [B, C, 128, 128] probability.
+        `instruction` is one sentence for all environments, or a list of B. When the queue of
+        actions is empty, the model reads `obs` and fills `predictions`: pos [B, 2], grasp [B]
+        probability, qpos [B, 12], obj [B, 7], seg [B, C, 128, 128] probability.
         """
         if self.model.cfg.history == "frames" or not self.queue:
             self.seen.append(cameras(obs))
@@ -144,7 +132,7 @@ class Policy:
             b = len(batch["images"])
             if self.model.flow_head:
                 noise = torch.randn(1, RECORDED_ACTIONS, ACTION_DIM, generator=self.noise)
-                # Every environment gets the same noise, as it would alone.
+                # Every environment gets the noise that it would get alone.
                 batch["noise"] = noise.expand(b, -1, -1).to(self.device)
             else:
                 start = batch["images"].new_zeros(b, ACTION_DIM)
@@ -160,11 +148,10 @@ class Policy:
 
     def query(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """model.act, on a GPU as one CUDA graph."""
-        if self.device.type != "cuda":
-            return self.run(inputs, self.predict)
-        if self.predict not in self.graphs:
-            self.graphs[self.predict] = Graphed(partial(self.run, predict=self.predict))
-        return self.graphs[self.predict](inputs)
+        run = partial(self.run, predict=self.predict)
+        if self.device.type == "cuda":
+            run = self.graphs.setdefault(self.predict, Graphed(run))
+        return run(inputs)
 
     def run(self, inputs: dict[str, Tensor], predict: bool) -> tuple[Tensor, dict[str, Tensor]]:
         noise, draft, kind = inputs.get("noise"), inputs.get("draft"), self.device.type
@@ -172,7 +159,7 @@ class Policy:
             return self.model.act(inputs, noise, draft, predict=predict)
 
     def batch(self, instruction: str | Sequence[str]) -> dict[str, Tensor]:
-        """The batch of the frames in `seen`, as training makes it from recorded frames."""
+        """The batch of the frames in `seen`, made as training makes it from recorded frames."""
         b = len(self.seen[-1][0])
         texts = [instruction] * b if isinstance(instruction, str) else [*instruction]
         if len(texts) != b:
@@ -204,5 +191,5 @@ def check_schema(env, manifest: dict) -> None:
             if theirs != ours:
                 raise InputError(
                     f"{key}, slot {slot}: the checkpoint was trained on {theirs}, this environment "
-                    f"has {ours}. Train on what collect.py records in this environment"
+                    f"has {ours}. Train on demonstrations that collect.py records here"
                 )

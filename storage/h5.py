@@ -2,32 +2,32 @@
 
     <task>/<subtask>/<target>.h5, with a .json beside it
 
-    demos = Demonstrations("DATA")  # every .h5 below the folder, in the order of their names
-    demos.read([0, 17])             # structured array of RECORD, one per frame
+    demos = Demonstrations("DATA")  # every .h5 below the folder, sorted by path
+    demos.read([0, 17])             # [2] of RECORD
     demos.read_episode(3)           # all frames of one trajectory
 
 An h5 holds T + 1 observations and T actions per trajectory (MS-HAB: envs/wrappers/record.py); our
-frame t is observation t with actions t, t+1, ..., t+7 (trajectory.py). MS-HAB's released files,
-collect.py's files and the files of MS-HAB's recorder have this layout. A frame that cannot be read
-is a DataError that names file, trajectory and frame.
+frame t is observation t with actions t, t+1, ..., t+7. MS-HAB's release, MS-HAB's recorder and
+collect.py write this layout. An unreadable frame is a DataError that names file and trajectory.
 
-Three numbers count frames: `frame` counts all frames of a folder, `step` those of one episode, and
-a block is the frames of one episode that lie in the same chunks of the h5 (26 frames for 200
-steps). HDF5 inflates whole chunks, so blocks are read as a whole and kept.
+`frame` numbers all frames of a folder, `step` the frames of one episode. A block is the frames of
+one episode that share chunks of the h5 (26 frames for 200 steps). HDF5 inflates whole chunks, so
+blocks are read and cached as a whole.
 """
 
 import io
 import json
 import os
+from bisect import bisect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 
 import h5py
 import numpy as np
-from einops import rearrange
 
 from config import IMAGE_SIZE, SUBTASKS, TASKS, InputError, quoted
 from paper import ARTICULATIONS, HUB_DATASETS, OBJECTS, instruction
@@ -43,8 +43,8 @@ from storage.trajectory import (
     survey,
 )
 
-# Blocks that data.StepOrder mixes, and that a reader keeps (1.4 GB for episodes of 200 steps).
-SHUFFLE_POOL, READ_AHEAD = 256, 320
+SHUFFLE_POOL = 256  # blocks that training.order.StepOrder mixes
+READ_AHEAD = 320  # blocks that a reader caches: 1.4 GB for episodes of 200 steps
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Episode:
 
 @dataclass
 class Index:
-    """The episodes of a folder, without their frames; Demonstrations and Pack add `read`."""
+    """The episodes of a folder; Demonstrations and Pack add `read_record`, which reads a frame."""
 
     folder: Path
     truncate: bool  # do episodes end at their first success?
@@ -82,12 +82,17 @@ class Index:
         episodes = np.searchsorted(self.starts, frames, side="right") - 1
         return episodes, frames - self.starts[episodes]
 
+    def read(self, frames: list[int] | np.ndarray) -> np.ndarray:
+        """Frames by number, [n] of RECORD."""
+        records = [self.read_record(frame) for frame in frames]  # bytes copy faster than fields
+        return np.stack(records).view(RECORD)[:, 0]
+
 
 class Demonstrations(Index):
     """All demonstrations below a folder; opens without reading a picture.
 
-    MS-HAB's released episodes go on for 200 steps, at rest once they have succeeded: `truncate`
-    ends each at its first success, as collect.py does. An episode without one keeps its length.
+    MS-HAB's released episodes last 200 steps; the robot rests after the success. `truncate` ends
+    each episode at its first success, as collect.py does; a failed episode keeps its length.
     """
 
     def __init__(self, folder: str | Path, truncate: bool = False):
@@ -98,9 +103,8 @@ class Demonstrations(Index):
             self._add(path)
         if not self.episodes:
             raise InputError(
-                f"{self.folder}: no .h5 demonstrations below it; record some: python collect.py "
-                f"--out {quoted(self.folder)} ..., or fetch MS-HAB's: python data.py download "
-                f"--out {quoted(self.folder)}"
+                f"{self.folder}: no .h5 demonstrations below it. Record some: python collect.py "
+                f"--out {quoted(self.folder)} ..., or python data.py download"
             )
         chunks = (
             start + np.arange(0, episode.length, chunk_rows(steps + 1))
@@ -121,58 +125,36 @@ class Demonstrations(Index):
         with readable(path, str(path)):
             unnamed = set(open_h5(str(path), os.getpid()))
         for entry in sidecar["episodes"]:
-            unnamed.discard(f"traj_{entry['episode_id']}")
-            if entry["elapsed_steps"] == 0:
-                self.notes.append(f"{path}, traj_{entry['episode_id']}: no steps, skipped")
+            name, steps = f"traj_{entry['episode_id']}", int(entry["elapsed_steps"])
+            unnamed.discard(name)
+            if steps == 0:
+                self.notes.append(f"{path}, {name}: no steps, skipped")
                 continue
             text = instruction_of(path, entry)
             if text not in self.instructions:
                 self.instructions.append(text)
-            self.recorded.append(int(entry["elapsed_steps"]))
-            episode = Episode(
-                str(path.relative_to(self.folder)), *task_and_subtask(path),
-                f"traj_{entry['episode_id']}", self.recorded[-1], self.instructions.index(text),
-            )  # fmt: skip
-            self.episodes.append(episode)
-            if self.truncate:
-                length = self._first_success(len(self.episodes) - 1)
-                self.episodes[-1] = replace(episode, length=length)
+            self.recorded.append(steps)
+            length = first_success(path, name, steps) if self.truncate else steps
+            file, row = str(path.relative_to(self.folder)), self.instructions.index(text)
+            self.episodes.append(Episode(file, *task_and_subtask(path), name, length, row))
         if unnamed:
             self.notes.append(f"{path}: {len(unnamed)} trajectories not in its .json, skipped")
 
-    def _first_success(self, episode: int) -> int:
-        """Steps up to and with the first success; all steps if there is none."""
-        steps = self.recorded[episode]
-        with self._open(episode) as (group, _, where):
-            success = group["success"][:] if "success" in group else None
-        if success is None or success.shape != (steps,):
-            raise DataError(
-                f"{where}: success is {getattr(success, 'shape', None)}, expected one for each of "
-                f"{steps} steps. Read all steps (--no-truncate-at-success), or record it again"
-            )
-        return int(np.argmax(success)) + 1 if success.any() else steps
-
-    def read(self, frames: list[int] | np.ndarray) -> np.ndarray:
-        """Frames by number, [n] of RECORD.
-
-        In the order of data.StepOrder each block is read once: the last READ_AHEAD are kept.
-        """
-        out = np.empty((len(frames), RECORD.itemsize), np.uint8)  # bytes: fields are copied slower
-        for row, frame in enumerate(frames):
-            block = int(np.searchsorted(self.blocks, frame, side="right")) - 1
-            if block not in self.cache:
-                if len(self.cache) == READ_AHEAD:
-                    del self.cache[next(iter(self.cache))]
-                self.cache[block] = self.read_block(block)
-            out[row] = self.cache[block][frame - self.blocks[block]]
-        return rearrange(out.view(RECORD), "n 1 -> n")
+    def read_record(self, frame: int) -> np.ndarray:
+        """One frame as bytes. In the order of StepOrder, each block is read from disk once."""
+        block = bisect(self.blocks, frame) - 1
+        if block not in self.cache:
+            if len(self.cache) == READ_AHEAD:
+                del self.cache[next(iter(self.cache))]
+            self.cache[block] = self.read_block(block)
+        return self.cache[block][frame - self.blocks[block]]
 
     def read_block(self, block: int) -> np.ndarray:
         """The frames of a block as bytes, [n, size of RECORD]."""
         (episode,), (first,) = self.place(self.blocks[block : block + 1])
         last = min(first + chunk_rows(self.recorded[episode] + 1), self.episodes[episode].length)
         records = self.read_steps(int(episode), int(first), int(last))
-        return rearrange(records.view(np.uint8), "(n size) -> n size", size=RECORD.itemsize)
+        return records.view(np.uint8).reshape(-1, RECORD.itemsize)
 
     def read_episode(self, episode: int) -> np.ndarray:
         """All frames of an episode, [T] of RECORD."""
@@ -214,18 +196,28 @@ class Demonstrations(Index):
 
 @contextmanager
 def readable(path: Path, where: str) -> Iterator[None]:
-    """Turn what h5py raises into a DataError that names the place and the remedy."""
+    """Turn h5py's errors into a DataError that names the place and the remedy."""
     try:
         yield
     except (OSError, KeyError) as error:
         mend = mend_of(path, error)
-        why = (
-            f"The file may be intact: {mend}"
-            if mend
-            else "It is damaged, or not what its .json describes in MS-HAB's layout "
-            "(obs_mode=rgbd). Download or record it again"
-        )
+        damage = "It is damaged or not MS-HAB's (obs_mode=rgbd). Download or record it again"
+        why = f"The file may be intact: {mend}" if mend else damage
         raise DataError(f"{where}: cannot be read ({error}). {why}") from error
+
+
+def first_success(path: Path, trajectory: str, steps: int) -> int:
+    """Steps of a trajectory up to and with its first success; all `steps` if there is none."""
+    where = f"{path}, {trajectory}"
+    with readable(path, where):
+        group = open_h5(str(path), os.getpid())[trajectory]
+        success = group["success"][:] if "success" in group else None
+    if success is None or len(success) != steps:
+        raise DataError(
+            f"{where}: success is {success}, expected one for each of {steps} steps. Read all "
+            "steps (--no-truncate-at-success), or record it again"
+        )
+    return int(np.argmax(success)) + 1 if success.any() else steps
 
 
 @lru_cache(maxsize=64)
@@ -246,21 +238,20 @@ def chunk_rows(observations: int) -> int:
 
 
 def h5_files(folder: Path) -> list[Path]:
-    """Every .h5 below a folder, sorted, each file once; links to folders are followed.
+    """Every .h5 below a folder, sorted; links to folders are followed, each folder is read once.
 
-    Hidden files and folders are skipped: macOS leaves `._name.h5` beside a file that it copies.
-    Of several names of one file, the name whose folders say the task counts.
+    Hidden files are skipped: macOS leaves `._name.h5` beside a file that it copies.
     """
-    found: dict[Path, list[Path]] = {}
+    found, visited = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        here = Path(place)
-        above = {path.resolve() for path in (here, *here.parents)}  # a link to one is a loop
-        folders[:] = [f for f in folders if f[0] != "." and (here / f).resolve() not in above]
-        for name in names:
-            if name.endswith(".h5") and name[0] != ".":
-                found.setdefault((here / name).resolve(), []).append(here / name)
-    named = lambda path: task_and_subtask(path)[0] != ""  # noqa: E731
-    return sorted(max(sorted(paths), key=named) for paths in found.values())
+        if os.path.realpath(place) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(place))
+        # Links come last, so that a folder is found under its own name.
+        folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))
+        found += [Path(place, name) for name in names if name.endswith(".h5") and name[0] != "."]
+    return sorted(found)
 
 
 def task_and_subtask(path: Path) -> tuple[str, str]:
@@ -275,43 +266,33 @@ def load_sidecar(path: Path) -> dict:
     """The .json beside an .h5. Raises DataError unless it is MS-HAB's."""
     sidecar = path.with_suffix(".json")
     if not sidecar.is_file():
-        raise DataError(
-            f"{path}: no {sidecar.name} beside it; MS-HAB's files come in pairs. Download or "
-            "record it again"
-        )
+        raise DataError(f"{path}: no {sidecar.name} beside it. Download or record it again")
     with readable(sidecar, str(sidecar)):
         text = sidecar.read_bytes()
     try:
         content = json.loads(text)
         steps = {str(e["episode_id"]): float(e["elapsed_steps"]) for e in content["episodes"]}
-        controls = {e.get("control_mode") for e in content["episodes"]} - {CONTROL, None}
+        controls = {e.get("control_mode") or CONTROL for e in content["episodes"]}
         if not steps or len(steps) < len(content["episodes"]):
             raise ValueError("no episodes, or an id twice")
         if not all(n >= 0 and n % 1 == 0 for n in steps.values()):
             raise ValueError(f"elapsed_steps {sorted(steps.values())}")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if controls != {CONTROL}:
+            raise ValueError(f"control_mode {controls}")
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{sidecar}: got {error}; expected MS-HAB's `episodes`, at least one, each with its "
-            "own episode_id and a whole number of elapsed_steps. Download or record it again"
+            f"{sidecar}: got {error}; expected MS-HAB's `episodes`, each with its own episode_id, "
+            f"a whole number of elapsed_steps and {CONTROL}. Download or record it again"
         ) from error
-    if controls:
-        raise DataError(
-            f"{sidecar}: control_mode {', '.join(map(str, controls))}, expected {CONTROL}. Record "
-            "it with that"
-        )
     return content
 
 
 def instruction_of(path: Path, entry: dict) -> str:
-    """The sentence of an episode: recorded, or from its subtask's folder and its file's name.
-
-    Raises DataError when there is neither.
-    """
+    """The recorded sentence of an episode, or the one of its <subtask>/<target>.h5."""
     subtask, target = path.parent.name, path.stem
     if isinstance(entry.get("instruction"), str):
         return entry["instruction"]
-    known = (*ARTICULATIONS, *(name for names in OBJECTS.values() for name in names))
-    if subtask not in SUBTASKS or target not in known:
+    if subtask not in SUBTASKS or target not in chain(ARTICULATIONS, *OBJECTS.values()):
         raise DataError(
             f"{path}: no instruction in its .json, and {subtask}/{target} names no subtask of "
             f"{SUBTASKS} and its object or articulation; expected <task>/<subtask>/<target>.h5"
@@ -321,9 +302,7 @@ def instruction_of(path: Path, entry: dict) -> str:
 
 def label_command(episode: Episode, data: str | Path) -> str:
     """The command that records an episode's file again, beside `data`, with all five labels."""
-    where = ("--task", episode.task or "TASK", "--subtask", episode.subtask)
-    where = quoted(*where, "--target", Path(episode.file).stem)
-    return (
-        f"python collect.py --expert rl {where} --out {quoted(f'{Path(data).absolute()}-labelled')}"
-        "  # in the real apartments; --expert scripted in a generated one"
-    )
+    flags = ("--task", episode.task or "TASK", "--subtask", episode.subtask)
+    flags += ("--target", Path(episode.file).stem, "--out", f"{Path(data).absolute()}-labelled")
+    why = "in the real apartments; --expert scripted in a generated one"
+    return f"python collect.py --expert rl {quoted(*flags)}  # {why}"

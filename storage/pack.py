@@ -8,17 +8,18 @@
                                         actions [frames, 13], for percentiles
          pack.json                      episodes, instructions, and the sha256 of every file
 
-An h5 of MS-HAB inflates 26 frames for each frame that is read; a pack reads single records.
-pack.json is written last: a folder that has it is complete.
+MS-HAB's h5 inflates 26 frames for each frame that is read; a pack reads single records. pack.json
+is written last: a folder that has it is complete.
 """
 
+from bisect import bisect
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import tyro
-from einops import rearrange
 from tqdm import tqdm
 
 from config import InputError, quoted
@@ -27,6 +28,7 @@ from storage.h5 import Demonstrations, Episode, Index, h5_files
 from storage.trajectory import RECORD, DataError, remarks
 
 FORMAT = str(RECORD.descr)  # a pack of other records is refused
+ABOUT = ("instructions", "action_schema", "qpos_names")
 KINDS = {True: "demonstrations that end at their success", False: "whole demonstrations"}
 
 
@@ -37,40 +39,32 @@ class Pack(Index):
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
-        if not (folder / "pack.json").is_file():
-            raise InputError(
-                f"{folder}: not a complete pack, it has no pack.json; make one: {command(folder)}"
-            )
+        index = folder / "pack.json"
         try:
-            meta = read_json(folder / "pack.json")
+            meta = read_json(index)
         except DamagedError as error:
-            raise damaged(folder, str(error)) from None
+            raise damaged(folder, str(error), [index]) from None
         if meta.get("format") != FORMAT:
-            raise damaged(folder, f"{folder}: packed with other records than this code reads")
-        about = (meta[key] for key in ("instructions", "action_schema", "qpos_names"))
+            raise damaged(folder, f"{index}: other records than this code reads", [index])
         episodes = [Episode(**episode) for episode in meta["episodes"]]
-        super().__init__(folder, meta["truncate"], episodes, *about)
+        super().__init__(folder, meta["truncate"], episodes, *(meta[name] for name in ABOUT))
         self.hashes, self.sizes = meta["sha256"], meta["sizes"]  # sizes: bytes of each .h5
         self.files = [self._map(folder / npy_name(file)) for file in self.sizes]
-        self.file_starts = np.cumsum([0] + [len(file) for file in self.files])
+        self.file_starts = [0, *accumulate(map(len, self.files))]  # the first frame of each
 
     def _map(self, path: Path) -> np.ndarray:
         """A file's records as bytes, [frames, size of RECORD], mapped into memory."""
         try:
-            records = np.load(path, mmap_mode="r")
-            if records.dtype != RECORD:
-                raise ValueError(f"its records are {records.dtype}")
+            records = np.asarray(np.load(path, mmap_mode="r")).view(np.uint8)
         except (FileNotFoundError, ValueError, OverflowError, EOFError) as error:
-            raise damaged(self.folder, f"{path}: cannot be read ({error})") from None
-        return rearrange(records.view(np.uint8), "(n size) -> n size", size=RECORD.itemsize)
+            what = f"{path}: cannot be read ({error})"
+            raise damaged(self.folder, what, [path], self.truncate) from None
+        return records.reshape(-1, RECORD.itemsize)
 
-    def read(self, frames: list[int] | np.ndarray) -> np.ndarray:
-        """Frames by number, [n] of RECORD."""
-        out = np.empty((len(frames), RECORD.itemsize), np.uint8)  # bytes: fields are copied slower
-        files = np.searchsorted(self.file_starts, frames, side="right") - 1
-        for row, (file, record) in enumerate(zip(files, frames - self.file_starts[files])):
-            out[row] = self.files[file][record]
-        return rearrange(out.view(RECORD), "n 1 -> n")
+    def read_record(self, frame: int) -> np.ndarray:
+        """One frame as bytes, [size of RECORD]."""
+        file = bisect(self.file_starts, frame) - 1
+        return self.files[file][frame - self.file_starts[file]]
 
     def actions_of(self, episodes: np.ndarray) -> np.ndarray:
         """All actions of these episodes, [n, 13] in [-1, 1]."""
@@ -93,16 +87,16 @@ def command(folder: Path, truncate: bool = True, data: Path | str = "DATA") -> s
     return f"python data.py pack {flag}--data {quoted(data)} --out {quoted(folder)}"
 
 
-def damaged(folder: Path, what: str) -> DataError:
-    aside = quoted(folder, f"{folder}.damaged")
-    return DataError(f"{what}. Pack again: mv {aside} && {command(folder)}")
+def damaged(folder: Path, what: str, files: list[Path], truncate: bool = True) -> DataError:
+    """The error that names the command which writes these files of a pack again."""
+    return DataError(f"{what}. Pack again: rm -f {quoted(*files)} && {command(folder, truncate)}")
 
 
 def open_data(data: str | Path, truncate: bool | None = None) -> Index:
     """The pack in a folder or in its subfolder pack/, else the demonstrations below it.
 
-    `truncate` ends demonstrations at their success; None takes a pack as it is. Raises InputError
-    if there is neither, or if the pack differs in `truncate` or from the .h5 files in `data`.
+    `truncate` ends demonstrations at their success; None accepts either kind of pack. Raises
+    InputError if there is no data, or if the pack is of the other kind or older than an .h5.
     """
     data = Path(data)
     folder = data if (data / "pack.json").is_file() else data / "pack"
@@ -127,7 +121,7 @@ def open_data(data: str | Path, truncate: bool | None = None) -> Index:
 def pack(data: str = "data", out: str | None = None, truncate_at_success: bool = True) -> None:
     """Write every frame below --data into --out once, so that training reads at memory speed.
 
-    Resumable: a finished file is not written again; data other than last time's start over.
+    Resumable: finished files are not written again, unless the data differ from last time's.
 
     Args:
         data: folder of demonstrations
@@ -147,9 +141,7 @@ def write_pack(source: Demonstrations, folder: Path) -> None:
         "format": FORMAT,
         "sizes": {file: (source.folder / file).stat().st_size for file in rows},
         "episodes": [asdict(episode) for episode in source.episodes],
-        "instructions": source.instructions,
-        "action_schema": source.action_schema,
-        "qpos_names": source.qpos_names,
+        **{name: getattr(source, name) for name in ABOUT},
         "truncate": source.truncate,
     }
     final, progress = folder / "pack.json", folder / "progress.json"
@@ -157,8 +149,6 @@ def write_pack(source: Demonstrations, folder: Path) -> None:
     if len(hashes) == len(rows) + 1:
         print(f"{folder}: {len(Pack(folder)):,} frames, already packed")
         return
-    if final.is_file() and not hashes:
-        print(f"{folder}: held a pack of other data, which this one replaces")
     final.unlink(missing_ok=True)
     for file in tqdm([file for file in rows if npy_name(file) not in hashes], "pack", unit="file"):
         hashes[npy_name(file)] = write_records(folder / npy_name(file), source, rows[file])
@@ -197,10 +187,13 @@ def finished(path: Path, about: dict) -> dict[str, str]:
 
 
 def verify(folder: Annotated[str, tyro.conf.Positional] = "data/pack") -> None:
-    """Compare every file of a pack with its sha256; an error names the first that differs."""
-    pack = Pack(folder)
+    """Compare every file of a pack with its sha256; an error names those that differ."""
+    pack, wrong = Pack(folder), []
     for name, expected in tqdm(pack.hashes.items(), "verify", unit="file"):
         path = pack.folder / name
         if not path.is_file() or sha256(path) != expected:
-            raise damaged(pack.folder, f"{path}: missing or damaged, its sha256 differs")
+            wrong.append(path)
+    if wrong:
+        what = f"{', '.join(map(str, wrong))}: missing or damaged, sha256 differs"
+        raise damaged(pack.folder, what, wrong, pack.truncate)
     print(f"{folder}: {len(pack):,} frames, no file damaged")

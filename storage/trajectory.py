@@ -1,10 +1,10 @@
-"""One trajectory in MS-HAB's layout -> frames: fields checked, actions clipped, labels derived.
+"""One trajectory in MS-HAB's layout -> frames: checked fields, clipped actions, derived labels.
 
     records = read_frames(group, actions, 0, 26, where)  # [26] of RECORD
-    summary = survey(group, actions, where)              # counts and ranges, reads no picture
+    summary = survey(group, actions, where)              # counts and ranges; reads no picture
 
-`where` names file and trajectory; each DataError begins with it. A field of another type or shape,
-or a label that is not finite, is a DataError.
+`where` names file and trajectory. A field of another type or shape, or a label that is not finite,
+raises a DataError, whose message begins with `where`.
 """
 
 import zlib
@@ -15,7 +15,7 @@ import numpy as np
 
 from config import ACTION_DIM, CAMERAS, IMAGE_SIZE, LABELS, QPOS_DIM, RECORDED_ACTIONS, InputError
 
-# One frame as it is recorded, neither normalised nor resized: the unit of packs and raw batches.
+# One frame as recorded, neither normalised nor resized: the unit of packs and raw batches.
 _PICTURE = (len(CAMERAS), IMAGE_SIZE, IMAGE_SIZE)
 RECORD = np.dtype(
     [
@@ -35,7 +35,7 @@ RECORD = np.dtype(
     ]
 )
 
-# An episode in numbers: training chooses decoders and action statistics by it.
+# Counts and ranges of an episode: training chooses decoders and action statistics by them.
 VECTORS = {"actions": (ACTION_DIM,), "pos": (2,), "grasp": (), "qpos": (QPOS_DIM,), "obj": (7,)}
 SURVEY = np.dtype(
     [
@@ -48,31 +48,29 @@ SURVEY = np.dtype(
     ]
 )
 
-# Key in a trajectory -> types and shape of one observation.
 CAMERA_POSE = "obs/sensor_param/fetch_hand/cam2world_gl"  # world frame, OpenGL's axes
 GRIPPER_POSE = "obs/extra/tcp_pose_wrt_base"  # metres and wxyz
 KEYS = {
     "grasp": "obs/extra/is_grasped", "qpos": "obs/agent/qpos", "obj": "obs/extra/obj_pose_wrt_base",
 }  # fmt: skip
-_NUMBER, _FLAG = (np.number, np.bool_), (np.integer, np.bool_)
+# Key in a trajectory -> allowed dtypes, as numpy's codes, and shape of one row.
+_BYTE, _INT, _FLOAT = "B", np.typecodes["AllInteger"], np.typecodes["Float"]
 FIELDS = {
-    **{f"obs/sensor_data/fetch_{c}/rgb": ((np.uint8,), (*_PICTURE[1:], 3)) for c in CAMERAS},
-    **{f"obs/sensor_data/fetch_{c}/depth": ((np.integer,), (*_PICTURE[1:], 1)) for c in CAMERAS},
-    **{f"labels/seg/fetch_{c}": (_FLAG, _PICTURE[1:]) for c in CAMERAS},
-    "labels/pos": ((np.floating,), (2,)),
-    KEYS["grasp"]: (_NUMBER, ()),
-    KEYS["qpos"]: ((np.floating,), (QPOS_DIM,)),
-    KEYS["obj"]: ((np.floating,), (7,)),
-    CAMERA_POSE: ((np.floating,), (4, 4)),
-    GRIPPER_POSE: ((np.floating,), (7,)),
-}
+    **{f"obs/sensor_data/fetch_{c}/rgb": (_BYTE, (*_PICTURE[1:], 3)) for c in CAMERAS},
+    **{f"obs/sensor_data/fetch_{c}/depth": (_INT, (*_PICTURE[1:], 1)) for c in CAMERAS},
+    **{f"labels/seg/fetch_{c}": ("?" + _INT, _PICTURE[1:]) for c in CAMERAS},
+    KEYS["grasp"]: ("?" + _INT + _FLOAT, ()),
+    KEYS["qpos"]: (_FLOAT, (QPOS_DIM,)), KEYS["obj"]: (_FLOAT, (7,)),
+    "labels/pos": (_FLOAT, (2,)), "actions": (_FLOAT, (ACTION_DIM,)),
+    CAMERA_POSE: (_FLOAT, (4, 4)), GRIPPER_POSE: (_FLOAT, (7,)),
+}  # fmt: skip
 
 # The hand camera in the gripper's frame, metres (mani_skill: agents/robots/fetch/fetch.py).
 HAND_CAMERA = np.array([-0.1, 0, 0.1])
 # Links look along x with z up, an OpenGL camera along -z with y up.
 GL_FROM_LINK = np.array([[0, -1, 0], [0, 0, 1], [-1, 0, 0]])
-# Rise of the derived base, metres, that we warn of and that we refuse. A base on a floor does not
-# rise: it stays under 2e-6 in generated files; no released file, recorded on a GPU, was measured.
+# Rise of the derived base, metres, at which we warn and at which we refuse the file. A base on a
+# floor does not rise: under 2e-6 in generated files; released files, from a GPU, are not measured.
 RISE_WARNED, RISE_REFUSED = 1e-3, 2e-2
 CONTROL = "pd_joint_delta_pos"
 BASE_FORWARD, CONTROL_HZ = 11, 20  # action 11 is the base's forward velocity, -1 to 1 m/s (GAP-1)
@@ -83,25 +81,23 @@ class DataError(InputError):
     """Demonstrations that cannot be used; the message names file, trajectory and frame."""
 
 
-def field(group: h5py.Group, key: str, steps: int, where: str) -> h5py.Dataset:
-    """A field of a trajectory of `steps` actions; KeyError if it is missing.
+def field(group: h5py.Group, key: str, rows: int, where: str) -> h5py.Dataset:
+    """A field of a trajectory, at least `rows` long; KeyError if it is missing.
 
-    Raises DataError on another type or shape, or too few observations.
+    Raises DataError on another type or shape, or on fewer rows.
     """
-    data, (types, shape) = group[key], FIELDS[key]
-    if not isinstance(data, h5py.Dataset):
-        raise DataError(f"{where}: {key} is a group, expected numbers. Record it again")
-    if data.shape[1:] != shape or not any(np.issubdtype(data.dtype, each) for each in types):
-        names = " or ".join(each.__name__.rstrip("_") for each in types)
-        unit = " millimetres" if key.endswith("depth") else ""
+    data, (codes, shape) = group[key], FIELDS[key]
+    if data.shape[1:] != shape or data.dtype.char not in codes:
+        names = {_BYTE: "uint8", _INT: "integer millimetres", _FLOAT: "float"}
         raise DataError(
             f"{where}: {key} is {data.dtype} {list(data.shape[1:])}, expected "
-            f"{names}{unit} {list(shape)}. Record it with MS-HAB's cameras and Fetch"
+            f"{names.get(codes, 'numbers')} {list(shape)}. Record it with MS-HAB's Fetch and "
+            f"cameras, control_mode={CONTROL}"
         )
-    if len(data) <= steps:
+    if len(data) < rows:
         raise DataError(
-            f"{where}: {key} has {len(data)} observations, expected one more than the {steps} "
-            "actions. The file is incomplete; download or record it again"
+            f"{where}: {key} has {len(data)} rows, expected {rows}: T actions, T + 1 observations. "
+            "The file is incomplete; download or record it again"
         )
     return data
 
@@ -109,8 +105,8 @@ def field(group: h5py.Group, key: str, steps: int, where: str) -> h5py.Dataset:
 def read_rows(pictures: h5py.Dataset, first: int, last: int) -> np.ndarray:
     """pictures[first:last], [n, H, W, C], inflated chunk by chunk; OSError on a damaged chunk.
 
-    MS-HAB lets h5py choose the chunks, [26, 32, 32, 1]: colours are apart. HDF5 places the bytes of
-    such a chunk one at a time, which takes longer than inflating it. This is 2.3 times as fast.
+    2.3 times as fast as h5py: MS-HAB's chunks, [26, 32, 32, 1], separate the colours, and HDF5
+    copies such chunks byte by byte, which takes longer than inflating them.
     """
     filtered = pictures.shuffle or pictures.fletcher32 or pictures.scaleoffset
     if pictures.compression != "gzip" or filtered:
@@ -131,18 +127,8 @@ def read_rows(pictures: h5py.Dataset, first: int, last: int) -> np.ndarray:
 
 
 def read_actions(group: h5py.Group, steps: int, where: str) -> np.ndarray:
-    """The recorded actions [T, 13] of a trajectory of T = `steps`, not yet clipped.
-
-    Raises DataError on another type or shape, or a value that is not finite.
-    """
-    found = group["actions"] if isinstance(group, h5py.Group) else None
-    actions = found[:] if isinstance(found, h5py.Dataset) else np.zeros(0, object)
-    if actions.shape != (steps, ACTION_DIM) or not np.issubdtype(actions.dtype, np.floating):
-        raise DataError(
-            f"{where}: actions {actions.dtype} {actions.shape}, expected ({steps}, {ACTION_DIM}) "
-            f"floating: {CONTROL} of Fetch (arm 7, gripper 1, head and torso 3, base 2). Record "
-            f"with control_mode={CONTROL}"
-        )
+    """The first `steps` actions of a trajectory as recorded, [T, 13]; DataError unless finite."""
+    actions = field(group, "actions", steps, where)[:steps]
     if not (finite := np.isfinite(actions)).all():
         frame, dim = np.argwhere(~finite)[0]
         raise DataError(f"{where}, frame {frame}: action {dim} is {actions[frame, dim]}")
@@ -152,8 +138,8 @@ def read_actions(group: h5py.Group, steps: int, where: str) -> np.ndarray:
 def clip(actions: np.ndarray) -> np.ndarray:
     """GAP-26 (Sec. 6.1): MS-HAB's released open and close actions reach from -5 to 12.
 
-    They are the unbounded means of PPO's policies (mshab issue 56). The controller clips them to
-    [-1, 1], so the clipped action is the action that was executed.
+    They are unbounded means of PPO policies (mshab issue 56). The controller executed them clipped
+    to [-1, 1].
     """
     return actions.clip(-1, 1)
 
@@ -161,18 +147,18 @@ def clip(actions: np.ndarray) -> np.ndarray:
 def read_frames(
     group: h5py.Group, actions: np.ndarray, first: int, last: int, where: str
 ) -> np.ndarray:
-    """Frames first..last-1 of one trajectory as RECORD, without instruction and episode.
+    """Frames first..last-1 of a trajectory with `actions` [T, 13], [n] of RECORD.
 
-    `actions` [T, 13] are all of the episode's.
+    The fields instruction and episode stay 0.
     """
     out, count = np.zeros(last - first, RECORD), len(actions)
     for c, camera in enumerate(CAMERAS):
         sensor = f"obs/sensor_data/fetch_{camera}"
-        out["rgb"][:, c] = read_rows(field(group, f"{sensor}/rgb", count, where), first, last)
-        depth = read_rows(field(group, f"{sensor}/depth", count, where), first, last)[..., 0]
+        out["rgb"][:, c] = read_rows(field(group, f"{sensor}/rgb", count + 1, where), first, last)
+        depth = read_rows(field(group, f"{sensor}/depth", count + 1, where), first, last)[..., 0]
         out["depth"][:, c] = np.minimum(depth, np.iinfo(np.int16).max)
         if "labels/seg" in group:
-            masks = field(group, f"labels/seg/fetch_{camera}", count, where)[first:last]
+            masks = field(group, f"labels/seg/fetch_{camera}", count + 1, where)[first:last]
             out["seg"][:, c] = np.packbits(masks.reshape(len(out), -1).astype(bool), axis=-1)
     values, out["has"], _ = read_labels(group, first, last, count, where)
     for name, value in values.items():
@@ -188,25 +174,24 @@ def read_labels(
     group: h5py.Group, first: int, last: int, steps: int, where: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray, float]:
     """Labels without masks {name: [n, ...]}, the flags `has` [n, 5], metres the base rises by."""
-    rows, values, rise = slice(first, last), {}, 0.0
-    for name, key in KEYS.items():
-        if key in group:
-            values[name] = field(group, key, steps, where)[rows].astype(np.float32)
+    rise = 0.0
+
+    def read(key: str) -> np.ndarray:
+        return field(group, key, steps + 1, where)[first:last]
+
+    values = {name: read(key).astype(np.float32) for name, key in KEYS.items() if key in group}
     if "labels/pos" in group:
-        values["pos"] = field(group, "labels/pos", steps, where)[rows]
+        values["pos"] = read("labels/pos")
     elif CAMERA_POSE in group and GRIPPER_POSE in group:
-        poses = (field(group, key, steps, where)[rows] for key in (CAMERA_POSE, GRIPPER_POSE))
-        values["pos"], rise = base_position(*poses, where)
+        values["pos"], rise = base_position(read(CAMERA_POSE), read(GRIPPER_POSE), where)
     for name, value in values.items():
         if not (finite := np.isfinite(value)).all():
             row = np.argwhere(~finite)[0][0]
-            raise DataError(
-                f"{where}, frame {first + row}: {name} is {value[row]}, expected finite numbers"
-            )
+            raise DataError(f"{where}, frame {first + row}: {name} is {value[row]}, not finite")
     present = [*values, *(["seg"] if "labels/seg" in group else [])]
     has = np.tile([label in present for label in LABELS], (last - first, 1))
     if "obj" in values:
-        # MS-HAB writes an all-zero pose, quaternion included, if the subtask has no object (GAP-8).
+        # Without an object MS-HAB writes an all-zero pose, quaternion included (GAP-8).
         has[:, LABELS.index("obj")] = np.abs(values["obj"][:, 3:]).sum(-1) > 0
     return values, has, rise
 
@@ -215,8 +200,8 @@ def base_position(camera: np.ndarray, gripper: np.ndarray, where: str) -> tuple[
     """Base x, y in the world frame, [n, 2] metres, and the metres by which the base rises.
 
     `camera` [n, 4, 4] is the hand camera's pose in the world, `gripper` [n, 7] the gripper's in the
-    base frame. The camera is fixed to the gripper, so the two give the base in the world, exact to
-    float32. Raises DataError when the base would rise by 2 cm or more.
+    base frame. The camera is fixed to the gripper, so both together give the base's pose in the
+    world, exact to float32. Raises DataError if the base would rise by 2 cm or more.
     """
     position, w, axis = gripper[:, :3], gripper[:, 3:4], -gripper[:, 4:]  # the inverse rotation
     turn = 2 * np.cross(axis, position)
@@ -227,14 +212,13 @@ def base_position(camera: np.ndarray, gripper: np.ndarray, where: str) -> tuple[
     if rise >= RISE_REFUSED:
         raise DataError(
             f"{where}: base x, y cannot be derived from {CAMERA_POSE} and {GRIPPER_POSE}: the base "
-            f"would rise by {rise:.3f} m. Expected Fetch's hand camera at {HAND_CAMERA} m of its "
-            "gripper; record with MS-HAB's own Fetch, or write labels/pos"
+            f"would rise by {rise:.3f} m. Record with MS-HAB's own Fetch, or write labels/pos"
         )
     return base[:, :2].astype(np.float32), rise
 
 
 def survey(group: h5py.Group, actions: np.ndarray, where: str) -> np.ndarray:
-    """A trajectory's SURVEY; `actions` [T, 13] are all of the episode's, not yet clipped."""
+    """The SURVEY of a trajectory with `actions` [T, 13], as recorded."""
     out, count, executed = np.zeros((), SURVEY), len(actions), clip(actions)
     values, has, out["rise"] = read_labels(group, 0, count, count, where)
     out["frames"], out["labelled"] = count, has.sum(0)
@@ -242,17 +226,18 @@ def survey(group: h5py.Group, actions: np.ndarray, where: str) -> np.ndarray:
     out["speed"] = relative_speed(executed, values["pos"]) if "pos" in values else np.nan
     if "obj" in values:
         values["obj"] = values["obj"][has[:, LABELS.index("obj")]]
+    values["actions"] = executed
     for name in VECTORS:
-        seen = executed if name == "actions" else values.get(name, np.zeros(0))
+        seen = values.get(name, np.zeros(0))
         out[name][0] = seen.min(0) if len(seen) else np.inf
         out[name][1] = seen.max(0) if len(seen) else -np.inf
     return out
 
 
 def relative_speed(actions: np.ndarray, pos: np.ndarray) -> float:
-    """Median of the base's displacement over the commanded one, T steps; NaN without a command."""
+    """Median ratio of the base's displacement to the commanded one; NaN without a command."""
     commanded = actions[:-1, BASE_FORWARD] / CONTROL_HZ  # [T - 1] metres
-    # The base needs some steps to reach its speed: take the last of SETTLED in one direction.
+    # The base needs some steps to reach its speed: use steps that end SETTLED in one direction.
     forth, back = commanded > 0.2 / CONTROL_HZ, commanded < -0.2 / CONTROL_HZ
     steps = [np.convolve(each, np.ones(SETTLED))[: len(each)] for each in (forth, back)]
     steady = np.maximum(*steps) == SETTLED
@@ -261,19 +246,18 @@ def relative_speed(actions: np.ndarray, pos: np.ndarray) -> float:
 
 
 def remarks(surveys: np.ndarray, files: list[str]) -> list[str]:
-    """What a user should know of episodes, surveys [n] and the file of each, a sentence each."""
+    """Sentences about oddities in episodes, given surveys [n] and the file of each."""
     out, names = [], np.array(files)
     for file in dict.fromkeys(files):
         rows = surveys[names == file]
         if clipped := rows["clipped"].sum():
-            share = clipped / (rows["frames"].sum() * ACTION_DIM)
+            share = f"{clipped / (rows['frames'].sum() * ACTION_DIM):.1%}"
             out.append(
-                f"{file}: {share:.1%} of action values clipped to [-1, 1], as the controller does"
+                f"{file}: {share} of action values clipped to [-1, 1], as the controller does"
             )
         if (rise := rows["rise"].max()) > RISE_WARNED:
-            out.append(
-                f"{file}: the derived base rises by up to {1000 * rise:.1f} mm, expected under 1"
-            )
+            rise = f"{1000 * rise:.1f} mm"
+            out.append(f"{file}: the derived base rises by up to {rise}, expected under 1")
         speed = rows["speed"][np.isfinite(rows["speed"])]
         if len(speed) and not 0.6 < np.median(speed) < 1.6:
             out.append(

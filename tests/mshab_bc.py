@@ -18,10 +18,8 @@ from simulation.env import LIGHT_FETCH_URDF, plan_files
 class OmegaConf:
     """Its configuration file and its trackers are not used here, and not installed."""
 
-    create, to_yaml = (
-        staticmethod(object),
-        staticmethod(lambda config: json.dumps(config, default=str)),
-    )
+    create = staticmethod(object)
+    to_yaml = staticmethod(lambda config: json.dumps(config, default=str))
 
 
 omegaconf, wandb = ModuleType("omegaconf"), ModuleType("wandb")

@@ -48,8 +48,8 @@ def main(folder: Path, steps: int, demonstrations: Path):
     episodes = json.loads(demonstrations.with_suffix(".json").read_text())["episodes"]
     with h5py.File(demonstrations) as file:
         for episode in episodes:
-            actions = file[f"traj_{episode['episode_id']}/actions"][:]
             number = episode["episode_id"]
+            actions = file[f"traj_{number}/actions"][:]
             successes[number], positions[number] = replay(env, episode["seed"], actions)
     recorder.flush_trajectory()  # a reset has flushed those before
     recorder._h5_file.close()

@@ -132,7 +132,7 @@ def test_a_field_that_is_missing_or_too_short_is_named(tmp_path):
         qpos = file["traj_1/obs/agent/qpos"][:-1]
         del file["traj_1/obs/agent/qpos"]
         file["traj_1/obs/agent/qpos"] = qpos
-    message = "traj_1: obs/agent/qpos has 9 observations, expected one more"
+    message = "traj_1: obs/agent/qpos has 9 rows, expected 10"
     assert len(Demonstrations(tmp_path)) == 36
     with pytest.raises(DataError, match=message):
         Demonstrations(tmp_path).read_episode(1)

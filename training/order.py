@@ -1,4 +1,4 @@
-"""Which frames a run trains on, which of them each step sees, and the loader that reads them."""
+"""The frames of a run, their order by step, and the loader that reads them."""
 
 from collections.abc import Iterator
 
@@ -21,18 +21,18 @@ def open_frames(cfg: TrainConfig) -> tuple[Frames, Frames]:
     )
     if len(frames) < cfg.batch_size:
         raise InputError(
-            f"{cfg.data}: {len(frames)} training frames ({len(held_out)} more are held out) are "
-            f"less than one batch of {cfg.batch_size}; record more, or give a smaller --batch-size"
+            f"{cfg.data}: {len(frames)} training and {len(held_out)} held-out frames, expected a "
+            f"training batch of {cfg.batch_size}. Record more, or give a smaller --batch-size"
         )
     return frames, held_out
 
 
 class StepOrder:
-    """The frames of each step: a function of seed, stage and step, whatever the number of ranks.
+    """The global batch of each step: a function of seed, stage and step, not of the world size.
 
     Each epoch permutes all frames and drops the incomplete last batch. Iterating gives the rank's
     share of the batches `first`..`last` - 1. With `blocks`, the block of each frame [num_frames],
-    frames of one block stay near each other.
+    the frames of a block stay near each other.
     """
 
     def __init__(
@@ -47,16 +47,16 @@ class StepOrder:
         """The global batch of a step, rows of Frames [batch_size]."""
         epoch, step = divmod(step, self.num_frames // self.batch_size)
         if epoch != self.epoch:
-            # Each stage has its own order; the seed of stage 1 has no stage number (older runs).
+            # Each stage has its own order. Stage 1 has no number in its seed, as in older runs.
             seeds = (self.seed, epoch) if self.stage == 1 else (self.seed, epoch, self.stage)
             self.order, self.epoch = self.shuffled(np.random.default_rng(seeds)), epoch
         return self.order[step * self.batch_size : (step + 1) * self.batch_size]
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
-        """A permutation of the rows of Frames, [num_frames]; with blocks a local one.
+        """A permutation of the rows of Frames, [num_frames].
 
-        Blocks come in random order; each frame moves to a random place among the SHUFFLE_POOL
-        blocks that follow its own, so that blocks are read at an even rate.
+        With blocks, blocks come in random order, and each frame moves to a random place among the
+        SHUFFLE_POOL blocks that follow its own: blocks are then read at an even rate.
         """
         if self.blocks is None:
             return rng.permutation(np.arange(self.num_frames, dtype=np.int32))
@@ -73,16 +73,12 @@ class StepOrder:
 
 
 def loader(frames: Frames, order: StepOrder, workers: int) -> DataLoader:
-    """Raw batches in the given order.
-
-    One process reads MS-HAB's files, since each further process would inflate the same blocks.
-    DataLoader gets its own generator: each new iterator draws from it, and a draw from the global
-    random state would shift the noise of a resumed run.
-    """
+    """Raw batches in the given order."""
     if frames.blocks is not None:
-        workers = min(workers, 1)
+        workers = min(workers, 1)  # further processes would inflate the same blocks again
+    # Each iterator draws from `generator`; a draw from the global state would shift the noise of a
+    # resumed run.
     return DataLoader(
-        frames, sampler=order, batch_size=None, num_workers=workers,
-        pin_memory=torch.cuda.is_available(), generator=torch.Generator(),
-        persistent_workers=workers > 0,
+        frames, sampler=order, batch_size=None, num_workers=workers, generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
     )  # fmt: skip
