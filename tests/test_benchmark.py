@@ -83,7 +83,7 @@ def test_only_what_both_have_is_counted():
     ],
 )
 def test_evaluations_of_other_episodes_are_not_compared(change, message, tmp_path):
-    with pytest.raises(InputError, match=f"no episodes in {tmp_path}.*python eval.py --checkpoint"):
+    with pytest.raises(InputError, match=f"{tmp_path} 0, with no column.*python eval.py"):
         compare(LEARN / "eval", tmp_path)
     lines = read_lines(LEARN / "eval-flow/episodes.jsonl")
     (line,) = [line for line in lines if line["seed"] == 0]

@@ -191,7 +191,9 @@ def test_a_film_shows_the_inputs_the_masks_and_the_numbers_of_a_step(assets, tmp
         assert (depth == (255 * near).astype(np.uint8)).all()
         assert around.any() and (shown[around] == TRUE).all()
         assert (shown[~around & ~tinted] == rgb[~around & ~tinted]).all()
-        assert abs(shown[tinted] - (0.4 * rgb[tinted] + 0.6 * PREDICTED)).max(initial=0) <= 1
+        assert (
+            abs(shown[tinted] - (0.4 * rgb[tinted] + 0.6 * np.array(PREDICTED))).max(initial=0) <= 1
+        )
 
     true = {"grasp": obs["extra"]["is_grasped"], "pos": env.pos}
     true["obj"] = obs["extra"]["obj_pose_wrt_base"][0, :3]
