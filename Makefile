@@ -6,8 +6,7 @@
 #   make clean   remove both runs; assets, which may hold a download, stays
 #
 # Each target first makes .venv and finds a renderer (tools/setup.sh; PYTHON=... chooses Python). A
-# stopped run continues, and finished steps are not repeated: after a change of the numbers below,
-# `make clean` first.
+# stopped run goes on, and finished steps are not repeated: `make clean` after you change a number.
 
 PYTHON ?=
 # Simulators, and training processes (which share a batch of 32): one per core.
@@ -17,7 +16,7 @@ PY = .venv/bin/python
 
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
-# Waiting threads sleep: spinning ones slow torch to a tenth as soon as anything else runs.
+# Threads that wait must sleep: spinning, they slow torch tenfold when another program runs.
 export OMP_WAIT_POLICY = passive
 # Threads of Mesa's renderer, per simulator.
 export LP_NUM_THREADS = 1
@@ -57,8 +56,8 @@ STEPS2 = 600
 STEPS3 = 900
 LR3 = 1e-3
 # Evaluation episodes: stage 2 on closing the drawer and on each other column, stage 3 (flow head),
-# and the bounds random and expert. Episodes that stop at a success are faster; their success at the
-# end is unknown.
+# random actions and the expert. Episodes stop at a success, which is faster; whether they would
+# have succeeded at their end is unknown.
 TRIALS = 20
 TRIALS_OTHERS = 3
 TRIALS_FLOW = 6
@@ -70,8 +69,8 @@ EVAL_FLAGS = --stop-at-success
 COLLECT = $(PY) collect.py --expert scripted --task set_table --split train \
 	--workers $(WORKERS) --out $(RUN)/data
 # Two processes of one thread are 1.5 times as fast as one process of two threads. The scripted
-# expert uses a part of the controller's range, the flow head's noise all of it: bounds from the
-# data's percentiles bring both to one scale (GAP-23).
+# expert uses only a part of the controller's range, the flow head's noise all of it: bounds from
+# the data's percentiles give both one scale (GAP-23).
 TRAIN = OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc_per_node=$(PROCESSES) train.py --preset tiny \
 	--action-bounds percentiles --run-name $(notdir $(RUN)) --data $(RUN)/data
 EVAL = $(PY) eval.py --task set_table --split val --workers $(WORKERS) $(EVAL_FLAGS)

@@ -106,6 +106,7 @@ def test_settings_stand_once_or_on_every_line_and_may_not_change(tmp_path):
     done = read_episodes(tmp_path)
     assert sorted(done) == [("place_obj", 0), ("place_obj", 1)]
     assert {episode["simulation"] for episode in done.values()} == {"physx_cpu"}
+    assert read_episodes(REPOSITORY / "weights/eval")["close_drawer", 0]["horizon"] == 200
     check_settings(tmp_path, done, {"split": "train", "policies": {"place_obj": "a"}})
     for name, ours in {"split": "val", "device": "cuda", "policies": {"place_obj": "b"}}.items():
         with pytest.raises(InputError, match=f"with {name} = .*, this run has .*{ours}"):
@@ -113,7 +114,6 @@ def test_settings_stand_once_or_on_every_line_and_may_not_change(tmp_path):
 
 
 def test_wrong_flags_are_refused(tmp_path):
-    assert read_episodes(REPOSITORY / "weights/eval")["close_drawer", 0]["horizon"] == 200
     with pytest.raises(InputError, match="no --policy but learned"):
         EvalConfig(out=tmp_path, checkpoint=tmp_path, policy="random")
     for task, column in (("tidy_house", "open_fridge"), ("set_table", "place:003_cracker_box")):
@@ -263,7 +263,6 @@ def test_a_report_has_what_was_run_and_says_what_was_not(tmp_path):
     assert "| grasp | 0.5 share | 0.9 share | 9 | does not beat the trivial predictor |" in text
     assert "## Videos\n\nnot run" in text and "![losses](curves.png)" in text
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert read_json(tmp_path / "results.json")["validation"]["stage1"] == metrics
 
 
 def test_a_report_gathers_finished_films_and_names_what_its_evaluations_differ_in(tmp_path):

@@ -18,13 +18,14 @@ import h5py
 import numpy as np
 from hub_server import Hub
 from originals import STEP, prismatic_components, save_prismatic
+from processes import REPOSITORY as ROOT
 from test_pretrained import CFG, PRISM
 
 from config import HORIZON
 from paper import HUB_DATASETS
+from storage.files import read_json, read_lines
 from tools.reference import build_originals
 
-ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/real-benchmark.md").read_text()
 SECTION = PAGE.split("## From clone to a row of Table 2")[1].split("\n## ")[0]
 SMALLER = {
@@ -37,42 +38,40 @@ SMALLER = {
 
 
 def printed() -> list[list[str]]:
-    """The section's first commands; the one that downloads the apartments is not run here."""
+    """Return the section's commands, without the download of the apartments, at tiny size."""
     lines = SECTION.split("```")[1].strip().splitlines()
     assert lines[0] == "export MS_ASSET_DIR=$PWD/replica_cad" and "download_asset" in lines[1]
     assert len(lines) == 6
-    return [shlex.split(line) for line in lines[2:]]
+    return [make_smaller(shlex.split(line)) for line in lines[2:]]
 
 
-def smaller(command: list[str]) -> list[str]:
-    program = next((name for name in SMALLER if name in command), None)
-    command = [word.replace("=8", "=2") for word in command]
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]
-    start = torchrun if command[0] == "torchrun" else [sys.executable]
-    return [*start, *command[1:], *SMALLER.get(program, "").split()]
+def make_smaller(words: list[str]) -> list[str]:
+    launcher = ["-m", "torch.distributed.run"] if words[0] == "torchrun" else []
+    extra = [flags for program, flags in SMALLER.items() if program in words]
+    words = [word.replace("=8", "=2") for word in words[1:]]
+    return [sys.executable, *launcher, *words, *" ".join(extra).split()]
 
 
 def release(path: Path) -> None:
     """Make of a recording what MS-HAB released: 201 observations, raw actions, no labels."""
     with h5py.File(path, "r+") as file:
         for group in file.values():
-            steps, sets = len(group["actions"]), []
+            missing, sets = HORIZON - len(group["actions"]), {}
             del group["labels"]
-            group.visititems(lambda key, at, sets=sets: sets.append((key, at)))
-            for key, at in sets:
-                if isinstance(at, h5py.Dataset):
-                    last = at[-1:] * (0 if key == "actions" else 1)
-                    value = np.concatenate([at[:], *[last] * (HORIZON - steps)])
-                    del group[key]
-                    group.create_dataset(key, data=value, compression="gzip")
+            group.visititems(sets.__setitem__)
+            for key in [key for key, item in sets.items() if isinstance(item, h5py.Dataset)]:
+                value = group[key][:]
+                last = value[-1:] * (0 if key == "actions" else 1)
+                del group[key]
+                value = np.concatenate([value, *[last] * missing])
+                group.create_dataset(key, data=value, compression="gzip")
             group["actions"][3, 12] = 12.5
     sidecar = path.with_suffix(".json")
     content = json.loads(sidecar.read_text())
-    content = {"env_info": content["env_info"], "episodes": content["episodes"]}
     for episode in content["episodes"]:
         del episode["instruction"]
         episode["elapsed_steps"] = HORIZON
-    sidecar.write_text(json.dumps(content))
+    sidecar.write_text(json.dumps({key: content[key] for key in ("env_info", "episodes")}))
 
 
 def repositories(folder: Path) -> dict[str, dict[str, bytes]]:
@@ -104,28 +103,23 @@ def test_five_commands_lead_from_the_released_files_to_a_filled_row(assets, tmp_
     }  # fmt: skip
     for path in ROOT.glob("*.py"):
         (tmp_path / path.name).symlink_to(path)
-    said = ""
-    for command in map(smaller, printed()):
+    output = ""
+    for command in printed():
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
-        said += done.stdout
+        output += done.stdout
         if "download" in command:  # as `hf download` names the folder
             (tmp_path / "data/set_table").rename(tmp_path / "data/MS-HAB-SetTable")
     hub.shutdown()
     hub.server_close()
-    assert "of action values clipped to [-1, 1], as the controller does" in said
+    assert "of action values clipped to [-1, 1], as the controller does" in output
     assert [name for name in hub.fetched if name.endswith(".pt")] == [STEP]
-    trained = json.loads((tmp_path / "runs/auxvla-naive/stage2/config.json").read_text())
-    assert trained["pretrained"] == PRISM and trained["model"]["decoders"] == [
-        "pos",
-        "grasp",
-        "qpos",
-    ]
-    columns = json.loads((tmp_path / "runs/auxvla-naive/eval/results.json").read_text())["columns"]
-    assert {name: column["n"] for name, column in columns.items()} == {
-        "close_drawer": 3, "open_fridge": 3
-    }  # fmt: skip
-    lines = (tmp_path / "runs/auxvla-naive/eval/episodes.jsonl").read_text().splitlines()
-    assert len({json.loads(line)["scene"] for line in lines}) > 1
+    run = tmp_path / "runs/auxvla-naive"
+    trained = read_json(run / "stage2/config.json")
+    assert trained["pretrained"] == PRISM
+    assert trained["model"]["decoders"] == ["pos", "grasp", "qpos"]
+    columns = read_json(run / "eval/results.json")["columns"]
+    assert {name: c["n"] for name, c in columns.items()} == {"close_drawer": 3, "open_fridge": 3}
+    assert len({line["scene"] for line in read_lines(run / "eval/episodes.jsonl")}) > 1

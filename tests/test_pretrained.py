@@ -1,10 +1,7 @@
 """Public weights load by an explicit map: the manifests fit, features are kept, damage is named."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from originals import (
     save_prismatic,
     save_shards,
 )
+from processes import start
 from safetensors.torch import load_file, save_file
 
 from config import BINS, InputError, model_config
@@ -183,22 +181,22 @@ def refusal(folder, cfg=CFG):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("change", ["remove", "add", "reshape"])
+CHANGES = {  # a change of the tensor `key`, and the refusal
+    "removed": (lambda tensors, key: tensors.pop(key), "1 are missing: {name} {shape}"),
+    "added": (lambda tensors, key: tensors.update({f"{key}.more": torch.zeros(2)}), ".more [2]"),
+    "reshaped": (
+        lambda tensors, key: tensors.update({key: torch.zeros(7, 3)}),
+        "1 tensors do not fit, 0 are missing: {name}: the file has [7, 3], this model {shape}",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_tensor_that_does_not_fit_is_named_with_its_shape(change, damaged):
     folder, path, key, name, shape, cfg = damaged
-    changes, words = {
-        "remove": (lambda tensors: tensors.pop(key), f"1 are missing: {name} {shape}"),
-        "add": (
-            lambda tensors: tensors.update({f"{key}.more": torch.zeros(2)}),
-            f"{key.split('.')[-1]}.more [2]",
-        ),
-        "reshape": (
-            lambda tensors: tensors.update({key: torch.zeros(7, 3)}),
-            f"1 tensors do not fit, 0 are missing: {name}: the file has [7, 3], this model {shape}",
-        ),
-    }[change]
-    edit(path, changes)
-    assert words in refusal(folder, cfg)
+    function, words = CHANGES[change]
+    edit(path, lambda tensors: function(tensors, key))
+    assert words.format(name=name, shape=shape) in refusal(folder, cfg)
 
 
 def test_a_file_that_was_cut_off_is_named(damaged):
@@ -293,12 +291,24 @@ def test_of_a_repository_with_three_steps_the_last_alone_is_fetched(hub, files, 
     assert select_files(latest, PRISM) == ["config.json", "checkpoints/latest-checkpoint.pt"]
 
 
+def test_the_three_hub_models_are_read_from_their_repositories_then_from_the_cache(
+    hub, files, monkeypatch
+):
+    names = ("config.json", "model.safetensors")
+    for repository in HUB.values():
+        folder = files[0] / "hub" / Path(repository).name
+        hub.repositories[repository] = {name: (folder / name).read_bytes() for name in names}
+    used = [f"{repository}/{name}" for repository in HUB.values() for name in names]
+    assert list(load("hub")[1]) == used
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert list(load("hub")[1]) == used and len(hub.fetched) == 6
+
+
 def test_a_repository_without_weights_is_refused_naming_its_files(hub):
     names = [name for name in hub.repositories[PRISM] if not name.startswith("checkpoints/")]
     hub.repositories[PRISM] = dict.fromkeys(names, b"")
     message = refusal(PRISM)
-    assert message.startswith(f"{PRISM} has README.md, config.json") and hub.fetched == []
-    assert all(name in message for name in names)
+    assert all(name in message for name in names) and hub.fetched == []
 
 
 def test_a_gated_repository_is_refused_with_the_command_that_logs_in(hub, tmp_path):
@@ -317,15 +327,15 @@ def test_a_gated_repository_is_refused_with_the_command_that_logs_in(hub, tmp_pa
 
 def test_a_checkpoint_records_source_and_sha256_of_the_public_weights(files, tmp_path):
     write_demos(tmp_path / "data/set_table/close/kitchen_counter", lengths=(30, 8))
+    source = files[0] / "prismatic"
     flags = (
-        f"--preset tiny --pretrained {files[0]}/prismatic --data {tmp_path}/data --steps 1 "
-        f"--lr 1e-9 --out {tmp_path}/stage1 --batch-size 8 --device cpu --val-frames 8 "
-        "--model.llm.kv-heads 2 --model.dino.depth 3 --model.dino.registers 4 "
-        "--model.siglip.depth 3"
+        f"--preset tiny --pretrained {source} --data {tmp_path}/data --steps 1 --lr 1e-9 "
+        f"--out {tmp_path}/stage1 --batch-size 8 --device cpu --val-frames 8 --model.llm.kv-heads "
+        "2 --model.dino.depth 3 --model.dino.registers 4 --model.siglip.depth 3"
     )
     main(parse(flags.split()))
     saved = checkpoint.newest(tmp_path / "stage1")
-    manifest, source = checkpoint.read_manifest(saved), files[0] / "prismatic"
+    manifest = checkpoint.read_manifest(saved)
     hashes = {f"{source}/{name}": sha256(source / name) for name in ("config.json", STEP)}
     assert manifest["config"]["pretrained"] == str(source) and manifest["pretrained"] == hashes
     weight = load_file(saved / "model.safetensors")["vlm.vision.dino.blocks.1.qkv.weight"]
@@ -333,38 +343,12 @@ def test_a_checkpoint_records_source_and_sha256_of_the_public_weights(files, tmp
     torch.testing.assert_close(weight, written, rtol=0, atol=1e-6)
 
 
-HUB_SCRIPT = """
-from test_pretrained import CFG, VLM, load_pretrained
-print(*load_pretrained(VLM(CFG), "hub"), sep="\\n")
-"""
-
-
-def run_offline(*args, cache):
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cache), "PYTHONPATH": path}
-    return subprocess.run(
-        [sys.executable, *args], cwd=TESTS.parent, env=env, capture_output=True, text=True
-    )
-
-
-def test_offline_the_hub_models_come_from_the_cache(files, tmp_path):
-    for name in HUB.values():
-        model = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
-        shutil.copytree(files[0] / "hub" / Path(name).name, model / "snapshots" / ("0" * 40))
-        (model / "refs").mkdir()
-        (model / "refs/main").write_text("0" * 40)
-    done = run_offline("-c", HUB_SCRIPT, cache=tmp_path)
-    assert done.returncode == 0, done.stderr
-    used = [f"{name}/{file}" for name in HUB.values()
-            for file in ("config.json", "model.safetensors")]  # fmt: skip
-    assert done.stdout.split() == used
-
-
 def test_offline_and_without_a_cache_the_error_says_what_to_do(tmp_path):
     write_demos(tmp_path / "data/set_table/close/fridge", lengths=(40, 8))
     flags = f"--preset tiny --pretrained hub --data {tmp_path}/data --out {tmp_path}/out"
-    done = run_offline("train.py", *flags.split(), cache=tmp_path)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.startswith(f"error: {HUB['llm']}: not available from the hub")
+    process = start("train.py", *flags.split(), HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    stderr = process.communicate()[1]
+    assert process.returncode == 1 and "Traceback" not in stderr
+    assert stderr.startswith(f"error: {HUB['llm']}: not available from the hub")
     command = f"hf download {HUB['llm']} --local-dir DIR/{QWEN}; then --pretrained DIR."
-    assert command in done.stderr
+    assert command in stderr

@@ -16,7 +16,7 @@ from processes import REPOSITORY as ROOT
 
 from config import InputError
 from paper import ROWS
-from storage.files import append
+from storage.files import append, read_json
 from storage.results import wilson
 from tools.claims import (
     CLAIMS,
@@ -28,17 +28,30 @@ from tools.claims import (
     to_markdown,
     write_table,
 )  # fmt: skip
-from tools.reproduce import ReproduceConfig, cell, check_recipe, main, trained_as
+from tools.reproduce import KEPT, ReproduceConfig, Runner, cell, check_recipe, main, trained_as
+
+CLAIM = {claim.name: claim for claim in CLAIMS}
 
 
 def write_row(folder: Path, rates: dict[str, list[float]], n: int = 60):
-    """A row's episodes: {column: success rate of each training seed}."""
+    """Write a row's episodes from {column: success rate of each training seed}."""
     for column, by_seed in rates.items():
         for seed, rate in enumerate(by_seed):
             path = folder / f"seed-{seed}/set_table/episodes.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             for i in range(n):
                 append(path, {"column": column, "seed": i, "success_once": i < round(rate * n)})
+
+
+def judge_in(folder: Path, name: str, preset: str = "tiny", **rows: dict) -> dict:
+    """Judge a claim from its rows' episodes: {row: rates of write_row}."""
+    for row, rates in rows.items():
+        write_row(folder / row.replace("_", "-"), rates)
+    return judge(CLAIM[name], {row: folder / cell(row) for row in ROWS}, preset)
+
+
+def make_row(folder: Path, row: str = "auxvla-all") -> dict:
+    return write_table(folder, 2, (row,), cell, "tiny")["rows"][row]
 
 
 # --- Which trainings there are ---
@@ -53,23 +66,16 @@ def test_rows_that_are_trained_alike_are_trained_once():
     assert len(set(map(cell, apart))) == len(apart)
 
 
-def test_a_folder_of_other_numbers_is_refused(tmp_path):
+def test_a_folder_of_other_numbers_or_without_results_is_refused(tmp_path):
     cfg = ReproduceConfig(table=2, out=tmp_path / "out", work=tmp_path / "work")
     for folder in cfg.folders * 2:
         check_recipe(cfg, folder)
-    for kept in ({"out": cfg.out}, {"work": cfg.work}):  # results, or demonstrations
-        other = {"out": tmp_path / "new", "work": tmp_path / "new"} | kept
-        changed = ReproduceConfig(table=2, steps_per_epoch=7, **other)
+    for folder in cfg.folders:  # results, and demonstrations
         with pytest.raises(InputError, match=r"this command of .*'steps_per_epoch': 7"):
-            for folder in changed.folders:
-                check_recipe(changed, folder)
-    third = ReproduceConfig(table=3, out=cfg.out, run=False)  # not its columns
-    with pytest.raises(InputError, match=r"this command of .*pick_all"):
-        main(third)
+            check_recipe(ReproduceConfig(table=2, steps_per_epoch=7), folder)
+    with pytest.raises(InputError, match=r"this command of .*pick_all"):  # not Table 3's columns
+        main(ReproduceConfig(table=3, out=cfg.out, run=False))
     assert not (cfg.out / "table-3.json").exists()
-
-
-def test_a_table_of_no_results_says_what_makes_them(tmp_path):
     with pytest.raises(InputError, match="no results to make a table from"):
         main(ReproduceConfig(table=2, out=tmp_path / "none", run=False))
 
@@ -77,8 +83,8 @@ def test_a_table_of_no_results_says_what_makes_them(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (dict(table=2, rows=("openvla",)), "--rows openvla: not of Table 2"),
-        (dict(table=3, columns=("close_drawer",)), "Table 3 has no close"),
+        (dict(table=2, rows=("openvla",)), "Table 2 has no openvla"),
+        (dict(table=3, columns=("close_drawer",)), "Table 3 has no close_drawer"),
     ],
 )
 def test_what_a_table_lacks_is_refused(flags, message):
@@ -89,15 +95,11 @@ def test_what_a_table_lacks_is_refused(flags, message):
 # --- Intervals ---
 
 
-def test_the_interval_of_one_training_is_wilsons():
-    cell = rate_of({"0": (45, 60)})
-    assert (cell["low"], cell["high"]) == wilson(45, 60)
-
-
-def test_seeds_that_differ_widen_the_interval_and_equal_ones_do_not_narrow_it():
-    alike, apart = rate_of({str(s): (30, 60) for s in range(3)}), None
+def test_seeds_that_differ_widen_wilsons_interval_and_equal_ones_do_not_narrow_it():
+    one, alike = rate_of({0: (45, 60)}), rate_of({s: (30, 60) for s in range(3)})
+    assert (one["low"], one["high"]) == wilson(45, 60)
     assert (alike["low"], alike["high"]) == wilson(90, 180)
-    apart = rate_of({"0": (10, 60), "1": (30, 60), "2": (50, 60)})
+    apart = rate_of({0: (10, 60), 1: (30, 60), 2: (50, 60)})
     assert apart["rate"] == alike["rate"]
     assert apart["low"] < alike["low"] and apart["high"] > alike["high"]
 
@@ -109,14 +111,12 @@ def test_intervals_of_noisy_trainings_cover_the_true_difference():
         rows = []
         for rate in (0.4, 0.6):
             rates = np.clip(rng.normal(rate, 0.1, 3), 0, 1)
-            rows.append(
-                rate_of({str(s): (int(rng.binomial(120, p)), 120) for s, p in enumerate(rates)})
-            )
-        _, low, high = difference(*rows)
+            counts = {s: (int(rng.binomial(120, p)), 120) for s, p in enumerate(rates)}
+            rows.append(rate_of(counts))
+        pooled = [rate_of({0: (round(row["rate"] * 360), 360)}) for row in rows]
+        (_, low, high), (_, low_pooled, high_pooled) = difference(*rows), difference(*pooled)
         covered += low <= 0.2 <= high
-        pooled = [rate_of({"0": (round(row["rate"] * 360), 360)}) for row in rows]
-        _, low, high = difference(*pooled)
-        narrow += low <= 0.2 <= high
+        narrow += low_pooled <= 0.2 <= high_pooled
     assert covered / 400 > 0.93 and narrow / 400 < 0.75, (covered, narrow)
 
 
@@ -140,10 +140,8 @@ def test_every_claim_has_the_papers_sign_in_its_statement():
     ],
 )
 def test_a_verdict_follows_the_interval(tmp_path, naive, staged, verdict):
-    claim = next(each for each in CLAIMS if each.name == "progressive-beats-naive")
-    write_row(tmp_path / "auxvla-naive", {"close_fridge": naive})
-    write_row(tmp_path / "auxvla-all", {"close_fridge": staged})
-    judged = judge(claim, {name: tmp_path / cell(name) for name in ROWS}, "tiny")
+    rows = {"auxvla-naive": {"close_fridge": naive}, "auxvla-all": {"close_fridge": staged}}
+    judged = judge_in(tmp_path, "progressive-beats-naive", **rows)
     assert judged["verdict"] == verdict
     if staged:
         assert judged["paper"] == pytest.approx(0.90 - 0.67)  # of the one column that was run
@@ -151,62 +149,51 @@ def test_a_verdict_follows_the_interval(tmp_path, naive, staged, verdict):
 
 
 def test_two_rows_of_one_size_do_not_judge_a_claim_of_sizes(tmp_path):
-    for row in ("openvla-depth", "base-depth"):
-        write_row(tmp_path / row, {"close_fridge": [0.1, 0.1] if "vla" in row else [0.9, 0.9]})
-    claim = next(each for each in CLAIMS if each.name == "smaller-llm-is-better")
-    folders = {name: tmp_path / cell(name) for name in ROWS}
-    assert judge(claim, folders, "paper")["verdict"] == "agrees"
-    judged = judge(claim, folders, "tiny")
+    rows = {"openvla-depth": [0.1, 0.1], "base-depth": [0.9, 0.9]}
+    rows = {name: {"close_fridge": rates} for name, rates in rows.items()}
+    judged = judge_in(tmp_path, "smaller-llm-is-better", "tiny", **rows)
     assert judged["verdict"] == "not run" and "one size" in format_claim(judged)
-
-
-def test_what_differs_from_the_paper_is_said_of_the_preset_that_ran(tmp_path):
-    write_row(tmp_path / "base-depth", {"close_fridge": [0.5]})
-    tiny, paper = (write_table(tmp_path, 1, ("base-depth",), cell, p) for p in ("tiny", "paper"))
-    assert "4.6 M parameters" in list_differences(tiny) and "OpenVLA" in list_differences(tiny)
-    assert "4.6 M parameters" not in list_differences(paper) and "scripted" in list_differences(
-        paper
-    )
+    assert judge_in(tmp_path, "smaller-llm-is-better", "paper")["verdict"] == "agrees"
 
 
 def test_a_claim_is_not_told_where_the_papers_own_figures_have_another_sign(tmp_path):
-    write_row(
-        tmp_path / "base-depth", {"close_fridge": [0.5, 0.5, 0.45], "close_drawer": [1, 1, 1]}
-    )
-    write_row(
-        tmp_path / "auxvla-grasp", {"close_fridge": [0.9, 0.95, 0.9], "close_drawer": [1, 1, 1]}
-    )
-    claim = next(each for each in CLAIMS if each.name == "grasp-helps")
-    judged = judge(claim, {name: tmp_path / cell(name) for name in ROWS}, "tiny")
+    rows = {"base-depth": [0.5, 0.5, 0.45], "auxvla-grasp": [0.9, 0.95, 0.9]}
+    rows = {n: {"close_fridge": rates, "close_drawer": [1, 1, 1]} for n, rates in rows.items()}
+    judged = judge_in(tmp_path, "grasp-helps", **rows)
     assert judged["paper_all_columns"] > 0 > judged["paper"] and judged["low"] > 0
     assert (judged["verdict"], judged["seeds_needed"]) == ("cannot tell", None)
 
 
+# --- Tables ---
+
+
+def test_what_differs_from_the_paper_is_said_of_the_preset_that_ran(tmp_path):
+    write_row(tmp_path / "base-depth", {"close_fridge": [0.5]})
+    tables = (write_table(tmp_path, 1, ("base-depth",), cell, p) for p in ("tiny", "paper"))
+    tiny, paper = map(list_differences, tables)
+    assert "4.6 M parameters" in tiny and "OpenVLA" in tiny
+    assert "4.6 M parameters" not in paper and "scripted" in paper
+
+
 def test_held_out_figures_are_of_the_last_stage_alone_and_an_episode_counts_once(tmp_path):
-    seeds = tmp_path / "auxvla-all/seed-0", tmp_path / "auxvla-all/seed-1"
+    folder = tmp_path / "auxvla-all"
+    write_row(folder, {"close_fridge": [0.5, 0.5]})
     about = {"trivial": 90.0, "unit": "cm", "higher_is_better": False}
-    for folder, stages in zip(seeds, ((1, 2), (1,)), strict=True):  # the second was stopped
-        for stage in stages:
-            path = folder / f"stage{stage}/validation.json"
-            path.parent.mkdir(parents=True)
-            path.write_text(json.dumps({"metrics": {"error": about | {"ours": 10.0 / stage}}}))
-    write_row(tmp_path / "auxvla-all", {"close_fridge": [0.5, 0.5]})
-    append(
-        seeds[0] / "set_table/episodes.jsonl",
-        {"column": "close_fridge", "seed": 0, "success_once": True},
-    )
-    row = write_table(tmp_path, 2, ("auxvla-all",), cell, "tiny")["rows"]["auxvla-all"]
+    for seed, stage in ((0, 1), (0, 2), (1, 1)):  # the second training was stopped
+        path = folder / f"seed-{seed}/stage{stage}/validation.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps({"metrics": {"error": about | {"ours": 10.0 / stage}}}))
+    again = {"column": "close_fridge", "seed": 0, "success_once": True}
+    append(folder / "seed-0/set_table/episodes.jsonl", again)
+    row = make_row(tmp_path)
     assert row["metrics"]["error"]["ours"] == 5.0 and "low" not in row["metrics"]["error"]
     assert row["cells"]["set_table/close_fridge"]["n"] == 120
 
 
 def test_every_training_counts_also_beyond_the_tenth_and_no_other_folder_does(tmp_path):
     write_row(tmp_path / "auxvla-all", {"close_fridge": [0.5] * 12}, n=2)
-    episodes = tmp_path / "auxvla-all/seed-0/set_table/episodes.jsonl"
-    copy = tmp_path / "auxvla-all/seed-0-old/set_table/episodes.jsonl"
-    copy.parent.mkdir(parents=True)
-    shutil.copyfile(episodes, copy)
-    row = write_table(tmp_path, 2, ("auxvla-all",), cell, "tiny")["rows"]["auxvla-all"]
+    shutil.copytree(tmp_path / "auxvla-all/seed-0", tmp_path / "auxvla-all/seed-0-old")
+    row = make_row(tmp_path)
     assert row["seeds"] == [*range(12)] and row["cells"]["set_table/close_fridge"]["n"] == 24
 
 
@@ -222,9 +209,9 @@ def test_the_tables_in_results_are_made_again_from_their_episodes(tmp_path):
     """To the last printed digit: the rest is the rounding of the library's Wilson interval."""
     shutil.copytree(ROOT / "results/set_table", tmp_path / "results")
     for number in (1, 2, 4):
-        committed = json.loads((tmp_path / f"results/table-{number}.json").read_text())
+        committed = read_json(tmp_path / f"results/table-{number}.json")
         main(ReproduceConfig(number, out=tmp_path / "results", run=False))
-        made = json.loads((tmp_path / f"results/table-{number}.json").read_text())
+        made = read_json(tmp_path / f"results/table-{number}.json")
         assert to_markdown(made) == to_markdown(committed)
         assert made["differs"] == committed["differs"]
 
@@ -232,35 +219,41 @@ def test_the_tables_in_results_are_made_again_from_their_episodes(tmp_path):
 # --- A run ---
 
 
+def test_logs_in_out_stay_those_of_the_training_that_ran_the_episodes(tmp_path):
+    def command(log: Path, program: str, *, out: Path, **flags):
+        out.mkdir(parents=True)
+        for name in KEPT:
+            (out / name).write_text("trained again")
+
+    runner = Runner(ReproduceConfig(4, out=tmp_path / "out", work=tmp_path / "work"))
+    runner.command = command
+    log = tmp_path / "out/auxvla-all/seed-0/stage1/log.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text("of the training that acted")
+    for stage in (1, 3):  # the action head's stage 1 is that of auxvla-all
+        runner.train("auxvla-action-head", stage, seed=0)
+    assert log.read_text() == "of the training that acted"
+    assert (tmp_path / "out/auxvla-action-head/seed-0/stage3/log.jsonl").exists()
+
+
 def test_a_stopped_run_goes_on_and_repeats_nothing(assets, tmp_path):
     flags = "--table 2 --rows auxvla-all --columns close_drawer --seeds 1 --episodes 1"
     flags += f" --demonstrations 2 --steps-per-epoch 1 --out {tmp_path}/out --work {tmp_path}/work"
     command = [sys.executable, "-m", "tools.reproduce", *flags.split()]
-    staged = tmp_path / "out/auxvla-all/seed-0"
     first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, process_group=0)
-    while not (staged / "stage1/validation.json").exists():
+    while not (tmp_path / "out/auxvla-all/seed-0/stage1/validation.json").exists():
         assert first.poll() is None
         time.sleep(0.1)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    table = json.loads((tmp_path / "out/table-2.json").read_text())
+    table = read_json(tmp_path / "out/table-2.json")
     for row in ("auxvla-all", "random", "expert"):
         assert table["rows"][row]["cells"]["set_table/close_drawer"]["n"] == 1
     assert "base_position_error" in table["rows"]["auxvla-all"]["metrics"]
-    logs = [*(tmp_path / "work").rglob("log.txt")]
-    before = {path: path.read_text() for path in logs}
+    before = {path: path.read_text() for path in (tmp_path / "work").rglob("log.txt")}
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert before == {path: path.read_text() for path in logs}
+    assert before == {path: path.read_text() for path in (tmp_path / "work").rglob("log.txt")}
     commands = before[tmp_path / "work/auxvla-all/seed-0/log.txt"].count
-    assert (commands("--stage 1"), commands("$ eval.py")) == (2, 1)  # 2: it was killed behind it
-
-    # On another machine, a row that stands on its training: its logs stay.
-    shutil.rmtree(tmp_path / "work/auxvla-all")
-    (staged / "stage1/log.jsonl").write_text("of the training that acted\n")
-    fourth = [word.replace("auxvla-all", "auxvla-action-head") for word in command]
-    fourth[fourth.index("2")] = "4"
-    subprocess.run(fourth, cwd=ROOT, check=True, capture_output=True)
-    assert (tmp_path / "out/auxvla-action-head/seed-0/stage3/log.jsonl").exists()
-    assert (staged / "stage1/log.jsonl").read_text() == "of the training that acted\n"
+    assert (commands("--stage 1"), commands("$ eval.py")) == (2, 1)  # 2: killed after its stage 1

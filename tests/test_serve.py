@@ -70,15 +70,13 @@ def test_several_episodes_at_once_each_get_the_policys_actions(stage):
 
 def test_an_unusable_observation_is_refused_and_the_episode_goes_on(stage):
     head = wire(3)["sensor_data"]["fetch_head"]
-    metres = np.ones((128, 128, 1), np.float32)
+    metres, stacked = np.ones((128, 128, 1), np.float32), head["rgb"][None]
     bad = {  # message: what the client sends instead
-        "fetch_head/rgb: got object [], expected uint8 [128, 128, 3]": {"fetch_head": None},
-        "depth: got float32 [128, 128, 1], expected int16": {
-            "fetch_head": head | {"depth": metres}
-        },
-        "rgb: got uint8 [1, 128, 128, 3]": {"fetch_head": head | {"rgb": head["rgb"][None]}},
+        "fetch_head/rgb: got object (), expected uint8 (128, 128, 3)": None,
+        "depth: got float32 (128, 128, 1), expected int16": head | {"depth": metres},
+        "rgb: got uint8 (1, 128, 128, 3)": head | {"rgb": stacked},
     }
-    bad = {message: {"sensor_data": sent} for message, sent in bad.items()}
+    bad = {message: {"sensor_data": {"fetch_head": sent}} for message, sent in bad.items()}
     for text in ("wash up", None):
         message = f"task_description: got {text!r}, expected one of ['{TEXT}']"
         bad[message] = {"task_description": text}
@@ -91,17 +89,15 @@ def test_an_unusable_observation_is_refused_and_the_episode_goes_on(stage):
     np.testing.assert_array_equal(episode.sent, expected(stage, [3, 4]))
 
 
-def test_any_instruction_is_accepted_with_the_flag_unless_too_long(stage):
+def test_any_instruction_is_accepted_with_the_flag(stage):
     episode = Episode(AuxVLAServer(ServeConfig(stage, device="cpu", any_instruction=True)))
     episode.see(wire(0, "open the fridge"))
-    with pytest.raises(ValueError, match="needs 38 tokens"):
-        episode.see(wire(0, "open " * 30))
     assert len(episode.sent) == 1
 
 
 def test_a_missing_vla_eval_is_named_with_the_command_that_installs_it(stage, monkeypatch):
     monkeypatch.setattr("tools.serve.serve", None)  # as if it were not installed
-    with pytest.raises(InputError, match=r"needs the package vla-eval: pip install"):
+    with pytest.raises(InputError, match="needs the package vla-eval: pip install"):
         main(ServeConfig(stage))
 
 

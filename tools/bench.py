@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -81,11 +82,8 @@ def report(json: Path | None, unit: str, figures: dict[str, dict], **more) -> No
         print(f"{name}: {value}")
     if json:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_initialized() else None
-        about = {
-            "torch": torch.__version__, "platform": platform.platform(),
-            "device": gpu or platform.processor() or platform.machine(),
-            "date": time.strftime("%Y-%m-%d"),
-        }  # fmt: skip
+        device = gpu or platform.processor() or platform.machine()
+        about = dict(torch=torch.__version__, device=device, date=time.strftime("%Y-%m-%d"))
         result = {"about": about, "unit": unit, "figures": figures, **more}
         json.write_text(json_module.dumps(result, indent=1, default=float) + "\n")
 
@@ -111,9 +109,7 @@ def read_epoch(source: Demonstrations | Pack, size: int) -> float:
     """Frames per second of an epoch of ours in batches of `size`."""
     frames = Frames(source, held_out=0.02, train=True)
     steps = len(frames) // size
-    order = StepOrder(
-        len(frames), size, seed=0, first=0, last=steps, rank=0, world=1, blocks=frames.blocks
-    )
+    order = StepOrder(len(frames), size, 0, 0, steps, rank=0, world=1, blocks=frames.blocks)
     return steps * size / seconds(lambda: [frames[rows] for rows in order])
 
 
@@ -191,18 +187,13 @@ def train(
     ours.train_stage(2)
     samples = random_batch(ours.cfg, batch, place)
     steps = {
-        "naive port": build_step(port, samples, fused=False),
-        "ours": build_step(ours, samples, fused=True),
+        "naive port": build_step(port, samples, False),
+        "ours": build_step(ours, samples, True),
     }
     report(json, "samples/s", in_turns(steps, rounds))
 
 
 # --- Latency of an action ---
-
-
-class PortPolicy(Policy):
-    def query(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict]:
-        return self.run(inputs, False)  # a CUDA graph cannot capture `generate`
 
 
 def build_policies(
@@ -222,10 +213,11 @@ def build_policies(
         tokenizer = build_tokenizer(replace(cfg.llm, tokenizer="words"))  # needs no file
         tokens = Policy(ours.to(device).eval(), stats, tokenizer, {}, device)
     tokens.predict = False
-    flow = AuxVLA(tokens.model.cfg, flow_head=True, meta=True)
-    flow.vlm, flow.decoders = tokens.model.vlm, tokens.model.decoders
-    naive = PortPolicy(port.to(device).eval(), tokens.stats, tokens.tokenizer, {}, device)
-    return tokens, replace(tokens, model=flow.to(device).eval(), graphs={}), naive
+    chunk = AuxVLA(tokens.model.cfg, flow_head=True, meta=True)
+    chunk.vlm, chunk.decoders = tokens.model.vlm, tokens.model.decoders
+    naive = replace(tokens, model=port.to(device).eval())
+    naive.query = partial(naive.run, predict=False)  # a CUDA graph cannot capture `generate`
+    return tokens, replace(tokens, model=chunk.to(device).eval(), graphs={}), naive
 
 
 def observations(data: Path | None, size: int, count: int) -> Iterator[dict]:
@@ -235,18 +227,17 @@ def observations(data: Path | None, size: int, count: int) -> Iterator[dict]:
     """
     source, rng = open_data(data) if data else None, np.random.default_rng(0)
     for t in range(count):
-        if source is None:
-            records = np.frombuffer(rng.bytes(size * RECORD.itemsize), RECORD)
-        else:
+        if source:
             rows = len(source) * np.arange(1, size + 1) // size - count + t
             records = source.read(rows % len(source))
+        else:
+            records = np.frombuffer(rng.bytes(size * RECORD.itemsize), RECORD)
         rgb, depth = (torch.from_numpy(np.array(records[key])) for key in ("rgb", "depth"))
-        yield {
-            "sensor_data": {
-                f"fetch_{camera}": {"rgb": rgb[:, c], "depth": depth[:, c, ..., None]}
-                for c, camera in enumerate(CAMERAS)
-            }
+        sensors = {
+            f"fetch_{camera}": {"rgb": rgb[:, c], "depth": depth[:, c, ..., None]}
+            for c, camera in enumerate(CAMERAS)
         }
+        yield {"sensor_data": sensors}
 
 
 def act_first(policy: Policy, obs: dict) -> np.ndarray:
@@ -270,18 +261,22 @@ def act(
     check_writable(json)
     cfg = build_config(preset, layers)
     tokens, flow, naive = build_policies(cfg, checkpoint, device_of(device))
-    figures, exact = {}, {}
+    figures, more = {}, {}
     for size in batches:
         figures |= time_queries(tokens, flow, naive, data, size, queries)
     if not checkpoint:
-        exact = {"exactness": compare_tokens(tokens, naive, observations(data, 1, queries))}
-    report(json, "ms", figures, **exact)
+        tokens.reset()
+        frames = observations(data, 1, queries)
+        gaps = np.stack([tokens.act(obs, SENTENCE) - act_first(naive, obs) for obs in frames])
+        different = int((np.abs(gaps) > 1e-5).sum())  # of [frames, 1, 13]
+        more = {"exactness": {"tokens": gaps.size, "different": different}}
+    report(json, "ms", figures, **more)
 
 
 def time_queries(
     tokens: Policy, flow: Policy, naive: Policy, data: Path | None, size: int, queries: int
 ) -> dict[str, dict]:
-    """Milliseconds of a query of `size` environments."""
+    """Milliseconds of a query for `size` environments."""
     count = max(min(5, queries), queries // size)
     seen = list(observations(data, size, count + 1))
     tokens.reset()
@@ -298,14 +293,6 @@ def time_queries(
         for name, run in runs.items()
     }
     return in_turns(timed, count)
-
-
-def compare_tokens(ours: Policy, naive: Policy, frames: Iterator[dict]) -> dict[str, int]:
-    """Count our tokens that differ from those of `generate`."""
-    ours.reset()
-    gaps = np.array([ours.act(obs, SENTENCE) - act_first(naive, obs) for obs in frames])
-    different = int((np.abs(gaps) > 1e-5).sum())  # of [frames, 1, 13]
-    return {"frames": len(gaps), "tokens": gaps.size, "different": different}
 
 
 VERBS = {"loader": loader, "train": train, "act": act}

@@ -7,17 +7,15 @@ A claim is a difference of two rows' success rates, written down before any run.
 
     agrees        the 95 % interval of our difference lies on the paper's side of 0
     disagrees     the interval lies on the other side
-    cannot tell   the interval contains 0, or a row was trained once only, or the paper's own
+    cannot tell   the interval contains 0, or a row was trained only once, or the paper's own
                   rates in the columns that were run do not have the sign of its claim
     not run       a row or all columns of the claim are missing, or both rows are the same here
 
-Episodes of one training are not independent trainings. An interval is the wider of two: over
-episodes, as if one policy ran all (Wilson; for differences Newcombe), and over the training seeds'
-rates (Student's t).
+Episodes of one policy do not show how much trainings differ. An interval is the wider of two: over
+episodes (Wilson; of a difference: Newcombe) and over the rates of the training seeds (Student's t).
 """
 
 import csv
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,13 +25,18 @@ from statistics import NormalDist, mean, variance
 from scipy.stats import t as student
 
 from paper import COLUMNS, PAPER_COLUMNS, ROWS
-from storage.files import read_json, write
+from storage.files import read_json, write_json
 from storage.results import read_episodes, wilson
+from tools.compare import newcombe
 
 SEED_SD = 0.1  # assumed spread of a row's success rate from one training to the next
 PLANNED_EPISODES = 60  # of each column and seed
 # Standard normal quantiles: two-sided test at 0.05, power 0.8.
 Z, Z_POWER = (NormalDist().inv_cdf(p) for p in (0.975, 0.8))
+PAPER = {  # row: {task/column: rate}
+    name: {f"{task}/{c}": rate for task, rates in row.paper.items() for c, rate in rates.items()}
+    for name, row in ROWS.items()
+}
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,12 @@ class Claim:
     @property
     def keys(self) -> list[str]:
         """All task/column pairs that the claim covers."""
-        rates, names = ROWS[self.a].paper, self.columns.split() or PAPER_COLUMNS
-        return [f"{task}/{name}" for task in rates for name in rates[task] if name in names]
+        names = self.columns.split() or PAPER_COLUMNS
+        return [key for key in PAPER[self.a] if key.split("/")[1] in names]
 
     def paper_effect(self, keys: Sequence[str]) -> float:
         """Return the paper's mean difference over these task/column pairs."""
-        return mean(paper_rate(self.b, key) - paper_rate(self.a, key) for key in keys)
+        return mean(PAPER[self.b][key] - PAPER[self.a][key] for key in keys)
 
     def is_supported(self, keys: Sequence[str]) -> bool:
         """Return whether the paper's own rates in these columns have the sign of its claim."""
@@ -72,7 +75,7 @@ class Claim:
         """
         if not self.is_supported(keys):
             return None
-        rates = [paper_rate(row, key) for row in (self.a, self.b) for key in keys]
+        rates = [PAPER[row][key] for row in (self.a, self.b) for key in keys]
         chance = mean(rate * (1 - rate) for rate in rates) / (PLANNED_EPISODES * len(keys))
         spread = 2 * (SEED_SD**2 + chance) * (Z + Z_POWER) ** 2
         return max(2, math.ceil(spread / self.paper_effect(keys) ** 2) + 1)  # + 1: t, not normal
@@ -80,12 +83,6 @@ class Claim:
 
 with open(Path(__file__).with_suffix(".csv"), encoding="utf-8", newline="") as file:
     CLAIMS = [Claim(**row) for row in csv.DictReader(file)]
-
-
-def paper_rate(row: str, key: str) -> float:
-    """Return the paper's rate of a row in `task/column`."""
-    task, column = key.split("/")
-    return ROWS[row].paper[task][column]
 
 
 # --- Intervals ---
@@ -106,7 +103,7 @@ def seed_interval(*samples: Sequence[float]) -> tuple[float, float]:
     return centre - half, centre + half
 
 
-def rate_of(by_seed: dict[str, tuple[int, int]]) -> dict:
+def rate_of(by_seed: dict[int, tuple[int, int]]) -> dict:
     """Return a cell from {training seed: (successes, episodes)}."""
     successes, n = (sum(each[i] for each in by_seed.values()) for i in (0, 1))
     rates = {seed: s / m for seed, (s, m) in by_seed.items()}
@@ -119,43 +116,39 @@ def rate_of(by_seed: dict[str, tuple[int, int]]) -> dict:
 def difference(a: dict, b: dict) -> tuple[float, float, float]:
     """Return b's rate minus a's, with its interval, of two cells of `rate_of`.
 
-    Newcombe's for independent proportions (Statistics in Medicine 17, 1998, p. 873, method 10): the
-    rows ran on equal episodes but were trained apart, which pairing would ignore.
+    The rows ran on equal episodes but were trained apart: the samples count as independent.
     """
-    (low_a, high_a), (low_b, high_b) = (wilson(round(c["rate"] * c["n"]), c["n"]) for c in (a, b))
-    rate_a, rate_b = a["rate"], b["rate"]
-    low = rate_b - rate_a - math.hypot(rate_b - low_b, high_a - rate_a)
-    high = rate_b - rate_a + math.hypot(high_b - rate_b, rate_a - low_a)
+    counts = [(round(cell["rate"] * cell["n"]), cell["n"]) for cell in (a, b)]
+    low, high = newcombe(*counts[0], *counts[1])
     seeds = seed_interval([*a["by_seed"].values()], [*b["by_seed"].values()])
-    return rate_b - rate_a, max(-1.0, min(low, seeds[0])), min(1.0, max(high, seeds[1]))
+    low, high = max(-1.0, min(low, seeds[0])), min(1.0, max(high, seeds[1]))
+    return b["rate"] - a["rate"], low, high
 
 
 # --- Episodes ---
 
 
-def find_seeds(folder: Path, pattern: str) -> list[tuple[str, Path]]:
-    """Return [(seed, file)] of FOLDER/seed-N/PATTERN in order of N; other folders do not count."""
-    paths = [path for path in folder.glob(f"seed-*/{pattern}")]
-    seeds = [path.relative_to(folder).parts[0].removeprefix("seed-") for path in paths]
-    found = [(int(seed), path) for seed, path in zip(seeds, paths) if seed.isdecimal()]
-    return [(str(seed), path) for seed, path in sorted(found)]
+def find_seeds(row: Path) -> list[tuple[int, Path]]:
+    """Return [(N, folder)] of ROW/seed-N in order of N; other folders do not count."""
+    folders = {path.name.removeprefix("seed-"): path for path in row.glob("seed-*")}
+    return sorted((int(seed), path) for seed, path in folders.items() if seed.isdecimal())
 
 
-def count_successes(folder: Path) -> dict[str, dict[str, tuple[int, int]]]:
+def count_successes(row: Path) -> dict[str, dict[int, tuple[int, int]]]:
     """Return {task/column: {training seed: (successes, episodes)}} of one row's folder."""
     counts: dict[str, dict] = {}
-    for seed, path in find_seeds(folder, "*/episodes.jsonl"):
-        lines = read_episodes(path.parent)
-        episodes = {key: line["success_once"] for key, line in lines.items()}
-        for column in COLUMNS:
-            outcomes = [success for (name, _), success in episodes.items() if name == column]
-            if outcomes:
-                by_seed = counts.setdefault(f"{path.parent.name}/{column}", {})
-                by_seed[seed] = sum(outcomes), len(outcomes)
+    for seed, folder in find_seeds(row):
+        for path in sorted(folder.glob("*/episodes.jsonl")):
+            episodes = read_episodes(path.parent)
+            for column in COLUMNS:
+                outcomes = [e["success_once"] for key, e in episodes.items() if key[0] == column]
+                if outcomes:
+                    by_seed = counts.setdefault(f"{path.parent.name}/{column}", {})
+                    by_seed[seed] = sum(outcomes), len(outcomes)
     return counts
 
 
-def sum_columns(counts: dict[str, dict[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
+def sum_columns(counts: dict[str, dict[int, tuple[int, int]]]) -> dict[int, tuple[int, int]]:
     """Return successes and episodes of the seeds that ran every column equally often."""
     summed = {}
     for seed in sorted({seed for by_seed in counts.values() for seed in by_seed}):
@@ -180,7 +173,6 @@ def judge(claim: Claim, folders: dict[str, Path], preset: str) -> dict:
     ours, low, high = difference(*map(rate_of, summed))
     found |= {"paper": claim.paper_effect(keys), "ours": ours, "low": low, "high": high}
     found |= {"seeds": min(map(len, summed)), "seeds_needed": claim.seeds_needed(keys)}
-    # One training of each row does not show how much trainings differ.
     if low <= 0 <= high or found["seeds"] < 2 or not claim.is_supported(keys):
         return found | {"verdict": "cannot tell"}
     return found | {"verdict": "agrees" if paper * ours > 0 else "disagrees"}
@@ -204,12 +196,13 @@ UNHELD = "nothing is held in these columns: the grasp decoder's label never chan
 UNSUPPORTED = "the paper's own figures there do not have the sign of its claim"
 
 
-def average_metrics(folder: Path, stage: int) -> dict[str, dict]:
+def average_metrics(row: Path, stage: int) -> dict[str, dict]:
     """Return the held-out metrics after a row's last stage: mean over seeds, with its interval."""
-    runs = [read_json(path) for _, path in find_seeds(folder, f"stage{stage}/validation.json")]
+    files = [folder / f"stage{stage}/validation.json" for _, folder in find_seeds(row)]
+    runs = [read_json(path)["metrics"] for path in files if path.exists()]
     metrics = {}
-    for name in dict.fromkeys(name for run in runs for name in run["metrics"]):
-        values = [run["metrics"][name] for run in runs if name in run["metrics"]]
+    for name in dict.fromkeys(name for run in runs for name in run):
+        values = [run[name] for run in runs if name in run]
         ours = [value["ours"] for value in values]
         low, high = seed_interval(ours)
         metrics[name] = {"ours": mean(ours)} | ({"low": low, "high": high} if low <= high else {})
@@ -224,7 +217,7 @@ def make_row(folder: Path, label: str, paper: dict[str, float], stage: int = 0) 
     if summed := sum_columns(counts):
         theirs = [paper[key] for key in counts if key in paper]
         cells["average"] = rate_of(summed) | {"paper": mean(theirs) if theirs else None}
-    seeds = sorted({int(seed) for by_seed in counts.values() for seed in by_seed})
+    seeds = sorted({seed for by_seed in counts.values() for seed in by_seed})
     metrics = average_metrics(folder, stage)
     return {"label": label, "seeds": seeds, "cells": cells, "metrics": metrics}
 
@@ -234,13 +227,12 @@ def write_table(results: Path, number: int, names: Sequence[str], cell: Callable
 
     `cell` maps a row to the row under whose name its results are kept (tools/reproduce.py).
     """
-    rows = {}
-    for name in names:
-        row = ROWS[name]
-        paper = {f"{task}/{c}": row.paper[task][c] for task in row.paper for c in row.paper[task]}
-        rows[name] = make_row(results / cell(name), row.label, paper, row.stages[-1])
-    rows |= {bound: make_row(results / bound, bound, {}) for bound in ("random", "expert")}
     folders = {name: results / cell(name) for name in ROWS}
+    rows = {
+        name: make_row(folders[name], ROWS[name].label, PAPER[name], ROWS[name].stages[-1])
+        for name in names
+    }
+    rows |= {bound: make_row(results / bound, bound, {}) for bound in ("random", "expert")}
     columns = dict.fromkeys(key for row in rows.values() for key in row["cells"])
     holds = any(word in key for key in columns for word in ("pick", "place"))
     tiny = TINY + (TINY_OPENVLA,) * (number == 1) if preset == "tiny" else ()
@@ -253,7 +245,7 @@ def write_table(results: Path, number: int, names: Sequence[str], cell: Callable
         "claims": [judge(claim, folders, preset) for claim in CLAIMS if claim.table == number],
         "differs": [*tiny, *ALWAYS, *([] if holds else [UNHELD])],
     }
-    write(results / f"table-{number}.json", (json.dumps(table, indent=1) + "\n").encode())
+    write_json(results / f"table-{number}.json", table)
     return table
 
 
@@ -300,19 +292,21 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
 def to_markdown(table: dict) -> list[str]:
     """Return the lines of success rates, of held-out metrics and of claims."""
     keys = ["/".join(pair) for pair in table["task_columns"]] + ["average"]
-    cells = [
-        [row["label"], str(len(row["seeds"])), *(format_cell(row["cells"].get(k)) for k in keys)]
-        for row in table["rows"].values()
-    ]
-    rows = [row for row in table["rows"].values() if row["metrics"]]
+    rows = table["rows"].values()
     names = [*dict.fromkeys(name for row in rows for name in row["metrics"])]
+    success = [
+        [row["label"], str(len(row["seeds"])), *(format_cell(row["cells"].get(k)) for k in keys)]
+        for row in rows
+    ]
+    metrics = [
+        [row["label"], *(format_metric(row["metrics"].get(name)) for name in names)]
+        for row in rows
+        if row["metrics"]
+    ]
     heads = ["held out", *(name.replace("_", " ") for name in names)]
-    metrics = [[r["label"], *(format_metric(r["metrics"].get(n)) for n in names)] for r in rows]
-    return [
-        *markdown_table([table["title"], "seeds", *keys], cells), "",
-        *(markdown_table(heads, metrics) if rows else []), "",
-        *map(format_claim, table["claims"]),
-    ]  # fmt: skip
+    lines = [*markdown_table([table["title"], "seeds", *keys], success), ""]
+    lines += [*(markdown_table(heads, metrics) if metrics else []), ""]
+    return lines + [format_claim(claim) for claim in table["claims"]]
 
 
 def list_differences(table: dict) -> str:

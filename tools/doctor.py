@@ -3,10 +3,10 @@
     python -m tools.doctor
     python -m tools.doctor --for train --data DATA --pretrained PRISM --out RUN/stage1
     python -m tools.doctor --for eval --checkpoint RUN/stage2
-    python -m tools.doctor --checkpoint RUN/stage2 --data PACK  # is the policy sound?
+    python -m tools.doctor --checkpoint RUN/stage2 --data PACK  # does it act as the data do?
     torchrun --nproc_per_node=8 -m tools.doctor --for train   # do the ranks reach each other?
 
-Each check prints `ok` or `missing` and what it found; for what is missing also the command that
+A line for each check: `ok` or `missing`, what was found, and for what is missing the command that
 mends it. The exit code is 1 if anything is missing.
 """
 
@@ -15,11 +15,11 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,27 +29,31 @@ import torch.distributed as dist
 import tyro
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-from packaging.requirements import Requirement
 
 from config import LABELS, PRESETS, InputError, TrainConfig, model_config, quoted, user_errors
-from model import VLM, AuxVLA
+from data import Frames, make_batch
+from model import VLM, AuxVLA, actions_to_bins
+from policy import Policy, check_schema
 from simulation.assets import check_assets
 from simulation.plans import check_gpu_physics
 from storage.h5 import label_command
 from storage.pack import open_data
 from storage.pretrained import load_pretrained
-from storage.tokenizer import build_tokenizer
+from storage.tokenizer import build_tokenizer, tokenize
 from storage.trajectory import remarks
-from tools.check_policy import check_policy
 from training.memory import check_shared_memory
 from training.ranks import join
 
 ROOT = Path(__file__).parents[1]
-PYTHONS = ((3, 11), (3, 12))  # mani_skill's mplib has wheels for no other (tools/setup.sh)
 PIP = f"{quoted(sys.executable)} -m pip install"
-PATIENCE = 180.0  # seconds that a started program may take
-WITH_OBJECT = ("pick", "place")  # the other subtasks move a part of the furniture (GAP-8)
-RESULTS = 1e9  # bytes of an evaluation's videos, or of some demonstrations
+RESET = """from simulation.env import SubtaskEnv
+SubtaskEnv('set_table', 'close', 'kitchen_counter').reset(0)
+print('an environment was reset')"""
+SECONDS = 60.0  # for the predictions on held-out frames
+HELD_OUT = 256  # held-out frames, and held-out episodes, at most
+EQUAL = 1e-5  # logits that differ by less, relative to the largest, differ by rounding only
+RARE = 3  # where the data have at most so many different tokens, a policy may use one
+CLIPPED = 0.1  # of a dimension's actions may lie outside; percentiles leave out 0.02 in training
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,7 @@ class Doctor:
 
 def run(*command: str) -> str:
     """Return the output of a Python program. Raises InputError with its last line if it fails."""
-    try:
-        done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, capture_output=True, encoding="utf-8",
-            timeout=PATIENCE,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise InputError(f"python {quoted(*command)}: no answer in {PATIENCE:.0f} s") from None
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     output = (done.stdout + done.stderr).strip()
     if done.returncode:
         raise InputError((output.splitlines() or [f"crashed with {done.returncode}"])[-1])
@@ -84,38 +82,17 @@ def run(*command: str) -> str:
 
 
 def check_packages(requirements: Path = ROOT / "requirements.txt") -> str:
-    """Check Python, requirements.txt, then what the packages require of each other."""
-    python = sys.version_info[:2]
-    if python not in PYTHONS:
-        raise InputError(
-            f"Python {python}, expected one of {PYTHONS}: make setup PYTHON=python3.11"
-        )
-    lines = requirements.read_text(encoding="utf-8").splitlines()
-    needs = [
-        Requirement(line.partition("#")[0]) for line in lines if line.partition("#")[0].strip()
-    ]
-    for need in needs:
-        try:
-            found = version(need.name)
-        except PackageNotFoundError:
-            found = "none"
-        if found == "none" or not need.specifier.contains(found, prereleases=True):
-            raise InputError(
-                f"{need.name} {found}, expected {need}: {PIP} -r {quoted(requirements)}"
-            )
+    """Check that pip finds requirements.txt installed, with all dependencies."""
     try:
-        run("-m", "pip", "check")
+        run("-m", "pip", "install", "--dry-run", "--no-index", "-qr", str(requirements))
     except InputError as error:
-        raise InputError(f"{error}\nInstall again: {PIP} -r {quoted(requirements)}") from None
-    return f"Python {python[0]}.{python[1]}, {len(needs)} packages of {requirements.name}"
+        raise InputError(f"{error}. Install: {PIP} -r {quoted(requirements)}") from None
+    return f"all of {requirements.name}, for Python {sys.version.split()[0]}"
 
 
 def check_gpu(device: str | None = None) -> str:
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    smi = ""
-    if shutil.which(query[0]):
-        answer = subprocess.run(query, capture_output=True, encoding="utf-8")
-        smi = answer.stdout.strip() or answer.stderr.strip()
+    query = "nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader"
+    smi = subprocess.getoutput(query) if shutil.which("nvidia-smi") else ""
     if torch.cuda.is_available():
         return f"torch {torch.__version__} uses {torch.cuda.device_count()} GPUs: {smi}"
     if not smi and device != "cuda":
@@ -129,16 +106,16 @@ def check_gpu(device: str | None = None) -> str:
 
 
 def check_disk(out: str, part: str, preset: str) -> str:
-    """Check for room: of training, weights and Adam's two moments in fp32 of all checkpoints."""
-    need = RESULTS
+    """Check for room: in training, fp32 weights and Adam's two moments of all checkpoints."""
+    need = 1e9  # bytes of an evaluation's films, or of some demonstrations
     if part in ("all", "train"):
         with torch.device("meta"):
             model = AuxVLA(model_config(preset), flow_head=True)
         copies = TrainConfig.keep + 1  # and the one being written
         need = 12 * copies * sum(parameter.numel() for parameter in model.parameters())
-    place = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents)
-                 if path.exists())  # fmt: skip
-    free = shutil.disk_usage(place).free + sum(f.stat().st_size for f in place.glob("step-*/*"))
+    path = Path(out).absolute()
+    place = next(each for each in (path, *path.parents) if each.exists())
+    free = shutil.disk_usage(place).free + sum(f.stat().st_size for f in path.glob("step-*/*"))
     if free < need:
         raise InputError(
             f"{place}: {free / 1e9:.1f} GB free, expected {need / 1e9:.1f} GB for --preset "
@@ -147,16 +124,11 @@ def check_disk(out: str, part: str, preset: str) -> str:
     return f"{place}: {free / 1e9:.1f} GB free"
 
 
-def check_loaders(cfg: TrainConfig) -> str:
-    check_shared_memory(cfg)
-    return f"enough for {cfg.workers} loader processes"
-
-
 def check_ranks(device: str | None, timeout: float = 10.0) -> str:
     """Under torchrun: sum a number over all ranks (NCCL or gloo)."""
     if "RANK" not in os.environ:
         return "one process; torchrun starts several"
-    place = f"{os.environ['MASTER_ADDR']} {os.environ['MASTER_PORT']}"
+    place = "{MASTER_ADDR} {MASTER_PORT}".format_map(os.environ)
     try:
         ranks = join(device, timeout)
         ones = torch.ones(1, device=ranks.device)
@@ -180,48 +152,36 @@ def check_renderer() -> str:
     try:
         drawn = re.search("^drawn by .*", run("tools/render_frame.py"), re.MULTILINE)[0]
     except InputError as error:
-        chosen = {
-            v: os.environ[v] for v in ("VK_DRIVER_FILES", "VK_ICD_FILENAMES") if v in os.environ
-        }
-        mend = f"Unset {chosen}" if chosen else "Install Mesa 24.3 or later: make setup"
-        raise InputError(f"no frame: {error}. {mend}") from None
+        raise InputError(
+            f"no frame: {error}. Install Mesa 24.3 or later: make setup; or, if you chose another "
+            "driver: unset VK_DRIVER_FILES VK_ICD_FILENAMES"
+        ) from None
     if "llvmpipe" in drawn and torch.cuda.is_available():
-        drawn += (
-            f"\nwarning: {torch.cuda.get_device_name()} does not draw. See tools/render_frame.py"
-        )
+        drawn += "\nwarning: the GPU does not draw. See tools/render_frame.py"
     return drawn
 
 
-def check_simulator() -> str:
-    """Import ManiSkill and MS-HAB, and reset one environment."""
-    reset = "SubtaskEnv('set_table', 'close', 'kitchen_counter').reset(0)"
-    run("-c", f"from simulation.env import SubtaskEnv; {reset}")
-    return "an environment was reset"
-
-
-# --- Data and weights ---
+# --- Data and public weights ---
 
 
 def check_data(folder: str) -> str:
-    """Open a pack or MS-HAB's files; read the last frame of each file's first and last episode."""
+    """Open a pack or MS-HAB's files; survey each file's last episode and read its last frame."""
     data = open_data(folder, None if (Path(folder) / "pack.json").is_file() else True)
-    files = [episode.file for episode in data.episodes]
-    first = np.unique(files, return_index=True)[1]  # [files]
-    last = len(files) - 1 - np.unique(files[::-1], return_index=True)[1]  # [files]
-    rows = np.concatenate([first, last])
-    has = data.read(data.starts[rows + 1] - 1)["has"]  # [2 files, labels]
-    has = has[: len(first)] | has[len(first) :]
-    lines = [f"{len(set(files))} files, {len(data):,} frames; one frame of each was read"]
-    for note in remarks(data.survey(rows), [files[row] for row in rows]):
-        lines.append(f"warning: {note}")
-    for row, present in zip(first, has):
+    last = {episode.file: row for row, episode in enumerate(data.episodes)}
+    rows = np.array([*last.values()])
+    survey = data.survey(rows)
+    data.read(data.starts[rows + 1] - 1)
+    lines = [f"{len(last)} files, {len(data):,} frames; the last episode of each file was read"]
+    lines += [f"warning: {note}" for note in remarks(survey, [*last])]
+    for row, counts in zip(rows, survey["labelled"]):
         episode = data.episodes[row]
-        lacking = [n for n, found in zip(LABELS, present) if not found
-                   and (n != "obj" or episode.subtask in WITH_OBJECT)]  # fmt: skip
+        lacking = {name for name, count in zip(LABELS, counts) if not count}
+        if episode.subtask in ("open", "close"):  # they move a part of the furniture (GAP-8)
+            lacking -= {"obj"}
         if lacking:
             lines.append(
-                f"warning: {episode.file} has no {', '.join(lacking)}: its decoder learns nothing "
-                f"from the file. Record it again: {label_command(episode, folder)}"
+                f"warning: {episode.file} has no {', '.join(sorted(lacking))}: decoders without "
+                f"labels learn nothing. Record it again: {label_command(episode, folder)}"
             )
     return "\n".join(lines)
 
@@ -240,6 +200,101 @@ def check_pretrained(name: str, preset: str) -> str:
     return f"{name}: all keys and shapes of --preset {preset}, and its tokenizer"
 
 
+# --- A checkpoint, alone or beside data ---
+
+
+def check_policy(path: str, data: str | None = None, device: str | None = None) -> str:
+    """Load a checkpoint as the robot does; with data, compare what the policy knows and does.
+
+    Compared are names of actions and joints, action statistics, the effect of each input on the
+    logits, and held-out action tokens.
+    """
+    policy = Policy.from_checkpoint(path, device)  # verifies every sha256
+    manifest, cfg = policy.manifest, policy.model.cfg
+    lines = [f"{path}: stage {manifest['stage']}, step {manifest['step']}; it loads"]
+    if data is None:
+        return lines[0]
+    defaults = {"val_episodes": TrainConfig.val_episodes, "tasks": (), "subtasks": ()}
+    share, *only = [manifest["config"].get(key, value) for key, value in defaults.items()]
+    source = open_data(data, manifest.get("data", {}).get("truncated_at_success"))
+    frames = Frames(source, share, False, cfg.history, *only)
+    texts = [*source.instructions, *manifest["instructions"]]
+    prompts = [each.to(policy.device) for each in tokenize(texts, policy.tokenizer, cfg.llm)]
+
+    def predict(raw: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits of the 13 tokens [B, 13, bins] and the recorded tokens [B, 13]."""
+        batch = make_batch(raw, policy.stats, prompts, cfg)
+        logits = policy.model.teacher_forced(batch)[0].cpu()
+        return logits, actions_to_bins(batch["actions"][:, 0]).cpu()
+
+    if source.action_schema:  # collect.py's files name their actions and joints
+        check_schema(source, manifest)
+        lines.append("equal names of actions and joints")
+    on_gpu = policy.device.type == "cuda"
+    with torch.no_grad(), torch.autocast(policy.device.type, torch.bfloat16, enabled=on_gpu):
+        lines += compare_statistics(policy, frames)
+        lines.append(compare_inputs(policy, frames, predict))
+        lines += compare_tokens(frames, predict)
+    return "\n".join(lines)
+
+
+def compare_statistics(policy: Policy, frames: Frames) -> list[str]:
+    """Check that the held-out actions lie within the bounds of the checkpoint's statistics."""
+    actions = frames.source.actions_of(frames.episode_ids[:HELD_OUT])  # [n, 13]
+    low, high = np.array(policy.stats.low), np.array(policy.stats.high)  # [13]
+    outside = ((actions < low - 1e-6) | (actions > high + 1e-6)).mean(0)  # [13]
+    return [f"action statistics: at most {outside.max():.1%} clipped in a dimension"] + [
+        f"warning: action {slot}: {outside[slot]:.0%} of held-out actions lie outside "
+        f"{low[slot]:.3g} to {high[slot]:.3g} and are clipped; expected at most {CLIPPED:.0%}"
+        for slot in np.flatnonzero(outside > CLIPPED)
+    ]
+
+
+def compare_inputs(policy: Policy, frames: Frames, predict: Callable) -> str:
+    """Check that images, depth and instruction change the logits of the action tokens."""
+    raw, known = frames[np.array([0])], policy.manifest["instructions"]
+    # The prompts are those of the data, then those of the checkpoint.
+    prompt = torch.full_like(raw["instruction"], len(frames.source.instructions))
+    raw |= {"rgb": raw["rgb"] * 0, "depth": raw["depth"] * 0 + 500, "instruction": prompt}
+    changes = {"black and white images": {"rgb": raw["rgb"] + 255}}
+    if policy.model.cfg.depth:
+        changes["depths of 0.5 and 2 m"] = {"depth": raw["depth"] * 4}
+    if len(known) > 1:
+        changes["two instructions"] = {"instruction": prompt + 1}
+    logits, _ = predict(raw)
+    for name, change in changes.items():
+        difference = (predict(raw | change)[0] - logits).abs().max().item()
+        if difference <= EQUAL * logits.abs().max().item():
+            raise InputError(
+                f"{name}: equal logits, expected different ones. A library may ignore the input "
+                "(openvla issue 346): pip install -r requirements.txt"
+            )
+    return f"{', '.join(changes)}: each changes the logits"
+
+
+def compare_tokens(frames: Frames, predict: Callable) -> list[str]:
+    """Compare held-out action tokens with the best constant's, as many as SECONDS allow."""
+    rows = np.random.default_rng(0).permutation(len(frames))[:HELD_OUT]
+    parts, deadline = [], time.monotonic() + SECONDS
+    for some in np.array_split(rows, -(-len(rows) // 8)):
+        logits, recorded = predict(frames[some])
+        parts.append(torch.stack([logits.argmax(-1), recorded]))
+        if time.monotonic() > deadline:
+            break
+    bins, recorded = torch.cat(parts, dim=1)  # [n, 13]
+    accuracy = (bins == recorded).float().mean().item()
+    constant = (recorded.mode(dim=0).values == recorded).float().mean().item()
+    used = [(len(p.unique()), len(t.unique())) for p, t in zip(bins.T, recorded.T)]
+    lines = [
+        f"{accuracy:.3f} of the tokens right on {len(bins)} of {len(frames)} held-out frames, the "
+        f"best constant's {constant:.3f}",
+        f"different tokens of each action, (predicted, recorded): {used}",
+    ]
+    if accuracy <= constant or any(p == 1 and t > RARE for p, t in used):
+        lines.append("warning: the policy does not know these data: train longer, on them")
+    return lines
+
+
 # --- All of them ---
 
 
@@ -249,7 +304,7 @@ def choose_checks(cfg: Doctor) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "gpu", partial(check_gpu, cfg.device)
     yield "disk", partial(check_disk, cfg.out, cfg.part, cfg.preset)
     if cfg.part in ("all", "train"):
-        yield "shared memory", partial(check_loaders, TrainConfig(**PRESETS[cfg.preset]))
+        yield "shared memory", partial(check_shared_memory, TrainConfig(**PRESETS[cfg.preset]))
         if cfg.pretrained:
             yield "pretrained", partial(check_pretrained, cfg.pretrained, cfg.preset)
     if cfg.data:
@@ -259,7 +314,7 @@ def choose_checks(cfg: Doctor) -> Iterator[tuple[str, Callable[[], str]]]:
     if cfg.part != "train":
         yield "assets", check_assets
         yield "renderer", check_renderer
-        yield "simulator", check_simulator
+        yield "simulator", partial(run, "-c", RESET)
         if torch.cuda.is_available():
             yield "gpu physics", check_gpu_physics
 
@@ -267,7 +322,7 @@ def choose_checks(cfg: Doctor) -> Iterator[tuple[str, Callable[[], str]]]:
 def report(name: str, check: Callable[[], str]) -> bool:
     """Run and print a check; return whether something is missing."""
     try:
-        state, text = "ok", check()
+        state, text = "ok", check() or "enough"  # check_shared_memory returns nothing
     except InputError as error:
         state, text = "missing", str(error)
     print(f"{state:8}{name:14} " + text.replace("\n", f"\n{'':23}"), flush=True)

@@ -4,8 +4,8 @@
 
 Each demonstration starts with its own plan and start pose, in MS_ASSET_DIR's apartment, on CPU
 physics. A demonstration that succeeded and fails here was recorded with another physics backend,
-controller or apartment. Joints and success equal a recording on a CPU in the same apartment (a
-test); they may differ from a recording on GPU physics, such as the release.
+controller or apartment. What collect.py recorded on a CPU in the same apartment repeats exactly (a
+test); the release was recorded on GPU physics and may differ.
 """
 
 from collections.abc import Iterator
@@ -39,10 +39,6 @@ class RecordedEnv(SubtaskEnv):
         return self.choice
 
 
-def format_success(success: list[bool]) -> str:
-    return f"success at step {np.argmax(success) + 1}" if any(success) else "no success"
-
-
 def replay(path: Path, episodes: int) -> Iterator[tuple[str, bool, bool]]:
     """Yield for each demonstration a sentence, its recorded success and its success here."""
     entries = load_sidecar(path)["episodes"][:episodes]
@@ -61,8 +57,9 @@ def replay(path: Path, episodes: int) -> Iterator[tuple[str, bool, bool]]:
                 obs, info = env.step(action)
                 success.append(info["success"])
             recorded = group["success"][:].astype(bool)  # [T]
-            text = f"{group.name[1:]}: {format_success(recorded)} when recorded, "
-            text += f"{format_success(success)} here; joints differ by up to {drift:.2g}"
+            steps = [f"step {np.argmax(s) + 1}" if any(s) else "none" for s in (recorded, success)]
+            text = f"{group.name[1:]}: success when recorded: {steps[0]}, here: {steps[1]}; "
+            text += f"joints differ by up to {drift:.2g}"
             yield text, bool(recorded.any()), any(success)
     env.close()
 

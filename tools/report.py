@@ -1,6 +1,6 @@
 """Write the report of a run: success table, held-out metrics, loss curves, films.
 
-    python -m tools.report --run RUN     # RUN/report.md, report.html, results.json, videos/
+    python -m tools.report --run RUN     # RUN/report.md, report.html, curves.png, videos/
 
 It reads RUN/eval*/results.json (one folder per policy), RUN/stage[123]/log.jsonl and
 validation.json, and RUN/table-N.json of tools/reproduce.py; absent parts are "not run". report.html
@@ -13,6 +13,7 @@ import json
 import math
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 from textwrap import fill
 
@@ -28,7 +29,11 @@ from storage.results import IMPLIED, NOT_RUN, columns_to_show, markdown, success
 from tools.claims import UNSUPPORTED, list_differences, to_markdown
 
 FILM = re.compile(r"(.+)_(\d+)_(success|fail)")  # column, seed: how eval.py names a finished film
+EPISODES = ("task", "split", "horizon", "assets", "simulation")  # settings that decide an episode
 EMBEDDED = 20_000_000  # bytes of films inside report.html; the others are links
+NOTE = """\
+Success at any step of an episode, with the Wilson 95 % interval: two intervals that
+overlap do not separate two policies. The paper's rates are of the real apartments."""
 BLUE, RED = "#4a7fc4", "#d23f31"  # in charts: our rates, the paper's
 STAGES = {"stage1": BLUE, "stage2": "#e07b1a", "stage3": "#2a9d5c"}
 rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
@@ -42,11 +47,11 @@ def read_curves(run: Path) -> dict[str, list[tuple[str, str, tuple, tuple]]]:
     curves, start = {}, 0
     for log in sorted(run.glob("stage[123]/log.jsonl")):
         lines = read_lines(log)
-        for loss in LOSSES:
-            for which, key in (("train", loss), ("val", f"val_{loss}")):
-                points = [(start + line["step"], line[key]) for line in lines if key in line]
-                if points:
-                    curves.setdefault(loss, []).append((log.parent.name, which, *zip(*points)))
+        for loss, (which, prefix) in product(LOSSES, (("train", ""), ("val", "val_"))):
+            key = prefix + loss
+            points = [(start + line["step"], line[key]) for line in lines if key in line]
+            if points:
+                curves.setdefault(loss, []).append((log.parent.name, which, *zip(*points)))
         start += max((line["step"] for line in lines), default=0)
     return curves
 
@@ -70,19 +75,12 @@ def gather_videos(run: Path) -> dict[str, str]:
     for path in sorted(run.glob("eval*/videos/*.mp4")):
         if film := FILM.fullmatch(path.stem):
             column, seed, outcome = film.groups()
-            name = f"videos/{path.parts[-3]}_{path.name}"
+            folder = path.parts[-3]
+            name = f"videos/{folder}_{path.name}"
             (run / "videos").mkdir(exist_ok=True)
             shutil.copyfile(path, run / name)
-            gathered[name] = f"{column}, seed {seed}: {outcome} ({path.parts[-3]})"
+            gathered[name] = f"{column}, seed {seed}: {outcome} ({folder})"
     return gathered
-
-
-def warn_unequal(manifests: list[dict]) -> str:
-    """Return a warning when evaluations in one table ran different episodes, else ""."""
-    names = ("task", "split", "horizon", "assets", "simulation")
-    manifests = [IMPLIED | each for each in manifests]
-    differ = [name for name in names if len({each.get(name) for each in manifests}) > 1]
-    return f"these evaluations differ in {', '.join(differ)}." if differ else ""
 
 
 def read_run(run: Path) -> dict:
@@ -93,6 +91,8 @@ def read_run(run: Path) -> dict:
     rows = {(each["row"], each["task"]) for each in learned} or {(DEFAULT_ROW, "set_table")}
     files = sorted(run.glob("stage[123]/validation.json"))
     validation = {path.parent.name: read_json(path)["metrics"] for path in files}
+    settings = [IMPLIED | each for each in manifests.values()]
+    differ = [name for name in EPISODES if len({each.get(name) for each in settings}) > 1]
     tables = [read_json(path) for path in sorted(run.glob("table-*.json"))]
     columns = {heading: {} for heading in ("ours", "random", "expert")}
     return {
@@ -100,10 +100,9 @@ def read_run(run: Path) -> dict:
         "tables": tables,
         # A folder of tables alone is not a run: it has no sections that say "not run".
         "is_run": bool(not tables or evaluations or validation or curves),
-        "evaluations": evaluations,
         "columns": columns | {heading: each["columns"] for heading, each in evaluations.items()},
         "papers": {ROWS[name].label: ROWS[name].paper.get(task, {}) for name, task in sorted(rows)},
-        "warning": warn_unequal([*manifests.values()]),
+        "warning": f"these evaluations differ in {', '.join(differ)}." if differ else "",
         "validation": validation,
         "curves": curves,
         "videos": gather_videos(run),
@@ -186,27 +185,25 @@ def metrics_table(validation: dict[str, dict]) -> list[str]:
 
 
 def make_markdown(found: dict) -> str:
-    sections = [(each["title"], [*to_markdown(each), "", list_differences(each)])
-                for each in found["tables"]]  # fmt: skip
+    """Return report.md: the tables of tools/reproduce.py, then the sections of the run."""
+    sections = {
+        table["title"]: [*to_markdown(table), "", list_differences(table)]
+        for table in found["tables"]
+    }
     if found["is_run"]:
         success = success_table(found["columns"], found["papers"])
         if found["warning"]:
             success += ["", f"**Not the same episodes**: {found['warning']}"]
-        listing = ["```json", found["manifests"], "```"] if found["manifests"] else []
-        sections += [
-            ("Success", success),
-            ("Held-out episodes", metrics_table(found["validation"])),
-            ("Losses", ["![losses](curves.png)"] if found["curves"] else []),
-            ("Videos", [f"- [{name}]({name})" for name in found["videos"]]),
-            ("Manifests", listing),
-        ]
-    lines = [
-        f"# {found['title']}",
-        "",
-        "Success at any step of an episode, with the Wilson 95 % interval: two intervals that",
-        "overlap do not separate two policies. The paper's rates are of the real apartments.",
-    ]
-    for title, content in sections:
+        manifests = found["manifests"]
+        sections |= {
+            "Success": success,
+            "Held-out episodes": metrics_table(found["validation"]),
+            "Losses": ["![losses](curves.png)"] if found["curves"] else [],
+            "Videos": [f"- [{name}]({name})" for name in found["videos"]],
+            "Manifests": ["```json", manifests, "```"] if manifests else [],
+        }
+    lines = [f"# {found['title']}", "", NOTE]
+    for title, content in sections.items():
         lines += ["", f"## {title}", "", *(content or [NOT_RUN])]
     return "\n".join(lines) + "\n"
 
@@ -218,11 +215,10 @@ def make_html(found: dict, run: Path) -> str:
         content = base64.b64encode((run / name).read_bytes()).decode()
         if len(content) <= left:
             films[name], left = content, left - len(content)
-    rows = []  # as in a table of tools/claims.py; the paper's rates stand beside ours alone
+    rows = []  # as in a table of tools/claims.py; only our own rates have the paper's beside them
     for heading, columns in found["columns"].items():
-        cells = {name: each | {"rate": each["success_once"]} for name, each in columns.items()}
-        if not heading.startswith("ours"):
-            cells = {name: cell | {"paper": None} for name, cell in cells.items()}
+        hidden = {} if heading.startswith("ours") else {"paper": None}
+        cells = {name: c | {"rate": c["success_once"]} | hidden for name, c in columns.items()}
         rows.append({"label": heading, "cells": cells})
     loader = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
     jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
@@ -236,30 +232,22 @@ def make_html(found: dict, run: Path) -> str:
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report.md and .html, curves.png, results.json and videos/; return report.md."""
+    """Write the report of RUN, a folder with stage*/ and eval*/; return RUN/report.md."""
     if not [*run.glob("stage[123]"), *run.glob("eval*/"), *run.glob("table-*.json")]:
         raise InputError(
-            f"{run}: no run, expected a folder that holds stage1/, eval/ or table-N.json. Of an "
+            f"{run}: expected a folder that holds stage1/, eval/ or table-N.json. Of an "
             f"evaluation: python -m tools.report --run {quoted(run.resolve().parent)}"
         )
     found = read_run(run)
     if found["curves"]:
         draw_losses(found["curves"], 3).savefig(run / "curves.png", dpi=110)
-    results = {key: found[key] for key in ("evaluations", "validation")}
-    results["videos"] = [*found["videos"]]
-    write(run / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     write(run / "report.html", make_html(found, run).encode())
     write(run / "report.md", make_markdown(found).encode())
+    print((run / "report.md").read_text().partition("## Losses")[0])
+    print(f"All of it: {run / 'report.md'}, {run / 'report.html'}")
     return run / "report.md"
-
-
-def main(run: Path):
-    """Write the report of RUN, a folder with stage*/ and eval*/."""
-    report = write_report(run)
-    print(report.read_text(encoding="utf-8").partition("## Losses")[0])
-    print(f"All of it: {report}, {report.with_suffix('.html')}")
 
 
 if __name__ == "__main__":
     with user_errors():
-        tyro.cli(main)
+        tyro.cli(write_report)

@@ -3,16 +3,15 @@
     python -m tools.reproduce --table 2    # Tables 1-4; continues where it was stopped
     python -m tools.reproduce --table 2 --no-run    # only the table, from the episodes in --out
 
-Demonstrations are recorded once. Each row trains its stages for each seed, then runs its episodes
-on starts that no demonstration has. All steps are the README's commands, `--jobs` at a time, one
-core each. OUT keeps every episode, log and held-out metric, WORK the recordings and checkpoints. A
-cell (row and seed) with all episodes in OUT needs nothing of WORK.
+Demonstrations are recorded once. Each row trains its stages for each seed, then runs episodes of
+the val split. All steps are the README's commands, `--jobs` at a time, one core each. OUT keeps
+every episode, log and held-out metric, WORK the recordings and checkpoints. A cell (row and seed)
+with all episodes in OUT needs nothing of WORK.
 
-Rows with the same training, Table 1's `base-depth` and Table 2's `auxvla`, are trained once, and so
-are the stages that Table 4's rows share.
+Rows with the same training (Table 1's `base-depth`, Table 2's `auxvla`) are trained once, and so
+are stages that two rows share.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from threading import Lock
 from typing import Literal
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from config import SUBTASKS, InputError, quoted, user_errors
 from paper import COLUMNS, PAPER_COLUMNS, ROWS, Row
-from storage.files import sole_writer, write
+from storage.files import read_json, sole_writer, write_json
 from storage.results import read_episodes
 from tools.claims import list_differences, to_markdown, write_table
 from training.flags import preset_of
@@ -56,11 +56,10 @@ class ReproduceConfig:
     run: bool = True  # --no-run: only the table, from the episodes in --out
 
     def __post_init__(self):
-        if foreign := [name for name in self.rows if ROWS[name].table != self.table]:
-            raise InputError(f"--rows {' '.join(foreign)}: not of Table {self.table}")
-        lacking = {COLUMNS[name].subtask for name in self.columns} - set(self.any_row.subtasks)
-        if lacking:
-            raise InputError(f"--columns: Table {self.table} has no {', '.join(sorted(lacking))}")
+        foreign = [name for name in self.rows if ROWS[name].table != self.table]
+        foreign += [c for c in self.columns if COLUMNS[c].subtask not in self.any_row.subtasks]
+        if foreign:
+            raise InputError(f"Table {self.table} has no {', '.join(foreign)}")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,25 +67,20 @@ class ReproduceConfig:
 
     @property
     def any_row(self) -> Row:
+        """A row of the table; all rows of a table have the same tasks and subtasks."""
         return next(row for row in ROWS.values() if row.table == self.table)
 
     @property
     def evaluated(self) -> tuple[str, ...]:
         closing = ("close_fridge", "close_drawer")
         default = closing if "close" in self.any_row.subtasks else PAPER_COLUMNS[:2]
-        return tuple(c for c in COLUMNS if c in (self.columns or default))
+        return tuple(name for name in COLUMNS if name in (self.columns or default))
 
     @property
     def folders(self) -> tuple[Path, Path]:
         """OUT and WORK; tables with the same demonstrations share them."""
         suite = "set_table" if self.any_row.subtasks == SUBTASKS else "pick_place"
         return self.out or Path("results", suite), self.work or Path("runs", suite)
-
-    @property
-    def recipe(self) -> dict:
-        """The settings that all cells of a folder share."""
-        recipe = {name: getattr(self, name) for name in ("demonstrations", "steps_per_epoch")}
-        return recipe | {"preset": self.preset, "columns": list(self.evaluated)}
 
 
 def trained_as(name: str, stage: int) -> str:
@@ -128,10 +122,7 @@ class Runner:
             )  # fmt: skip
         if done.returncode:
             last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
-            raise InputError(
-                f"`python {quoted(*words)}` ended with {done.returncode}: {last}\n"
-                f"Its output is in {log}. The same command continues from here"
-            )
+            raise InputError(f"python {quoted(*words)}: {last}. Its output is in {log}")
 
     def collect(self):
         """Record the demonstrations of every task and column, and pack them."""
@@ -167,24 +158,20 @@ class Runner:
                 steps=row.epochs[stage - 1] * cfg.steps_per_epoch, val_episodes=0.1, workers=1,
                 seed=seed, device=cfg.device, out=out, **flags,
             )  # fmt: skip
-            # WORK may lack a training whose episodes OUT has: a row that builds on it trains it
-            # again. The logs in OUT stay those of the training that ran the episodes.
-            if not kept.exists() or self.lacks(name, seed):
-                kept.mkdir(parents=True, exist_ok=True)
-                for file in KEPT:
+            kept.mkdir(parents=True, exist_ok=True)
+            for file in KEPT:
+                # OUT may have the logs of a training that WORK lacks: they belong to its episodes.
+                if not (kept / file).exists():
                     shutil.copyfile(out / file, kept / file)
 
     def lacks(self, name: str, seed: int) -> list[str]:
         """Return the tasks of which OUT lacks episodes of a cell."""
-        wanted = {(column, i) for column in self.cfg.evaluated for i in range(self.cfg.episodes)}
-        files = {
-            task: self.out / name / f"seed-{seed}" / task / "episodes.jsonl"
-            for task in self.cfg.any_row.tasks
-        }
-        return [task for task in files if wanted - read_episodes(files[task].parent).keys()]
+        wanted = {*product(self.cfg.evaluated, range(self.cfg.episodes))}
+        folder = self.out / name / f"seed-{seed}"
+        return [t for t in self.cfg.any_row.tasks if wanted - read_episodes(folder / t).keys()]
 
     def run_cell(self, name: str, seed: int):
-        """Train a row, or take a bound's policy, and run the episodes that OUT lacks."""
+        """Train a row, or take the random policy or the expert, and run the episodes OUT lacks."""
         cfg, where = self.cfg, Path(name) / f"seed-{seed}"
         who = {"policy": name, "row": cfg.names[0]}
         if name not in BOUNDS:
@@ -199,17 +186,20 @@ class Runner:
 
 
 def check_recipe(cfg: ReproduceConfig, folder: Path):
-    """Raise InputError if OUT, or WORK with its demonstrations, was made with other settings."""
-    path, ours = folder / "recipe.json", (json.dumps(cfg.recipe, indent=2) + "\n").encode()
-    if path.exists() and path.read_bytes() != ours:
-        theirs = " ".join(path.read_text(encoding="utf-8").split())
-        raise InputError(
-            f"{path} is of {theirs}, this command of {cfg.recipe}: one "
-            "table cannot mix them. Give the same flags, or another --out and --work"
-        )
-    if cfg.run and not path.exists():
+    """Raise InputError if OUT or WORK was made with other settings, or has nothing to show."""
+    ours = {name: getattr(cfg, name) for name in ("demonstrations", "steps_per_epoch", "preset")}
+    ours["columns"] = list(cfg.evaluated)
+    path = folder / "recipe.json"
+    if not path.exists():
+        if not cfg.run:
+            raise InputError(f"{folder}: no results to make a table from. Drop --no-run")
         folder.mkdir(parents=True, exist_ok=True)
-        write(path, ours)
+        write_json(path, ours)
+    if (theirs := read_json(path)) != ours:
+        raise InputError(
+            f"{path} is of {theirs}, this command of {ours}: one table cannot mix them. Give the "
+            "same flags, or another --out and --work"
+        )
 
 
 def run(cfg: ReproduceConfig):
@@ -233,11 +223,6 @@ def run(cfg: ReproduceConfig):
 
 def main(cfg: ReproduceConfig):
     out, work = cfg.folders
-    if not cfg.run and not (out / "recipe.json").exists():
-        raise InputError(
-            f"{out}: no results to make a table from. Make them with: "
-            f"python -m tools.reproduce --table {cfg.table} --out {quoted(out)}"
-        )
     for folder in (out, work) if cfg.run else (out,):
         check_recipe(cfg, folder)
     if cfg.run:
@@ -248,7 +233,4 @@ def main(cfg: ReproduceConfig):
 
 if __name__ == "__main__":
     with user_errors():
-        try:
-            main(tyro.cli(ReproduceConfig))
-        except KeyboardInterrupt:
-            raise SystemExit("stopped: finished cells are kept; run it again to continue") from None
+        main(tyro.cli(ReproduceConfig, description=__doc__))

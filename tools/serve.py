@@ -21,6 +21,7 @@ Each connection has its own episode. Connections take turns at the one model.
 import logging
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -54,15 +55,15 @@ class ServeConfig:
 def read_images(observation: dict) -> dict:
     """Return a client's images as Policy.act takes them, with a batch axis of 1."""
     sensors = {f"fetch_{camera}": {} for camera in CAMERAS}
-    for camera, images in sensors.items():
-        for name, (dtype, channels) in IMAGES.items():
-            image = np.asarray((observation["sensor_data"].get(camera) or {}).get(name))
-            if image.dtype != dtype or image.shape != (IMAGE_SIZE, IMAGE_SIZE, channels):
-                raise InputError(
-                    f"sensor_data/{camera}/{name}: got {image.dtype} {list(image.shape)}, expected "
-                    f"{np.dtype(dtype)} {[IMAGE_SIZE, IMAGE_SIZE, channels]}"
-                )
-            images[name] = torch.from_numpy(image)[None]  # [1, 128, 128, C]
+    for (camera, images), (name, (dtype, channels)) in product(sensors.items(), IMAGES.items()):
+        image = np.asarray((observation["sensor_data"].get(camera) or {}).get(name))
+        shape = (IMAGE_SIZE, IMAGE_SIZE, channels)
+        if image.dtype != dtype or image.shape != shape:
+            raise InputError(
+                f"sensor_data/{camera}/{name}: got {image.dtype} {image.shape}, expected "
+                f"{np.dtype(dtype)} {shape}"
+            )
+        images[name] = torch.from_numpy(image)[None]  # [1, 128, 128, C]
     return {"sensor_data": sensors}
 
 
@@ -71,22 +72,21 @@ class AuxVLAServer(ModelServer):
 
     def __init__(self, cfg: ServeConfig):
         self.policy = replace(Policy.from_checkpoint(cfg.checkpoint, cfg.device), predict=False)
-        self.known = None if cfg.any_instruction else self.policy.manifest["instructions"]
-        # A policy with its own past for each episode; vla-eval makes a context per episode.
+        self.known, self.any = self.policy.manifest["instructions"], cfg.any_instruction
+        # vla-eval makes a context for each episode: a policy with the history of that episode.
         self.episodes: WeakKeyDictionary = WeakKeyDictionary()
 
     async def on_observation(self, obs: dict, ctx) -> None:
         text = obs.get("task_description")
-        if not isinstance(text, str) or (self.known and text not in self.known):
+        if not isinstance(text, str) or not (self.any or text in self.known):
             raise InputError(
                 f"task_description: got {text!r}, expected one of {self.known}. With "
                 "--any-instruction the server accepts every text"
             )
-        images = read_images(obs)
         if ctx not in self.episodes:
             self.episodes[ctx] = replace(self.policy)
             self.episodes[ctx].reset()
-        await ctx.send_action({"actions": self.episodes[ctx].act(images, text)[0]})
+        await ctx.send_action({"actions": self.episodes[ctx].act(read_images(obs), text)[0]})
 
     def get_action_spec(self) -> dict:
         slots = self.policy.manifest["action_schema"] or ()
@@ -95,8 +95,8 @@ class AuxVLAServer(ModelServer):
         return {"actions": DimSpec("actions", ACTION_DIM, controller, (-1, 1), description=names)}
 
     def get_observation_spec(self) -> dict:
-        known = "; ".join(self.policy.manifest["instructions"])
-        return {"sensor_data": RAW, "task_description": replace(LANGUAGE, description=known)}
+        text = replace(LANGUAGE, description="; ".join(self.known))
+        return {"sensor_data": RAW, "task_description": text}
 
 
 def main(cfg: ServeConfig) -> None:

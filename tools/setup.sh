@@ -3,9 +3,8 @@
 #
 #   PYTHON=python3.11 bash tools/setup.sh
 #
-# A second run finds the stamp of the first and ends at once. System packages are installed by root
-# alone, and only those that are missing; anybody else is shown the commands. A Vulkan driver that
-# works is left as it is.
+# A second run finds the stamp of the first and ends at once. Root installs the system packages that
+# are missing; other users are shown the commands. A Vulkan driver that works is left as it is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,7 +13,7 @@ frame_seconds=60 # a software renderer compiles its shaders first: about 10 s on
 
 say() { printf 'setup: %s\n' "$1"; }
 
-stop() { # a sentence, then the commands that help
+stop() { # $1: what is wrong; the others: commands that help
   printf '\nsetup: %s\n' "$1" >&2
   shift
   [ $# -eq 0 ] || printf '%s\n' "$@" | sed 's/^/    /' >&2
@@ -43,7 +42,7 @@ make_venv() {
   local have
   have=$(minor_version "$venv/bin/python" || true)
   if [ "$have" = "$version" ] && "$venv/bin/python" -m pip -V >/dev/null 2>&1; then
-    return # left by a run that was stopped later, or by older requirements
+    return # made by an earlier run that was stopped, or that had other requirements
   fi
   if ! "$python" -c 'import ensurepip' 2>/dev/null; then # Debian ships it apart from Python
     install_as_root "$python cannot make virtual environments" venv_commands
@@ -62,7 +61,7 @@ install_requirements() {
 
 # --- Renderer ---
 
-has_libraries() { # what OpenCV and SAPIEN load, and the libraries that are named
+has_libraries() { # do OpenCV, SAPIEN and the libraries in the arguments load?
   "$venv/bin/python" -c 'import ctypes, sys, cv2, sapien; [*map(ctypes.CDLL, sys.argv[1:])]' "$@"
 } >/dev/null 2>&1
 
@@ -77,8 +76,8 @@ draws_a_frame() {
 } 2>"$venv/render.log"
 
 renderer_commands() {
-  # SAPIEN asks lavapipe, Mesa's renderer for the CPU, for what Mesa has from 24.3 on. Debian 12 has
-  # 22.3 ("createDeviceUnique: ErrorFeatureNotPresent"), its backports 25.0, later releases enough.
+  # SAPIEN needs lavapipe, Mesa's renderer for the CPU, of Mesa 24.3 or later. Debian 12 has 22.3
+  # ("createDeviceUnique: ErrorFeatureNotPresent"), its backports have 25.0.
   local suite="" mirror targets source keyring=/usr/share/keyrings/debian-archive-keyring.gpg
   local fields='$(ORIGIN)|$(CODENAME)|$(REPO_URI)' # apt fills these in
   if [ "$(. /etc/os-release && echo "$ID $VERSION_ID")" = "debian 12" ]; then
@@ -87,7 +86,7 @@ renderer_commands() {
     if ! grep -qF "|$suite|" <<<"$targets"; then # add it, from the mirror of this machine's Debian 12
       mirror=$(awk -F'|' '$1 == "Debian" && $2 == "bookworm" { print $3; exit }' <<<"$targets")
       if [ -z "$mirror" ]; then
-        echo "apt-get update" # it never ran here; the next start knows its result
+        echo "apt-get update" # it never ran here; after it, the next start finds the mirror
         return
       fi
       source="deb [signed-by=$keyring] $mirror $suite main"
@@ -118,14 +117,14 @@ find_renderer() {
 
 # --- System packages ---
 
-install_as_root() { # the problem, the function that prints the commands that solve it
+install_as_root() { # $1: the problem; $2: a function that prints the commands that solve it
   if ! command -v apt-get >/dev/null; then
     stop "$1, and there is no apt-get to install what is missing. On Debian it would be:" "$("$2")"
   elif [ "$(id -u)" -ne 0 ]; then
     stop "$1. As root, run this, then start again:" "$("$2")"
   fi
   say "$1; installing what is missing with apt-get"
-  quietly apt-get update # a fresh system does not know its own mirrors' releases yet
+  quietly apt-get update # on a fresh system, renderer_commands needs its lists
   local commands
   commands=$("$2")
   printf '%s\n' "$commands" | sed 's/^/    /'
