@@ -251,8 +251,10 @@ class Frames(Dataset):
             for e in source.episodes
         ]
         if not any(wanted):
-            which = "/".join((*tasks, *subtasks))
-            raise InputError(f"{source.folder}: no demonstrations of {which}/<target>.h5")
+            which, files = "/".join((*tasks, *subtasks)), sorted({e.file for e in source.episodes})
+            raise InputError(
+                f"{source.folder}: no demonstrations of {which}; it has {', '.join(files)}"
+            )
         keep = np.array(wanted) & (last_episodes(source.episodes, held_out) != train)
         self.episode_ids = np.flatnonzero(keep)
         # int32: the index of the paper's 8 million frames takes 32 MB.
