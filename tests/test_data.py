@@ -156,7 +156,6 @@ LLAMA = replace(model_config("openvla").llm, first_action_id=44, prompt_end=(29,
 @pytest.mark.parametrize(
     ("cfg", "own", "added", "named"),
     [
-        (QWEN, 10, CHAT, None),
         (QWEN, 10, (*CHAT, "<|extra_0|>", "<|extra_1|>"), None),
         (QWEN, 10, (*CHAT, "<think>"), "13 tokens, 10 of them its own; the action ids begin at 12"),
         (QWEN, 10, (*CHAT, "<think>", "<|extra_0|>"), "<|extra_0|> is 13; the action ids begin at"),
@@ -254,7 +253,7 @@ def test_global_batches_depend_neither_on_the_number_of_ranks_nor_on_a_resume():
 
 def test_an_epoch_sees_no_frame_twice_and_the_next_one_has_another_order():
     steps = batches(1, last=12)
-    assert len({i for step in steps[:6] for i in step}) == 48
+    assert len(set(np.concatenate(steps[:6]))) == 48
     assert steps[:6] != steps[6:] and batches(1, seed=1) != batches(1)
 
 
@@ -320,15 +319,12 @@ def test_damaged_files_are_named_with_the_command_that_packs_them_again(demos, p
     verify(str(packed))
 
 
-def test_no_pack_and_one_of_another_format_are_refused_with_the_command_that_packs(
-    packed, tmp_path
-):
-    again = r"Pack again: rm -f \S+pack\.json'? && python data\.py pack"
-    with pytest.raises(DataError, match=rf"pack\.json: not there\. {again}"):
+def test_no_pack_and_one_of_another_format_are_refused_with_the_command(packed, tmp_path):
+    with pytest.raises(DataError, match=r"json: not there. Pack again: rm -f \S+ && python"):
         verify(str(tmp_path))
     meta = json.loads((packed / "pack.json").read_text())
     (packed / "pack.json").write_text(json.dumps(meta | {"format": "another"}))
-    with pytest.raises(DataError, match=r"other records than this code reads\. Pack again: rm"):
+    with pytest.raises(DataError, match=r"other records than this code reads. Pack again: rm -f"):
         open_data(packed)
 
 
@@ -392,31 +388,21 @@ STORED = (
 )
 
 
-@pytest.fixture
-def pictures():
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (61, 128, 128, 3), dtype=np.uint8)
-    noise[:, :64] = 7  # some of it can be compressed
-    return noise
-
-
 @pytest.mark.parametrize("stored", STORED)
-def test_any_rows_are_those_that_h5py_reads(stored, pictures, tmp_path):
+def test_any_rows_are_those_that_h5py_reads_and_a_damaged_chunk_is_named(stored, tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 256, (61, 128, 128, 3), dtype=np.uint8)
+    pictures[:, :64] = 7  # some of it can be compressed
     with h5py.File(tmp_path / "a.h5", "w") as file:
         dataset = file.create_dataset("rgb", data=pictures, **stored)
         for first, last in ((0, 61), (0, 1), (26, 52), (5, 40), (60, 61), (25, 27), (30, 30)):
             assert np.array_equal(read_rows(dataset, first, last), pictures[first:last])
-
-
-@pytest.mark.parametrize("damage", [lambda raw: raw[:50], lambda raw: b"?" + raw[1:]])
-def test_a_damaged_chunk_is_named(damage, pictures, tmp_path):
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        dataset = file.create_dataset("rgb", data=pictures, **MSHAB)
-        corner = (0, *dataset.chunks[1:])
-        _, raw = dataset.id.read_direct_chunk(corner)
-        dataset.id.write_direct_chunk(corner, damage(raw))
-        with pytest.raises(OSError, match=re.escape(f"/rgb, chunk at {corner}")):
-            read_rows(dataset, 0, 5)
+        if stored == MSHAB:
+            corner = (0, *dataset.chunks[1:])
+            _, raw = dataset.id.read_direct_chunk(corner)
+            for damaged in (raw[:50], b"?" + raw[1:]):
+                dataset.id.write_direct_chunk(corner, damaged)
+                with pytest.raises(OSError, match=re.escape(f"/rgb, chunk at {corner}")):
+                    read_rows(dataset, 0, 5)
 
 
 # --- Bad input ---
