@@ -51,14 +51,14 @@ class Answer(BaseHTTPRequestHandler):
 
     def answer(self, send: bool):
         path = unquote(self.path.partition("?")[0])
+        listing = re.fullmatch(r"/api/(?:dataset|model)s/([^/]+/[^/]+)(/\w+/\w+)?", path)
+        file = re.fullmatch(rf"(?:/datasets)?/([^/]+/[^/]+)/resolve/{COMMIT}/(.+)", path)
         if any(name in path for name in self.server.gated):
             self.head(401, X_Error_Code="GatedRepo")
-        elif found := re.fullmatch(
-            r"/api/(?:dataset|model)s/([^/]+/[^/]+)(/tree/\w+|/revision/\w+)?", path
-        ):
-            self.send_listing(self.server.repositories[found[1]], "/tree/" in (found[2] or ""))
-        elif found := re.fullmatch(rf"(?:/datasets)?/([^/]+/[^/]+)/resolve/{COMMIT}/(.+)", path):
-            self.send_file(self.server.repositories[found[1]][found[2]], found[2], send)
+        elif listing:
+            self.send_listing(self.server.repositories[listing[1]], "/tree/" in path)
+        elif file:
+            self.send_file(self.server.repositories[file[1]][file[2]], file[2], send)
         else:
             self.head(404)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from backbone import rope
 from config import ModelConfig
@@ -17,12 +17,6 @@ from model import VLM
 from storage.pretrained import HUB, INDEX
 
 DINO, SIGLIP, QWEN = (Path(HUB[part]).name for part in ("dino", "siglip", "llm"))
-
-
-def saved(model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """A model's tensors under the names of its file."""
-    model.save_pretrained(folder)
-    return load_file(folder / "model.safetensors")
 
 
 RENAMED = (
@@ -33,9 +27,7 @@ RENAMED = (
     (r"encoder\.layers?\.", "blocks."),
     (r"attention\.output\.dense|self_attn\.out_proj", "attn.proj"),
     (r"attention\.attention\.|self_attn\.", "attn."),
-    (r"(query|q_proj)\.", "q."),
-    (r"(key|k_proj)\.", "k."),
-    (r"(value|v_proj)\.", "v."),
+    (r"(?<=attn\.)([qkv])(uery|ey|alue|_proj)\.", r"\1."),
     (r"layer_norm(\d)", r"norm\1"),
     (r"layer_scale(\d)\.lambda1", r"ls\1.gamma"),
     (r"^(post_)?layernorm\.", "norm."),
@@ -66,7 +58,10 @@ def timm_tower(hub: dict[str, Tensor]) -> dict[str, Tensor]:
 def prismatic_components(originals: dict, cfg: ModelConfig, folder: Path) -> dict[str, dict]:
     """The originals, and a random projector, as the components of a Prismatic checkpoint."""
     projector = VLM(cfg).projector.state_dict()
-    hub = {name: saved(model, folder / name) for name, model in originals.items()}
+    hub = {}
+    for name, model in originals.items():
+        model.save_pretrained(folder / name)
+        hub[name] = load_file(folder / name / "model.safetensors")
     llm = hub.pop("llm")
     llm.setdefault("lm_head.weight", llm["model.embed_tokens.weight"].clone())  # tied, stored twice
     return {
@@ -100,8 +95,8 @@ OPENVLA_NAMES = {
 }  # fmt: skip
 
 
-def save_openvla(components: dict[str, dict], folder: Path) -> Path:
-    """The same as openvla-7b's shards name it; every second tensor is in the second."""
+def save_openvla(components: dict[str, dict], folder: Path) -> None:
+    """The same tensors as openvla-7b names them, in two shards."""
     tensors = {
         new + key.removeprefix(old).replace(".gamma", ".scale_factor"): value
         for part in components.values()
@@ -112,7 +107,6 @@ def save_openvla(components: dict[str, dict], folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"norm_stats": {"bridge_orig": {}}}')
     save_shards(tensors, folder, 2)
-    return folder
 
 
 def save_shards(tensors: dict[str, Tensor], folder: Path, count: int) -> None:

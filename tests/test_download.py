@@ -106,17 +106,12 @@ def test_a_dry_run_shows_the_sizes_and_an_unknown_target_is_named(hub, released,
     assert "the hub has no ['013_apple']" in shown and hub.fetched == []
 
 
-@pytest.mark.parametrize(
-    ("environment", "sentence"),
-    [
-        ({"HF_HUB_OFFLINE": "1"}, "unset the `HF_HUB_OFFLINE`"),
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "not available from the hub"),
-    ],
-)
-def test_no_way_to_the_hub_ends_in_a_sentence(environment, sentence, hub, tmp_path):
-    endpoint = environment.pop("HF_ENDPOINT", hub.url)
-    process = download(tmp_path / "data", "--tasks set_table", endpoint, **environment)
-    assert sentence in output(process, code=1)
+def test_no_way_to_the_hub_ends_in_a_sentence(hub, tmp_path):
+    flags = "--tasks set_table"
+    process = download(tmp_path / "data", flags, hub.url, HF_HUB_OFFLINE="1")
+    assert "unset the `HF_HUB_OFFLINE`" in output(process, code=1)
+    process = download(tmp_path / "data", flags, "http://127.0.0.1:9")
+    assert "not available from the hub" in output(process, code=1)
 
 
 def test_a_repository_that_refuses_a_file_is_named_with_the_login(hub, tmp_path):

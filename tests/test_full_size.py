@@ -7,12 +7,11 @@ Half an hour on two cores, 20 GB of memory, 6 GB of disk.
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from originals import STEP, compare, save_prismatic
+from processes import start
 from test_flow_head import compare_with_joint_pass
 from test_model import ROOT, compare_alone_and_together, compare_cached_decoding, make_padded
 
@@ -26,21 +25,18 @@ PAPER = model_config("paper")
 
 
 def measure(script, *args):
-    """Run a script in a process of its own. Returns what it printed as JSON, with its peak memory.
+    """The figures of a script in a process of its own, with the kernel's VmHWM in GB.
 
-    The peak is the kernel's VmHWM in GB, which counts the pages of mapped files.
+    This peak of memory counts the pages of mapped files.
     """
     script += """
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps(figures | {"peak_gb": int(peak.split()[1]) * 1024 / 1e9}))
 """
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": path},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
+    process = start("-c", script, *args, PYTHONPATH=os.pathsep.join([str(ROOT), f"{ROOT}/tests"]))
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    figures = json.loads(stdout)
     print({name: round(value, 1) for name, value in figures.items()})
     return figures
 
@@ -60,20 +56,16 @@ figures = {"build_s": built - began, "load_s": time.perf_counter() - built}
 
 def test_a_prismatic_file_of_5_gb_loads_within_a_minute_and_12_gb(tmp_path):
     manifest = json.loads((ROOT / "tests/prismatic_manifest.json").read_text())
-    folder = save_prismatic(
-        {
-            part: {key: torch.randn(shape) * 0.02 for key, shape in manifest[part].items()}
-            for part in ("projector", "llm_backbone", "vision_backbone")
-        },
-        tmp_path / "prism",
-    )
-    path = folder / STEP
+    parts = {part: {key: torch.randn(shape) * 0.02 for key, shape in manifest[part].items()}
+             for part in ("projector", "llm_backbone", "vision_backbone")}  # fmt: skip
+    path = save_prismatic(parts, tmp_path / "prism") / STEP
+    del parts
     assert path.stat().st_size > 5e9
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from the cache
     os.close(descriptor)
-    figures = measure(LOAD, folder)
+    figures = measure(LOAD, tmp_path / "prism")
     path.unlink()
     # From nothing to the filled model; the file is read twice, once for its sha256.
     assert figures["build_s"] + figures["load_s"] <= 60 and figures["peak_gb"] <= 12

@@ -135,14 +135,6 @@ def loader(data: Path, json: Path | None = None, rounds: int = 5, batch: int = 6
 # --- Samples per second of a training step ---
 
 
-def build_config(preset: str, layers: int | None) -> ModelConfig:
-    """A preset; with `layers` its encoders and LLM have that many blocks or layers."""
-    cfg = model_config(preset)
-    for part in ("dino", "siglip", "llm") if layers else ():
-        cfg = replace(cfg, **{part: replace(getattr(cfg, part), depth=layers)})
-    return cfg
-
-
 def random_batch(cfg: ModelConfig, size: int, device: torch.device) -> dict[str, Tensor]:
     """A batch of data.py's schema with random content and every label."""
     generator = torch.Generator().manual_seed(0)
@@ -172,23 +164,19 @@ def build_step(model: nn.Module, batch: dict[str, Tensor], fused: bool) -> Calla
 
 
 def train(
-    preset: Preset = "tiny", layers: int | None = None, device: Device = None,
-    json: Path | None = None, rounds: int = 7, batch: int = 8,
+    preset: Preset = "tiny", device: Device = None, json: Path | None = None, rounds: int = 7,
+    batch: int = 8,
 ) -> None:  # fmt: skip
-    """Samples per second of a training step of stage 2, beside the port's.
-
-    Args:
-        layers: blocks of each encoder and layers of the LLM, if the whole preset does not fit
-    """
+    """Samples per second of a training step of stage 2, beside the port's."""
     check_writable(json)
     place = device_of(device)
     torch.manual_seed(0)
-    port, ours = (model.to(place).train() for model in build_pair(build_config(preset, layers)))
+    port, ours = (model.to(place).train() for model in build_pair(model_config(preset)))
     ours.train_stage(2)
     samples = random_batch(ours.cfg, batch, place)
     steps = {
-        "naive port": build_step(port, samples, False),
-        "ours": build_step(ours, samples, True),
+        "naive port": build_step(port, samples, fused=False),
+        "ours": build_step(ours, samples, fused=True),
     }
     report(json, "samples/s", in_turns(steps, rounds))
 
@@ -247,20 +235,18 @@ def act_first(policy: Policy, obs: dict) -> np.ndarray:
 
 
 def act(
-    preset: Preset = "tiny", layers: int | None = None, device: Device = None,
-    json: Path | None = None, checkpoint: Path | None = None, data: Path | None = None,
-    queries: int = 100, batches: tuple[int, ...] = (1, 4, 16, 64),
+    preset: Preset = "tiny", device: Device = None, json: Path | None = None,
+    checkpoint: Path | None = None, data: Path | None = None, queries: int = 100,
+    batches: tuple[int, ...] = (1, 4, 16, 64),
 ) -> None:  # fmt: skip
     """Milliseconds of a query, camera frames in and actions out, beside transformers' generate.
 
     Args:
-        layers: blocks of each encoder and layers of the LLM, if the whole preset does not fit
         checkpoint: weights of ours; the port keeps random ones
         data: frames, one after the other; default: random pictures
     """
     check_writable(json)
-    cfg = build_config(preset, layers)
-    tokens, flow, naive = build_policies(cfg, checkpoint, device_of(device))
+    tokens, flow, naive = build_policies(model_config(preset), checkpoint, device_of(device))
     figures, more = {}, {}
     for size in batches:
         figures |= time_queries(tokens, flow, naive, data, size, queries)
