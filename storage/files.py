@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,11 @@ class DamagedError(InputError):
     """A file that is missing, or not as it was written; the message names it."""
 
 
+# torch.load raises these on a file that is cut off or is a foreign pickle.
+PICKLE_ERRORS = (
+    OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 MENDS = {  # system error: the command after which an undamaged file can be read
     errno.EACCES: "chmod u+r {}  # its owner, or root",
     errno.EAGAIN: "fuser -v {}  # wait until that program has closed it",

@@ -20,20 +20,25 @@ import torch
 from einops import rearrange
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from config import BINS, InputError, ModelConfig, quoted
 from storage import weight_names
 from storage.download import reachable
-from storage.files import read_json, sha256
+from storage.files import PICKLE_ERRORS, read_json, sha256
 
 NEW = {"latent_queries"}  # parameters in no public checkpoint (GAP-2)
 HUB = {
     "llm": "Qwen/Qwen2.5-0.5B",
     "dino": "facebook/dinov2-with-registers-large",
     "siglip": "google/siglip-so400m-patch14-224",
+}
+# Prismatic repositories hold many steps, 2.6 or 30 GB each. These are the last.
+LAST_STEPS = {
+    "Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b": "020792-epoch-01-loss=0.5268",
+    "openvla/openvla-7b-prismatic": "295000-epoch-40-loss=0.2200",
 }
 INDEX = "model.safetensors.index.json"  # of several shards: {"weight_map": {key: shard}}
 
@@ -45,8 +50,11 @@ def find_folder(name: str, cached_only: bool) -> Path:
     if Path(name).is_dir():
         return Path(name)
     folder = f"DIR/{Path(name).name}"
+    command = ["hf", "download", name, "--local-dir", folder]
+    if step := LAST_STEPS.get(name):
+        command += ["--include", "config.json", "--include", f"checkpoints/step-{step}.pt"]
     remedy = (
-        f"Where there is a network: {quoted('hf', 'download', name, '--local-dir', folder)}; then "
+        f"Where there is a network: {quoted(*command)}; then "
         f"--pretrained {'DIR' if name in HUB.values() else folder}. --pretrained None starts from "
         "random weights"
     )
@@ -119,7 +127,7 @@ def read_tensors(files: list[Path], headers: bool) -> dict[str, Tensor]:
             continue
         try:
             tensors = read_file(path, headers)
-        except Exception as error:  # a foreign pickle may raise anything
+        except (*PICKLE_ERRORS, SafetensorError) as error:
             text = f"{path}: cut off or in another format ({error}); download it again"
             raise InputError(text) from error
         if twice := sorted(out.keys() & tensors.keys()):
