@@ -63,7 +63,7 @@ class CollectConfig:
             raise InputError("--episodes, --workers, --envs, --max-attempts: at least 1; --seed: 0")
 
     @property
-    def wanted(self) -> dict[str, int]:
+    def episodes_per_target(self) -> dict[str, int]:
         """Episodes for each target; the first ones take the remainder."""
         names = targets(self.task, self.subtask) if self.target == "all" else (self.target,)
         each, rest = divmod(self.episodes, len(names))
@@ -83,9 +83,9 @@ class CollectConfig:
 
 
 def collect(cfg: CollectConfig, recording: Recording, target: str, workers: Workers) -> None:
-    """Attempt seeds, lowest first, until as many succeeded as are wanted, and write the file."""
-    # An earlier run that wanted more may have left more successes: keep them.
-    episodes = max(cfg.wanted[target], recording.successes)
+    """Attempt seeds in ascending order until enough episodes succeed; then write the file."""
+    # Keep the additional successes of an earlier run with a larger --episodes.
+    episodes = max(cfg.episodes_per_target[target], recording.successes)
     limit = cfg.max_attempts or 20 + 10 * episodes
     articulation_of = articulations(plan_files(cfg.task, cfg.subtask, target, cfg.split)[0])
 
@@ -116,8 +116,9 @@ def main(cfg: CollectConfig) -> None:
     check_envs(cfg.envs, cfg.expert == "scripted")
     folder = cfg.out / cfg.task / cfg.subtask
     workers = Workers(cfg.workers, "simulation.demonstrations", cfg)
-    recipes = {target: cfg.recipe(target) for target in cfg.wanted}  # raises before a worker starts
-    for target, episodes in cfg.wanted.items():
+    # All recipes first: a missing file is refused before a worker starts.
+    recipes = {target: cfg.recipe(target) for target in cfg.episodes_per_target}
+    for target, episodes in cfg.episodes_per_target.items():
         with sole_writer(folder, target):
             recording = Recording(folder, target, recipes[target])
             if len(recording.episodes) >= episodes:

@@ -175,7 +175,8 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
             f"{trained:.1f}M trained parameters, {num_steps} steps of {cfg.batch_size}"
         )
     saver = Saver(Path(cfg.out), cfg.keep, is_main, step)
-    validates = len(held_out) and (is_main or (cfg.shard and world > 1))  # all ranks of a shard
+    # Rank 0 validates alone; with --shard every rank must take part in a forward pass.
+    validates_here = len(held_out) and (is_main or (cfg.shard and world > 1))
 
     with signals() as stop, closing(saver):
         for raw in log.time_waits(loader(frames, order, cfg.workers)):
@@ -187,10 +188,10 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
                 break
             batch |= step_noise(cfg, step, ranks)
             lr = learning_rate(step, num_steps, cfg)
-            taken = take_step(ddp, optimizer, batch, lr, cfg, ranks)
+            losses_and_norm = take_step(ddp, optimizer, batch, lr, cfg, ranks)
             step += 1
-            if taken:
-                log.add(*taken)
+            if losses_and_norm:
+                log.add(*losses_and_norm)
                 skipped = 0
             else:
                 log.skip(step, frames.names(order.batch(step - 1)))
@@ -201,7 +202,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
                 log.write(step, lr)
             if step % cfg.save_every == 0 or last:
                 saver.save(step, model, optimizer, manifest, tokenizer.to_str())
-            if validates and (step % cfg.val_every == 0 or step == num_steps):
+            if validates_here and (step % cfg.val_every == 0 or step == num_steps):
                 began = time.perf_counter()
                 figures = validate(model, held_out, stats, prompts, cfg)
                 if is_main:
@@ -218,7 +219,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
 def main(cfg: TrainConfig) -> int:
     check_shared_memory(cfg)
     ranks = join(cfg.device)
-    with ExitStack() as lock:
+    with ExitStack() as lock:  # rank 0 holds it; where it is taken already, every rank ends
         ranks.on_main(lambda: lock.enter_context(sole_writer(Path(cfg.out))))
         code = train(cfg, ranks)
     ranks.leave()
