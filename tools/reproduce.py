@@ -3,13 +3,11 @@
     python -m tools.reproduce --table 2    # Tables 1-4; continues where it was stopped
     python -m tools.reproduce --table 2 --no-run    # only the table, from the episodes in --out
 
-Demonstrations are recorded once. Each row trains its stages for each seed, then runs episodes of
-the val split. All steps are the README's commands, `--jobs` at a time, one core each. OUT keeps
-every episode, log and held-out metric, WORK the recordings and checkpoints. A cell (row and seed)
-with all episodes in OUT needs nothing of WORK.
-
-Rows with the same training (Table 1's `base-depth`, Table 2's `auxvla`) are trained once, and so
-are stages that two rows share.
+All steps are the README's commands, `--jobs` at a time, one core each: demonstrations are recorded
+once, each row trains its stages for each seed, then runs episodes of the val split. OUT keeps every
+episode, log and held-out metric, WORK the recordings and checkpoints. A cell (row and seed) with
+all episodes in OUT needs nothing of WORK. A training or a stage that two rows share (Table 1's
+`base-depth`, Table 2's `auxvla`) is run once.
 """
 
 import os
@@ -27,7 +25,7 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-from config import SUBTASKS, InputError, quoted, user_errors
+from config import InputError, quoted, user_errors
 from paper import COLUMNS, PAPER_COLUMNS, ROWS, Row
 from storage.files import read_json, sole_writer, write_json
 from storage.results import read_episodes
@@ -73,13 +71,13 @@ class ReproduceConfig:
     @property
     def evaluated(self) -> tuple[str, ...]:
         closing = ("close_fridge", "close_drawer")
-        default = closing if "close" in self.any_row.subtasks else PAPER_COLUMNS[:2]
+        default = PAPER_COLUMNS[:2] if self.table == 3 else closing
         return tuple(name for name in COLUMNS if name in (self.columns or default))
 
     @property
     def folders(self) -> tuple[Path, Path]:
         """OUT and WORK; tables with the same demonstrations share them."""
-        suite = "set_table" if self.any_row.subtasks == SUBTASKS else "pick_place"
+        suite = "pick_place" if self.table == 3 else "set_table"
         return self.out or Path("results", suite), self.work or Path("runs", suite)
 
 
@@ -98,7 +96,7 @@ def cell(name: str) -> str:
 
 
 class Runner:
-    """Runs the commands of the cells that OUT lacks, several at once."""
+    """Runs the commands of the cells that OUT lacks."""
 
     def __init__(self, cfg: ReproduceConfig):
         self.cfg, (self.out, self.work) = cfg, cfg.folders
@@ -116,10 +114,8 @@ class Runner:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a", encoding="utf-8") as file:
             print("$", *words, file=file, flush=True)
-            done = subprocess.run(
-                [sys.executable, *words],
-                env=self.environment, stdout=file, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+            to_log = dict(stdout=file, stderr=subprocess.STDOUT)
+            done = subprocess.run([sys.executable, *words], env=self.environment, **to_log)
         if done.returncode:
             last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
             raise InputError(f"python {quoted(*words)}: {last}. Its output is in {log}")
@@ -204,19 +200,17 @@ def check_recipe(cfg: ReproduceConfig, folder: Path):
 
 def run(cfg: ReproduceConfig):
     """Run the cells that OUT lacks, all rows of a seed before the next seed."""
-    out, work = cfg.folders
-    runner = Runner(cfg)
+    runner, rows = Runner(cfg), dict.fromkeys(map(cell, cfg.names))
     cells = [(name, 0) for name in BOUNDS]
-    cells += [(n, seed) for seed in range(cfg.seeds) for n in dict.fromkeys(map(cell, cfg.names))]
-    with sole_writer(work), sole_writer(out), ThreadPoolExecutor(cfg.jobs) as pool:
-        left = [each for each in cells if runner.lacks(*each)]
-        if left:
-            runner.collect()
+    cells += [(name, seed) for seed, name in product(range(cfg.seeds), rows)]
+    left = [each for each in cells if runner.lacks(*each)]
+    if left:
+        runner.collect()
+    with ThreadPoolExecutor(cfg.jobs) as pool:
         running = [pool.submit(runner.run_cell, *each) for each in left]
         try:
             for done in tqdm(as_completed(running), total=len(running), unit="cell"):
                 done.result()
-                write_table(out, cfg.table, cfg.names, cell, cfg.preset)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -226,7 +220,8 @@ def main(cfg: ReproduceConfig):
     for folder in (out, work) if cfg.run else (out,):
         check_recipe(cfg, folder)
     if cfg.run:
-        run(cfg)
+        with sole_writer(work), sole_writer(out):
+            run(cfg)
     table = write_table(out, cfg.table, cfg.names, cell, cfg.preset)
     print("\n".join([*to_markdown(table), "", list_differences(table)]))
 
