@@ -3,9 +3,9 @@
     python -m tools.replay --data DATA --episodes 5
 
 Each demonstration starts with its own plan and start pose, in MS_ASSET_DIR's apartment, on CPU
-physics. A demonstration that succeeded and fails here was recorded with another physics backend,
-controller or apartment. What collect.py recorded on a CPU in the same apartment repeats exactly (a
-test); the release was recorded on GPU physics and may differ.
+physics. A recorded success that fails here was recorded with another physics backend, controller or
+apartment. What collect.py recorded on a CPU in the same apartment repeats exactly (a test); the
+release was recorded on GPU physics and may differ.
 """
 
 from collections.abc import Iterator
@@ -28,8 +28,7 @@ class RecordedEnv(SubtaskEnv):
         uids = [plan.subtasks[0].uid for plan in self._plans]
         if entry["subtask_uid"] not in uids:
             raise DataError(
-                f"MS_ASSET_DIR has no subtask {entry['subtask_uid']}; expected the apartment in "
-                "which the demonstrations were recorded"
+                f"MS_ASSET_DIR has no subtask {entry['subtask_uid']}: another apartment"
             )
         spawn = int(np.atleast_1d(entry["spawn_selection_idx"])[0])
         self.choice = uids.index(entry["subtask_uid"]), spawn
@@ -40,7 +39,7 @@ class RecordedEnv(SubtaskEnv):
 
 
 def replay(path: Path, episodes: int) -> Iterator[tuple[str, bool, bool]]:
-    """Yield for each demonstration a sentence, its recorded success and its success here."""
+    """Yield for each demonstration its name and drift, its recorded success, its success here."""
     entries = load_sidecar(path)["episodes"][:episodes]
     uid = str(entries[0].get("subtask_uid"))
     task, subtask, split, *_ = (*uid.split("-"), "", "")
@@ -49,18 +48,15 @@ def replay(path: Path, episodes: int) -> Iterator[tuple[str, bool, bool]]:
     env = RecordedEnv(task, subtask, path.stem, split, obs_mode="state_dict")
     with h5py.File(path) as file:
         for entry in entries:
-            group, drift, success = file[f"traj_{entry['episode_id']}"], 0.0, []
+            group, drift, succeeded = file[f"traj_{entry['episode_id']}"], 0.0, False
             actions = clip(read_actions(group, entry["elapsed_steps"], str(path)))  # [T, 13]
             obs = env.reset_to(entry)
             for qpos, action in zip(group[KEYS["qpos"]], actions):
                 drift = max(drift, np.abs(qpos - obs["agent"]["qpos"][0].numpy()).max())
                 obs, info = env.step(action)
-                success.append(info["success"])
-            recorded = group["success"][:].astype(bool)  # [T]
-            steps = [f"step {np.argmax(s) + 1}" if any(s) else "none" for s in (recorded, success)]
-            text = f"{group.name[1:]}: success when recorded: {steps[0]}, here: {steps[1]}; "
-            text += f"joints differ by up to {drift:.2g}"
-            yield text, bool(recorded.any()), any(success)
+                succeeded |= bool(info["success"])
+            name = f"{path}, {group.name[1:]}: joints differ by up to {drift:.2g}"
+            yield name, bool(group["success"][:].any()), succeeded
     env.close()
 
 
@@ -75,8 +71,9 @@ def main(data: Path = Path("data"), episodes: int = 5) -> None:
         raise InputError(f"{data}: no .h5 demonstrations below it; expected --data DATA")
     succeeded = []
     for path in files:
-        for text, recorded, replayed in replay(path, episodes):
-            print(f"{path.relative_to(data)}, {text}", flush=True)
+        for name, recorded, replayed in replay(path, episodes):
+            words = ["success" if outcome else "failure" for outcome in (recorded, replayed)]
+            print(f"{name}; recorded: {words[0]}, here: {words[1]}", flush=True)
             succeeded += [replayed] * recorded
     print(f"{sum(succeeded)} of {len(succeeded)} recorded successes succeed again")
 

@@ -21,7 +21,6 @@ Each connection has its own episode. Connections take turns at the one model.
 import logging
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -40,8 +39,6 @@ try:
 except ImportError:  # main says how to install it
     ModelServer, serve = object, None
 
-IMAGES = {"rgb": (np.uint8, 3), "depth": (np.int16, 1)}  # type, channels; depth in millimetres
-
 
 @dataclass(frozen=True)
 class ServeConfig:
@@ -54,16 +51,17 @@ class ServeConfig:
 
 def read_images(observation: dict) -> dict:
     """Return a client's images as Policy.act takes them, with a batch axis of 1."""
-    sensors = {f"fetch_{camera}": {} for camera in CAMERAS}
-    for (camera, images), (name, (dtype, channels)) in product(sensors.items(), IMAGES.items()):
-        image = np.asarray((observation["sensor_data"].get(camera) or {}).get(name))
-        shape = (IMAGE_SIZE, IMAGE_SIZE, channels)
-        if image.dtype != dtype or image.shape != shape:
-            raise InputError(
-                f"sensor_data/{camera}/{name}: got {image.dtype} {image.shape}, expected "
-                f"{np.dtype(dtype)} {shape}"
-            )
-        images[name] = torch.from_numpy(image)[None]  # [1, 128, 128, C]
+    sensors = {}
+    for camera in (f"fetch_{name}" for name in CAMERAS):
+        sensors[camera] = {}
+        for name, kind, channels in (("rgb", np.uint8, 3), ("depth", np.int16, 1)):  # depth: mm
+            image = np.asarray((observation["sensor_data"].get(camera) or {}).get(name))
+            shape = (IMAGE_SIZE, IMAGE_SIZE, channels)
+            if image.dtype != kind or image.shape != shape:
+                got, expected = f"{image.dtype} {image.shape}", f"{np.dtype(kind)} {shape}"
+                where = f"sensor_data/{camera}/{name}"
+                raise InputError(f"{where}: got {got}, expected {expected}")
+            sensors[camera][name] = torch.from_numpy(image)[None]  # [1, 128, 128, C]
     return {"sensor_data": sensors}
 
 
@@ -89,10 +87,7 @@ class AuxVLAServer(ModelServer):
         await ctx.send_action({"actions": self.episodes[ctx].act(read_images(obs), text)[0]})
 
     def get_action_spec(self) -> dict:
-        slots = self.policy.manifest["action_schema"] or ()
-        names = ", ".join(f"{slot['name']} ({slot['unit']})" for slot in slots)
-        controller = "pd_joint_delta_pos"
-        return {"actions": DimSpec("actions", ACTION_DIM, controller, (-1, 1), description=names)}
+        return {"actions": DimSpec("actions", ACTION_DIM, "pd_joint_delta_pos", (-1, 1))}
 
     def get_observation_spec(self) -> dict:
         text = replace(LANGUAGE, description="; ".join(self.known))
