@@ -192,12 +192,6 @@ def test_held_out_figures_are_of_the_last_stage_alone_and_an_episode_counts_once
     assert row["cells"]["set_table/close_fridge"]["n"] == 120
 
 
-def test_every_training_counts_also_beyond_the_tenth(tmp_path):
-    write_row(tmp_path / "auxvla-all", {"close_fridge": [0.5] * 12}, n=2)
-    row = make_row(tmp_path)
-    assert row["seeds"] == [*range(12)] and row["cells"]["set_table/close_fridge"]["n"] == 24
-
-
 def test_an_average_counts_only_trainings_that_have_every_column(tmp_path):
     write_row(tmp_path / "auxvla-all", {"close_fridge": [0.5, 1.0], "close_drawer": [1.0]})
     table = write_table(tmp_path, 2, ("auxvla-all", "auxvla-naive"), cell, "tiny")

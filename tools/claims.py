@@ -17,12 +17,13 @@ rates of the training seeds (Student's t). The first does not show how much trai
 
 import csv
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist, mean, variance
+from statistics import NormalDist, mean
 
-from scipy.stats import t as student
+from scipy.stats import ttest_1samp, ttest_ind
 
 from paper import COLUMNS, PAPER_COLUMNS, ROWS
 from storage.files import read_json, write_json
@@ -90,12 +91,9 @@ def seed_interval(*samples: Sequence[float]) -> tuple[float, float]:
     """
     if min(map(len, samples)) < 2:
         return math.nan, math.nan
-    freedom = sum(len(sample) - 1 for sample in samples)
-    pooled = sum(variance(sample) * (len(sample) - 1) for sample in samples) / freedom
-    error = math.sqrt(pooled * sum(1 / len(sample) for sample in samples))
-    centre = mean(samples[-1]) - (mean(samples[0]) if len(samples) == 2 else 0)
-    half = float(student.ppf(0.975, freedom)) * error
-    return centre - half, centre + half
+    with warnings.catch_warnings(action="ignore"):  # scipy warns of equal rates
+        test = ttest_1samp(*samples, 0) if len(samples) == 1 else ttest_ind(*samples[::-1])
+        return test.confidence_interval()
 
 
 def rate_of(by_seed: dict[int, tuple[int, int]]) -> dict:
