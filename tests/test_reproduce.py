@@ -81,18 +81,6 @@ def test_a_folder_of_other_numbers_or_without_results_is_refused(tmp_path):
         main(ReproduceConfig(table=2, out=tmp_path / "none", run=False))
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (dict(table=2, rows=("openvla",)), "Table 2 has no openvla"),
-        (dict(table=3, columns=("close_drawer",)), "Table 3 has no close_drawer"),
-    ],
-)
-def test_what_a_table_lacks_is_refused(flags, message):
-    with pytest.raises(InputError, match=message):
-        ReproduceConfig(**flags)
-
-
 # --- Intervals ---
 
 

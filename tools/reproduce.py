@@ -53,20 +53,13 @@ class ReproduceConfig:
     work: Path | None = None  # recordings and checkpoints; default: the same under runs/
     run: bool = True  # --no-run: only the table, from the episodes in --out
 
-    def __post_init__(self):
-        foreign = [name for name in self.rows if ROWS[name].table != self.table]
-        foreign += [c for c in self.columns if COLUMNS[c].subtask not in self.any_row.subtasks]
-        if foreign:
-            raise InputError(f"Table {self.table} has no {', '.join(foreign)}")
-
     @property
     def names(self) -> tuple[str, ...]:
         return self.rows or tuple(name for name in ROWS if ROWS[name].table == self.table)
 
     @property
-    def any_row(self) -> Row:
-        """A row of the table; all rows of a table have the same tasks and subtasks."""
-        return next(row for row in ROWS.values() if row.table == self.table)
+    def tasks(self) -> tuple[str, ...]:
+        return ROWS[self.names[0]].tasks  # all rows of a table have the same ones
 
     @property
     def evaluated(self) -> tuple[str, ...]:
@@ -108,9 +101,8 @@ class Runner:
         """Run a program of this repository and write its output to `log`."""
         words = program.split()
         for name, value in flags.items():
-            words.append(f"--{name.replace('_', '-')}")
-            if value is not True:
-                words += map(str, value if isinstance(value, tuple) else (value,))
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a", encoding="utf-8") as file:
             print("$", *words, file=file, flush=True)
@@ -125,7 +117,7 @@ class Runner:
         cfg, log, data = self.cfg, self.work / "collect.log", self.work / "data"
         if (self.work / "pack/pack.json").exists():
             return
-        for task in cfg.any_row.tasks:
+        for task in cfg.tasks:
             for column in map(COLUMNS.__getitem__, cfg.evaluated):
                 self.command(
                     log, "collect.py", expert="scripted", task=task, split="train",
@@ -164,7 +156,7 @@ class Runner:
         """Return the tasks of which OUT lacks episodes of a cell."""
         wanted = {*product(self.cfg.evaluated, range(self.cfg.episodes))}
         folder = self.out / name / f"seed-{seed}"
-        return [t for t in self.cfg.any_row.tasks if wanted - read_episodes(folder / t).keys()]
+        return [t for t in self.cfg.tasks if wanted - read_episodes(folder / t).keys()]
 
     def run_cell(self, name: str, seed: int):
         """Train a row, or take the random policy or the expert, and run the episodes OUT lacks."""
@@ -176,8 +168,8 @@ class Runner:
             who = {"checkpoint": self.work / where / f"stage{stage}", "device": cfg.device}
         for task in self.lacks(name, seed):
             self.command(
-                self.work / where / "log.txt", "eval.py", task=task, columns=cfg.evaluated,
-                episodes=cfg.episodes, out=self.out / where / task, stop_at_success=True, **who,
+                self.work / where / "log.txt", "eval.py --stop-at-success", task=task,
+                columns=cfg.evaluated, episodes=cfg.episodes, out=self.out / where / task, **who,
             )  # fmt: skip
 
 

@@ -46,7 +46,6 @@ class ServeConfig:
     host: str = "127.0.0.1"  # 0.0.0.0 accepts clients from other machines
     port: int = 8000
     device: Literal["cpu", "cuda"] | None = None  # default: cuda if there is one
-    any_instruction: bool = False  # accept instructions that the checkpoint was not trained on
 
 
 def read_images(observation: dict) -> dict:
@@ -70,27 +69,22 @@ class AuxVLAServer(ModelServer):
 
     def __init__(self, cfg: ServeConfig):
         self.policy = replace(Policy.from_checkpoint(cfg.checkpoint, cfg.device), predict=False)
-        self.known, self.any = self.policy.manifest["instructions"], cfg.any_instruction
         # vla-eval makes a context for each episode: a policy with the history of that episode.
         self.episodes: WeakKeyDictionary = WeakKeyDictionary()
 
     async def on_observation(self, obs: dict, ctx) -> None:
-        text = obs.get("task_description")
-        if not isinstance(text, str) or not (self.any or text in self.known):
-            raise InputError(
-                f"task_description: got {text!r}, expected one of {self.known}. With "
-                "--any-instruction the server accepts every text"
-            )
         if ctx not in self.episodes:
             self.episodes[ctx] = replace(self.policy)
             self.episodes[ctx].reset()
-        await ctx.send_action({"actions": self.episodes[ctx].act(read_images(obs), text)[0]})
+        action = self.episodes[ctx].act(read_images(obs), obs["task_description"])[0]  # [13]
+        await ctx.send_action({"actions": action})
 
     def get_action_spec(self) -> dict:
         return {"actions": DimSpec("actions", ACTION_DIM, "pd_joint_delta_pos", (-1, 1))}
 
     def get_observation_spec(self) -> dict:
-        text = replace(LANGUAGE, description="; ".join(self.known))
+        trained = "trained on: " + "; ".join(self.policy.manifest["instructions"])
+        text = replace(LANGUAGE, description=trained)
         return {"sensor_data": RAW, "task_description": text}
 
 
