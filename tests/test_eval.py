@@ -259,8 +259,9 @@ def test_a_report_has_what_was_run_and_says_what_was_not(tmp_path):
     write_json(stage / "validation.json", {"metrics": metrics})
     text = re.sub(" +", " ", write_report(tmp_path).read_text())  # columns are padded
     assert "| close_drawer | not run | not run | not run | 1.00" in text
-    assert "| error | 3 cm | 40 cm | 9 | beats the trivial predictor |" in text
-    assert "| grasp | 0.5 share | 0.9 share | 9 | does not beat the trivial predictor |" in text
+    assert "| stage1 | 3 cm (40) | 0.5 (0.9) |" in text
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("does not beat the trivial predictor") == 1  # the grasp decoder
     assert "## Manifests\n\nnot run" in text
 
 

@@ -18,7 +18,7 @@ rates of the training seeds (Student's t). The first does not show how much trai
 import csv
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist, mean
@@ -271,22 +271,24 @@ def format_metric(metric: dict | None) -> str:
     return f"{metric['ours']:.3g}{ends} {unit}".strip() + f" ({metric['trivial']:.3g})"
 
 
+def held_out_table(rows: Iterable[dict]) -> list[str]:
+    """Return the lines of held-out metrics; `rows` have a label and metrics."""
+    rows = [row for row in rows if row["metrics"]]
+    names = [*dict.fromkeys(name for row in rows for name in row["metrics"])]
+    cells = [[row["label"], *(format_metric(row["metrics"].get(n)) for n in names)] for row in rows]
+    heads = ["held out", *(name.replace("_", " ") for name in names)]
+    return markdown(cells, heads) if rows else []
+
+
 def to_markdown(table: dict) -> list[str]:
     """Return the lines of success rates, of held-out metrics and of claims."""
     keys = ["/".join(pair) for pair in table["task_columns"]] + ["average"]
     rows = table["rows"].values()
-    names = [*dict.fromkeys(name for row in rows for name in row["metrics"])]
-    success, metrics = [], []
-    for row in rows:
-        cells = [format_cell(row["cells"].get(key)) for key in keys]
-        success.append([row["label"], str(len(row["seeds"])), *cells])
-        if row["metrics"]:
-            cells = [format_metric(row["metrics"].get(name)) for name in names]
-            metrics.append([row["label"], *cells])
-    lines = [*markdown(success, [table["title"], "seeds", *keys]), ""]
-    if metrics:
-        heads = ["held out", *(name.replace("_", " ") for name in names)]
-        lines += [*markdown(metrics, heads), ""]
+    success = [
+        [row["label"], str(len(row["seeds"])), *(format_cell(row["cells"].get(k)) for k in keys)]
+        for row in rows
+    ]
+    lines = [*markdown(success, [table["title"], "seeds", *keys]), "", *held_out_table(rows), ""]
     return lines + [format_claim(claim) for claim in table["claims"]]
 
 

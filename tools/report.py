@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from config import LOSSES, InputError, quoted, user_errors
 from paper import DEFAULT_ROW, ROWS
 from storage.files import read_json, read_lines, write
-from storage.results import NOT_RUN, columns_to_show, markdown, success_table
-from tools.claims import format_evidence, list_differences, to_markdown
+from storage.results import NOT_RUN, columns_to_show, success_table
+from tools.claims import format_evidence, held_out_table, list_differences, to_markdown
 
 FILM = re.compile(r"(.+)_(\d+)_(success|fail)")  # column, seed: how eval.py names a finished film
 NOTE = """\
@@ -160,16 +160,6 @@ def verdict(metric: dict) -> str:
     return f"{'beats' if beats else 'does not beat'} the trivial predictor"
 
 
-def metrics_table(validation: list[dict]) -> list[str]:
-    """Return the lines of the held-out metrics beside the trivial predictor's, stage by stage."""
-    cells = []
-    for stage in validation:
-        for name, m in stage["metrics"].items():
-            values = [f"{m[key]:.3g} {m['unit']}".strip() for key in ("ours", "trivial")]
-            cells.append([stage["label"], name, *values, str(m["n"]), verdict(m)])
-    return markdown(cells, ["stage", "metric", "ours", "trivial", "n", ""]) if cells else []
-
-
 def make_markdown(found: dict) -> str:
     """Return report.md: the tables of tools/reproduce.py, then the run's."""
     sections = {
@@ -180,7 +170,7 @@ def make_markdown(found: dict) -> str:
         manifests = found["manifests"]
         sections |= {
             "Success": success_table(found["columns"], found["papers"]),
-            "Held-out episodes": metrics_table(found["validation"]),
+            "Held-out episodes": held_out_table(found["validation"]),
             "Manifests": ["```json", manifests, "```"] if manifests else [],
         }
     lines = [f"# {found['title']}", "", NOTE]
