@@ -160,7 +160,7 @@ def test_asking_again_does_nothing(reference, capsys):
 def test_what_was_recorded_succeeds_again_where_its_plans_are_named(assets, reference, tmp_path):
     folder = shutil.copytree(reference.parents[2], tmp_path / "my data")
     command = ("-m", "tools.replay", "--data", folder, "--episodes", 1)
-    expected = "up to 0; recorded: success, here: success\n1 of 1 recorded successes succeed"
+    expected = "success, here: success; joints differ by up to 0\n1 of 1 recorded successes"
     assert expected in finish(start(*command))
     sidecar = folder / "set_table/close/kitchen_counter.json"
     sidecar.write_text(sidecar.read_text().replace("subtask_uid", "uid"))
