@@ -1,4 +1,4 @@
-"""The paper's claims and tables, counted from the episodes of tools/reproduce.py.
+"""The paper's claims and tables, counted from the episodes that tools/reproduce.py ran.
 
     table = write_table(Path("results/set_table"), 2, rows, cell, "tiny")  # table-2.json
     print("\n".join(to_markdown(table)))
@@ -150,18 +150,18 @@ def judge(claim: Claim, folders: dict[str, Path], preset: str) -> dict:
     counts = [count_successes(folders[row]) for row in (claim.a, claim.b)]
     keys = [key for key in counts[0] if key in counts[1] and key in claim.keys]
     summed = [sum_columns({key: row[key] for key in keys}) for row in counts]
-    found = {"name": claim.name, "statement": claim.statement}
+    judged = {"name": claim.name, "statement": claim.statement}
     if claim.of_sizes and preset == "tiny":
-        return found | {"verdict": "not run", "why": "both rows have one size here"}
+        return judged | {"verdict": "not run", "why": "both rows have one size here"}
     if not keys or not all(summed):
-        return found | {"verdict": "not run"}
+        return judged | {"verdict": "not run"}
     ours, low, high = difference(*map(rate_of, summed))
     paper, needed = claim.paper_effect(keys), claim.seeds_needed(keys)
-    found |= {"columns": keys, "paper": paper, "ours": ours, "low": low, "high": high}
-    found |= {"seeds": min(map(len, summed)), "seeds_needed": needed}
-    if low <= 0 <= high or found["seeds"] < 2 or needed is None:
-        return found | {"verdict": "cannot tell"}
-    return found | {"verdict": "agrees" if paper * ours > 0 else "disagrees"}
+    judged |= {"columns": keys, "paper": paper, "ours": ours, "low": low, "high": high}
+    judged |= {"seeds": min(map(len, summed)), "seeds_needed": needed}
+    if low <= 0 <= high or judged["seeds"] < 2 or needed is None:
+        return judged | {"verdict": "cannot tell"}
+    return judged | {"verdict": "agrees" if paper * ours > 0 else "disagrees"}
 
 
 # --- Tables ---

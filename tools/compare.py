@@ -63,24 +63,24 @@ class Pairs(NamedTuple):
 
 def compare(a: Positional[Path], b: Positional[Path]) -> str:
     """Return a table of B - A for two folders of evaluations."""
-    of_a, of_b = read_episodes(a), read_episodes(b)
-    shared = [key for key in of_a if key in of_b]
+    all_a, all_b = read_episodes(a), read_episodes(b)
+    shared = [key for key in all_a if key in all_b]
     if not shared:
         raise InputError(
-            f"{a} has {len(of_a)} episodes, {b} {len(of_b)}, with no column and seed in common: "
+            f"{a} has {len(all_a)} episodes, {b} {len(all_b)}, with no column and seed in common: "
             "python eval.py with equal --columns and --seed, --out as here"
         )
     outcomes = defaultdict(list)
     for key in sorted(shared, key=lambda key: [*COLUMNS].index(key[0])):
-        in_a, in_b = of_a[key], of_b[key]
+        episode_a, episode_b = all_a[key], all_b[key]
         for name in SAME:
-            if in_a.get(name) != in_b.get(name):
+            if episode_a.get(name) != episode_b.get(name):
                 raise InputError(
-                    f"seed {key[1]} of {key[0]}: {name} is {in_a.get(name)!r} in A, "
-                    f"{in_b.get(name)!r} in B: not the same episode. Evaluate both with equal "
+                    f"seed {key[1]} of {key[0]}: {name} is {episode_a.get(name)!r} in A, "
+                    f"{episode_b.get(name)!r} in B: not the same episode. Evaluate both with equal "
                     "--task, --split, --horizon, --envs and MS_ASSET_DIR"
                 )
-        outcomes[key[0]].append((in_a["success_once"], in_b["success_once"]))
+        outcomes[key[0]].append((episode_a["success_once"], episode_b["success_once"]))
     if len(outcomes) > 1:
         outcomes["overall"] = [*chain(*outcomes.values())]
     cases = ((True, True), (True, False), (False, True), (False, False))
@@ -92,7 +92,7 @@ def compare(a: Positional[Path], b: Positional[Path]) -> str:
         row += [f"{b_rate - a_rate:+.2f} [{low:+.2f}, {high:+.2f}]", pairs.only_a, pairs.only_b]
         rows.append(row)
     first = f"A: {a}, B: {b}; {len(shared)} episodes that both have, "
-    first += f"{len(of_a) - len(shared)} of A and {len(of_b) - len(shared)} of B left out"
+    first += f"{len(all_a) - len(shared)} of A and {len(all_b) - len(shared)} of B left out"
     return "\n".join([first, *markdown(rows, HEAD), NOTE])
 
 

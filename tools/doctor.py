@@ -49,13 +49,14 @@ SECONDS = 60.0  # for the predictions on held-out frames
 HELD_OUT = 256  # held-out frames, and held-out episodes, at most
 EQUAL = 1e-5  # logits that differ by less, relative to the largest, differ by rounding only
 CLIPPED = 0.1  # of a dimension's actions may lie outside; percentiles leave out 0.02 in training
+Program = Literal["all", "train", "eval", "collect"]
 
 
 @dataclass(frozen=True)
 class Doctor:
-    # which programs to check for
-    part: Annotated[Literal["all", "train", "eval", "collect"], tyro.conf.arg(name="for")] = "all"
-    # as in train.py, eval.py and collect.py; data and weights are checked only if given
+    # the program that is to run
+    program: Annotated[Program, tyro.conf.arg(name="for")] = "all"
+    # as in train.py, eval.py and collect.py; data and weights are checked only where named
     data: str | None = None
     checkpoint: str | None = None
     pretrained: str | None = None
@@ -100,10 +101,10 @@ def check_gpu(device: str | None = None) -> str:
     )
 
 
-def check_disk(out: str, part: str, preset: str) -> str:
+def check_disk(out: str, program: str, preset: str) -> str:
     """Check for room: in training, fp32 weights and Adam's two moments of all checkpoints."""
     need = 1e9  # bytes of an evaluation's films, or of some demonstrations
-    if part in ("all", "train"):
+    if program in ("all", "train"):
         with torch.device("meta"):
             model = AuxVLA(model_config(preset), flow_head=True)
         copies = TrainConfig.keep + 1  # and the one being written
@@ -267,17 +268,17 @@ def compare_tokens(frames: Frames, predict: Callable) -> list[str]:
 
 
 def choose_checks(cfg: Doctor) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Yield the name and function of each check that the part needs."""
+    """Yield the name and function of each check that the program needs."""
     yield "packages", check_packages
     yield "gpu", partial(check_gpu, cfg.device)
-    yield "disk", partial(check_disk, cfg.out, cfg.part, cfg.preset)
+    yield "disk", partial(check_disk, cfg.out, cfg.program, cfg.preset)
     if cfg.pretrained:
         yield "pretrained", partial(check_pretrained, cfg.pretrained, cfg.preset)
     if cfg.data:
         yield "data", partial(check_data, cfg.data)
     if cfg.checkpoint:
         yield "checkpoint", partial(check_policy, cfg.checkpoint, cfg.data, cfg.device)
-    if cfg.part != "train":
+    if cfg.program != "train":
         yield "assets", check_assets
         yield "renderer", check_renderer
         yield "simulator", partial(run, "-c", RESET)

@@ -183,8 +183,8 @@ def make_html(found: dict) -> str:
     """Fill in report.html.j2."""
     rows = []  # as in a table of tools/claims.py; only our own rates have the paper's beside them
     for heading, columns in found["columns"].items():
-        hidden = {} if heading.startswith("ours") else {"paper": None}
-        cells = {name: c | {"rate": c["success_once"]} | hidden for name, c in columns.items()}
+        papers = {} if heading.startswith("ours") else {"paper": None}
+        cells = {name: c | {"rate": c["success_once"]} | papers for name, c in columns.items()}
         rows.append({"label": heading, "cells": cells})
     loader = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
     jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
