@@ -46,7 +46,6 @@ class Claim:
     a: str  # rows; the effect is b's rate minus a's
     b: str
     columns: str  # separated by spaces; "": all
-    of_sizes: str  # "yes": compares two sizes of LLM, of which the tiny presets have one
     statement: str
 
     @property
@@ -151,7 +150,7 @@ def judge(claim: Claim, folders: dict[str, Path], preset: str) -> dict:
     keys = [key for key in counts[0] if key in counts[1] and key in claim.keys]
     summed = [sum_columns({key: row[key] for key in keys}) for row in counts]
     judged = {"name": claim.name, "statement": claim.statement}
-    if claim.of_sizes and preset == "tiny":
+    if preset == "tiny" and ROWS[claim.a].openvla != ROWS[claim.b].openvla:
         return judged | {"verdict": "not run", "why": "both rows have one size here"}
     if not keys or not all(summed):
         return judged | {"verdict": "not run"}
