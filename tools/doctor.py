@@ -131,8 +131,8 @@ def check_ranks(device: str | None, timeout: float = 10.0) -> str:
         ranks.leave()
     except (InputError, RuntimeError) as error:
         raise InputError(
-            f"rank {os.environ['RANK']}: {error}. Check the network: nc -vz {place}; "
-            "ip -br address, then export NCCL_SOCKET_IFNAME=NAME GLOO_SOCKET_IFNAME=NAME on every machine"
+            f"rank {os.environ['RANK']}: {error}. Check the network: nc -vz {place}; ip -br "
+            "address, then export NCCL_SOCKET_IFNAME=NAME GLOO_SOCKET_IFNAME=NAME on every machine"
         ) from None
     return f"{int(ones)} of {ranks.world} by {backend}, at {place}"
 
