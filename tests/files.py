@@ -7,6 +7,13 @@ import h5py
 import numpy as np
 
 
+def datasets(file: h5py.Group) -> dict[str, np.ndarray]:
+    """Every dataset below a group, by its path."""
+    found = {}
+    file.visititems(lambda name, item: found.update({name: item}))
+    return {name: item[:] for name, item in found.items() if isinstance(item, h5py.Dataset)}
+
+
 def write_demos(
     path: Path, lengths=(12, 9, 15), labels=True, seed=0, has_object=True, instruction=None
 ) -> Path:

@@ -1,4 +1,4 @@
-"""collect.py and eval.py as a user starts them."""
+"""The programs as a user starts them."""
 
 import os
 import subprocess
@@ -19,6 +19,17 @@ def start(*command, **environment: str) -> subprocess.Popen:
         text=True,
         start_new_session=True,
     )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    """What a program prints that ends with `code`, and without a traceback."""
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == code and "Traceback" not in stderr, stderr
+    return stdout + stderr
+
+
+def run(*command, code: int = 0, **environment: str) -> str:
+    return finish(start(*command, **environment), code)
 
 
 def workers_of(process: subprocess.Popen) -> list[int]:

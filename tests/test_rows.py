@@ -1,14 +1,13 @@
 """Every row of the paper's tables by its name, on the generated apartment; history and latents."""
 
-import subprocess
-import sys
+import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from files import write_demos
+from processes import run
 from tiny_run import train
 
 from config import PRESETS, InputError, model_config
@@ -17,36 +16,24 @@ from eval import EvalConfig
 from model import AuxVLA, actions_to_bins
 from paper import ROWS
 from policy import Policy, check_schema
-from simulation.episodes import make_envs, run_episodes
+from simulation.episodes import run_episodes
 from storage.h5 import Demonstrations
 from storage.tokenizer import build_tokenizer, tokenize
 from training.flags import parse
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
-def household_data(assets, tmp_path_factory):
-    out = tmp_path_factory.mktemp("rows")
-    for flags in ("--subtask close --target kitchen_counter", "--subtask pick --target 013_apple"):
-        command = f"collect.py --task set_table {flags} --episodes 2 --workers 2 --out {out}"
-        subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True)
+def household_data(recorded, tmp_path_factory):
+    """Demonstrations of closing the drawer and of picking the apple."""
+    out = shutil.copytree(recorded, tmp_path_factory.mktemp("rows") / "data")
+    flags = "--task set_table --subtask pick --target 013_apple --episodes 2 --workers 2"
+    run("collect.py", *flags.split(), "--out", out)
     return out
-
-
-@pytest.fixture(scope="module")
-def simulators(assets):
-    """{column: environment}, built once for all rows."""
-    cfg = EvalConfig(horizon=10)
-    envs = {column: make_envs(cfg, column, False) for column in ("close_drawer", "pick_obj")}
-    yield envs
-    for env in envs.values():
-        env.close()
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_trains_its_stages_and_drives_an_episode(
-    name, household_data, simulators, tmp_path, capsys
+    name, household_data, simulator, tmp_path, capsys
 ):
     row, start = ROWS[name], {}
     for stage in row.stages:
@@ -59,16 +46,15 @@ def test_a_row_trains_its_stages_and_drives_an_episode(
     cfg = policy.model.cfg
     assert set(policy.model.decoders) == set(row.decoders) and cfg.cameras == row.cameras
     assert cfg.depth == row.depth and cfg.history == row.history
-    envs = simulators["pick_obj" if row.table == 3 else "close_drawer"]
+    column = ("pick", "013_apple") if row.table == 3 else ("close", "kitchen_counter")
+    envs = simulator("set_table", *column, "val", obs_mode="rgb+depth+segmentation")
     check_schema(envs, policy.manifest)
     (episode,) = run_episodes(envs, policy, [0], EvalConfig(horizon=10))
     assert 1 <= episode["length"] <= 10
 
 
 def test_the_rows_are_the_sixteen_of_the_four_tables():
-    printed = subprocess.run(
-        [sys.executable, "paper.py"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
+    printed = run("paper.py")
     assert len(ROWS) == 16 and all(f"\n{name}\n" in f"\n{printed}" for name in ROWS)
     assert "tidy_house: pick_all 0.33  place_all 0.73" in printed
     # The averages that the paper prints. Base VLM + multiview's six figures give 0.508, not 0.52.
