@@ -14,13 +14,14 @@ import pytest
 import torch
 from tiny_run import write_untrained
 
+from config import InputError
 from data import normalize_depth
 from policy import Policy
 from simulation.env import SubtaskEnv
 from simulation.film import INSET, PREDICTED, TRUE, VIEW, Film, outline
+from storage.files import append, write_json
 from storage.results import table
 from tools import report
-from tools.report import write_report
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PROBE = """<script>
@@ -62,17 +63,18 @@ def run(tmp_path_factory) -> Path:
     episode = {"column": "pick_all", "success_once": False, "success_at_end": False}
     manifest = {"policy": "learned", "task": "set_table", "row": "auxvla-all", "command": TEXT}
     results = {"columns": table([episode], {"pick_all": 0.13}), "manifest": manifest}
-    (run / "eval/results.json").write_text(json.dumps(results))
-    lines = [{"step": s, "action": 1 / s, "val_action": 2 / s} for s in range(1, 30)]
-    (run / "stage2/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    metrics = {"base_position_error": METRIC | {"n": 9}}
-    (run / "stage2/validation.json").write_text(json.dumps({"metrics": metrics}))
-    (run / "table-2.json").write_text(json.dumps(TABLE))
+    write_json(run / "eval/results.json", results)
+    for step in range(1, 30):
+        append(run / "stage2/log.jsonl", {"step": step, "action": 1 / step, "val_action": 2 / step})
+    grasp = {"ours": 0.5, "trivial": 0.9, "unit": "share", "higher_is_better": True, "n": 9}
+    metrics = {"base_position_error": METRIC | {"n": 9}, "grasp": grasp}
+    write_json(run / "stage2/validation.json", {"metrics": metrics})
+    write_json(run / "table-2.json", TABLE)
     return run
 
 
 def write_page(run: Path) -> str:
-    write_report(run)
+    report.write_report(run)
     return (run / "report.html").read_text()
 
 
@@ -98,9 +100,7 @@ def cells(page: str, name: str, number: int = 0) -> list[list[str]]:
     return [[words(c) for c in re.findall(r"<t[hd].*?</t[hd]>", row, re.S)] for row in rows]
 
 
-def test_a_browser_shows_the_page_without_an_error_at_the_width_of_a_phone_and_of_a_desk(
-    page, tmp_path
-):
+def test_a_browser_shows_the_page_as_wide_as_a_phone_and_a_desk(page, tmp_path):
     chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
     if chromium is None:
         pytest.skip("no Chromium here; on Debian: apt-get install chromium")
@@ -152,14 +152,40 @@ def test_the_runs_figures_are_those_of_its_results(page):
     assert "pick all, seed 0: fail (eval)" in words(section(page, "films"))
 
 
+def test_the_markdown_has_the_same_figures_and_a_chart_of_the_losses(run, page):
+    text = re.sub(" +", " ", (run / "report.md").read_text())  # columns are padded
+    assert "| close_drawer | not run | not run | not run | 1.00" in text
+    assert "| base_position_error | 5.43 cm | 98.1 cm | 9 | beats the trivial predictor |" in text
+    assert "| grasp | 0.5 share | 0.9 share | 9 | does not beat the trivial predictor |" in text
+    assert "![losses](curves.png)" in text and (run / "curves.png").stat().st_size > 10_000
+
+
 def test_what_is_absent_is_not_run_and_tables_alone_claim_nothing_of_a_run(tmp_path):
     (tmp_path / "run/stage1").mkdir(parents=True)
     content = write_page(tmp_path / "run")
     for name in ("films", "held-out-episodes", "losses", "manifests"):
         assert words(section(content, name)).endswith("not run")
-    (tmp_path / "table-2.json").write_text(json.dumps(TABLE))
+    assert "## Videos\n\nnot run" in (tmp_path / "run/report.md").read_text()
+    write_json(tmp_path / "table-2.json", TABLE)
     content = write_page(tmp_path)
     assert 'id="table-2-in-miniature"' in content and 'id="success"' not in content
+
+
+def test_a_report_gathers_finished_films_and_names_what_its_evaluations_differ_in(tmp_path):
+    for name, horizon in (("eval", 200), ("eval-flow", 40)):
+        film = tmp_path / name / "videos/close_drawer_0_success.mp4"
+        film.parent.mkdir(parents=True)
+        film.write_text(name)
+        film.with_name("close_drawer_1.part.mp4").write_text("half of one")
+        manifest = {"policy": "random", "task": "set_table", "split": "val", "horizon": horizon}
+        write_json(tmp_path / name / "results.json", {"columns": {}, "manifest": manifest})
+    with pytest.raises(InputError, match=f"python -m tools.report --run {tmp_path}"):
+        report.write_report(tmp_path / "eval")
+    text = report.write_report(tmp_path).read_text()
+    assert "these evaluations differ in horizon." in text
+    copies = list((tmp_path / "videos").iterdir())
+    assert {copy.read_text() for copy in copies} == {"eval", "eval-flow"}
+    assert all(f"](videos/{copy.name})" in text for copy in copies)
 
 
 def test_films_beyond_the_pages_size_are_left_out_by_name(run, page, tmp_path, monkeypatch):
@@ -191,9 +217,8 @@ def test_a_film_shows_the_inputs_the_masks_and_the_numbers_of_a_step(assets, tmp
         assert (depth == (255 * near).astype(np.uint8)).all()
         assert around.any() and (shown[around] == TRUE).all()
         assert (shown[~around & ~tinted] == rgb[~around & ~tinted]).all()
-        assert (
-            abs(shown[tinted] - (0.4 * rgb[tinted] + 0.6 * np.array(PREDICTED))).max(initial=0) <= 1
-        )
+        expected = 0.4 * rgb[tinted] + 0.6 * np.array(PREDICTED)
+        assert abs(shown[tinted] - expected).max(initial=0) <= 1
 
     true = {"grasp": obs["extra"]["is_grasped"], "pos": env.pos}
     true["obj"] = obs["extra"]["obj_pose_wrt_base"][0, :3]
