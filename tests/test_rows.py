@@ -8,17 +8,17 @@ import pytest
 import torch
 from files import write_demos
 from processes import run
-from tiny_run import train
+from tiny_run import make_policy, observation, train
 
 from config import PRESETS, InputError, model_config
-from data import ActionStats, Frames, check_batch, make_batch
+from data import Frames, check_batch, make_batch
 from eval import EvalConfig
-from model import AuxVLA, actions_to_bins
+from model import actions_to_bins
 from paper import ROWS
 from policy import Policy, check_schema
 from simulation.episodes import run_episodes
 from storage.h5 import Demonstrations
-from storage.tokenizer import build_tokenizer, tokenize
+from storage.tokenizer import tokenize
 from training.flags import parse
 
 
@@ -79,6 +79,9 @@ def test_epochs_stages_and_data_are_those_of_the_paper():
     assert tiny.preset == "tiny-openvla" and not tiny.model.llm.tied and tiny.model.num_views == 1
     for name in PRESETS:
         assert parse(["--preset", name]).preset == name
+    history = ["--row", "base-history"]
+    assert parse(history).model.history == "actions"
+    assert parse([*history, "--model.history", "frames"]).model.history == "frames"
 
 
 REFUSED = {
@@ -100,12 +103,6 @@ def test_flags_that_contradict_a_row_are_refused(message):
         parse(REFUSED[message])
 
 
-def test_history_in_the_reading_of_frames_is_a_flag_beside_its_row():
-    args = ["--row", "base-history"]
-    assert parse(args).model.history == "actions"
-    assert parse([*args, "--model.history", "frames"]).model.history == "frames"
-
-
 def test_a_row_trains_only_on_its_tasks_and_subtasks(tmp_path):
     for file in ("set_table/pick/013_apple", "set_table/close/fridge", "tidy_house/pick/024_bowl"):
         write_demos(tmp_path / file, lengths=(12, 9))
@@ -118,16 +115,6 @@ def test_a_row_trains_only_on_its_tasks_and_subtasks(tmp_path):
 
 
 # --- History (GAP-5) ---
-
-
-def make_policy(cfg, **options):
-    """A policy with random weights and the controller's bounds."""
-    torch.manual_seed(0)
-    model = AuxVLA(cfg, **options).eval()
-    stats = ActionStats((-1.0,) * 13, (1.0,) * 13)
-    policy = Policy(model, stats, build_tokenizer(cfg.llm), {}, torch.device("cpu"))
-    policy.reset()
-    return policy
 
 
 @pytest.fixture
@@ -164,16 +151,12 @@ def test_the_policy_sees_the_history_that_it_was_trained_on(history, source):
 @pytest.mark.parametrize("history", ["frames", "actions"])
 def test_the_policy_keeps_its_history_while_it_executes_a_chunk(history):
     policy = make_policy(replace(model_config("tiny"), history=history), flow_head=True)
-    actions = []
-    for level in range(6):
-        picture = {
-            "rgb": torch.full((1, 128, 128, 3), level, dtype=torch.uint8),
-            "depth": torch.full((1, 128, 128, 1), level, dtype=torch.int16),
-        }
-        obs = {"sensor_data": {"fetch_head": picture, "fetch_hand": picture}}
-        actions.append(policy.act(obs, "close the fridge"))
+    observations = [observation(seed) for seed in range(6)]
+    actions = [policy.act(obs, "close the fridge") for obs in observations]
     if history == "frames":
-        assert [int(rgb.max()) for rgb, _ in policy.seen] == [1, 2, 3, 4, 5]
+        heads = [obs["sensor_data"]["fetch_head"]["rgb"] for obs in observations[1:]]
+        assert all(map(torch.equal, [rgb[:, 0] for rgb, _ in policy.seen], heads))
+        assert len(policy.seen) == 5
     assert all(np.array_equal(kept, done) for kept, done in zip(policy.done, actions[2:]))
 
 

@@ -13,8 +13,10 @@ from processes import REPOSITORY
 from pytest import approx
 from safetensors.torch import load_file
 
-from config import IMAGE_SIZE, model_config
+from config import IMAGE_SIZE, ModelConfig, model_config
+from data import ActionStats
 from model import AuxVLA
+from policy import Policy
 from storage.checkpoint import newest, read_manifest, snapshot, to_json, write
 from storage.files import read_lines
 from storage.pack import pack
@@ -97,14 +99,30 @@ def train_tiny(folder: Path, row: str = "auxvla-all") -> Path:
     train(folder / "data", folder / "stage1", row=row, steps=1)
     trained = newest(folder / "stage1")
     tensors, moments = weights(folder / "stage1"), weights(folder / "stage1", "optimizer")
-    generator = torch.Generator().manual_seed(0)
-    for weight in tensors.values():  # larger weights, so that actions depend on the pictures
-        if weight.ndim > 1:
-            weight += torch.randn(weight.shape, generator=generator) * 0.3
+    add_noise(tensors, 0.3)
     manifest = read_manifest(trained) | {"action_schema": SCHEMA}
     tokenizer = (trained / "tokenizer.json").read_text()
     write(folder / "stage1", 1, tensors, moments, manifest, tokenizer, keep=1)
     return folder / "stage1"
+
+
+def add_noise(weights: dict[str, torch.Tensor], scale: float):
+    """Make a model's matrices larger, so that its actions depend on the pictures."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in weights.values():
+        if weight.ndim > 1:
+            weight += torch.randn(weight.shape, generator=generator) * scale
+
+
+def make_policy(cfg: ModelConfig, noise: float = 0.0, **options) -> Policy:
+    """A policy with random weights and the controller's bounds."""
+    torch.manual_seed(0)
+    model = AuxVLA(cfg, **options).eval()
+    add_noise(model.state_dict(), noise)
+    stats = ActionStats((-1.0,) * 13, (1.0,) * 13)
+    policy = Policy(model, stats, build_tokenizer(cfg.llm), {}, torch.device("cpu"))
+    policy.reset()
+    return policy
 
 
 def write_untrained(stage: Path, env, instruction: str):
