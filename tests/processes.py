@@ -8,11 +8,11 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 
 
-def start(*command, **environment: str) -> subprocess.Popen:
+def start(*command, cwd: Path = REPOSITORY, **environment: str) -> subprocess.Popen:
     """Start a program with its flags, in a process group of its own."""
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
-        cwd=REPOSITORY,
+        cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -23,13 +23,13 @@ def start(*command, **environment: str) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
     """What a program prints that ends with `code`, and without a traceback."""
-    stdout, stderr = process.communicate(timeout=300)
+    stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == code and "Traceback" not in stderr, stderr
     return stdout + stderr
 
 
-def run(*command, code: int = 0, **environment: str) -> str:
-    return finish(start(*command, **environment), code)
+def run(*command, code: int = 0, **options) -> str:
+    return finish(start(*command, **options), code)
 
 
 def workers_of(process: subprocess.Popen) -> list[int]:
