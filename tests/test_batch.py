@@ -90,9 +90,6 @@ def three(simulator) -> list[SubtaskEnvs]:
     return [simulator(*ANY, obs_mode=IMAGES, number=i) for i in range(3)]
 
 
-# --- One environment ---
-
-
 @pytest.mark.parametrize(
     ("kind", "address", "seed"), [("random", ANY, 0), ("learned", TIDY, 1), ("random", DRAWER, 2)]
 )
@@ -126,9 +123,6 @@ def test_an_episode_is_the_one_that_mshab_makes_of_its_whole_files_bit_for_bit(
         assert info["success"].tolist() == [success]
     assert_equal(envs.mshab.get_state_dict(), mshab.get_state_dict())  # init_config_idxs are there
     mshab.close()
-
-
-# --- Several ---
 
 
 @pytest.mark.parametrize("kind", ["random", "learned"])
@@ -230,9 +224,6 @@ def test_a_policy_hears_each_environments_own_instruction(flow_head):
     together.queue.clear()
     with pytest.raises(ValueError, match="2 instructions for 3 environments"):
         together.act(stacked(frames[0]), sentences[:2])
-
-
-# --- The command ---
 
 
 @pytest.mark.skipif(GPU, reason="here is a GPU")

@@ -52,9 +52,6 @@ def program(tmp_path, monkeypatch):
     return write
 
 
-# --- Software and machine ---
-
-
 @pytest.mark.parametrize(
     "installed, required, words",
     [
@@ -103,9 +100,6 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
         doctor.check_disk(str(tmp_path / "run"), "train", "paper")
 
 
-# --- Data and public weights ---
-
-
 def test_missing_labels_clipped_actions_and_damage_are_named(good, tmp_path):
     for name in ("demos", "pack"):
         assert doctor.check_data(str(good / name)).startswith("2 files, 58 frames")
@@ -135,9 +129,6 @@ def test_public_weights_of_another_model_are_named_and_absent_ones_are_not(tmp_p
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     found = doctor.check_pretrained("openvla/openvla-7b-prismatic", "openvla")
     assert "not in the hub's cache yet" in found
-
-
-# --- A checkpoint ---
 
 
 def check_changed(folder: Path, data: Path, silent: str | None = None, **manifest) -> str:
@@ -188,9 +179,6 @@ def test_a_checkpoint_is_compared_with_demonstrations_that_end_as_in_its_trainin
     assert "of the tokens right" in check_policy(good / "stage1", good / "pack", "cpu")
 
 
-# --- The program ---
-
-
 def test_the_program_ends_with_0_where_nothing_is_missing(good, assets, tmp_path):
     flags = ("--for", "eval", "--checkpoint", good / "stage1", "--out", tmp_path / "eval")
     output = run("-m", "tools.doctor", *flags)
@@ -217,9 +205,6 @@ def test_ranks_under_torchrun_find_each_other_and_a_missing_one_is_named(good, m
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(InputError, match=r"rank 0 of 2: .*nc -vz 127.0.0.1 29711.*SOCKET_IFNAME"):
         doctor.check_ranks("cpu", 1.0)
-
-
-# --- make ---
 
 
 def test_make_clean_removes_the_demo_alone(tmp_path):

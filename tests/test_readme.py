@@ -38,9 +38,6 @@ def words(text: str) -> str:
     return re.sub(r" ?\| ?", "|", re.sub(r"\s+", " ", text))
 
 
-# --- Form ---
-
-
 def test_every_gap_in_the_code_has_one_row():
     in_code = {gap for path in SOURCES for gap in re.findall(r"GAP-\d+", path.read_text())}
     rows = re.findall(r"^\| (GAP-\d+) \|", PAGES["gaps.md"], re.M)
@@ -76,9 +73,6 @@ def test_the_readme_is_short_and_narrow_and_states_the_lines_of_code():
         assert int(stated.replace(",", "")) == pytest.approx(counted, rel=0.1)
 
 
-# --- Commands ---
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_parses_with_its_values(command, tmp_path, monkeypatch):
     for stage in ("stage1", "stage2"):  # a later stage starts from the folder of the one before
@@ -109,9 +103,6 @@ def test_make_has_the_targets_that_are_named():
         assert re.search(rf"^{target}:", makefile, re.M)
 
 
-# --- Packages ---
-
-
 def test_requirements_list_what_is_imported_and_constraints_pin_it():
     imported = set()
     for path in SOURCES:
@@ -133,9 +124,6 @@ def test_requirements_list_what_is_imported_and_constraints_pin_it():
     assert set(required) == needed | {"pytest"} == set(pinned)
     for name, need in pinned.items():
         assert required[name].specifier.contains(str(need.specifier).removeprefix("=="))
-
-
-# --- Figures ---
 
 
 @pytest.mark.parametrize("page", ["README.md", "results.md"])

@@ -52,9 +52,6 @@ def make_row(folder: Path, row: str = "auxvla-all") -> dict:
     return write_table(folder, 2, (row,), cell, "tiny")["rows"][row]
 
 
-# --- Which trainings there are ---
-
-
 def test_rows_that_are_trained_alike_are_trained_once():
     assert cell("auxvla") == cell("base-depth") == "base-depth"
     assert cell("auxvla-tokens") == cell("auxvla-all") == "auxvla-all"
@@ -82,9 +79,6 @@ def test_other_numbers_no_results_and_what_a_table_lacks_are_refused(tmp_path):
         ReproduceConfig(table=3, columns=("close_drawer",))
 
 
-# --- Intervals ---
-
-
 def test_seeds_that_differ_widen_wilsons_interval_and_equal_ones_do_not_narrow_it():
     one, alike = rate_of({0: (45, 60)}), rate_of({s: (30, 60) for s in range(3)})
     assert (one["low"], one["high"]) == wilson(45, 60)
@@ -108,9 +102,6 @@ def test_intervals_of_noisy_trainings_cover_the_true_difference():
         covered += low <= 0.2 <= high
         narrow += low_pooled <= 0.2 <= high_pooled
     assert covered / 400 > 0.93 and narrow / 400 < 0.75, (covered, narrow)
-
-
-# --- Claims ---
 
 
 def test_every_claim_has_the_papers_sign_in_its_statement():
@@ -152,9 +143,6 @@ def test_a_claim_is_not_told_where_the_papers_own_figures_have_another_sign(tmp_
     judged = judge_in(tmp_path, "grasp-helps", **rows)
     assert judged["paper_all_columns"] > 0 > judged["paper"] and judged["low"] > 0
     assert (judged["verdict"], judged["seeds_needed"]) == ("cannot tell", None)
-
-
-# --- Tables ---
 
 
 def test_what_differs_from_the_paper_is_said_of_the_preset_that_ran(tmp_path):
@@ -204,9 +192,6 @@ def test_the_tables_in_results_are_made_again_from_their_episodes(tmp_path):
         made = read_json(tmp_path / f"results/table-{number}.json")
         assert to_markdown(made) == to_markdown(committed)
         assert made["differs"] == committed["differs"]
-
-
-# --- A run ---
 
 
 def test_logs_in_out_stay_those_of_the_training_that_ran_the_episodes(tmp_path):

@@ -48,17 +48,6 @@ SAC_ALGO = dict(
 ALGOS = {"ppo": {"name": "ppo", "gamma": 0.9}, "sac": SAC_ALGO}
 
 
-def write(root: Path, algo: dict, agent: torch.nn.Module) -> None:
-    """A policy as MS-HAB's trainers leave it, a path in its config tagged as OmegaConf does."""
-    folder = root.joinpath("rl", *ADDRESS)
-    folder.mkdir(parents=True)
-    text = yaml.safe_dump({"seed": 0, "env": {"frame_stack": 3}, "algo": algo})
-    text += "path: !!python/object/apply:pathlib.PosixPath\n- mshab_exps\n"
-    (folder / "config.yml").write_text(text)
-    optimizer = torch.optim.Adam(agent.parameters()).state_dict()
-    torch.save({"agent": agent.state_dict(), "optimizer": optimizer}, folder / "policy.pt")
-
-
 @pytest.fixture(scope="module")
 def env(simulator) -> SubtaskEnvs:
     return simulator(*ADDRESS, "train", obs_mode="rgb+depth+segmentation")
@@ -90,18 +79,17 @@ def agents(env, wrapped) -> dict[str, torch.nn.Module]:
 
 @pytest.fixture(scope="module")
 def roots(agents, tmp_path_factory) -> dict[str, Path]:
-    """By algorithm, the folder with its files."""
-    made = {name: tmp_path_factory.mktemp(name) for name in agents}
+    """By algorithm, the folder of a policy as MS-HAB's trainers leave it."""
+    roots = {name: tmp_path_factory.mktemp(name) for name in agents}
     for name, agent in agents.items():
-        write(made[name], ALGOS[name], agent)
-    return made
-
-
-def act_of(agent: torch.nn.Module, obs: dict) -> torch.Tensor:
-    """The action as MS-HAB's evaluate.py asks for it."""
-    if isinstance(agent, PPO):
-        return agent.get_action(obs, deterministic=True)
-    return agent.actor(obs["pixels"], obs["state"], compute_pi=False, compute_log_pi=False)[0]
+        folder = roots[name].joinpath("rl", *ADDRESS)
+        folder.mkdir(parents=True)
+        text = yaml.safe_dump({"seed": 0, "env": {"frame_stack": 3}, "algo": ALGOS[name]})
+        text += "path: !!python/object/apply:pathlib.PosixPath\n- mshab_exps\n"  # as OmegaConf's
+        (folder / "config.yml").write_text(text)
+        optimizer = torch.optim.Adam(agent.parameters()).state_dict()
+        torch.save({"agent": agent.state_dict(), "optimizer": optimizer}, folder / "policy.pt")
+    return roots
 
 
 def episode_of_mshab(env: SubtaskEnvs, wrapped, agent, seed: int) -> list[tuple[dict, np.ndarray]]:
@@ -113,8 +101,11 @@ def episode_of_mshab(env: SubtaskEnvs, wrapped, agent, seed: int) -> list[tuple[
     obs, steps = wrapped.reset(seed=seed, options=options)[0], []
     while len(steps) < STEPS:
         seen = to_tensor(obs, dtype="float")
-        with torch.no_grad():
-            action = act_of(agent, seen)
+        with torch.no_grad():  # as MS-HAB's evaluate.py asks for an action
+            if isinstance(agent, PPO):
+                action = agent.get_action(seen, deterministic=True)
+            else:
+                action, *_ = agent.actor(**seen, compute_pi=False, compute_log_pi=False)
         steps.append((seen, action.numpy().copy()))  # the wrapper writes into it
         obs = wrapped.step(action)[0]
     return steps

@@ -114,9 +114,6 @@ def test_a_row_trains_only_on_its_tasks_and_subtasks(tmp_path):
         Frames(source, 0.1, True, tasks=("prepare_groceries",))
 
 
-# --- History (GAP-5) ---
-
-
 @pytest.fixture
 def source(tmp_path):
     write_demos(tmp_path / "set_table/close/fridge", lengths=(9, 9))
@@ -173,9 +170,6 @@ def test_a_masked_past_action_does_not_reach_the_model():
     assert torch.equal(model.vlm.encode(batch).hidden, reference)
     batch["past_actions"][:, 3] = -1
     assert (model.vlm.encode(batch).hidden - reference).abs().max() > 1e-4
-
-
-# --- The other reading of the latents (GAP-2) ---
 
 
 def test_latents_read_from_the_action_states_are_the_same_in_training_and_acting(source):

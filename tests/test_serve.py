@@ -87,9 +87,6 @@ def test_an_unusable_observation_is_refused_and_the_episode_goes_on(stage):
     for seed in (3, 4):
         episode.see(wire(seed))
     np.testing.assert_array_equal(episode.sent, expected(stage, [3, 4]))
-
-
-def test_any_instruction_is_accepted_with_the_flag(stage):
     episode = Episode(AuxVLAServer(ServeConfig(stage, device="cpu", any_instruction=True)))
     episode.see(wire(0, "open the fridge"))
     assert len(episode.sent) == 1
