@@ -208,9 +208,8 @@ def test_a_film_shows_the_inputs_the_masks_and_the_numbers_of_a_step(assets, tmp
     film = Film(env, policy, tmp_path, "place_all_0")
     frame = film.draw(obs, 0)
     insets = frame[:, VIEW : VIEW + INSET].reshape(4, INSET, INSET, 3)
-    for i, camera in enumerate(("head", "hand")):
+    for i, seen in enumerate(obs["sensor_data"].values()):  # head, hand
         depth, shown = insets[2 * i : 2 * i + 2]
-        seen = obs["sensor_data"][f"fetch_{camera}"]
         rgb, near = seen["rgb"][0].numpy(), normalize_depth(seen["depth"][0]).numpy()
         around = outline(env.masks(obs)[0, i])
         tinted = (policy.predictions["seg"][0, i] > 0.5) & ~around
@@ -228,7 +227,6 @@ def test_a_film_shows_the_inputs_the_masks_and_the_numbers_of_a_step(assets, tmp
         for which, values in (("true", value), ("predicted", policy.predictions[key][0])):
             shown = np.ravel(values)[: len(np.ravel(value))].astype(float)
             assert f"  {' '.join(f'{x:.2f}' for x in shown)}  {which}" in lines
-
     film.add(obs, 0)
     film.save(success=False)
     (path,) = tmp_path.glob("*.mp4")

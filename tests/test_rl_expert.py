@@ -105,7 +105,8 @@ def episode_of_mshab(env: SubtaskEnvs, wrapped, agent, seed: int) -> list[tuple[
             if isinstance(agent, PPO):
                 action = agent.get_action(seen, deterministic=True)
             else:
-                action, *_ = agent.actor(**seen, compute_pi=False, compute_log_pi=False)
+                images, state = seen["pixels"], seen["state"]
+                action = agent.actor(images, state, compute_pi=False, compute_log_pi=False)[0]
         steps.append((seen, action.numpy().copy()))  # the wrapper writes into it
         obs = wrapped.step(action)[0]
     return steps
