@@ -20,6 +20,7 @@ from typing import Annotated
 
 import numpy as np
 import tyro
+from einops import rearrange
 from tqdm import tqdm
 
 from config import InputError, quoted
@@ -59,7 +60,7 @@ class Pack(Index):
         except (FileNotFoundError, ValueError, OverflowError, EOFError) as error:
             what = f"{path}: cannot be read ({error})"
             raise damaged(self.folder, what, [path], self.truncate) from None
-        return records.reshape(-1, RECORD.itemsize)
+        return rearrange(records, "(n size) -> n size", size=RECORD.itemsize)
 
     def read_record(self, frame: int) -> np.ndarray:
         """One frame as bytes, [size of RECORD]."""
@@ -89,7 +90,8 @@ def command(folder: Path, truncate: bool = True, data: Path | str = "DATA") -> s
 
 def damaged(folder: Path, what: str, files: list[Path], truncate: bool = True) -> DataError:
     """The error that names the command which writes these files of a pack again."""
-    return DataError(f"{what}. Pack again: rm -f {quoted(*files)} && {command(folder, truncate)}")
+    moves = [f"mv {quoted(file, f'{file}.damaged')}" for file in files if file.exists()]
+    return DataError(f"{what}. Pack again: {' && '.join([*moves, command(folder, truncate)])}")
 
 
 def open_data(data: str | Path, truncate: bool | None = None) -> Index:
