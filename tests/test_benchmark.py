@@ -1,6 +1,5 @@
 """Other tasks than SetTable, and the comparison of two policies on equal seeds."""
 
-import numpy as np
 import pytest
 from processes import REPOSITORY, run
 
@@ -41,14 +40,6 @@ def test_the_interval_equals_the_published(pairs, low, high):
 def test_a_policy_does_not_differ_from_itself(pairs):
     low, high = pairs.interval()
     assert low < 0 < high
-
-
-def test_thirty_episodes_seldom_separate_the_papers_rates():
-    """The paper's number of episodes would find 0.60 and 0.73 apart 1 time in 5."""
-    rng, shares = np.random.default_rng(0), (0.50, 0.10, 0.23, 0.17)  # 0.60 and 0.73, paired
-    drawn = (Pairs(*map(int, counts)) for counts in rng.multinomial(30, shares, size=4000))
-    apart = [low > 0 or high < 0 for low, high in (each.interval() for each in drawn)]
-    assert np.mean(apart) < 0.3
 
 
 def test_two_evaluations_are_compared_column_by_column_without_a_simulator():

@@ -158,11 +158,10 @@ def test_actions_beyond_the_controllers_bounds_are_clipped_and_counted(tmp_path,
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_a_base_that_moves_less_than_its_action_commands_is_remarked(share, tmp_path):
     with h5py.File(write_demos(tmp_path / DRAWER, lengths=(30,)), "r+") as file:
-        group = file["traj_0"]
-        group["actions"][:, 11] = 0.5  # m/s, at 20 Hz
-        group["labels/pos"][:] = np.outer(np.arange(31) * share * 0.025, [1, 0])
-    shown = "the base moves 0.50 of what action 11 commands" in remarks_on(Demonstrations(tmp_path))
-    assert shown == (share == 0.5)
+        file["traj_0/actions"][:, 11] = 0.5  # m/s, at 20 Hz
+        file["traj_0/labels/pos"][:] = np.outer(np.arange(31) * share * 0.025, [1, 0])
+    remark = "the base moves 0.50 of what action 11 commands"
+    assert (remark in remarks_on(Demonstrations(tmp_path))) == (share == 0.5)
 
 
 @pytest.mark.parametrize("rise", [0.0, 0.005, 0.03])  # metres
@@ -186,8 +185,6 @@ def test_a_folder_named_as_its_hub_dataset_is_its_task(folder, tmp_path):
     for place in (tmp_path, tmp_path / folder):  # also where --data is that folder itself
         frames = Frames(open_data(place), 0.1, True, tasks=("set_table",), subtasks=("close",))
         assert len(frames) == 21
-    with pytest.raises(InputError, match="no demonstrations of tidy_house"):
-        Frames(open_data(tmp_path), 0.1, True, tasks=("tidy_house",))
 
 
 def test_folders_behind_links_are_read_loops_and_hidden_files_are_not(tmp_path):
