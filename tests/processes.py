@@ -21,6 +21,13 @@ def start(*command, **environment: str) -> subprocess.Popen:
     )
 
 
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    """What a program printed; it ends with this exit code and without a traceback."""
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == code and "Traceback" not in stderr, stderr
+    return stdout + stderr
+
+
 def workers_of(process: subprocess.Popen) -> list[int]:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(c) for c in children if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text()]
