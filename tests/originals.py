@@ -75,6 +75,13 @@ def prismatic_components(originals: dict, cfg: ModelConfig, folder: Path) -> dic
     }
 
 
+def released_components(fill=lambda shape: torch.empty(shape, device="meta")) -> dict[str, dict]:
+    """The keys and shapes of Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b."""
+    manifest = json.loads((Path(__file__).parent / "prismatic_manifest.json").read_text())
+    parts = ("projector", "llm_backbone", "vision_backbone")
+    return {part: {key: fill(shape) for key, shape in manifest[part].items()} for part in parts}
+
+
 # As the hub's repositories name them: the last of their steps.
 STEP = "checkpoints/step-020792-epoch-01-loss=0.5268.pt"
 

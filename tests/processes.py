@@ -1,4 +1,4 @@
-"""collect.py and eval.py as a user starts them."""
+"""The programs as a user starts them."""
 
 import os
 import subprocess
@@ -8,22 +8,22 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 
 
-def start(*command, **environment: str) -> subprocess.Popen:
-    """Start a program with its flags, in a process group of its own."""
+def start(*command, output=subprocess.PIPE, **environment: str) -> subprocess.Popen:
+    """Start a program with its flags, in a process group of its own; `output` may be a file."""
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=REPOSITORY,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
         text=True,
         start_new_session=True,
     )
 
 
-def finish(process: subprocess.Popen, code: int = 0) -> str:
+def finish(process: subprocess.Popen, code: int = 0, seconds: float = 300) -> str:
     """What a program printed; it ends with this exit code and without a traceback."""
-    stdout, stderr = process.communicate(timeout=300)
+    stdout, stderr = process.communicate(timeout=seconds)
     assert process.returncode == code and "Traceback" not in stderr, stderr
     return stdout + stderr
 

@@ -2,19 +2,14 @@
 
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from endurance import flips
+from processes import finish, start
 
 from storage import checkpoint
 from training.log import Saver
-
-ROOT = Path(__file__).parent.parent
-
 
 SAVE = r"""
 import sys
@@ -32,10 +27,8 @@ with user_errors():
 
 
 def test_text_is_utf_8_whatever_the_locale(tmp_path):
-    out = tmp_path / "é"
-    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    printed = subprocess.check_output([sys.executable, "-c", SAVE, out], cwd=ROOT, env=env)
-    assert printed.decode() == f"Ġ {out}\n"
+    out, plain = tmp_path / "é", dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert finish(start("-c", SAVE, out, **plain)) == f"Ġ {out}\n"
     assert (checkpoint.newest(out) / "tokenizer.json").read_bytes().decode() == '{"token": "Ġ"}'
 
 

@@ -1,6 +1,5 @@
 """Public weights load by an explicit map: the manifests fit, features are kept, damage is named."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,26 +15,25 @@ from originals import (
     STEP,
     compare,
     prismatic_components,
+    released_components,
     save_openvla,
     save_prismatic,
     save_shards,
 )
-from processes import start
+from processes import finish, start
 from safetensors.torch import load_file, save_file
+from tiny_run import train
 
 from config import BINS, InputError, model_config
 from model import VLM
 from paper import HUB_DATASETS
 from storage import checkpoint
 from storage.download import download
-from storage.files import sha256
+from storage.files import read_json, sha256
 from storage.pretrained import HUB, INDEX, load_pretrained, select_files
 from storage.tokenizer import build_tokenizer
 from tools.reference import build_originals, save_originals
-from train import main
-from training.flags import parse
 
-TESTS = Path(__file__).parent
 TINY = model_config("tiny")
 # Small, but with everything the real ones have: four registers, LayerScale, shared keys.
 CFG = replace(
@@ -120,17 +118,12 @@ def test_a_prismatic_file_without_encoders_takes_them_from_folders_beside_it(fil
 
 
 def test_the_paper_preset_is_filled_exactly_by_the_real_checkpoints_keys_and_shapes(tmp_path):
-    """The manifest is that of Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b."""
-    manifest = json.loads((TESTS / "prismatic_manifest.json").read_text())
-    with torch.device("meta"):
-        vlm = VLM(model_config("paper"))
-        components = {part: {key: torch.empty(shape) for key, shape in manifest[part].items()}
-                      for part in ("projector", "llm_backbone", "vision_backbone")}  # fmt: skip
-    load_pretrained(vlm, str(save_prismatic(components, tmp_path / "prism")))
+    vlm = VLM(model_config("paper"), meta=True)
+    load_pretrained(vlm, str(save_prismatic(released_components(), tmp_path / "prism")))
 
 
 def test_the_openvla_preset_is_filled_exactly_by_openvla_7bs_keys_and_shapes(monkeypatch, tmp_path):
-    manifest = json.loads((TESTS / "openvla_manifest.json").read_text())["keys"]
+    manifest = read_json(Path(__file__).parent / "openvla_manifest.json")["keys"]
     with torch.device("meta"):
         vlm = VLM(model_config("openvla"))
         tensors = {key: torch.empty(shape) for key, shape in manifest.items()}
@@ -218,15 +211,14 @@ def test_a_file_that_is_not_there_is_named_or_what_it_should_hold(damaged):
 def test_a_prismatic_file_is_refused_whole_when_a_part_of_it_is_foreign(files, tmp_path):
     *_, components = files
     dino = {k: v for k, v in components["vision_backbone"].items() if k.startswith("dino")}
-    others = {name: part for name, part in components.items() if name != "llm_backbone"}
-    for i, (content, expected) in enumerate((
-        (components | {"optimizer": {"step": torch.zeros(3)}},
-         "1 keys that are not of this model: optimizer/step [3]"),
-        (components | {"vision_backbone": dino},
-         "are missing: vision.siglip.blocks.0.fc1.bias [768]"),
-        (others, "are missing: llm.embed.weight"),
-    )):  # fmt: skip
-        assert expected in refusal(save_prismatic(content, tmp_path / str(i)))
+    moments = {"optimizer": {"step": torch.ones(3)}}
+    refused = {
+        "1 keys that are not of this model: optimizer/step [3]": moments,
+        "are missing: vision.siglip.blocks.0.fc1.bias [768]": {"vision_backbone": dino},
+        "are missing: llm.embed.weight": {"llm_backbone": {}},
+    }
+    for i, (message, parts) in enumerate(refused.items()):
+        assert message in refusal(save_prismatic(components | parts, tmp_path / str(i)))
     path = save_prismatic({}, tmp_path / "other") / STEP
     for content in ({"model": Path("a foreign object")}, {"weights": {}}, [torch.zeros(3)]):
         torch.save(content, path)
@@ -266,9 +258,8 @@ PRISM = "Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b"
 def hub(files, monkeypatch, tmp_path):
     """The hub's repository of PRISM as it is, three steps, for its real client."""
     folder = files[0] / "prismatic"
-    names = ("README.md", "config.yaml", "prism-qwen25-x7.jsonl", "run-metrics.jsonl")
-    names += ("checkpoints/step-000000-epoch-00-loss=9.1.pt",)
-    names += ("checkpoints/step-010396-epoch-00-loss=0.6.pt",)
+    names = ["README.md", "config.yaml", "prism-qwen25-x7.jsonl", "run-metrics.jsonl"]
+    names += [f"checkpoints/step-{step}-epoch-00-loss=0.6.pt" for step in ("000000", "010396")]
     repository = {name: (folder / name).read_bytes() for name in (STEP, "config.json")}
     with Hub({PRISM: dict.fromkeys(names, b"") | repository}) as server:
         template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -328,12 +319,9 @@ def test_a_gated_repository_is_refused_with_the_command_that_logs_in(hub, tmp_pa
 def test_a_checkpoint_records_source_and_sha256_of_the_public_weights(files, tmp_path):
     write_demos(tmp_path / "data/set_table/close/kitchen_counter", lengths=(30, 8))
     source = files[0] / "prismatic"
-    flags = (
-        f"--preset tiny --pretrained {source} --data {tmp_path}/data --steps 1 --lr 1e-9 "
-        f"--out {tmp_path}/stage1 --batch-size 8 --device cpu --val-frames 8 --model.llm.kv-heads "
-        "2 --model.dino.depth 3 --model.dino.registers 4 --model.siglip.depth 3"
-    )
-    main(parse(flags.split()))
+    words = "--model.llm.kv-heads 2 --model.dino.depth 3 --model.dino.registers 4 "
+    words += f"--model.siglip.depth 3 --pretrained {source}"
+    train(tmp_path / "data", tmp_path / "stage1", *words.split(), steps=1, lr=1e-9)
     saved = checkpoint.newest(tmp_path / "stage1")
     manifest = checkpoint.read_manifest(saved)
     hashes = {f"{source}/{name}": sha256(source / name) for name in ("config.json", STEP)}
@@ -347,8 +335,6 @@ def test_offline_and_without_a_cache_the_error_says_what_to_do(tmp_path):
     write_demos(tmp_path / "data/set_table/close/fridge", lengths=(40, 8))
     flags = f"--preset tiny --pretrained hub --data {tmp_path}/data --out {tmp_path}/out"
     process = start("train.py", *flags.split(), HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    stderr = process.communicate()[1]
-    assert process.returncode == 1 and "Traceback" not in stderr
-    assert stderr.startswith(f"error: {HUB['llm']}: not available from the hub")
-    command = f"hf download {HUB['llm']} --local-dir DIR/{QWEN}; then --pretrained DIR."
-    assert command in stderr
+    printed = finish(process, code=1)
+    assert f"error: {HUB['llm']}: not available from the hub" in printed
+    assert f"hf download {HUB['llm']} --local-dir DIR/{QWEN}; then --pretrained DIR." in printed

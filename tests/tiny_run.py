@@ -1,15 +1,12 @@
 """Short runs of train.py with the tiny model, their checkpoints, and an observation of MS-HAB."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from einops import repeat
 from files import write_demos
-from processes import REPOSITORY
+from processes import finish, start
 from pytest import approx
 from safetensors.torch import load_file
 
@@ -23,7 +20,6 @@ from train import main
 from training.flags import parse
 
 SCHEMA = [dict(name=f"joint_{i}", low=-0.1, high=0.1 * i, unit="rad") for i in range(13)]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def flags(data: Path, out: Path, **others) -> list[str]:
@@ -41,17 +37,16 @@ def train(data: Path, out: Path, *words: str, **others) -> int:
     return main(parse([*flags(data, out, **others), *words]))
 
 
-def run_command(processes: int, *words, torchrun: tuple[str, ...] = ()) -> str:
-    """Run train.py as a program, with torchrun if there are more processes or its flags; stdout."""
-    launcher = [sys.executable]
-    if processes > 1 or torchrun:
-        launcher = [*TORCHRUN, *(torchrun or ["--standalone"]), f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [*launcher, "train.py", *words], cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def command(processes: int, words: list[str], torchrun: tuple[str, ...] = ()) -> list[str]:
+    """train.py and its flags, behind torchrun if there are more processes or flags of torchrun."""
+    torchrun = torchrun or ("--standalone",) * (processes > 1)
+    launcher = ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"]
+    return [*(launcher if torchrun else []), "train.py", *words]
+
+
+def run_command(processes: int, *words: str, torchrun: tuple[str, ...] = ()) -> str:
+    """Run train.py as a program; what it printed."""
+    return finish(start(*command(processes, words, torchrun), OMP_NUM_THREADS="1"))
 
 
 def compare(one: Path, two: Path, every: bool = False, rel: float = 1e-5, atol: float = 1e-6):
