@@ -292,21 +292,19 @@ def flips(folder: Path, check: Callable[[], None], count: int) -> int:
 
 
 def write_large_index(folder: Path, episodes: int, length: int) -> None:
-    """A pack whose index is real and whose frames are holes of the right size."""
+    """A pack whose index is real and whose frames are a hole of the right size."""
+    file = "set_table/pick/all.h5"
     entries = [
-        {"file": f"set_table/pick/{i % 9}.h5", "trajectory": f"traj_{i}", "length": length,
-         "instruction": 0, "task": "set_table", "subtask": "pick"} for i in range(episodes)
+        dict(file=file, trajectory=f"traj_{i}", length=length, instruction=0, task="set_table",
+             subtask="pick") for i in range(episodes)
     ]  # fmt: skip
-    for number in range(9):
-        path = folder / npy_name(entries[number]["file"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        frames = len(entries[number::9]) * length
-        np.lib.format.open_memmap(path, "w+", RECORD, (frames,))  # a file of holes
+    path = folder / npy_name(file)
+    path.parent.mkdir(parents=True)
+    np.lib.format.open_memmap(path, "w+", RECORD, (episodes * length,))
     np.savez(folder / "summary.npz", survey=np.zeros(episodes, SURVEY))
-    sizes = {entry["file"]: 0 for entry in entries}
     about = {"instructions": [""], "action_schema": None, "qpos_names": None, "truncate": True}
-    content = {"format": FORMAT, "sha256": {}, "sizes": sizes, "episodes": entries} | about
-    write_json(folder / "pack.json", content)
+    content = {"format": FORMAT, "sha256": {}, "sizes": {file: 0}, "episodes": entries}
+    write_json(folder / "pack.json", content | about)
 
 
 OPEN = """
@@ -329,7 +327,6 @@ print(len(frames), time.perf_counter() - began, peak() - before)
 
 def open_large_index(folder: Path) -> dict:
     """The paper's 44,000 episodes: opened, and the first epoch's order drawn, in a new process."""
-    folder.mkdir(exist_ok=True)
     write_large_index(folder, episodes=44_000, length=182)
     printed, _ = launch("-c", OPEN, folder).communicate()
     frames, seconds, megabytes = map(float, printed.split())

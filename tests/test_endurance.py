@@ -17,22 +17,17 @@ from pathlib import Path
 import endurance
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from processes import REPOSITORY as ROOT
 from processes import finish, start
-from tiny_run import flags, lines, run_command, train, weights, write_pack
+from tiny_run import flags, lines, run_command, train, weights
 
 from config import InputError
 from storage import checkpoint
 from storage.files import write_json
 from storage.pack import verify
 from training.ranks import gather
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_pack(tmp_path_factory.mktemp("data"))
-
 
 # --- Kills and failing disks ---
 
@@ -96,9 +91,12 @@ def test_a_folder_that_may_not_be_written_to_ends_in_a_sentence():
 # --- Flipped bytes ---
 
 
-def test_one_changed_byte_of_a_pack_is_found_by_verify(data, tmp_path):
-    folder = shutil.copytree(data, tmp_path / "pack")
+def test_one_changed_byte_of_a_pack_or_a_checkpoint_is_reported_with_the_file(data, tmp_path):
+    folder, tensors = shutil.copytree(data, tmp_path / "pack"), {"weight": torch.randn(1000)}
     assert endurance.flips(folder, lambda: verify(folder), 30) == 30
+    checkpoint.write(tmp_path, 1, tensors, tensors, {"stage": 1}, '{"a": 1}', keep=1)
+    saved = checkpoint.newest(tmp_path)
+    assert endurance.flips(saved, lambda: checkpoint.read_manifest(saved), 200) == 200
 
 
 SOURCES = [p for p in ROOT.rglob("*.py") if p.parts[len(ROOT.parts)] not in ("tests", ".venv")]
