@@ -13,15 +13,11 @@ from training.log import Saver
 SAVE = r"""
 import sys
 from pathlib import Path
-from torch import nn, optim
 from config import user_errors
-from training.log import Saver
+from storage import checkpoint
 with user_errors():
-    model, out = nn.Linear(2, 2), Path(sys.argv[1])
-    saver = Saver(out, keep=1, is_main=True, step=0)
-    saver.save(1, model, optim.Adam(model.parameters()), {}, '{"token": "\u0120"}')
-    saver.close()
-    print("\u0120", out)
+    checkpoint.write(Path(sys.argv[1]), 1, {}, {}, {}, '{"token": "\u0120"}', keep=1)
+    print("\u0120", sys.argv[1])
 """
 
 

@@ -487,8 +487,3 @@ def test_an_episode_of_no_steps_and_trajectories_not_in_the_json_are_skipped_wit
     noted = "\n".join(Frames(demos, 0.1, train=False).remarks)
     assert "fridge.h5, traj_1: no steps, skipped" in noted
     assert "fridge.h5: 1 trajectories not in its .json, skipped" in noted
-
-
-def test_data_loads_neither_the_packer_nor_the_hub():
-    script = "import sys, data; print({'storage.pack', 'huggingface_hub'} & set(sys.modules))"
-    assert finish(start("-c", script)) == "set()\n"

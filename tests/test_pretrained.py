@@ -4,31 +4,19 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import originals
 import pytest
 import torch
 from files import write_demos
 from hub_server import Hub
-from originals import (
-    DINO,
-    QWEN,
-    SIGLIP,
-    STEP,
-    compare,
-    prismatic_components,
-    released_components,
-    save_openvla,
-    save_prismatic,
-    save_shards,
-)
+from originals import DINO, QWEN, SIGLIP, STEP, compare, released_components, save_prismatic
 from processes import finish, start
 from safetensors.torch import load_file, save_file
 from tiny_run import train
 
 from config import BINS, InputError, model_config
 from model import VLM
-from paper import HUB_DATASETS
 from storage import checkpoint
-from storage.download import download
 from storage.files import read_json, sha256
 from storage.pretrained import HUB, INDEX, load_pretrained, select_files
 from storage.tokenizer import build_tokenizer
@@ -52,19 +40,19 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     hub = build_originals(CFG, dino_image_size=160)  # 5 x 5 positions for our 2 x 2
     vlm, llama = build_originals(CFG, CFG.image_size), build_originals(LLAMA, CFG.image_size)
-    components = prismatic_components(vlm, CFG, folder / "of-vlm")
+    components = originals.prismatic_components(vlm, CFG, folder / "of-vlm")
     save_originals(hub, folder / "hub")
     save_prismatic(components, folder / "prismatic")
-    vla = prismatic_components(llama, LLAMA, folder / "of-llama")
-    save_openvla(vla, folder / "openvla")
+    vla = originals.prismatic_components(llama, LLAMA, folder / "of-llama")
+    originals.save_openvla(vla, folder / "openvla")
     save_prismatic(vla, folder / "openvla-prismatic", config="vla")
     actions = slice(LLAMA.llm.first_action_id, LLAMA.llm.first_action_id + BINS)
     with torch.no_grad():  # both forms of openvla-7b count its actions down, we count up
         llm = llama["llm"]
         for table in (llm.get_input_embeddings(), llm.get_output_embeddings()):
             table.weight[actions] = table.weight[actions].flip(0)
-    originals = {"hub": hub, "prismatic": vlm, "openvla": llama, "openvla-prismatic": llama}
-    return folder, originals, components
+    models = {"hub": hub, "prismatic": vlm, "openvla": llama, "openvla-prismatic": llama}
+    return folder, models, components
 
 
 def load(folder, cfg=CFG):
@@ -74,10 +62,10 @@ def load(folder, cfg=CFG):
 
 @pytest.mark.parametrize("source", ["hub", "prismatic", "openvla", "openvla-prismatic"])
 def test_each_source_gives_the_features_and_logits_of_transformers(source, files):
-    folder, originals, _ = files
+    folder, models, _ = files
     cfg = LLAMA if "openvla" in source else CFG
     vlm, hashes = load(folder / source, cfg)
-    compare(vlm, originals[source], cfg, tolerance=1e-5)
+    compare(vlm, models[source], cfg, tolerance=1e-5)
     assert len(hashes) == {"hub": 6, "openvla": 4}.get(source, 2)
     assert all(sha256(Path(path)) == value for path, value in hashes.items())
 
@@ -103,13 +91,13 @@ def test_what_no_file_has_keeps_its_initial_value_also_on_the_meta_device(source
 
 
 def test_a_prismatic_file_without_encoders_takes_them_from_folders_beside_it(files, tmp_path):
-    folder, originals, components = files
+    folder, models, components = files
     bare = {name: part for name, part in components.items() if name != "vision_backbone"}
     save_prismatic(bare, tmp_path / "bare")
     for name in (DINO, SIGLIP):
         shutil.copytree(folder / "hub" / name, tmp_path / "bare" / name)
     vlm, hashes = load(tmp_path / "bare")
-    mixed = originals["hub"] | {"llm": originals["prismatic"]["llm"]}
+    mixed = models["hub"] | {"llm": models["prismatic"]["llm"]}
     compare(vlm, mixed, CFG, tolerance=1e-5)
     assert len(hashes) == 6
 
@@ -230,8 +218,8 @@ def test_shards_of_an_older_save_beside_new_ones_are_not_read(files, tmp_path):
     tensors = {key: value for path in folder.glob("*.safetensors") for key, value in
                load_file(path).items()}  # fmt: skip
     zero = {key: torch.zeros_like(value) for key, value in tensors.items()}
-    save_shards(zero, folder, 3)
-    save_shards(tensors, folder, 2)  # the newest save, which the index names
+    originals.save_shards(zero, folder, 3)
+    originals.save_shards(tensors, folder, 2)  # the newest save, which the index names
     save_file(zero, folder / "model.safetensors")
     vlm, hashes = load(folder, LLAMA)
     compare(vlm, files[1]["openvla"], LLAMA, tolerance=1e-5)
@@ -302,15 +290,12 @@ def test_a_repository_without_weights_is_refused_naming_its_files(hub):
     assert all(name in message for name in names) and hub.fetched == []
 
 
-def test_a_gated_repository_is_refused_with_the_command_that_logs_in(hub, tmp_path):
-    hub.gated = {PRISM, HUB_DATASETS["set_table"]}
-    for ask in (
-        lambda: load(PRISM),
-        lambda: build_tokenizer(replace(model_config("paper").llm, tokenizer=PRISM)),
-        lambda: download(tmp_path / "data", tasks=("set_table",)),
-    ):
-        with pytest.raises(InputError, match=r"401 .*hf auth login"):
-            ask()
+def test_a_gated_repository_is_refused_with_the_command_that_logs_in(hub):
+    hub.gated = {PRISM}
+    with pytest.raises(InputError, match=r"401 .*hf auth login"):
+        load(PRISM)
+    with pytest.raises(InputError, match=r"401 .*hf auth login"):
+        build_tokenizer(replace(model_config("paper").llm, tokenizer=PRISM))
 
 
 # --- From the command line ---

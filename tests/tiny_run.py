@@ -79,9 +79,9 @@ def lines(out: Path) -> list[dict]:
 
 def write_pack(folder: Path) -> Path:
     """A pack of six demonstrations; only two of them have an object."""
-    drawer = folder / "demos/set_table/close/kitchen_counter"
-    write_demos(drawer, lengths=(30, 30, 30, 8), has_object=False)
-    write_demos(folder / "demos/set_table/pick/013_apple", lengths=(30, 8), seed=1)
+    demos = folder / "demos/set_table"
+    write_demos(demos / "close/kitchen_counter", lengths=(30, 30, 30, 8), has_object=False)
+    write_demos(demos / "pick/013_apple", lengths=(30, 8), seed=1)
     pack(str(folder / "demos"), str(folder / "pack"))
     return folder / "pack"
 
