@@ -1,4 +1,4 @@
-"""Small files of MS-HAB's exact layout, for tests that need no simulator."""
+"""Small files of MS-HAB's exact layout, for tests that need no simulator; damage to files."""
 
 import json
 from pathlib import Path
@@ -28,6 +28,13 @@ def write_demos(
     content = {"env_info": {}, "episodes": episodes} | about
     path.with_suffix(".json").write_text(json.dumps(content))
     return path.with_suffix(".h5")
+
+
+def flip(path: Path) -> None:
+    """Change one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
 
 
 def write_trajectory(group, length, labels, has_object, rng):

@@ -10,7 +10,6 @@ import torch
 from files import write_demos
 from hub_server import Hub
 from originals import DINO, QWEN, SIGLIP, STEP, compare, released_components, save_prismatic
-from processes import finish, start
 from safetensors.torch import load_file, save_file
 from tiny_run import train
 
@@ -298,6 +297,14 @@ def test_a_gated_repository_is_refused_with_the_command_that_logs_in(hub):
         build_tokenizer(replace(model_config("paper").llm, tokenizer=PRISM))
 
 
+def test_offline_and_without_a_cache_the_error_says_what_to_do(monkeypatch, tmp_path):
+    for name, value in {"OFFLINE": True, "CACHE": str(tmp_path)}.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.HF_HUB_{name}", value)
+    message = refusal("hub")
+    assert message.startswith(f"{HUB['llm']}: not available from the hub")
+    assert f"hf download {HUB['llm']} --local-dir DIR/{QWEN}; then --pretrained DIR." in message
+
+
 # --- From the command line ---
 
 
@@ -314,12 +321,3 @@ def test_a_checkpoint_records_source_and_sha256_of_the_public_weights(files, tmp
     weight = load_file(saved / "model.safetensors")["vlm.vision.dino.blocks.1.qkv.weight"]
     written = files[2]["vision_backbone"]["dino_featurizer.blocks.1.attn.qkv.weight"]
     torch.testing.assert_close(weight, written, rtol=0, atol=1e-6)
-
-
-def test_offline_and_without_a_cache_the_error_says_what_to_do(tmp_path):
-    write_demos(tmp_path / "data/set_table/close/fridge", lengths=(40, 8))
-    flags = f"--preset tiny --pretrained hub --data {tmp_path}/data --out {tmp_path}/out"
-    process = start("train.py", *flags.split(), HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    printed = finish(process, code=1)
-    assert f"error: {HUB['llm']}: not available from the hub" in printed
-    assert f"hf download {HUB['llm']} --local-dir DIR/{QWEN}; then --pretrained DIR." in printed

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from files import write_demos
+from files import flip, write_demos
 from safetensors.torch import load_file
 from tiny_run import compare, flags, lines, observation, run_command, train, weights
 
@@ -27,12 +27,6 @@ from training.validation import validate
 
 def run(*args, **others):
     train(*args, **{"steps": 4} | others)
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[-7] ^= 1
-    path.write_bytes(content)
 
 
 def files_of(folder: Path) -> dict[Path, bytes]:
@@ -193,12 +187,10 @@ def test_an_export_acts_and_starts_a_stage_if_whole_but_does_not_resume(data, st
     with pytest.raises(InputError, match=r"has no optimizer.safetensors.* --init-from"):
         checkpoint.load_optimizer(policy.model, torch.optim.Adam(policy.model.parameters()), ours)
     flip(ours / "model.safetensors")
-    message = r"model\.safetensors: missing or damaged"
-    for folder, error in ((ours, message), (out, "no undamaged checkpoint there")):
-        with pytest.raises(InputError, match=error):
-            Policy.from_checkpoint(folder, "cpu")
-        with pytest.raises(InputError, match=error):
-            run(data, tmp_path / "again", stage=2, steps=1, init_from=folder)
+    with pytest.raises(InputError, match=r"model\.safetensors: missing or damaged"):
+        Policy.from_checkpoint(ours, "cpu")
+    with pytest.raises(InputError, match="no undamaged checkpoint there"):
+        run(data, tmp_path / "again", stage=2, steps=1, init_from=out)
 
 
 def test_another_flow_head_may_stand_on_a_trained_vlm(data, stage1, tmp_path):
