@@ -36,9 +36,9 @@ def hub(released):
 
 
 def download(out: Path, flags: str, endpoint: str, **environment: str):
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(out.parent / "hf-home")}
-    environment = {"HF_HUB_DOWNLOAD_TIMEOUT": "20", "HF_HUB_OFFLINE": "0"} | environment
-    return start("data.py", "download", "--out", out, *flags.split(), **environment)
+    hub = dict(HF_ENDPOINT=endpoint, HF_HOME=str(out.parent / "hf-home"), HF_HUB_OFFLINE="0")
+    hub["HF_HUB_DOWNLOAD_TIMEOUT"] = "20"
+    return start("data.py", "download", "--out", out, *flags.split(), **hub | environment)
 
 
 def test_what_is_asked_for_arrives_in_the_layout_that_is_read(hub, released, tmp_path):
