@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from processes import start as launch
 from safetensors.torch import load_file
-from tiny_run import command, flags, lines
+from tiny_run import command, fingerprint, flags, lines
 
 from config import InputError
 from data import Frames
 from storage import checkpoint
-from storage.files import sha256, sole_writer, write_json
+from storage.files import sole_writer, write_json
 from storage.pack import FORMAT, Pack, npy_name
 from storage.trajectory import RECORD, SURVEY
 from training.log import Saver
@@ -66,13 +66,6 @@ def run_whole(data: Path, out: Path, processes: int, **settings) -> tuple[str, s
     """The fingerprint of a run that nothing interrupts."""
     finish(start(data, out, processes, **settings), out)
     return fingerprint(out)
-
-
-def fingerprint(out: Path) -> tuple[str, str, str]:
-    """Step, weights and optimizer of the newest whole checkpoint."""
-    folder = checkpoint.newest(out)
-    hashes = [sha256(folder / f"{name}.safetensors") for name in ("model", "optimizer")]
-    return folder.name, *hashes
 
 
 # --- Signals ---

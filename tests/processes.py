@@ -22,10 +22,14 @@ def start(*command, output=subprocess.PIPE, **environment: str) -> subprocess.Po
 
 
 def finish(process: subprocess.Popen, code: int = 0, seconds: float = 300) -> str:
-    """What a program printed; it ends with this exit code and without a traceback."""
+    """What a program prints that ends with `code`, and without a traceback."""
     stdout, stderr = process.communicate(timeout=seconds)
     assert process.returncode == code and "Traceback" not in stderr, stderr
     return stdout + stderr
+
+
+def run(*command, code: int = 0, **environment: str) -> str:
+    return finish(start(*command, **environment), code)
 
 
 def workers_of(process: subprocess.Popen) -> list[int]:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from processes import finish, start
+from processes import run
 
 from storage import checkpoint
 from training.log import Saver
@@ -23,7 +23,7 @@ with user_errors():
 
 def test_text_is_utf_8_whatever_the_locale(tmp_path):
     out, plain = tmp_path / "é", dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
-    assert finish(start("-c", SAVE, out, **plain)) == f"Ġ {out}\n"
+    assert run("-c", SAVE, out, **plain) == f"Ġ {out}\n"
     assert (checkpoint.newest(out) / "tokenizer.json").read_bytes().decode() == '{"token": "Ġ"}'
 
 

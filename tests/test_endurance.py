@@ -20,8 +20,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import REPOSITORY as ROOT
-from processes import finish, start
-from tiny_run import flags, lines, run_command, train, weights
+from processes import finish, run, start
+from tiny_run import fingerprint, flags, lines, run_command, train, weights
 
 from config import InputError
 from storage import checkpoint
@@ -76,16 +76,15 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(tmp_
     """Also when that one was killed and left a forked process behind, as loaders are."""
     first = start("-c", WRITE, tmp_path, "forks")
     assert first.stdout.readline() == "writing\n"
-    refused = finish(start("-c", WRITE, tmp_path), code=1)
-    assert f"process {first.pid} is writing" in refused
+    assert f"process {first.pid} is writing" in run("-c", WRITE, tmp_path, code=1)
     first.kill()
     first.wait()
-    finish(start("-c", WRITE, tmp_path))
+    run("-c", WRITE, tmp_path)
     os.killpg(first.pid, signal.SIGKILL)
 
 
 def test_a_folder_that_may_not_be_written_to_ends_in_a_sentence():
-    assert finish(start("-c", WRITE, "/sys/run"), code=1).startswith("error: ")
+    assert run("-c", WRITE, "/sys/run", code=1).startswith("error: ")
 
 
 # --- Flipped bytes ---
@@ -201,12 +200,12 @@ def test_two_machines_take_the_same_steps_as_one(data, tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     machines = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}")
-    run = partial(run_command, 1, *flags(data, tmp_path / "two"), torchrun=machines)
+    node = partial(run_command, 1, *flags(data, tmp_path / "two"), torchrun=machines)
     with ThreadPoolExecutor() as threads:
-        for node in [threads.submit(run) for _ in range(2)]:  # each with one process
-            node.result()
+        for future in [threads.submit(node) for _ in range(2)]:
+            future.result()
     run_command(2, *flags(data, tmp_path / "one"))
-    assert endurance.fingerprint(tmp_path / "one") == endurance.fingerprint(tmp_path / "two")
+    assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "two")
 
 
 # --- All of it ---

@@ -10,7 +10,7 @@ import pytest
 import torch
 from files import flip, write_demos
 from safetensors.torch import load_file
-from tiny_run import compare, flags, lines, observation, run_command, train, weights
+from tiny_run import compare, fingerprint, flags, lines, observation, run_command, train, weights
 
 from config import InputError, user_errors
 from data import Frames, make_batch
@@ -141,9 +141,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(data, stage1, tm
     run(data, tmp_path / "straight", steps=6, init_from=stage1, **schedule)
     run(data, cut, steps=3, init_from=stage1, **schedule)
     run(data, cut, steps=6, init_from=other, **schedule)
-    for file in ("model", "optimizer"):
-        one, two = weights(tmp_path / "straight", file), weights(cut, file)
-        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert fingerprint(tmp_path / "straight") == fingerprint(cut)
     assert [line["step"] for line in lines(cut) if "flow" in line] == [1, 2, 3, 4, 5, 6]
     for config in (manifest_of(cut)["config"], read_json(cut / "config.json")):
         assert config["init_from"] == str(stage1)  # what its weights began with

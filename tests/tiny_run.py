@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from einops import repeat
 from files import write_demos
-from processes import finish, start
+from processes import run
 from pytest import approx
 from safetensors.torch import load_file
 
 from config import IMAGE_SIZE, model_config
 from model import AuxVLA
 from storage.checkpoint import newest, read_manifest, snapshot, to_json, write
-from storage.files import read_lines
+from storage.files import read_lines, sha256
 from storage.pack import pack
 from storage.tokenizer import build_tokenizer
 from train import main
@@ -46,7 +46,7 @@ def command(processes: int, words: list[str], torchrun: tuple[str, ...] = ()) ->
 
 def run_command(processes: int, *words: str, torchrun: tuple[str, ...] = ()) -> str:
     """Run train.py as a program; what it printed."""
-    return finish(start(*command(processes, words, torchrun), OMP_NUM_THREADS="1"))
+    return run(*command(processes, words, torchrun), OMP_NUM_THREADS="1")
 
 
 def compare(one: Path, two: Path, every: bool = False, rel: float = 1e-5, atol: float = 1e-6):
@@ -66,6 +66,13 @@ def compare(one: Path, two: Path, every: bool = False, rel: float = 1e-5, atol: 
         assert ours.keys() == theirs.keys()
         for key in figures & ours.keys():
             assert theirs[key] == approx(ours[key], rel=rel, abs=1e-6), key
+
+
+def fingerprint(out: Path) -> tuple[str, str, str]:
+    """Step, weights and optimizer of the newest whole checkpoint."""
+    folder = newest(out)
+    hashes = [sha256(folder / f"{name}.safetensors") for name in ("model", "optimizer")]
+    return folder.name, *hashes
 
 
 def weights(out: Path, name: str = "model") -> dict[str, torch.Tensor]:
