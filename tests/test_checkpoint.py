@@ -1,4 +1,4 @@
-"""What is written and kept of checkpoints, and told when a disk or a file is bad."""
+"""Which checkpoints are kept, and what a bad disk or file leads to."""
 
 import os
 import re

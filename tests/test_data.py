@@ -120,7 +120,7 @@ def test_prompts_have_one_length_and_end_at_the_latents():
         tokenize(["close " * 40], build_tokenizer(CFG.llm), CFG.llm)
 
 
-def test_a_tokenizer_that_is_not_to_be_had_is_named_with_the_command(monkeypatch):
+def test_a_tokenizer_that_is_absent_offline_is_named_with_the_command(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"hf download \S+ tokenizer.json"):
         build_tokenizer(replace(CFG.llm, tokenizer="of/nobody"))
@@ -343,7 +343,7 @@ def test_an_epoch_of_blocks_has_every_frame_once_and_inflates_every_block_once(
         frames[rows]
     assert len(np.unique(np.concatenate(batches))) == len(frames)
     assert len(read) == len(set(read)) == len(np.unique(frames.blocks)) > 200
-    # Far fewer than a whole episode's frames of a batch come from one episode.
+    # A batch mixes episodes: on average fewer than 3 of its 8 frames are of one block.
     together = [np.bincount(frames.blocks[rows]).max() for rows in batches]
     assert np.mean(together) < 3
 
@@ -387,7 +387,7 @@ def put(array, index, value):
 
 
 HEAD, HAND = "obs/sensor_data/fetch_head/rgb", "obs/sensor_data/fetch_hand"
-# Key, the values that replace its own (None: nothing), the message.
+# Key, a change of its values (to None: the key is missing), the message.
 BAD = [
     (f"{HAND}/rgb", lambda _: None, "'rgb'"),
     ("actions", lambda x: put(x, (3, 2), np.nan), "frame 3: action 2 is nan"),
@@ -419,7 +419,9 @@ def test_bad_demonstrations_are_refused_naming_file_trajectory_and_cause(
     assert len(source.read_episode(0)) == 12  # the others are still good
 
 
-def test_an_h5_that_may_be_intact_is_refused_with_what_keeps_it_from_us(tmp_path, monkeypatch):
+def test_an_h5_that_cannot_be_opened_but_may_be_intact_is_refused_with_the_mend(
+    tmp_path, monkeypatch
+):
     path = write_demos(tmp_path / "close/fridge", lengths=(2,))
 
     def refused(mend):
@@ -436,7 +438,7 @@ def test_an_h5_that_may_be_intact_is_refused_with_what_keeps_it_from_us(tmp_path
         refused(mend)
 
 
-def test_files_that_are_missing_cut_or_disagree_are_refused(tmp_path):
+def test_files_that_are_missing_cut_off_or_contradict_each_other_are_refused(tmp_path):
     def refused(message):
         with pytest.raises(InputError, match=message):
             Demonstrations(tmp_path)
@@ -464,7 +466,7 @@ def test_files_that_are_missing_cut_or_disagree_are_refused(tmp_path):
         (dict(control_mode="pd_joint_pos"), "got control_mode .*and pd_joint_delta_pos"),
     ],
 )
-def test_an_episode_that_its_sidecar_cannot_mean_is_refused(change, message, tmp_path):
+def test_an_invalid_episode_of_the_json_is_refused(change, message, tmp_path):
     write_demos(tmp_path / "close/fridge", lengths=(9, 9), entries={1: change})
     with pytest.raises(DataError, match=rf"fridge.json: .*{message}"):
         Demonstrations(tmp_path)

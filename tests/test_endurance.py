@@ -42,7 +42,7 @@ def test_a_run_killed_at_a_random_instant_ends_with_the_uninterrupted_ones_bytes
 
 
 def test_one_of_four_ranks_dies_all_are_started_again_and_the_bytes_are_the_same(data, tmp_path):
-    """Two ranks add in one order only; with more, DDP's buckets decide it."""
+    """Four, as the order of a sum of more than two gradients depends on DDP's buckets."""
     assert endurance.rank_deaths(data, tmp_path, 1, processes=4, steps=6)["equal"] == 1
 
 
@@ -50,7 +50,7 @@ def test_a_signal_to_torchrun_saves_the_step_that_was_taken(data, tmp_path):
     assert endurance.sigterm(data, tmp_path, 1)["slowest exit (s)"] < 20
 
 
-def test_a_single_process_that_is_told_to_stop_ends_with_75_and_goes_on(data, tmp_path):
+def test_a_single_process_saves_its_step_at_a_signal_and_ends_with_75(data, tmp_path):
     out = tmp_path / "out"
     process = start("train.py", *flags(data, out, steps=10_000))
     endurance.wait_for(lambda: lines(out), process)
@@ -73,7 +73,7 @@ with user_errors(), sole_writer(Path(sys.argv[1])):
 
 
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(tmp_path):
-    """Also when that one was killed and left a forked process behind, as loaders are."""
+    """A killed run frees the folder although a process that it forked, such as a loader, lives."""
     first = start("-c", WRITE, tmp_path, "forks")
     assert first.stdout.readline() == "writing\n"
     assert f"process {first.pid} is writing" in run("-c", WRITE, tmp_path, code=1)
@@ -180,7 +180,7 @@ def test_missing_ranks_are_named():
 
 
 def test_ranks_that_are_started_again_do_not_meet_the_dead_ones():
-    """torchrun keeps its store: the main rank comes again first, and waits for the others' new."""
+    """torchrun keeps its store: the new main rank waits for the other new ranks."""
     store = make_store()
     with ThreadPoolExecutor() as threads:
         dead = [threads.submit(gather, store, rank, 3, 5.0) for rank in range(3)]

@@ -34,7 +34,7 @@ LLAMA = replace(CFG, llm=replace(CFG.llm, tied=False, qkv_bias=False))
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A small file of each source, and what it was made of."""
+    """The folder of small files of each source, the models in them, a Prismatic file's parts."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("weights")
     hub = build_originals(CFG, dino_image_size=160)  # 5 x 5 positions for our 2 x 2
@@ -187,7 +187,7 @@ def test_a_file_that_was_cut_off_is_named(damaged):
         assert f"{path}: cut off" in refusal(folder, cfg)
 
 
-def test_a_file_that_is_not_there_is_named_or_what_it_should_hold(damaged):
+def test_a_missing_file_is_named_or_the_folder_that_lacks_it(damaged):
     folder, path, *_, cfg = damaged
     path.unlink()
     message = refusal(folder, cfg)
