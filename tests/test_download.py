@@ -95,16 +95,12 @@ def test_a_dry_run_shows_the_sizes_and_an_unknown_target_is_named(hub, released,
     assert "the hub has no ['013_apple']" in shown and hub.fetched == []
 
 
-def test_no_way_to_the_hub_ends_in_a_sentence(hub, tmp_path):
-    flags = "--tasks set_table"
-    offline = download(tmp_path / "data", flags, hub.url, HF_HUB_OFFLINE="1")
-    assert "unset the `HF_HUB_OFFLINE`" in finish(offline, code=1)
-    unreachable = download(tmp_path / "data", flags, "http://127.0.0.1:9")
-    assert "not available from the hub" in finish(unreachable, code=1)
-
-
-def test_a_repository_that_refuses_a_file_is_named_with_the_login(hub, tmp_path):
+def test_a_refused_file_is_named_with_the_login_and_no_way_to_the_hub_is_a_sentence(hub, tmp_path):
     hub.refused = {"pick/024_bowl.h5"}
     shown = finish(download(tmp_path / "data", "--tasks set_table", hub.url), code=1)
     assert "arth-shukla/MS-HAB-SetTable" in shown and "pick/024_bowl.h5" in shown
     assert "hf auth login" in shown and "The same command resumes" in shown
+    offline = download(tmp_path / "data", "--tasks set_table", hub.url, HF_HUB_OFFLINE="1")
+    assert "unset the `HF_HUB_OFFLINE`" in finish(offline, code=1)
+    unreachable = download(tmp_path / "data", "--tasks set_table", "http://127.0.0.1:9")
+    assert "not available from the hub" in finish(unreachable, code=1)

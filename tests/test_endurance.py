@@ -81,9 +81,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(tmp_
     first.wait()
     run("-c", WRITE, tmp_path)
     os.killpg(first.pid, signal.SIGKILL)
-
-
-def test_a_folder_that_may_not_be_written_to_ends_in_a_sentence():
+    # A folder that may not be written to
     assert run("-c", WRITE, "/sys/run", code=1).startswith("error: ")
 
 

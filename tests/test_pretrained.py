@@ -212,7 +212,7 @@ def test_a_prismatic_file_is_refused_whole_when_a_part_of_it_is_foreign(files, t
         assert "cut off or in another format" in refusal(tmp_path / "other")
 
 
-def test_shards_of_an_older_save_beside_new_ones_are_not_read(files, tmp_path):
+def test_shards_of_an_older_save_are_not_read_and_config_and_index_are_needed(files, tmp_path):
     folder = shutil.copytree(files[0] / "openvla", tmp_path / "openvla")
     tensors = {key: value for path in folder.glob("*.safetensors") for key, value in
                load_file(path).items()}  # fmt: skip
@@ -223,17 +223,10 @@ def test_shards_of_an_older_save_beside_new_ones_are_not_read(files, tmp_path):
     vlm, hashes = load(folder, LLAMA)
     compare(vlm, files[1]["openvla"], LLAMA, tolerance=1e-5)
     assert len(hashes) == 4
-
+    (folder / "config.json").unlink()  # which says whether the VLM was trained on actions
+    assert f"{folder / 'config.json'}: not there" in refusal(folder, LLAMA)
     (folder / INDEX).unlink()
     assert "is in two files" in refusal(folder, LLAMA)
-
-
-def test_a_vlm_without_the_config_that_says_whether_it_was_trained_on_actions_is_refused(
-    files, tmp_path
-):
-    folder = shutil.copytree(files[0] / "openvla", tmp_path / "vlm")
-    (folder / "config.json").unlink()
-    assert f"{folder / 'config.json'}: not there" in refusal(folder, LLAMA)
 
 
 # --- The hub ---
