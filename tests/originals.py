@@ -18,7 +18,6 @@ from storage.pretrained import HUB, INDEX
 
 DINO, SIGLIP, QWEN = (Path(HUB[part]).name for part in ("dino", "siglip", "llm"))
 
-
 RENAMED = (
     (r"vision_model\.|embeddings\.(?=cls|mask)", ""),
     (r"embeddings\.register_tokens", "reg_token"),
