@@ -11,7 +11,7 @@ import h5py
 import pytest
 import torch
 from files import write_demos
-from originals import save_prismatic
+from originals import released_components, save_prismatic
 from processes import REPOSITORY as ROOT
 from processes import run
 from safetensors.torch import load_file, save_file
@@ -113,11 +113,7 @@ def test_missing_labels_clipped_actions_and_damage_are_named(good, tmp_path):
 
 
 def test_public_weights_of_another_model_are_named_and_absent_ones_are_not(tmp_path, monkeypatch):
-    manifest = read_json(ROOT / "tests/prismatic_manifest.json")
-    components = {
-        part: {key: torch.empty(shape, device="meta") for key, shape in manifest[part].items()}
-        for part in ("projector", "llm_backbone", "vision_backbone")
-    }
+    components = released_components()
     key = "llm.model.layers.3.mlp.down_proj.weight"
     components["llm_backbone"][key] = torch.empty(4, 4, device="meta")
     save_prismatic(components, tmp_path)
