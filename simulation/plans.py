@@ -49,7 +49,7 @@ def check_envs(envs: int, scripted: bool, device: str | None = None) -> None:
     check_gpu_physics()
 
 
-def check_gpu_physics() -> str:
+def check_gpu_physics() -> None:
     """Load the driver's libcuda.so and PhysX's GPU library, which SAPIEN downloads if missing.
 
     Called before the workers start, which would each download it. Raises InputError.
@@ -68,7 +68,6 @@ def check_gpu_physics() -> str:
             "library is damaged: mv ~/.sapien/physx ~/.sapien/physx.aside, and SAPIEN downloads it "
             "from GitHub again; without internet, copy ~/.sapien from a machine that has it"
         )
-    return "PhysX's GPU library loads"
 
 
 def simulation_backend(envs: int) -> str:

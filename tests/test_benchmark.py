@@ -62,7 +62,6 @@ def test_only_what_both_have_is_counted():
     ("change", "message"),
     [
         ({"split": "train"}, "seed 0 of close_drawer: split is 'val' in A, 'train' in B"),
-        ({"assets": "0" * 64}, "seed 0 of close_drawer: assets is"),
         ({"simulation": "physx_cuda"}, "simulation is 'physx_cpu' in A, 'physx_cuda' in B"),
         ({"spawn": -1}, "seed 0 of close_drawer: spawn is 20 in A, -1 in B"),
         ({"seed": 1000}, "no column and seed in common: python eval.py with equal --columns"),

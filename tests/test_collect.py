@@ -106,7 +106,8 @@ def test_a_killed_run_of_two_workers_goes_on_to_what_one_worker_records(recorded
 def test_what_was_recorded_succeeds_again_where_its_plans_are_named(recorded, tmp_path):
     folder = shutil.copytree(recorded, tmp_path / "my data")
     command = ("-m", "tools.replay", "--data", folder, "--episodes", 1)
-    assert "differ by up to 0\n1 of 1 recorded successes succeed again" in run(*command)
+    expected = "success, here: success; joints differ by up to 0\n1 of 1 recorded successes"
+    assert expected in run(*command)
     sidecar = (folder / FILE).with_suffix(".json")
     sidecar.write_text(sidecar.read_text().replace("subtask_uid", "uid"))
     assert "subtask_uid is None, expected" in run(*command, code=1)

@@ -81,32 +81,24 @@ def test_a_gpu_that_torch_does_not_find_is_named(program):
         doctor.check_gpu("cuda")
 
 
-def test_a_missing_vulkan_driver_is_named_and_a_gpu_that_does_not_draw_is_a_warning(monkeypatch):
+def test_a_missing_vulkan_driver_is_named(monkeypatch):
     monkeypatch.setenv("VK_DRIVER_FILES", "/nowhere/lvp_icd.json")
     with pytest.raises(InputError, match=r"rendering device.*unset VK_DRIVER_FILES"):
         doctor.check_renderer()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(doctor, "run", lambda *command: "drawn by llvmpipe (LLVM 15.0.6)\nwarning")
-    assert "warning: the GPU does not draw" in doctor.check_renderer()
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**8)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(InputError, match=r"GB free, expected .* --preset paper.*: df -h"):
+    with pytest.raises(InputError, match=r"GB free, expected .* larger disk"):
         doctor.check_disk(str(tmp_path / "run"), "train", "paper")
 
 
-def test_missing_labels_clipped_actions_and_damage_are_named(good, tmp_path):
+def test_damaged_demonstrations_are_named(good, tmp_path):
     for name in ("demos", "pack"):
         assert doctor.check_data(str(good / name)).startswith("2 files, 58 frames")
     data = shutil.copytree(good / "demos", tmp_path / "demos")
-    fridge = write_demos(data / "set_table/close/fridge", labels=False)
-    with h5py.File(data / "set_table/pick/013_apple.h5", "r+") as file:
-        file["traj_1/actions"][3, 12] = 12.5
-    found = doctor.check_data(str(data))
-    assert re.search("warning: set_table/close/fridge.h5 has no pos, seg:.*collect.py", found)
-    assert re.search("warning: .*013_apple.h5: .* of action values clipped to", found)
+    fridge = data / "set_table/close/fridge.h5"
     os.truncate(fridge, fridge.stat().st_size // 2)
     with pytest.raises(InputError, match=r"fridge.h5.*cannot be read.*Download or record it again"):
         doctor.check_data(str(data))
@@ -178,7 +170,6 @@ def test_the_program_ends_with_0_where_nothing_is_missing(good, assets, tmp_path
     assert "missing" not in output
     for name in ("packages", "checkpoint", "assets", "simulator", "renderer"):
         assert re.search(rf"^ok +{name}", output, re.MULTILINE), output
-    assert "shared memory" not in output  # of training
 
 
 def test_the_program_ends_with_1_and_names_all_that_is_missing(tmp_path):
@@ -196,7 +187,8 @@ def test_ranks_under_torchrun_find_each_other_and_a_missing_one_is_named(good, m
     for name, value in (("RANK", 0), ("WORLD_SIZE", 2), ("MASTER_PORT", 29711)):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with pytest.raises(InputError, match=r"rank 0 of 2: .*nc -vz 127.0.0.1 29711.*SOCKET_IFNAME"):
+    words = r"rank 0 waited in vain.*nc -vz 127.0.0.1 29711.*SOCKET_IFNAME"
+    with pytest.raises(InputError, match=words):
         doctor.check_ranks("cpu", 1.0)
 
 

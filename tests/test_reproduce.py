@@ -1,6 +1,7 @@
 """The paper's tables in miniature: their intervals, the claims' verdicts, and a run of one row."""
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -21,7 +22,6 @@ from tools.claims import (
     difference,
     format_claim,
     judge,
-    list_differences,
     rate_of,
     to_markdown,
     write_table,
@@ -61,7 +61,7 @@ def test_rows_that_are_trained_alike_are_trained_once():
     assert len(set(map(cell, apart))) == len(apart)
 
 
-def test_other_numbers_no_results_and_what_a_table_lacks_are_refused(tmp_path):
+def test_a_folder_of_other_numbers_or_without_results_is_refused(tmp_path):
     cfg = ReproduceConfig(table=2, out=tmp_path / "out", work=tmp_path / "work")
     for folder in cfg.folders * 2:
         check_recipe(cfg, folder)
@@ -73,10 +73,6 @@ def test_other_numbers_no_results_and_what_a_table_lacks_are_refused(tmp_path):
     assert not (cfg.out / "table-3.json").exists()
     with pytest.raises(InputError, match="no results to make a table from"):
         main(ReproduceConfig(table=2, out=tmp_path / "none", run=False))
-    with pytest.raises(InputError, match="Table 2 has no openvla"):
-        ReproduceConfig(table=2, rows=("openvla",))
-    with pytest.raises(InputError, match="Table 3 has no close_drawer"):
-        ReproduceConfig(table=3, columns=("close_drawer",))
 
 
 def test_seeds_that_differ_widen_wilsons_interval_and_equal_ones_do_not_narrow_it():
@@ -126,7 +122,8 @@ def test_a_verdict_follows_the_interval(tmp_path, naive, staged, verdict):
     assert judged["verdict"] == verdict
     if staged:
         assert judged["paper"] == pytest.approx(0.90 - 0.67)  # of the one column that was run
-        assert judged["paper_all_columns"] == pytest.approx(0.728 - 0.505, abs=0.001)
+        claim = CLAIM["progressive-beats-naive"]
+        assert claim.paper_effect(claim.keys) == pytest.approx(0.728 - 0.505, abs=0.001)
 
 
 def test_two_rows_of_one_size_do_not_judge_a_claim_of_sizes(tmp_path):
@@ -141,16 +138,8 @@ def test_a_claim_is_not_told_where_the_papers_own_figures_have_another_sign(tmp_
     rows = {"base-depth": [0.5, 0.5, 0.45], "auxvla-grasp": [0.9, 0.95, 0.9]}
     rows = {n: {"close_fridge": rates, "close_drawer": [1, 1, 1]} for n, rates in rows.items()}
     judged = judge_in(tmp_path, "grasp-helps", **rows)
-    assert judged["paper_all_columns"] > 0 > judged["paper"] and judged["low"] > 0
+    assert judged["paper"] < 0 < judged["low"]
     assert (judged["verdict"], judged["seeds_needed"]) == ("cannot tell", None)
-
-
-def test_what_differs_from_the_paper_is_said_of_the_preset_that_ran(tmp_path):
-    write_row(tmp_path / "base-depth", {"close_fridge": [0.5]})
-    tables = (write_table(tmp_path, 1, ("base-depth",), cell, p) for p in ("tiny", "paper"))
-    tiny, paper = map(list_differences, tables)
-    assert "4.6 M parameters" in tiny and "OpenVLA" in tiny
-    assert "4.6 M parameters" not in paper and "scripted" in paper
 
 
 def test_held_out_figures_are_of_the_last_stage_alone_and_an_episode_counts_once(tmp_path):
@@ -168,19 +157,13 @@ def test_held_out_figures_are_of_the_last_stage_alone_and_an_episode_counts_once
     assert row["cells"]["set_table/close_fridge"]["n"] == 120
 
 
-def test_every_training_counts_also_beyond_the_tenth_and_no_other_folder_does(tmp_path):
-    write_row(tmp_path / "auxvla-all", {"close_fridge": [0.5] * 12}, n=2)
-    shutil.copytree(tmp_path / "auxvla-all/seed-0", tmp_path / "auxvla-all/seed-0-old")
-    row = make_row(tmp_path)
-    assert row["seeds"] == [*range(12)] and row["cells"]["set_table/close_fridge"]["n"] == 24
-
-
 def test_an_average_counts_only_trainings_that_have_every_column(tmp_path):
     write_row(tmp_path / "auxvla-all", {"close_fridge": [0.5, 1.0], "close_drawer": [1.0]})
     table = write_table(tmp_path, 2, ("auxvla-all", "auxvla-naive"), cell, "tiny")
     average = table["rows"]["auxvla-all"]["cells"]["average"]
     assert (average["n"], average["rate"], average["paper"]) == (120, 0.75, 0.95)
-    assert "| AuxVLA + all, naive | 0 | not run | not run | not run |" in to_markdown(table)
+    lines = [re.sub(" +", " ", line) for line in to_markdown(table)]  # columns are padded
+    assert "| AuxVLA + all, naive | 0 | not run | not run | not run |" in lines
 
 
 def test_the_tables_in_results_are_made_again_from_their_episodes(tmp_path):

@@ -27,11 +27,11 @@ def stage(tmp_path_factory) -> Path:
     return train_tiny(tmp_path_factory.mktemp("run"), "base-history")
 
 
-def wire(seed: int, text: str = TEXT) -> dict:
+def wire(seed: int) -> dict:
     """An observation as a client sends it."""
     sensors = observation(seed)["sensor_data"]
     arrays = {c: {k: v[0].numpy() for k, v in images.items()} for c, images in sensors.items()}
-    return {"sensor_data": arrays, "task_description": text, "state": np.zeros(12)}
+    return {"sensor_data": arrays, "task_description": TEXT, "state": np.zeros(12)}
 
 
 def expected(stage: Path, seeds: list[int]) -> list[np.ndarray]:
@@ -77,9 +77,6 @@ def test_an_unusable_observation_is_refused_and_the_episode_goes_on(stage):
         "rgb: got uint8 (1, 128, 128, 3)": head | {"rgb": stacked},
     }
     bad = {message: {"sensor_data": {"fetch_head": sent}} for message, sent in bad.items()}
-    for text in ("wash up", None):
-        message = f"task_description: got {text!r}, expected one of ['{TEXT}']"
-        bad[message] = {"task_description": text}
     episode = Episode(AuxVLAServer(ServeConfig(stage, device="cpu")))
     for message, change in bad.items():
         with pytest.raises(InputError, match=re.escape(message)):
@@ -87,9 +84,6 @@ def test_an_unusable_observation_is_refused_and_the_episode_goes_on(stage):
     for seed in (3, 4):
         episode.see(wire(seed))
     np.testing.assert_array_equal(episode.sent, expected(stage, [3, 4]))
-    episode = Episode(AuxVLAServer(ServeConfig(stage, device="cpu", any_instruction=True)))
-    episode.see(wire(0, "open the fridge"))
-    assert len(episode.sent) == 1
 
 
 def test_a_missing_vla_eval_is_named_with_the_command_that_installs_it(stage, monkeypatch):
@@ -111,8 +105,8 @@ def test_vla_evals_client_drives_episode_by_episode_and_ctrl_c_ends_the_server(s
                 await policy.start_episode({"task": {"name": TEXT}})
                 episodes.append([(await policy.act(wire(seed)))["actions"] for seed in seeds])
                 await policy.end_episode({"success": False})
-            with pytest.raises(RuntimeError, match="expected one of"):
-                await policy.act(wire(3, "wash up"))
+            with pytest.raises(RuntimeError, match="expected uint8"):
+                await policy.act(wire(3) | {"sensor_data": {}})
             return policy.server_info, episodes
 
     flags = ("--checkpoint", stage, "--port", port, "--device", "cpu")
@@ -129,5 +123,4 @@ def test_vla_evals_client_drives_episode_by_episode_and_ctrl_c_ends_the_server(s
     assert process.returncode == 0, errors
     for actions in episodes:
         np.testing.assert_array_equal(actions, expected(stage, seeds))
-    assert about["observation_spec"]["task_description"]["description"] == TEXT
-    assert about["action_spec"]["actions"]["description"].startswith("joint_0 (rad), joint_1 (rad)")
+    assert about["observation_spec"]["task_description"]["description"] == f"trained on: {TEXT}"

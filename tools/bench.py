@@ -8,10 +8,9 @@ The contestants take turns, one round each, on one CPU thread or one GPU. The ta
 minimum and maximum of the rounds. `train` and `act` compare with tools/reference.py.
 """
 
-import json as json_module
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,11 +23,10 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-import config
-from config import ACTION_DIM, CAMERAS, PRESETS, InputError, ModelConfig, model_config
+from config import ACTION_DIM, CAMERAS, PRESETS, ModelConfig, model_config, user_errors
 from data import ActionStats, Frames, batch_shapes
-from model import AuxVLA
 from policy import Policy
+from storage.files import write_json
 from storage.h5 import Demonstrations, Episode
 from storage.pack import Pack, open_data, pack
 from storage.tokenizer import build_tokenizer
@@ -50,29 +48,17 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def in_turns(contestants: dict[str, Callable[[int], float]], rounds: int) -> dict[str, dict]:
-    """Call each contestant with the number of the round; median, min, max and p99 of its values."""
-    values: dict[str, list[float]] = {name: [] for name in contestants}
-    for i in range(rounds + 1):
-        for name, contestant in contestants.items():
-            values[name].append(contestant(i))
-    return {  # the first round warms up
-        name: dict(zip(("median", "min", "max", "p99"), np.percentile(each[1:], (50, 0, 100, 99))))
-        for name, each in values.items()
+def in_turns(contestants: dict[str, Callable], inputs: Iterable) -> dict[str, dict]:
+    """Give each input to all contestants; return median, min, max and p99 of what they return."""
+    rounds = [[contestant(each) for contestant in contestants.values()] for each in inputs]
+    figures = np.percentile(rounds[1:], (50, 0, 100, 99), axis=0).T  # the first round warms up
+    return {
+        name: dict(zip(("median", "min", "max", "p99"), figure))
+        for name, figure in zip(contestants, figures)
     }
 
 
-def check_writable(json: Path | None) -> None:
-    """Raise InputError before the run if its figures cannot be written afterwards."""
-    try:
-        if json:
-            json.parent.mkdir(parents=True, exist_ok=True)
-            json.open("a").close()
-    except OSError as error:
-        raise InputError(f"--json {json}: {error.strerror}. Give another path") from None
-
-
-def report(json: Path | None, unit: str, figures: dict[str, dict], **more) -> None:
+def report(path: Path | None, unit: str, figures: dict[str, dict], **more) -> None:
     """Print the figures as a table; write the figures and this machine's names as JSON."""
     width = max(map(len, figures))
     for name, figure in figures.items():
@@ -80,12 +66,12 @@ def report(json: Path | None, unit: str, figures: dict[str, dict], **more) -> No
         print(f"{name:{width}}  {figure['median']:10.4g} {unit}  [{low:.4g}, {high:.4g}]")
     for name, value in more.items():
         print(f"{name}: {value}")
-    if json:
+    if path:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_initialized() else None
         device = gpu or platform.processor() or platform.machine()
         about = dict(torch=torch.__version__, device=device, date=time.strftime("%Y-%m-%d"))
-        result = {"about": about, "unit": unit, "figures": figures, **more}
-        json.write_text(json_module.dumps(result, indent=1, default=float) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"about": about, "unit": unit, "figures": figures, **more})
 
 
 # --- Frames per second of the loader ---
@@ -119,7 +105,6 @@ def loader(data: Path, json: Path | None = None, rounds: int = 5, batch: int = 6
     Args:
         data: demonstrations in MS-HAB's layout
     """
-    check_writable(json)
     source = Demonstrations(data)
     with TemporaryDirectory() as folder:
         pack(str(data), folder)
@@ -129,7 +114,7 @@ def loader(data: Path, json: Path | None = None, rounds: int = 5, batch: int = 6
             "ours, files": lambda _: read_epoch(Demonstrations(data), batch),
             "ours, pack": lambda _: read_epoch(Pack(folder), batch),
         }
-        report(json, "frames/s", in_turns(contestants, rounds), frames=len(source))
+        report(json, "frames/s", in_turns(contestants, range(rounds + 1)), frames=len(source))
 
 
 # --- Samples per second of a training step ---
@@ -168,7 +153,6 @@ def train(
     batch: int = 8,
 ) -> None:  # fmt: skip
     """Samples per second of a training step of stage 2, beside the port's."""
-    check_writable(json)
     place = device_of(device)
     torch.manual_seed(0)
     port, ours = (model.to(place).train() for model in build_pair(model_config(preset)))
@@ -178,7 +162,7 @@ def train(
         "naive port": build_step(port, samples, fused=False),
         "ours": build_step(ours, samples, fused=True),
     }
-    report(json, "samples/s", in_turns(steps, rounds))
+    report(json, "samples/s", in_turns(steps, range(rounds + 1)))
 
 
 # --- Latency of an action ---
@@ -186,26 +170,21 @@ def train(
 
 def build_policies(
     cfg: ModelConfig, checkpoint: Path | None, device: torch.device
-) -> tuple[Policy, Policy, Policy]:
-    """Our policy that decodes tokens, ours that denoises a chunk, the port's.
-
-    With a checkpoint ours has its weights, the port random ones.
-    """
+) -> tuple[Policy, Policy]:
+    """The port's policy and ours. With a checkpoint ours has its weights, the port random ones."""
     torch.manual_seed(0)
     if checkpoint:
-        tokens = Policy.from_checkpoint(checkpoint, device.type)
-        port, _ = build_pair(tokens.model.cfg)
+        policy = Policy.from_checkpoint(checkpoint, device.type)
+        port, _ = build_pair(policy.model.cfg)
     else:
         port, ours = build_pair(cfg)
         stats = ActionStats((-1.0,) * ACTION_DIM, (1.0,) * ACTION_DIM)  # normalised actions
         tokenizer = build_tokenizer(replace(cfg.llm, tokenizer="words"))  # needs no file
-        tokens = Policy(ours.to(device).eval(), stats, tokenizer, {}, device)
-    tokens.predict = False
-    chunk = AuxVLA(tokens.model.cfg, flow_head=True, meta=True)
-    chunk.vlm, chunk.decoders = tokens.model.vlm, tokens.model.decoders
-    naive = replace(tokens, model=port.to(device).eval())
+        policy = Policy(ours.to(device).eval(), stats, tokenizer, {}, device)
+    policy.predict = False
+    naive = replace(policy, model=port.to(device).eval())
     naive.query = partial(naive.run, predict=False)  # a CUDA graph cannot capture `generate`
-    return tokens, replace(tokens, model=chunk.to(device).eval(), graphs={}), naive
+    return naive, policy
 
 
 def observations(data: Path | None, size: int, count: int) -> Iterator[dict]:
@@ -245,45 +224,34 @@ def act(
         checkpoint: weights of ours; the port keeps random ones
         data: frames, one after the other; default: random pictures
     """
-    check_writable(json)
-    tokens, flow, naive = build_policies(model_config(preset), checkpoint, device_of(device))
-    figures, more = {}, {}
+    naive, policy = build_policies(model_config(preset), checkpoint, device_of(device))
+    without_draft, figures, more = replace(policy, graphs={}), {}, {}
+    runs = {
+        "transformers generate": partial(act_first, naive),
+        # The last action is the draft of the next one, as in an episode.
+        "ours, tokens": lambda obs: policy.act(obs, SENTENCE),
+        "ours, tokens, first step": partial(act_first, without_draft),
+    }
     for size in batches:
-        figures |= time_queries(tokens, flow, naive, data, size, queries)
+        policy.reset()
+        timed = {
+            f"{name}, batch {size}": lambda obs, run=run: 1000 * seconds(lambda: run(obs))
+            for name, run in runs.items()
+        }
+        count = max(min(5, queries), queries // size)
+        figures |= in_turns(timed, observations(data, size, count + 1))
     if not checkpoint:
-        tokens.reset()
+        policy.reset()
         frames = observations(data, 1, queries)
-        gaps = np.stack([tokens.act(obs, SENTENCE) - act_first(naive, obs) for obs in frames])
+        gaps = np.stack([policy.act(obs, SENTENCE) - act_first(naive, obs) for obs in frames])
         different = int((np.abs(gaps) > 1e-5).sum())  # of [frames, 1, 13]
         more = {"exactness": {"tokens": gaps.size, "different": different}}
     report(json, "ms", figures, **more)
-
-
-def time_queries(
-    tokens: Policy, flow: Policy, naive: Policy, data: Path | None, size: int, queries: int
-) -> dict[str, dict]:
-    """Milliseconds of a query for `size` environments."""
-    count = max(min(5, queries), queries // size)
-    seen = list(observations(data, size, count + 1))
-    tokens.reset()
-    without_draft = replace(tokens, graphs={})
-    runs = {
-        "transformers generate": lambda obs: act_first(naive, obs),
-        # The last action is the draft of the next one, as in an episode.
-        "ours, tokens": lambda obs: tokens.act(obs, SENTENCE),
-        "ours, tokens, first step": lambda obs: act_first(without_draft, obs),
-        "ours, flow chunk": lambda obs: act_first(flow, obs),
-    }
-    timed = {
-        f"{name}, batch {size}": lambda i, run=run: 1000 * seconds(lambda: run(seen[i]))
-        for name, run in runs.items()
-    }
-    return in_turns(timed, count)
 
 
 VERBS = {"loader": loader, "train": train, "act": act}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # figures of one core are steady, and comparable between machines
-    with config.user_errors():
+    with user_errors():
         tyro.extras.subcommand_cli_from_dict(VERBS, description=__doc__)

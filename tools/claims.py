@@ -1,9 +1,9 @@
-"""The paper's claims and tables, counted from the episodes that tools/reproduce.py left.
+"""The paper's claims and tables, counted from the episodes that tools/reproduce.py ran.
 
     table = write_table(Path("results/set_table"), 2, rows, cell, "tiny")  # table-2.json
     print("\n".join(to_markdown(table)))
 
-A claim is a difference of two rows' success rates, written down before any run. Its verdict:
+A claim (a line of claims.csv) is a difference of two rows' success rates. Its verdict:
 
     agrees        the 95 % interval of our difference lies on the paper's side of 0
     disagrees     the interval lies on the other side
@@ -11,22 +11,23 @@ A claim is a difference of two rows' success rates, written down before any run.
                   rates in the columns that were run do not have the sign of its claim
     not run       a row or all columns of the claim are missing, or both rows are the same here
 
-Episodes of one policy do not show how much trainings differ. An interval is the wider of two: over
-episodes (Wilson; of a difference: Newcombe) and over the rates of the training seeds (Student's t).
+An interval is the wider of two: over episodes (Wilson; of a difference: Newcombe) and over the
+rates of the training seeds (Student's t). The first does not show how much trainings differ.
 """
 
 import csv
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist, mean, variance
+from statistics import NormalDist, mean
 
-from scipy.stats import t as student
+from scipy.stats import ttest_1samp, ttest_ind
 
 from paper import COLUMNS, PAPER_COLUMNS, ROWS
 from storage.files import read_json, write_json
-from storage.results import read_episodes, wilson
+from storage.results import markdown, read_episodes, wilson
 from tools.compare import newcombe
 
 SEED_SD = 0.1  # assumed spread of a row's success rate from one training to the next
@@ -41,13 +42,10 @@ PAPER = {  # row: {task/column: rate}
 
 @dataclass(frozen=True)
 class Claim:
-    """A line of claims.csv."""
-
     name: str
     a: str  # rows; the effect is b's rate minus a's
     b: str
     columns: str  # separated by spaces; "": all
-    of_sizes: str  # "yes": compares two sizes of LLM, of which the tiny presets have one
     statement: str
 
     @property
@@ -64,21 +62,18 @@ class Claim:
         """Return the paper's mean difference over these task/column pairs."""
         return mean(PAPER[self.b][key] - PAPER[self.a][key] for key in keys)
 
-    def is_supported(self, keys: Sequence[str]) -> bool:
-        """Return whether the paper's own rates in these columns have the sign of its claim."""
-        return self.paper_effect(keys) * self.paper_effect(self.keys) > 1e-9
-
     def seeds_needed(self, keys: Sequence[str]) -> int | None:
         """Return the trainings of each row that detect the paper's difference with power 0.8.
 
-        From SEED_SD and the paper's own rates; None where the paper saw no difference.
+        None where the paper's own rates do not have the sign of its claim.
         """
-        if not self.is_supported(keys):
+        effect = self.paper_effect(keys)
+        if effect * self.paper_effect(self.keys) < 1e-9:
             return None
         rates = [PAPER[row][key] for row in (self.a, self.b) for key in keys]
         chance = mean(rate * (1 - rate) for rate in rates) / (PLANNED_EPISODES * len(keys))
         spread = 2 * (SEED_SD**2 + chance) * (Z + Z_POWER) ** 2
-        return max(2, math.ceil(spread / self.paper_effect(keys) ** 2) + 1)  # + 1: t, not normal
+        return max(2, math.ceil(spread / effect**2) + 1)  # + 1: t, not normal
 
 
 with open(Path(__file__).with_suffix(".csv"), encoding="utf-8", newline="") as file:
@@ -95,12 +90,9 @@ def seed_interval(*samples: Sequence[float]) -> tuple[float, float]:
     """
     if min(map(len, samples)) < 2:
         return math.nan, math.nan
-    freedom = sum(len(sample) - 1 for sample in samples)
-    pooled = sum(variance(sample) * (len(sample) - 1) for sample in samples) / freedom
-    error = math.sqrt(pooled * sum(1 / len(sample) for sample in samples))
-    centre = mean(samples[-1]) - (mean(samples[0]) if len(samples) == 2 else 0)
-    half = float(student.ppf(0.975, freedom)) * error
-    return centre - half, centre + half
+    with warnings.catch_warnings(action="ignore"):  # scipy warns of equal rates
+        test = ttest_1samp(*samples, 0) if len(samples) == 1 else ttest_ind(*samples[::-1])
+        return test.confidence_interval()
 
 
 def rate_of(by_seed: dict[int, tuple[int, int]]) -> dict:
@@ -128,23 +120,17 @@ def difference(a: dict, b: dict) -> tuple[float, float, float]:
 # --- Episodes ---
 
 
-def find_seeds(row: Path) -> list[tuple[int, Path]]:
-    """Return [(N, folder)] of ROW/seed-N in order of N; other folders do not count."""
-    folders = {path.name.removeprefix("seed-"): path for path in row.glob("seed-*")}
-    return sorted((int(seed), path) for seed, path in folders.items() if seed.isdecimal())
-
-
 def count_successes(row: Path) -> dict[str, dict[int, tuple[int, int]]]:
     """Return {task/column: {training seed: (successes, episodes)}} of one row's folder."""
     counts: dict[str, dict] = {}
-    for seed, folder in find_seeds(row):
-        for path in sorted(folder.glob("*/episodes.jsonl")):
-            episodes = read_episodes(path.parent)
-            for column in COLUMNS:
-                outcomes = [e["success_once"] for key, e in episodes.items() if key[0] == column]
-                if outcomes:
-                    by_seed = counts.setdefault(f"{path.parent.name}/{column}", {})
-                    by_seed[seed] = sum(outcomes), len(outcomes)
+    for path in sorted(row.glob("seed-*/*/episodes.jsonl")):
+        seed, task = int(path.parts[-3].removeprefix("seed-")), path.parts[-2]
+        episodes = read_episodes(path.parent)
+        for column in COLUMNS:
+            outcomes = [e["success_once"] for key, e in episodes.items() if key[0] == column]
+            if outcomes:
+                by_seed = counts.setdefault(f"{task}/{column}", {})
+                by_seed[seed] = sum(outcomes), len(outcomes)
     return counts
 
 
@@ -163,19 +149,18 @@ def judge(claim: Claim, folders: dict[str, Path], preset: str) -> dict:
     counts = [count_successes(folders[row]) for row in (claim.a, claim.b)]
     keys = [key for key in counts[0] if key in counts[1] and key in claim.keys]
     summed = [sum_columns({key: row[key] for key in keys}) for row in counts]
-    paper = claim.paper_effect(claim.keys)
-    found = {"name": claim.name, "table": claim.table, "statement": claim.statement}
-    found |= {"rows": [claim.a, claim.b], "columns": keys, "paper_all_columns": paper}
-    if claim.of_sizes and preset == "tiny":
-        return found | {"verdict": "not run", "why": "both rows have one size here"}
+    judged = {"name": claim.name, "statement": claim.statement}
+    if preset == "tiny" and ROWS[claim.a].openvla != ROWS[claim.b].openvla:
+        return judged | {"verdict": "not run", "why": "both rows have one size here"}
     if not keys or not all(summed):
-        return found | {"verdict": "not run"}
+        return judged | {"verdict": "not run"}
     ours, low, high = difference(*map(rate_of, summed))
-    found |= {"paper": claim.paper_effect(keys), "ours": ours, "low": low, "high": high}
-    found |= {"seeds": min(map(len, summed)), "seeds_needed": claim.seeds_needed(keys)}
-    if low <= 0 <= high or found["seeds"] < 2 or not claim.is_supported(keys):
-        return found | {"verdict": "cannot tell"}
-    return found | {"verdict": "agrees" if paper * ours > 0 else "disagrees"}
+    paper, needed = claim.paper_effect(keys), claim.seeds_needed(keys)
+    judged |= {"columns": keys, "paper": paper, "ours": ours, "low": low, "high": high}
+    judged |= {"seeds": min(map(len, summed)), "seeds_needed": needed}
+    if low <= 0 <= high or judged["seeds"] < 2 or needed is None:
+        return judged | {"verdict": "cannot tell"}
+    return judged | {"verdict": "agrees" if paper * ours > 0 else "disagrees"}
 
 
 # --- Tables ---
@@ -198,15 +183,14 @@ UNSUPPORTED = "the paper's own figures there do not have the sign of its claim"
 
 def average_metrics(row: Path, stage: int) -> dict[str, dict]:
     """Return the held-out metrics after a row's last stage: mean over seeds, with its interval."""
-    files = [folder / f"stage{stage}/validation.json" for _, folder in find_seeds(row)]
-    runs = [read_json(path)["metrics"] for path in files if path.exists()]
+    files = row.glob(f"seed-*/stage{stage}/validation.json")
+    runs = [read_json(path)["metrics"] for path in files]
     metrics = {}
-    for name in dict.fromkeys(name for run in runs for name in run):
-        values = [run[name] for run in runs if name in run]
-        ours = [value["ours"] for value in values]
+    for name, about in (runs[0] if runs else {}).items():
+        ours = [run[name]["ours"] for run in runs]
         low, high = seed_interval(ours)
         metrics[name] = {"ours": mean(ours)} | ({"low": low, "high": high} if low <= high else {})
-        metrics[name] |= {key: values[0][key] for key in ("trivial", "unit", "higher_is_better")}
+        metrics[name] |= {key: about[key] for key in ("trivial", "unit", "higher_is_better")}
     return metrics
 
 
@@ -237,7 +221,6 @@ def write_table(results: Path, number: int, names: Sequence[str], cell: Callable
     holds = any(word in key for key in columns for word in ("pick", "place"))
     tiny = TINY + (TINY_OPENVLA,) * (number == 1) if preset == "tiny" else ()
     table = {
-        "table": number,
         "title": f"Table {number} in miniature",
         "command": f"python -m tools.reproduce --table {number}",
         "task_columns": [key.split("/") for key in columns if key != "average"],
@@ -260,18 +243,22 @@ def format_cell(cell: dict | None) -> str:
     return f"{cell['rate']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]{paper}"
 
 
+def format_evidence(claim: dict) -> str:
+    """Return `Here +0.05 [-0.17, +0.27], the paper ...; 3 seeds, 28 would detect that`."""
+    seeds, needed = claim["seeds"], claim["seeds_needed"]
+    return (
+        f"Here {claim['ours']:+.2f} [{claim['low']:+.2f}, {claim['high']:+.2f}], the paper in "
+        f"these columns {claim['paper']:+.2f}; {seeds} seed{'s' * (seeds != 1)}, "
+        f"{f'{needed} would detect that' if needed else UNSUPPORTED}"
+    )
+
+
 def format_claim(claim: dict) -> str:
     if claim["verdict"] == "not run":
         why = f"; {claim['why']}" if "why" in claim else ""
         return f"- {claim['name']}: not run. {claim['statement']}{why}"
-    ours = f"{claim['ours']:+.2f} [{claim['low']:+.2f}, {claim['high']:+.2f}]"
-    needed = f"{claim['seeds']} seed{'s' * (claim['seeds'] != 1)}, " + (
-        f"{claim['seeds_needed']} would detect that" if claim["seeds_needed"] else UNSUPPORTED
-    )
-    return (
-        f"- {claim['name']}: **{claim['verdict']}**. {claim['statement']}. Here {ours}, the paper "
-        f"in these columns {claim['paper']:+.2f}; {needed}"
-    )
+    verdict = f"**{claim['verdict']}**. {claim['statement']}"
+    return f"- {claim['name']}: {verdict}. {format_evidence(claim)}"
 
 
 def format_metric(metric: dict | None) -> str:
@@ -283,29 +270,24 @@ def format_metric(metric: dict | None) -> str:
     return f"{metric['ours']:.3g}{ends} {unit}".strip() + f" ({metric['trivial']:.3g})"
 
 
-def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table without padding, which would make them three times as long."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
-    return [lines[0], "|---" * len(heads) + "|", *lines[1:]]
+def held_out_table(rows: Iterable[dict]) -> list[str]:
+    """Return the lines of held-out metrics; `rows` have a label and metrics."""
+    rows = [row for row in rows if row["metrics"]]
+    names = [*dict.fromkeys(name for row in rows for name in row["metrics"])]
+    cells = [[row["label"], *(format_metric(row["metrics"].get(n)) for n in names)] for row in rows]
+    heads = ["held out", *(name.replace("_", " ") for name in names)]
+    return markdown(cells, heads) if rows else []
 
 
 def to_markdown(table: dict) -> list[str]:
     """Return the lines of success rates, of held-out metrics and of claims."""
     keys = ["/".join(pair) for pair in table["task_columns"]] + ["average"]
     rows = table["rows"].values()
-    names = [*dict.fromkeys(name for row in rows for name in row["metrics"])]
     success = [
         [row["label"], str(len(row["seeds"])), *(format_cell(row["cells"].get(k)) for k in keys)]
         for row in rows
     ]
-    metrics = [
-        [row["label"], *(format_metric(row["metrics"].get(name)) for name in names)]
-        for row in rows
-        if row["metrics"]
-    ]
-    heads = ["held out", *(name.replace("_", " ") for name in names)]
-    lines = [*markdown_table([table["title"], "seeds", *keys], success), ""]
-    lines += [*(markdown_table(heads, metrics) if metrics else []), ""]
+    lines = [*markdown(success, [table["title"], "seeds", *keys]), "", *held_out_table(rows), ""]
     return lines + [format_claim(claim) for claim in table["claims"]]
 
 

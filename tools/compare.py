@@ -7,6 +7,8 @@ an episode counts; episodes that only one folder has are left out.
 """
 
 import math
+from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +20,8 @@ from config import InputError, user_errors
 from paper import COLUMNS
 from storage.results import markdown, read_episodes, wilson
 
-# Settings of an evaluation, then the start of an episode.
-SAME = ("task", "split", "horizon", "assets", "simulation")
-SAME += ("subtask_uid", "scene", "spawn")
+# Settings of an evaluation; then, from subtask_uid, the start of an episode.
+SAME = ("task", "split", "horizon", "assets", "simulation", "subtask_uid", "scene", "spawn")
 HEAD = ["", "n", "A", "B", "B - A [95 %]", "A alone", "B alone"]
 NOTE = "An interval that contains 0 does not separate A from B (Newcombe 1998, paired, method 10)."
 
@@ -62,40 +63,36 @@ class Pairs(NamedTuple):
 
 def compare(a: Positional[Path], b: Positional[Path]) -> str:
     """Return a table of B - A for two folders of evaluations."""
-    of_a, of_b = read_episodes(a), read_episodes(b)
-    shared = [key for key in of_a if key in of_b]
+    all_a, all_b = read_episodes(a), read_episodes(b)
+    shared = [key for key in all_a if key in all_b]
     if not shared:
         raise InputError(
-            f"{a} has {len(of_a)} episodes, {b} {len(of_b)}, with no column and seed in common: "
+            f"{a} has {len(all_a)} episodes, {b} {len(all_b)}, with no column and seed in common: "
             "python eval.py with equal --columns and --seed, --out as here"
         )
-    outcomes = {name: [] for name in (*COLUMNS, "overall")}
-    for key in shared:
-        in_a, in_b = of_a[key], of_b[key]
-        wrong = [name for name in SAME if in_a.get(name) != in_b.get(name)]
-        if wrong:
-            raise InputError(
-                f"seed {key[1]} of {key[0]}: {wrong[0]} is {in_a.get(wrong[0])!r} in A, "
-                f"{in_b.get(wrong[0])!r} in B: not the same episode. Evaluate both with equal "
-                "--task, --split, --horizon, --envs and MS_ASSET_DIR"
-            )
-        outcome = in_a["success_once"], in_b["success_once"]
-        outcomes[key[0]].append(outcome)
-        outcomes["overall"].append(outcome)
-    if len({column for column, _ in shared}) == 1:
-        del outcomes["overall"]
+    outcomes = defaultdict(list)
+    for key in sorted(shared, key=lambda key: [*COLUMNS].index(key[0])):
+        episode_a, episode_b = all_a[key], all_b[key]
+        for name in SAME:
+            if episode_a.get(name) != episode_b.get(name):
+                raise InputError(
+                    f"seed {key[1]} of {key[0]}: {name} is {episode_a.get(name)!r} in A, "
+                    f"{episode_b.get(name)!r} in B: not the same episode. Evaluate both with equal "
+                    "--task, --split, --horizon, --envs and MS_ASSET_DIR"
+                )
+        outcomes[key[0]].append((episode_a["success_once"], episode_b["success_once"]))
+    if len(outcomes) > 1:
+        outcomes["overall"] = [*chain(*outcomes.values())]
     cases = ((True, True), (True, False), (False, True), (False, False))
     rows = []
     for name, found in outcomes.items():
-        if found:
-            pairs = Pairs(*map(found.count, cases))
-            rate_a, rate_b = np.mean(found, axis=0)
-            low, high = pairs.interval()
-            row = [name, len(found), f"{rate_a:.2f}", f"{rate_b:.2f}"]
-            row += [f"{rate_b - rate_a:+.2f} [{low:+.2f}, {high:+.2f}]", pairs.only_a, pairs.only_b]
-            rows.append(row)
+        pairs = Pairs(*map(found.count, cases))
+        (a_rate, b_rate), (low, high) = np.mean(found, axis=0), pairs.interval()
+        row = [name, len(found), f"{a_rate:.2f}", f"{b_rate:.2f}"]
+        row += [f"{b_rate - a_rate:+.2f} [{low:+.2f}, {high:+.2f}]", pairs.only_a, pairs.only_b]
+        rows.append(row)
     first = f"A: {a}, B: {b}; {len(shared)} episodes that both have, "
-    first += f"{len(of_a) - len(shared)} of A and {len(of_b) - len(shared)} of B left out"
+    first += f"{len(all_a) - len(shared)} of A and {len(all_b) - len(shared)} of B left out"
     return "\n".join([first, *markdown(rows, HEAD), NOTE])
 
 

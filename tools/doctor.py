@@ -30,18 +30,14 @@ import tyro
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from config import LABELS, PRESETS, InputError, TrainConfig, model_config, quoted, user_errors
+from config import PRESETS, InputError, TrainConfig, model_config, quoted, user_errors
 from data import Frames, make_batch
 from model import VLM, AuxVLA, actions_to_bins
 from policy import Policy, check_schema
 from simulation.assets import check_assets
-from simulation.plans import check_gpu_physics
-from storage.h5 import label_command
 from storage.pack import open_data
 from storage.pretrained import load_pretrained
 from storage.tokenizer import build_tokenizer, tokenize
-from storage.trajectory import remarks
-from training.memory import check_shared_memory
 from training.ranks import join
 
 ROOT = Path(__file__).parents[1]
@@ -52,15 +48,15 @@ print('an environment was reset')"""
 SECONDS = 60.0  # for the predictions on held-out frames
 HELD_OUT = 256  # held-out frames, and held-out episodes, at most
 EQUAL = 1e-5  # logits that differ by less, relative to the largest, differ by rounding only
-RARE = 3  # where the data have at most so many different tokens, a policy may use one
 CLIPPED = 0.1  # of a dimension's actions may lie outside; percentiles leave out 0.02 in training
+Program = Literal["all", "train", "eval", "collect"]
 
 
 @dataclass(frozen=True)
 class Doctor:
-    # which programs to check for
-    part: Annotated[Literal["all", "train", "eval", "collect"], tyro.conf.arg(name="for")] = "all"
-    # as in train.py, eval.py and collect.py; data and weights are checked only if given
+    # the program that is to run
+    program: Annotated[Program, tyro.conf.arg(name="for")] = "all"
+    # as in train.py, eval.py and collect.py; data and weights are checked only where named
     data: str | None = None
     checkpoint: str | None = None
     pretrained: str | None = None
@@ -99,16 +95,16 @@ def check_gpu(device: str | None = None) -> str:
         return "none; everything runs on the CPU"
     raise InputError(
         f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU; nvidia-smi: "
-        f"{smi or 'not there'}. Expected a driver (for CUDA 13: 580, for 12: 525 or later; "
-        f"apt-get install nvidia-driver-580), a torch with CUDA ({PIP} --force-reinstall torch) "
-        "and no GPU hidden (unset CUDA_VISIBLE_DEVICES). Without a GPU: --device cpu"
+        f"{smi or 'not there'}. Expected a driver (for CUDA 13: 580, for 12: 525 or later), a "
+        f"torch with CUDA ({PIP} --force-reinstall torch) and no GPU hidden (unset "
+        "CUDA_VISIBLE_DEVICES). Without a GPU: --device cpu"
     )
 
 
-def check_disk(out: str, part: str, preset: str) -> str:
+def check_disk(out: str, program: str, preset: str) -> str:
     """Check for room: in training, fp32 weights and Adam's two moments of all checkpoints."""
     need = 1e9  # bytes of an evaluation's films, or of some demonstrations
-    if part in ("all", "train"):
+    if program in ("all", "train"):
         with torch.device("meta"):
             model = AuxVLA(model_config(preset), flow_head=True)
         copies = TrainConfig.keep + 1  # and the one being written
@@ -116,12 +112,10 @@ def check_disk(out: str, part: str, preset: str) -> str:
     path = Path(out).absolute()
     place = next(each for each in (path, *path.parents) if each.exists())
     free = shutil.disk_usage(place).free + sum(f.stat().st_size for f in path.glob("step-*/*"))
+    found = f"{place}: {free / 1e9:.1f} GB free"
     if free < need:
-        raise InputError(
-            f"{place}: {free / 1e9:.1f} GB free, expected {need / 1e9:.1f} GB for --preset "
-            f"{preset}. Give an --out on a larger disk: df -h"
-        )
-    return f"{place}: {free / 1e9:.1f} GB free"
+        raise InputError(f"{found}, expected {need / 1e9:.1f} GB. Give an --out on a larger disk")
+    return found
 
 
 def check_ranks(device: str | None, timeout: float = 10.0) -> str:
@@ -137,9 +131,8 @@ def check_ranks(device: str | None, timeout: float = 10.0) -> str:
         ranks.leave()
     except (InputError, RuntimeError) as error:
         raise InputError(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: {error}. Check the network: "
-            f"nc -vz {place}; ip -br address, then export NCCL_SOCKET_IFNAME=NAME "
-            "GLOO_SOCKET_IFNAME=NAME on every machine"
+            f"{error}. Check the network: nc -vz {place}; ip -br address, then export "
+            "NCCL_SOCKET_IFNAME=NAME GLOO_SOCKET_IFNAME=NAME on every machine"
         ) from None
     return f"{int(ones)} of {ranks.world} by {backend}, at {place}"
 
@@ -150,40 +143,23 @@ def check_ranks(device: str | None, timeout: float = 10.0) -> str:
 def check_renderer() -> str:
     """Render one frame with the Vulkan driver that SAPIEN finds."""
     try:
-        drawn = re.search("^drawn by .*", run("tools/render_frame.py"), re.MULTILINE)[0]
+        return re.search("^drawn by .*", run("tools/render_frame.py"), re.MULTILINE)[0]
     except InputError as error:
         raise InputError(
             f"no frame: {error}. Install Mesa 24.3 or later: make setup; or, if you chose another "
             "driver: unset VK_DRIVER_FILES VK_ICD_FILENAMES"
         ) from None
-    if "llvmpipe" in drawn and torch.cuda.is_available():
-        drawn += "\nwarning: the GPU does not draw. See tools/render_frame.py"
-    return drawn
 
 
 # --- Data and public weights ---
 
 
 def check_data(folder: str) -> str:
-    """Open a pack or MS-HAB's files; survey each file's last episode and read its last frame."""
+    """Open a pack or MS-HAB's files, and read the last frame of each file."""
     data = open_data(folder, None if (Path(folder) / "pack.json").is_file() else True)
     last = {episode.file: row for row, episode in enumerate(data.episodes)}
-    rows = np.array([*last.values()])
-    survey = data.survey(rows)
-    data.read(data.starts[rows + 1] - 1)
-    lines = [f"{len(last)} files, {len(data):,} frames; the last episode of each file was read"]
-    lines += [f"warning: {note}" for note in remarks(survey, [*last])]
-    for row, counts in zip(rows, survey["labelled"]):
-        episode = data.episodes[row]
-        lacking = {name for name, count in zip(LABELS, counts) if not count}
-        if episode.subtask in ("open", "close"):  # they move a part of the furniture (GAP-8)
-            lacking -= {"obj"}
-        if lacking:
-            lines.append(
-                f"warning: {episode.file} has no {', '.join(sorted(lacking))}: decoders without "
-                f"labels learn nothing. Record it again: {label_command(episode, folder)}"
-            )
-    return "\n".join(lines)
+    data.read(data.starts[np.array([*last.values()]) + 1] - 1)
+    return f"{len(last)} files, {len(data):,} frames; the last frame of each file was read"
 
 
 def check_pretrained(name: str, preset: str) -> str:
@@ -211,9 +187,9 @@ def check_policy(path: str, data: str | None = None, device: str | None = None) 
     """
     policy = Policy.from_checkpoint(path, device)  # verifies every sha256
     manifest, cfg = policy.manifest, policy.model.cfg
-    lines = [f"{path}: stage {manifest['stage']}, step {manifest['step']}; it loads"]
+    line = f"{path}: stage {manifest['stage']}, step {manifest['step']}; it loads"
     if data is None:
-        return lines[0]
+        return line
     defaults = {"val_episodes": TrainConfig.val_episodes, "tasks": (), "subtasks": ()}
     share, *only = [manifest["config"].get(key, value) for key, value in defaults.items()]
     source = open_data(data, manifest.get("data", {}).get("truncated_at_success"))
@@ -229,13 +205,10 @@ def check_policy(path: str, data: str | None = None, device: str | None = None) 
 
     if source.action_schema:  # collect.py's files name their actions and joints
         check_schema(source, manifest)
-        lines.append("equal names of actions and joints")
     on_gpu = policy.device.type == "cuda"
     with torch.no_grad(), torch.autocast(policy.device.type, torch.bfloat16, enabled=on_gpu):
-        lines += compare_statistics(policy, frames)
-        lines.append(compare_inputs(policy, frames, predict))
-        lines += compare_tokens(frames, predict)
-    return "\n".join(lines)
+        inputs, tokens = compare_inputs(policy, frames, predict), compare_tokens(frames, predict)
+    return "\n".join([line, *compare_statistics(policy, frames), inputs, *tokens])
 
 
 def compare_statistics(policy: Policy, frames: Frames) -> list[str]:
@@ -252,14 +225,14 @@ def compare_statistics(policy: Policy, frames: Frames) -> list[str]:
 
 def compare_inputs(policy: Policy, frames: Frames, predict: Callable) -> str:
     """Check that images, depth and instruction change the logits of the action tokens."""
-    raw, known = frames[np.array([0])], policy.manifest["instructions"]
+    raw = frames[np.array([0])]
     # The prompts are those of the data, then those of the checkpoint.
     prompt = torch.full_like(raw["instruction"], len(frames.source.instructions))
     raw |= {"rgb": raw["rgb"] * 0, "depth": raw["depth"] * 0 + 500, "instruction": prompt}
     changes = {"black and white images": {"rgb": raw["rgb"] + 255}}
     if policy.model.cfg.depth:
         changes["depths of 0.5 and 2 m"] = {"depth": raw["depth"] * 4}
-    if len(known) > 1:
+    if len(policy.manifest["instructions"]) > 1:
         changes["two instructions"] = {"instruction": prompt + 1}
     logits, _ = predict(raw)
     for name, change in changes.items():
@@ -284,13 +257,9 @@ def compare_tokens(frames: Frames, predict: Callable) -> list[str]:
     bins, recorded = torch.cat(parts, dim=1)  # [n, 13]
     accuracy = (bins == recorded).float().mean().item()
     constant = (recorded.mode(dim=0).values == recorded).float().mean().item()
-    used = [(len(p.unique()), len(t.unique())) for p, t in zip(bins.T, recorded.T)]
-    lines = [
-        f"{accuracy:.3f} of the tokens right on {len(bins)} of {len(frames)} held-out frames, the "
-        f"best constant's {constant:.3f}",
-        f"different tokens of each action, (predicted, recorded): {used}",
-    ]
-    if accuracy <= constant or any(p == 1 and t > RARE for p, t in used):
+    figures = f"{accuracy:.3f} of the tokens right on {len(bins)} of {len(frames)} held-out frames"
+    lines = [f"{figures}, the best constant's {constant:.3f}"]
+    if accuracy <= constant:
         lines.append("warning: the policy does not know these data: train longer, on them")
     return lines
 
@@ -299,30 +268,26 @@ def compare_tokens(frames: Frames, predict: Callable) -> list[str]:
 
 
 def choose_checks(cfg: Doctor) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Yield the name and function of each check that the part needs."""
+    """Yield the name and function of each check that the program needs."""
     yield "packages", check_packages
     yield "gpu", partial(check_gpu, cfg.device)
-    yield "disk", partial(check_disk, cfg.out, cfg.part, cfg.preset)
-    if cfg.part in ("all", "train"):
-        yield "shared memory", partial(check_shared_memory, TrainConfig(**PRESETS[cfg.preset]))
-        if cfg.pretrained:
-            yield "pretrained", partial(check_pretrained, cfg.pretrained, cfg.preset)
+    yield "disk", partial(check_disk, cfg.out, cfg.program, cfg.preset)
+    if cfg.pretrained:
+        yield "pretrained", partial(check_pretrained, cfg.pretrained, cfg.preset)
     if cfg.data:
         yield "data", partial(check_data, cfg.data)
     if cfg.checkpoint:
         yield "checkpoint", partial(check_policy, cfg.checkpoint, cfg.data, cfg.device)
-    if cfg.part != "train":
+    if cfg.program != "train":
         yield "assets", check_assets
         yield "renderer", check_renderer
         yield "simulator", partial(run, "-c", RESET)
-        if torch.cuda.is_available():
-            yield "gpu physics", check_gpu_physics
 
 
 def report(name: str, check: Callable[[], str]) -> bool:
     """Run and print a check; return whether something is missing."""
     try:
-        state, text = "ok", check() or "enough"  # check_shared_memory returns nothing
+        state, text = "ok", check()
     except InputError as error:
         state, text = "missing", str(error)
     print(f"{state:8}{name:14} " + text.replace("\n", f"\n{'':23}"), flush=True)

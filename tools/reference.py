@@ -14,6 +14,7 @@ import torch
 import transformers
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from config import ACTION_DIM, BINS, ModelConfig
 from decoders import DECODERS
@@ -32,16 +33,15 @@ def save_originals(originals: dict[str, nn.Module], folder: Path) -> None:
 def build_originals(cfg: ModelConfig, dino_image_size: int) -> dict[str, nn.Module]:
     """The public models dino, siglip (with its text model) and llm, with random weights.
 
-    Biases and scales get noise too: all zeros or ones would hide a wrong map of names.
+    Biases and scales get noise, too: all zeros or ones would hide a wrong map of names.
     """
     dino, siglip, llm = cfg.dino, cfg.siglip, cfg.llm
     common = dict(hidden_act="gelu", patch_size=cfg.patch_size, layer_norm_eps=1e-6)
-    family = "Qwen2" if llm.tied else "Llama"
-    llm_config = getattr(transformers, f"{family}Config")(
-        vocab_size=llm.vocab, hidden_size=llm.width, num_hidden_layers=llm.depth,
-        num_attention_heads=llm.heads, num_key_value_heads=llm.kv_heads,
-        intermediate_size=llm.mlp, rms_norm_eps=llm.norm_eps, initializer_range=llm.init_std,
-        tie_word_embeddings=llm.tied,
+    llm_config = AutoConfig.for_model(
+        "qwen2" if llm.tied else "llama", tie_word_embeddings=llm.tied, vocab_size=llm.vocab,
+        hidden_size=llm.width, num_hidden_layers=llm.depth, num_attention_heads=llm.heads,
+        num_key_value_heads=llm.kv_heads, intermediate_size=llm.mlp, rms_norm_eps=llm.norm_eps,
+        initializer_range=llm.init_std,
         rope_parameters={"rope_type": "default", "rope_theta": llm.rope_theta},
         eos_token_id=None, bos_token_id=None, pad_token_id=None,
     )  # fmt: skip
@@ -59,7 +59,7 @@ def build_originals(cfg: ModelConfig, dino_image_size: int) -> dict[str, nn.Modu
             ),
             text_config=dict(hidden_size=siglip.width, num_hidden_layers=1, vocab_size=9),
         )),
-        "llm": getattr(transformers, f"{family}ForCausalLM")(llm_config),
+        "llm": AutoModelForCausalLM.from_config(llm_config),
     }  # fmt: skip
     with torch.no_grad():
         for model in originals.values():
@@ -149,7 +149,7 @@ class Port(nn.Module):
         x, mask = self.prefix(batch)
         ids = self.llm.generate(
             inputs_embeds=x, attention_mask=mask, do_sample=False, max_new_tokens=ACTION_DIM,
-            min_new_tokens=ACTION_DIM, logits_processor=[only_actions],
+            logits_processor=[only_actions],
         )  # fmt: skip
         actions = bins_to_actions(ids[:, -ACTION_DIM:] - first)
         return rearrange(actions, "b a -> b 1 a"), {}

@@ -3,12 +3,11 @@
     python -m tools.replay --data DATA --episodes 5
 
 Each demonstration starts with its own plan and start pose, in MS_ASSET_DIR's apartment, on CPU
-physics. A demonstration that succeeded and fails here was recorded with another physics backend,
-controller or apartment. What collect.py recorded on a CPU in the same apartment repeats exactly (a
-test); the release was recorded on GPU physics and may differ.
+physics. A recorded success that fails here was recorded with another physics backend, controller or
+apartment. What collect.py recorded on a CPU in the same apartment repeats exactly (a test); the
+release was recorded on GPU physics and may differ.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -21,47 +20,39 @@ from storage.h5 import h5_files, load_sidecar
 from storage.trajectory import KEYS, DataError, clip, read_actions
 
 
-class RecordedEnv(SubtaskEnv):
-    """Starts each episode with the plan and the start pose of a demonstration's .json entry."""
-
-    def reset_to(self, entry: dict) -> dict:
-        uids = [plan.subtasks[0].uid for plan in self._plans]
-        if entry["subtask_uid"] not in uids:
-            raise DataError(
-                f"MS_ASSET_DIR has no subtask {entry['subtask_uid']}; expected the apartment in "
-                "which the demonstrations were recorded"
-            )
-        spawn = int(np.atleast_1d(entry["spawn_selection_idx"])[0])
-        self.choice = uids.index(entry["subtask_uid"]), spawn
-        return self.reset(int(np.atleast_1d(entry["episode_seed"])[0]))
-
-    def choose(self, seed: int) -> tuple[int, int]:
-        return self.choice
-
-
-def replay(path: Path, episodes: int) -> Iterator[tuple[str, bool, bool]]:
-    """Yield for each demonstration a sentence, its recorded success and its success here."""
-    entries = load_sidecar(path)["episodes"][:episodes]
+def replay(path: Path, episodes: int) -> list[bool]:
+    """Replay and print each demonstration; return the successes of those that were successful."""
+    entries, succeeded = load_sidecar(path)["episodes"][:episodes], []
     uid = str(entries[0].get("subtask_uid"))
     task, subtask, split, *_ = (*uid.split("-"), "", "")
     if task not in TASKS or subtask not in SUBTASKS:
         raise DataError(f"{path}: subtask_uid is {uid}, expected MS-HAB's TASK-SUBTASK-SPLIT-...")
-    env = RecordedEnv(task, subtask, path.stem, split, obs_mode="state_dict")
+    env = SubtaskEnv(task, subtask, path.stem, split, obs_mode="state_dict")
+    plans = {plan.subtasks[0].uid: i for i, plan in enumerate(env._plans)}
     with h5py.File(path) as file:
         for entry in entries:
-            group, drift, success = file[f"traj_{entry['episode_id']}"], 0.0, []
+            uid, group = entry["subtask_uid"], file[f"traj_{entry['episode_id']}"]
+            if uid not in plans:
+                raise DataError(f"{path}: MS_ASSET_DIR has no subtask {uid}: another apartment")
+            seed, spawn = (
+                int(np.ravel(entry[k])[0]) for k in ("episode_seed", "spawn_selection_idx")
+            )
+            env.choose = lambda seed, choice=(plans[uid], spawn): choice
+            obs, drift, success = env.reset(seed), 0.0, False
             actions = clip(read_actions(group, entry["elapsed_steps"], str(path)))  # [T, 13]
-            obs = env.reset_to(entry)
             for qpos, action in zip(group[KEYS["qpos"]], actions):
                 drift = max(drift, np.abs(qpos - obs["agent"]["qpos"][0].numpy()).max())
                 obs, info = env.step(action)
-                success.append(info["success"])
-            recorded = group["success"][:].astype(bool)  # [T]
-            steps = [f"step {np.argmax(s) + 1}" if any(s) else "none" for s in (recorded, success)]
-            text = f"{group.name[1:]}: success when recorded: {steps[0]}, here: {steps[1]}; "
-            text += f"joints differ by up to {drift:.2g}"
-            yield text, bool(recorded.any()), any(success)
+                success |= bool(info["success"])
+            recorded = bool(group["success"][:].any())
+            outcomes = ["success" if each else "failure" for each in (recorded, success)]
+            print(
+                f"{path}, {group.name[1:]}: recorded: {outcomes[0]}, here: {outcomes[1]}; joints "
+                f"differ by up to {drift:.2g}", flush=True,
+            )  # fmt: skip
+            succeeded += [success] * recorded
     env.close()
+    return succeeded
 
 
 def main(data: Path = Path("data"), episodes: int = 5) -> None:
@@ -73,11 +64,7 @@ def main(data: Path = Path("data"), episodes: int = 5) -> None:
     """
     if not (files := h5_files(data)):
         raise InputError(f"{data}: no .h5 demonstrations below it; expected --data DATA")
-    succeeded = []
-    for path in files:
-        for text, recorded, replayed in replay(path, episodes):
-            print(f"{path.relative_to(data)}, {text}", flush=True)
-            succeeded += [replayed] * recorded
+    succeeded = [success for path in files for success in replay(path, episodes)]
     print(f"{sum(succeeded)} of {len(succeeded)} recorded successes succeed again")
 
 

@@ -1,6 +1,6 @@
 """Write the report of a run: success table, held-out metrics, loss curves, films.
 
-    python -m tools.report --run RUN     # RUN/report.md, report.html, curves.png, videos/
+    python -m tools.report --run RUN     # RUN/report.md: the tables; RUN/report.html: all of it
 
 It reads RUN/eval*/results.json (one folder per policy), RUN/stage[123]/log.jsonl and
 validation.json, and RUN/table-N.json of tools/reproduce.py; absent parts are "not run". report.html
@@ -10,9 +10,7 @@ validation.json, and RUN/table-N.json of tools/reproduce.py; absent parts are "n
 import base64
 import io
 import json
-import math
 import re
-import shutil
 from itertools import product
 from pathlib import Path
 from textwrap import fill
@@ -25,15 +23,14 @@ from matplotlib.figure import Figure
 from config import LOSSES, InputError, quoted, user_errors
 from paper import DEFAULT_ROW, ROWS
 from storage.files import read_json, read_lines, write
-from storage.results import IMPLIED, NOT_RUN, columns_to_show, markdown, success_table
-from tools.claims import UNSUPPORTED, list_differences, to_markdown
+from storage.results import NOT_RUN, columns_to_show, success_table
+from tools.claims import format_evidence, held_out_table, list_differences, to_markdown
 
 FILM = re.compile(r"(.+)_(\d+)_(success|fail)")  # column, seed: how eval.py names a finished film
-EPISODES = ("task", "split", "horizon", "assets", "simulation")  # settings that decide an episode
-EMBEDDED = 20_000_000  # bytes of films inside report.html; the others are links
 NOTE = """\
 Success at any step of an episode, with the Wilson 95 % interval: two intervals that
-overlap do not separate two policies. The paper's rates are of the real apartments."""
+overlap do not separate two policies. The paper's rates are of the real apartments. In
+parentheses: the paper's rate; of held-out figures, the best constant's."""
 BLUE, RED = "#4a7fc4", "#d23f31"  # in charts: our rates, the paper's
 STAGES = {"stage1": BLUE, "stage2": "#e07b1a", "stage3": "#2a9d5c"}
 rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
@@ -69,18 +66,15 @@ def read_evaluations(run: Path) -> dict[str, dict]:
     return evaluations
 
 
-def gather_videos(run: Path) -> dict[str, str]:
-    """Copy every evaluation's finished films to RUN/videos; return {path in RUN: caption}."""
-    gathered = {}
+def read_films(run: Path) -> dict[str, str]:
+    """Return {caption: base64} of every evaluation's finished films."""
+    films = {}
     for path in sorted(run.glob("eval*/videos/*.mp4")):
         if film := FILM.fullmatch(path.stem):
             column, seed, outcome = film.groups()
-            folder = path.parts[-3]
-            name = f"videos/{folder}_{path.name}"
-            (run / "videos").mkdir(exist_ok=True)
-            shutil.copyfile(path, run / name)
-            gathered[name] = f"{column}, seed {seed}: {outcome} ({folder})"
-    return gathered
+            caption = f"{column}, seed {seed}: {outcome} ({path.parts[-3]})"
+            films[caption] = base64.b64encode(path.read_bytes()).decode()
+    return films
 
 
 def read_run(run: Path) -> dict:
@@ -90,9 +84,7 @@ def read_run(run: Path) -> dict:
     learned = [each for each in manifests.values() if each["policy"] == "learned"]
     rows = {(each["row"], each["task"]) for each in learned} or {(DEFAULT_ROW, "set_table")}
     files = sorted(run.glob("stage[123]/validation.json"))
-    validation = {path.parent.name: read_json(path)["metrics"] for path in files}
-    settings = [IMPLIED | each for each in manifests.values()]
-    differ = [name for name in EPISODES if len({each.get(name) for each in settings}) > 1]
+    validation = [{"label": path.parent.name} | read_json(path) for path in files]
     tables = [read_json(path) for path in sorted(run.glob("table-*.json"))]
     columns = {heading: {} for heading in ("ours", "random", "expert")}
     return {
@@ -102,10 +94,9 @@ def read_run(run: Path) -> dict:
         "is_run": bool(not tables or evaluations or validation or curves),
         "columns": columns | {heading: each["columns"] for heading, each in evaluations.items()},
         "papers": {ROWS[name].label: ROWS[name].paper.get(task, {}) for name, task in sorted(rows)},
-        "warning": f"these evaluations differ in {', '.join(differ)}." if differ else "",
         "validation": validation,
         "curves": curves,
-        "videos": gather_videos(run),
+        "films": read_films(run),
         "manifests": json.dumps(manifests, indent=2) if manifests else "",
     }
 
@@ -121,24 +112,20 @@ def to_svg(figure: Figure) -> str:
     return text[text.index("<svg") :].replace("#000000", "currentColor")
 
 
-def draw_losses(curves: dict[str, list[tuple]], columns: int) -> Figure:
-    """Draw each loss of read_curves: a colour for each stage, held-out values dashed."""
-    rows = math.ceil(len(curves) / columns)
-    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, (loss, lines) in zip(axes, curves.items(), strict=False):
-        for stage, which, steps, values in lines:
-            style = dict(ls="--", lw=1.8) if which == "val" else dict(lw=1, alpha=0.6)
-            axis.plot(steps, values, color=STAGES[stage], label=f"{stage} {which}", **style)
-        axis.set_title(loss, loc="left", fontweight="bold")
-        axis.set_xlabel("step, stages end to end")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, frameon=False)
-        if all(min(values) > 0 for *_, values in lines):
-            axis.set_yscale("log")
-    for axis in axes[len(curves) :]:
-        axis.axis("off")
-    return figure
+def loss_chart(loss: str, lines: list[tuple]) -> str:
+    """Draw a loss of read_curves: a colour for each stage, held-out values dashed."""
+    figure = Figure(figsize=(4, 2.6), layout="constrained")
+    axis = figure.subplots()
+    for stage, which, steps, values in lines:
+        style = dict(ls="--", lw=1.8) if which == "val" else dict(lw=1, alpha=0.6)
+        axis.plot(steps, values, color=STAGES[stage], label=f"{stage} {which}", **style)
+    axis.set_title(loss, loc="left", fontweight="bold")
+    axis.set_xlabel("step, stages end to end")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, frameon=False)
+    if all(min(values) > 0 for *_, values in lines):
+        axis.set_yscale("log")
+    return to_svg(figure)
 
 
 def rate_chart(rows: list[dict], column: str) -> str:
@@ -174,32 +161,17 @@ def verdict(metric: dict) -> str:
     return f"{'beats' if beats else 'does not beat'} the trivial predictor"
 
 
-def metrics_table(validation: dict[str, dict]) -> list[str]:
-    """Return the lines of the held-out metrics beside the trivial predictor's, stage by stage."""
-    cells = []
-    for stage, metrics in validation.items():
-        for name, m in metrics.items():
-            values = [f"{m[key]:.3g} {m['unit']}".strip() for key in ("ours", "trivial")]
-            cells.append([stage, name, *values, str(m["n"]), verdict(m)])
-    return markdown(cells, ["stage", "metric", "ours", "trivial", "n", ""]) if cells else []
-
-
 def make_markdown(found: dict) -> str:
-    """Return report.md: the tables of tools/reproduce.py, then the sections of the run."""
+    """Return report.md: the tables of tools/reproduce.py, then the run's."""
     sections = {
         table["title"]: [*to_markdown(table), "", list_differences(table)]
         for table in found["tables"]
     }
     if found["is_run"]:
-        success = success_table(found["columns"], found["papers"])
-        if found["warning"]:
-            success += ["", f"**Not the same episodes**: {found['warning']}"]
         manifests = found["manifests"]
         sections |= {
-            "Success": success,
-            "Held-out episodes": metrics_table(found["validation"]),
-            "Losses": ["![losses](curves.png)"] if found["curves"] else [],
-            "Videos": [f"- [{name}]({name})" for name in found["videos"]],
+            "Success": success_table(found["columns"], found["papers"]),
+            "Held-out episodes": held_out_table(found["validation"]),
             "Manifests": ["```json", manifests, "```"] if manifests else [],
         }
     lines = [f"# {found['title']}", "", NOTE]
@@ -208,27 +180,20 @@ def make_markdown(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def make_html(found: dict, run: Path) -> str:
-    """Fill in report.html.j2; films are embedded until EMBEDDED is reached."""
-    films, left = {}, EMBEDDED
-    for name in found["videos"]:
-        content = base64.b64encode((run / name).read_bytes()).decode()
-        if len(content) <= left:
-            films[name], left = content, left - len(content)
+def make_html(found: dict) -> str:
+    """Fill in report.html.j2."""
     rows = []  # as in a table of tools/claims.py; only our own rates have the paper's beside them
     for heading, columns in found["columns"].items():
-        hidden = {} if heading.startswith("ours") else {"paper": None}
-        cells = {name: c | {"rate": c["success_once"]} | hidden for name, c in columns.items()}
+        papers = {} if heading.startswith("ours") else {"paper": None}
+        cells = {name: c | {"rate": c["success_once"]} | papers for name, c in columns.items()}
         rows.append({"label": heading, "cells": cells})
     loader = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
     jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     jinja.filters["words"] = lambda name: name.replace("_", " ")
-    jinja.globals |= dict(rate_chart=rate_chart, verdict=verdict)
-    more = dict(rows=rows, films=films, unsupported=UNSUPPORTED)
-    more["names"] = columns_to_show(found["columns"])
-    more["stages"] = [{"label": name, "metrics": m} for name, m in found["validation"].items()]
-    more["losses"] = [to_svg(draw_losses({n: lines}, 1)) for n, lines in found["curves"].items()]
-    return jinja.get_template("report.html.j2").render(found, **more)
+    functions = (rate_chart, loss_chart, verdict, format_evidence)
+    jinja.globals |= {function.__name__: function for function in functions}
+    names = columns_to_show(found["columns"])
+    return jinja.get_template("report.html.j2").render(found, rows=rows, names=names)
 
 
 def write_report(run: Path) -> Path:
@@ -238,14 +203,12 @@ def write_report(run: Path) -> Path:
             f"{run}: expected a folder that holds stage1/, eval/ or table-N.json. Of an "
             f"evaluation: python -m tools.report --run {quoted(run.resolve().parent)}"
         )
-    found = read_run(run)
-    if found["curves"]:
-        draw_losses(found["curves"], 3).savefig(run / "curves.png", dpi=110)
-    write(run / "report.html", make_html(found, run).encode())
-    write(run / "report.md", make_markdown(found).encode())
-    print((run / "report.md").read_text().partition("## Losses")[0])
-    print(f"All of it: {run / 'report.md'}, {run / 'report.html'}")
-    return run / "report.md"
+    found, file = read_run(run), run / "report.md"
+    write(run / "report.html", make_html(found).encode())
+    write(file, make_markdown(found).encode())
+    print(file.read_text().partition("## Manifests")[0])
+    print(f"All of it, with losses and films: {run / 'report.html'}")
+    return file
 
 
 if __name__ == "__main__":

@@ -3,13 +3,11 @@
     python -m tools.reproduce --table 2    # Tables 1-4; continues where it was stopped
     python -m tools.reproduce --table 2 --no-run    # only the table, from the episodes in --out
 
-Demonstrations are recorded once. Each row trains its stages for each seed, then runs episodes of
-the val split. All steps are the README's commands, `--jobs` at a time, one core each. OUT keeps
-every episode, log and held-out metric, WORK the recordings and checkpoints. A cell (row and seed)
-with all episodes in OUT needs nothing of WORK.
-
-Rows with the same training (Table 1's `base-depth`, Table 2's `auxvla`) are trained once, and so
-are stages that two rows share.
+All steps are the README's commands, `--jobs` at a time, one core each: demonstrations are recorded
+once, each row trains its stages for each seed, then runs episodes of the val split. OUT keeps every
+episode, log and held-out metric, WORK the recordings and checkpoints. A cell (row and seed) with
+all episodes in OUT needs nothing of WORK. A training or a stage that two rows share (Table 1's
+`base-depth`, Table 2's `auxvla`) is run once.
 """
 
 import os
@@ -27,7 +25,7 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-from config import SUBTASKS, InputError, quoted, user_errors
+from config import InputError, quoted, user_errors
 from paper import COLUMNS, PAPER_COLUMNS, ROWS, Row
 from storage.files import read_json, sole_writer, write_json
 from storage.results import read_episodes
@@ -55,31 +53,24 @@ class ReproduceConfig:
     work: Path | None = None  # recordings and checkpoints; default: the same under runs/
     run: bool = True  # --no-run: only the table, from the episodes in --out
 
-    def __post_init__(self):
-        foreign = [name for name in self.rows if ROWS[name].table != self.table]
-        foreign += [c for c in self.columns if COLUMNS[c].subtask not in self.any_row.subtasks]
-        if foreign:
-            raise InputError(f"Table {self.table} has no {', '.join(foreign)}")
-
     @property
     def names(self) -> tuple[str, ...]:
         return self.rows or tuple(name for name in ROWS if ROWS[name].table == self.table)
 
     @property
-    def any_row(self) -> Row:
-        """A row of the table; all rows of a table have the same tasks and subtasks."""
-        return next(row for row in ROWS.values() if row.table == self.table)
+    def tasks(self) -> tuple[str, ...]:
+        return ROWS[self.names[0]].tasks  # all rows of a table have the same ones
 
     @property
     def evaluated(self) -> tuple[str, ...]:
         closing = ("close_fridge", "close_drawer")
-        default = closing if "close" in self.any_row.subtasks else PAPER_COLUMNS[:2]
+        default = PAPER_COLUMNS[:2] if self.table == 3 else closing
         return tuple(name for name in COLUMNS if name in (self.columns or default))
 
     @property
     def folders(self) -> tuple[Path, Path]:
         """OUT and WORK; tables with the same demonstrations share them."""
-        suite = "set_table" if self.any_row.subtasks == SUBTASKS else "pick_place"
+        suite = "pick_place" if self.table == 3 else "set_table"
         return self.out or Path("results", suite), self.work or Path("runs", suite)
 
 
@@ -98,7 +89,7 @@ def cell(name: str) -> str:
 
 
 class Runner:
-    """Runs the commands of the cells that OUT lacks, several at once."""
+    """Runs the commands of the cells that OUT lacks."""
 
     def __init__(self, cfg: ReproduceConfig):
         self.cfg, (self.out, self.work) = cfg, cfg.folders
@@ -110,16 +101,13 @@ class Runner:
         """Run a program of this repository and write its output to `log`."""
         words = program.split()
         for name, value in flags.items():
-            words.append(f"--{name.replace('_', '-')}")
-            if value is not True:
-                words += map(str, value if isinstance(value, tuple) else (value,))
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a", encoding="utf-8") as file:
             print("$", *words, file=file, flush=True)
-            done = subprocess.run(
-                [sys.executable, *words],
-                env=self.environment, stdout=file, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+            to_log = dict(stdout=file, stderr=subprocess.STDOUT)
+            done = subprocess.run([sys.executable, *words], env=self.environment, **to_log)
         if done.returncode:
             last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
             raise InputError(f"python {quoted(*words)}: {last}. Its output is in {log}")
@@ -129,7 +117,7 @@ class Runner:
         cfg, log, data = self.cfg, self.work / "collect.log", self.work / "data"
         if (self.work / "pack/pack.json").exists():
             return
-        for task in cfg.any_row.tasks:
+        for task in cfg.tasks:
             for column in map(COLUMNS.__getitem__, cfg.evaluated):
                 self.command(
                     log, "collect.py", expert="scripted", task=task, split="train",
@@ -168,7 +156,7 @@ class Runner:
         """Return the tasks of which OUT lacks episodes of a cell."""
         wanted = {*product(self.cfg.evaluated, range(self.cfg.episodes))}
         folder = self.out / name / f"seed-{seed}"
-        return [t for t in self.cfg.any_row.tasks if wanted - read_episodes(folder / t).keys()]
+        return [t for t in self.cfg.tasks if wanted - read_episodes(folder / t).keys()]
 
     def run_cell(self, name: str, seed: int):
         """Train a row, or take the random policy or the expert, and run the episodes OUT lacks."""
@@ -180,8 +168,8 @@ class Runner:
             who = {"checkpoint": self.work / where / f"stage{stage}", "device": cfg.device}
         for task in self.lacks(name, seed):
             self.command(
-                self.work / where / "log.txt", "eval.py", task=task, columns=cfg.evaluated,
-                episodes=cfg.episodes, out=self.out / where / task, stop_at_success=True, **who,
+                self.work / where / "log.txt", "eval.py --stop-at-success", task=task,
+                columns=cfg.evaluated, episodes=cfg.episodes, out=self.out / where / task, **who,
             )  # fmt: skip
 
 
@@ -204,19 +192,17 @@ def check_recipe(cfg: ReproduceConfig, folder: Path):
 
 def run(cfg: ReproduceConfig):
     """Run the cells that OUT lacks, all rows of a seed before the next seed."""
-    out, work = cfg.folders
-    runner = Runner(cfg)
+    runner, rows = Runner(cfg), dict.fromkeys(map(cell, cfg.names))
     cells = [(name, 0) for name in BOUNDS]
-    cells += [(n, seed) for seed in range(cfg.seeds) for n in dict.fromkeys(map(cell, cfg.names))]
-    with sole_writer(work), sole_writer(out), ThreadPoolExecutor(cfg.jobs) as pool:
-        left = [each for each in cells if runner.lacks(*each)]
-        if left:
-            runner.collect()
+    cells += [(name, seed) for seed, name in product(range(cfg.seeds), rows)]
+    left = [each for each in cells if runner.lacks(*each)]
+    if left:
+        runner.collect()
+    with ThreadPoolExecutor(cfg.jobs) as pool:
         running = [pool.submit(runner.run_cell, *each) for each in left]
         try:
             for done in tqdm(as_completed(running), total=len(running), unit="cell"):
                 done.result()
-                write_table(out, cfg.table, cfg.names, cell, cfg.preset)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -226,7 +212,8 @@ def main(cfg: ReproduceConfig):
     for folder in (out, work) if cfg.run else (out,):
         check_recipe(cfg, folder)
     if cfg.run:
-        run(cfg)
+        with sole_writer(work), sole_writer(out):
+            run(cfg)
     table = write_table(out, cfg.table, cfg.names, cell, cfg.preset)
     print("\n".join([*to_markdown(table), "", list_differences(table)]))
 
