@@ -55,6 +55,14 @@ def simulator(assets) -> Iterator[Callable]:
         envs.close()
 
 
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A pack of six demonstrations, which lie in demos/ beside it."""
+    from tiny_run import write_pack
+
+    return write_pack(tmp_path_factory.mktemp("data"))
+
+
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
     """A real file system of two megabytes."""

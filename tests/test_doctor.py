@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from files import write_demos
-from originals import save_prismatic
+from originals import released_components, save_prismatic
 from processes import REPOSITORY as ROOT
 from safetensors.torch import load_file, save_file
 from tiny_run import train
@@ -140,11 +140,7 @@ def test_damaged_demonstrations_are_named(good, tmp_path):
 def test_public_weights_of_another_model_are_named_and_those_to_download_are_not(
     tmp_path, monkeypatch
 ):
-    manifest = json.loads((ROOT / "tests/prismatic_manifest.json").read_text())
-    components = {
-        part: {key: torch.empty(shape, device="meta") for key, shape in manifest[part].items()}
-        for part in ("projector", "llm_backbone", "vision_backbone")
-    }
+    components = released_components()
     key = "llm.model.layers.3.mlp.down_proj.weight"
     components["llm_backbone"][key] = torch.empty(4, 4, device="meta")
     save_prismatic(components, tmp_path)
