@@ -263,7 +263,7 @@ REFUSED = {  # message: further flags
     "model.llm.depth: 3 here, 4 there": {"stage": 2, "init_from": "STAGE1", "model.llm.depth": 3},
     r"no training frame .* for: pos\. Record labels": dict(data="UNLABELLED", row="auxvla-pos"),
     r"for: seg\. Record labels": {"data": "UNLABELLED", "model.decoders": "seg"},
-    "less than one batch of 512": dict(batch_size=512),
+    "a training batch of 512": dict(batch_size=512),
     "--device cuda: torch finds no GPU here": dict(device="cuda"),
     "lr: 0.5 here, 0.0003 there": dict(out="COPY", steps=5, lr=0.5),
     "step-00000004 is beyond the 2 steps .* --steps 4": dict(out="COPY", steps=2),
