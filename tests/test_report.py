@@ -158,7 +158,7 @@ def test_the_runs_figures_are_those_of_its_results(page):
 def test_the_markdown_has_the_same_figures(run, page):
     text = re.sub(" +", " ", (run / "report.md").read_text())  # columns are padded
     assert "| close_drawer | not run | not run | not run | 1.00" in text
-    assert "| stage2 | 5.43 cm (98.1) | 0.5 (0.9) |" in text
+    assert "| stage2 | 5.43 [4.9, 5.97] cm (98.1) | 0.5 (0.9) |" in text
     assert page.count("does not beat the trivial predictor") == 1  # the grasp decoder
 
 
