@@ -1,18 +1,17 @@
-"""The generated apartment and the simulators that all tests share."""
+"""The generated apartment, the simulators and the demonstrations that all tests share."""
 
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+from processes import run
 
-REPOSITORY = Path(__file__).parents[1]
 FOLDER = pytest.StashKey[Path]()
 
 
@@ -33,8 +32,27 @@ def pytest_unconfigure(config):
 def assets(pytestconfig) -> Path:
     """The generated apartment of seed 0; MS_ASSET_DIR is this folder."""
     out = pytestconfig.stash[FOLDER] / "assets"
-    command = [sys.executable, "-m", "household.assets", "--out", str(out)]
-    subprocess.run(command, cwd=REPOSITORY, check=True)
+    run("-m", "household.assets", "--out", out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def recorded(assets, tmp_path_factory) -> Path:
+    """A data folder: three episodes of closing the drawer, recorded by one worker."""
+    out = tmp_path_factory.mktemp("recorded")
+    flags = "--task set_table --subtask close --target kitchen_counter --episodes 3"
+    assert "succeeded in 3/" in run("collect.py", *flags.split(), "--out", out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def recorded_by_mshab(recorded, tmp_path_factory) -> Path:
+    """The folder of tests/mshab_recorder.py: five random steps, then the episodes of `recorded`."""
+    out = tmp_path_factory.mktemp("mshab")
+    demonstrations = recorded / "set_table/close/kitchen_counter.h5"
+    # ManiSkill puts rgb and depth in the order of a set of strings; collect.py fixes the order for
+    # its workers.
+    run("tests/mshab_recorder.py", out, 5, demonstrations, PYTHONHASHSEED="0")
     return out
 
 
@@ -53,6 +71,14 @@ def simulator(assets) -> Iterator[Callable]:
     yield get
     for envs in made:
         envs.close()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A pack of six demonstrations, which lie in demos/ beside it."""
+    from tiny_run import write_pack
+
+    return write_pack(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,15 +17,16 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
-from processes import REPOSITORY
+from processes import start as launch
 from safetensors.torch import load_file
-from tiny_run import TORCHRUN, flags, lines
+from tiny_run import command, fingerprint, flags, lines
 
 from config import InputError
 from data import Frames
 from storage import checkpoint
-from storage.files import sha256, sole_writer, write_json
+from storage.files import sole_writer, write_json
 from storage.pack import FORMAT, Pack, npy_name
 from storage.trajectory import RECORD, SURVEY
 from training.log import Saver
@@ -38,14 +38,10 @@ KILLED = 100  # exit code of an injected kill
 
 def start(data: Path, out: Path, processes: int, restarts: int = 0, **settings) -> subprocess.Popen:
     """Start train.py, small, on the CPU, saving at every step; its output goes to OUT.txt."""
-    torchrun = [*TORCHRUN, "--standalone", f"--nproc_per_node={processes}"]
-    launcher = [*torchrun, f"--max-restarts={restarts}"] if processes > 1 else [sys.executable]
     words = flags(data, out, **dict(save_every=1, val_frames=8, seed=3) | settings)
+    torchrun = ("--standalone", f"--max-restarts={restarts}") * (processes > 1)
     with open(f"{out}.txt", "ab") as log:
-        return subprocess.Popen(
-            [*launcher, "train.py", *words], cwd=REPOSITORY, stdout=log, stderr=log,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        return launch(*command(processes, words, torchrun), output=log, OMP_NUM_THREADS="1")
 
 
 def finish(process: subprocess.Popen, out: Path) -> None:
@@ -67,11 +63,10 @@ def processes_of(out: Path, what: str = "train.py") -> list[int]:
     return [int(pid) for pid in found.stdout.split()]
 
 
-def fingerprint(out: Path) -> tuple[str, str, str]:
-    """Step, weights and optimizer of the newest whole checkpoint."""
-    folder = checkpoint.newest(out)
-    hashes = [sha256(folder / f"{name}.safetensors") for name in ("model", "optimizer")]
-    return folder.name, *hashes
+def run_whole(data: Path, out: Path, processes: int, **settings) -> tuple[str, str, str]:
+    """The fingerprint of a run that nothing interrupts."""
+    finish(start(data, out, processes, **settings), out)
+    return fingerprint(out)
 
 
 # --- Signals ---
@@ -82,13 +77,12 @@ def kills(data: Path, work: Path, count: int, **settings) -> dict:
 
     The instant is uniform over the time that an uninterrupted run takes, start-up included.
     """
-    stage = settings["stage"]
+    stage, settings = settings["stage"], settings | {"workers": 1}
     straight, out, began = work / f"straight{stage}", work / f"killed{stage}", time.monotonic()
-    finish(start(data, straight, 2, workers=1, **settings), straight)
-    takes, expected = time.monotonic() - began, fingerprint(straight)
+    expected, takes = run_whole(data, straight, 2, **settings), time.monotonic() - began
     rng, done, runs, in_training = random.Random(stage), 0, 0, 0
     while done < count or out.exists():
-        process = start(data, out, 2, workers=1, **settings)
+        process = start(data, out, 2, **settings)
         try:
             process.wait(timeout=rng.uniform(0, takes) if done < count else 900)
         except subprocess.TimeoutExpired:
@@ -111,15 +105,14 @@ def kills(data: Path, work: Path, count: int, **settings) -> dict:
 def rank_deaths(data: Path, work: Path, count: int, processes=2, steps=12) -> dict:
     """Kill one rank: torchrun starts all again, and the bytes are the same."""
     settings = dict(processes=processes, stage=2, steps=steps)
-    straight, rng = work / "straight-rank", random.Random(0)
-    finish(start(data, straight, **settings), straight)
+    rng, expected = random.Random(0), run_whole(data, work / "straight-rank", **settings)
     for number in range(count):
         out = work / f"rank{number}"
         process = start(data, out, restarts=1, **settings)
         wait_for(lambda out=out: (out / "step-00000003").exists(), process)
         os.kill(rng.choice(processes_of(out, "-u train.py")), signal.SIGKILL)
         finish(process, out)
-        assert fingerprint(out) == fingerprint(straight), f"{out}: other bytes than {straight}"
+        assert fingerprint(out) == expected, f"{out}: other bytes than straight-rank"
         shutil.rmtree(out)
     return {"rank deaths": count, "equal": count}
 
@@ -235,7 +228,7 @@ def faults(work: Path) -> dict:
                 save(out, 3)
             assert checkpoint.newest(out).name == "step-00000003", f"{out}: next save after {at}"
             assert not [*out.glob(".step-*")], f"{out}: remains after {at}"
-            if 0 <= made <= number and made != KILLED:
+            if 0 <= made <= number:  # neither KILLED nor by a signal
                 counts[name] = number
                 break
     return {"file calls of a save": counts["error"], "with an error": counts["error"],
@@ -255,11 +248,8 @@ def stall(work: Path, parameters: int = 100_000_000) -> dict:
     saver.close()
     took = time.perf_counter() - began
     shutil.rmtree(work / "stall")
-    return {
-        "GB": 12 * parameters / 1e9,
-        "stalled (s)": round(stalled, 2),
-        "took (s)": round(took, 2),
-    }
+    seconds = {"stalled (s)": round(stalled, 2), "took (s)": round(took, 2)}
+    return {"GB": 12 * parameters / 1e9} | seconds
 
 
 # --- Flipped bytes ---
@@ -281,12 +271,8 @@ def flips(folder: Path, check: Callable[[], None], count: int) -> int:
         with open(path, "r+b") as file:
             byte = os.pread(file.fileno(), 1, place)
             os.pwrite(file.fileno(), bytes([byte[0] ^ rng.randrange(1, 256)]), place)
-            try:
+            with pytest.raises(InputError, match=path.name):
                 check()
-            except InputError as error:
-                assert path.name in str(error), f"{path}, byte {place}: reported as {error}"
-            else:
-                raise AssertionError(f"{path}, byte {place}: changed, and not noticed")
             os.pwrite(file.fileno(), byte, place)
     check()
     return count
@@ -296,21 +282,19 @@ def flips(folder: Path, check: Callable[[], None], count: int) -> int:
 
 
 def write_large_index(folder: Path, episodes: int, length: int) -> None:
-    """A pack whose index is real and whose frames are holes of the right size."""
+    """A pack whose index is real and whose frames are a hole of the right size."""
+    file = "set_table/pick/all.h5"
     entries = [
-        {"file": f"set_table/pick/{i % 9}.h5", "trajectory": f"traj_{i}", "length": length,
-         "instruction": 0, "task": "set_table", "subtask": "pick"} for i in range(episodes)
+        dict(file=file, trajectory=f"traj_{i}", length=length, instruction=0, task="set_table",
+             subtask="pick") for i in range(episodes)
     ]  # fmt: skip
-    for number in range(9):
-        path = folder / npy_name(entries[number]["file"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        frames = len(entries[number::9]) * length
-        np.lib.format.open_memmap(path, "w+", RECORD, (frames,))  # a file of holes
+    path = folder / npy_name(file)
+    path.parent.mkdir(parents=True)
+    np.lib.format.open_memmap(path, "w+", RECORD, (episodes * length,))
     np.savez(folder / "summary.npz", survey=np.zeros(episodes, SURVEY))
-    sizes = {entry["file"]: 0 for entry in entries}
     about = {"instructions": [""], "action_schema": None, "qpos_names": None, "truncate": True}
-    content = {"format": FORMAT, "sha256": {}, "sizes": sizes, "episodes": entries} | about
-    write_json(folder / "pack.json", content)
+    content = {"format": FORMAT, "sha256": {}, "sizes": {file: 0}, "episodes": entries}
+    write_json(folder / "pack.json", content | about)
 
 
 OPEN = """
@@ -333,10 +317,8 @@ print(len(frames), time.perf_counter() - began, peak() - before)
 
 def open_large_index(folder: Path) -> dict:
     """The paper's 44,000 episodes: opened, and the first epoch's order drawn, in a new process."""
-    folder.mkdir(exist_ok=True)
     write_large_index(folder, episodes=44_000, length=182)
-    command = [sys.executable, "-c", OPEN, folder]
-    printed = subprocess.check_output(command, cwd=REPOSITORY).split()
-    frames, seconds, megabytes = map(float, printed)
+    printed, _ = launch("-c", OPEN, folder).communicate()
+    frames, seconds, megabytes = map(float, printed.split())
     shutil.rmtree(folder)
     return {"frames": int(frames), "seconds": round(seconds, 2), "MB": round(megabytes)}

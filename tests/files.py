@@ -1,4 +1,4 @@
-"""Small files of MS-HAB's exact layout, for tests that need no simulator."""
+"""Small files of MS-HAB's exact layout, for tests that need no simulator; damage to files."""
 
 import json
 from pathlib import Path
@@ -7,23 +7,41 @@ import h5py
 import numpy as np
 
 
+def datasets(file: h5py.Group) -> dict[str, np.ndarray]:
+    """Every dataset below a group, by its path."""
+    found = {}
+    file.visititems(lambda name, item: found.update({name: item}))
+    return {name: item[:] for name, item in found.items() if isinstance(item, h5py.Dataset)}
+
+
 def write_demos(
-    path: Path, lengths=(12, 9, 15), labels=True, seed=0, has_object=True, instruction=None
+    path: Path, lengths=(12, 9, 15), labels=True, seed=0, has_object=True, entries=None, **about
 ) -> Path:
-    """Write `path`.h5 and .json with random pictures; labels and actions are functions of them."""
-    rng = np.random.default_rng(seed)
+    """Write `path`.h5 and .json with random pictures; labels and actions are functions of them.
+
+    `about` adds to the .json, `entries` {number: changes} to its episodes, and None leaves one out.
+    """
+    rng, entries = np.random.default_rng(seed), entries or {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    episodes = [
-        dict(episode_id=i, episode_seed=[i], elapsed_steps=length, subtask_uid=f"uid-{i}")
-        | ({"instruction": instruction} if instruction else {})
-        for i, length in enumerate(lengths)
-    ]
     with h5py.File(path.with_suffix(".h5"), "w", track_order=True) as file:
         for i, length in enumerate(lengths):
             group = file.create_group(f"traj_{i}", track_order=True)
             write_trajectory(group, length, labels, has_object, rng)
-    path.with_suffix(".json").write_text(json.dumps({"env_info": {}, "episodes": episodes}))
+    episodes = [
+        dict(episode_id=i, episode_seed=[i], elapsed_steps=length, subtask_uid=f"uid-{i}") | change
+        for i, length in enumerate(lengths)
+        if (change := entries.get(i, {})) is not None
+    ]
+    content = {"env_info": {}, "episodes": episodes} | about
+    path.with_suffix(".json").write_text(json.dumps(content))
     return path.with_suffix(".h5")
+
+
+def flip(path: Path) -> None:
+    """Change one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
 
 
 def write_trajectory(group, length, labels, has_object, rng):

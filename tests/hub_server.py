@@ -49,7 +49,7 @@ class Answer(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
 
-    def answer(self, send: bool):
+    def answer(self):
         path = unquote(self.path.partition("?")[0])
         listing = re.fullmatch(r"/api/(?:dataset|model)s/([^/]+/[^/]+)(/\w+/\w+)?", path)
         file = re.fullmatch(rf"(?:/datasets)?/([^/]+/[^/]+)/resolve/{COMMIT}/(.+)", path)
@@ -58,28 +58,28 @@ class Answer(BaseHTTPRequestHandler):
         elif listing:
             self.send_listing(self.server.repositories[listing[1]], "/tree/" in path)
         elif file:
-            self.send_file(self.server.repositories[file[1]][file[2]], file[2], send)
+            self.send_file(self.server.repositories[file[1]][file[2]], file[2])
         else:
             self.head(404)
+
+    do_GET = do_HEAD = answer
 
     def send_listing(self, files: dict[str, bytes], tree: bool):
         content = {"id": "x/y", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
         if tree:
-            content = [
-                {"type": "file", "path": name, "size": len(data), "oid": name}
-                for name, data in files.items()
-            ]
+            sizes = {name: len(data) for name, data in files.items()}
+            content = [dict(type="file", path=name, oid=name, size=sizes[name]) for name in files]
         body = json.dumps(content).encode()
         self.head(200, len(body), Content_Type="application/json")
         self.wfile.write(body)
 
-    def send_file(self, data: bytes, name: str, send: bool):
+    def send_file(self, data: bytes, name: str):
         if name in self.server.refused:
             self.head(403)
             return
         etag = f'"{hashlib.sha256(data).hexdigest()}"'
         self.head(200, len(data), ETag=etag, X_Repo_Commit=COMMIT)
-        if not send:
+        if self.command == "HEAD":
             return
         self.server.fetched.append(name)
         self.wfile.write(data[: len(data) // 2])
@@ -88,9 +88,3 @@ class Answer(BaseHTTPRequestHandler):
             self.server.halfway.set()
             threading.Event().wait(0.02)
         self.wfile.write(data[len(data) // 2 :])
-
-    def do_HEAD(self):
-        self.answer(send=False)
-
-    def do_GET(self):
-        self.answer(send=True)

@@ -4,8 +4,8 @@
 
 writes FOLDER/mshab.h5 and .json with mshab's RecordEpisode on the environment collect.py uses:
 traj_0 is STEPS random steps long; traj_1 and so on are the trajectories of the h5, replayed from
-their seeds, and REST steps more. FOLDER/positions.json has the base's x, y at each of their frames.
-Prints as json, for each trajectory of the h5, the steps of it at which it succeeds.
+their seeds, and REST steps more. FOLDER/positions.json has the base's x, y at each of their frames,
+FOLDER/successes.json the steps of each trajectory of the h5 at which it succeeds.
 """
 
 import json
@@ -54,7 +54,7 @@ def main(folder: Path, steps: int, demonstrations: Path):
     recorder.flush_trajectory()  # a reset has flushed those before
     recorder._h5_file.close()
     (folder / "positions.json").write_text(json.dumps(positions))
-    print(json.dumps(successes))
+    (folder / "successes.json").write_text(json.dumps(successes))
 
 
 if __name__ == "__main__":

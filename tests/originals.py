@@ -18,7 +18,6 @@ from storage.pretrained import HUB, INDEX
 
 DINO, SIGLIP, QWEN = (Path(HUB[part]).name for part in ("dino", "siglip", "llm"))
 
-
 RENAMED = (
     (r"vision_model\.|embeddings\.(?=cls|mask)", ""),
     (r"embeddings\.register_tokens", "reg_token"),
@@ -73,6 +72,13 @@ def prismatic_components(originals: dict, cfg: ModelConfig, folder: Path) -> dic
             for key, value in timm_tower(tower).items()
         },
     }
+
+
+def released_components(fill=lambda shape: torch.empty(shape, device="meta")) -> dict[str, dict]:
+    """The keys and shapes of Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b."""
+    manifest = json.loads((Path(__file__).parent / "prismatic_manifest.json").read_text())
+    parts = ("projector", "llm_backbone", "vision_backbone")
+    return {part: {key: fill(shape) for key, shape in manifest[part].items()} for part in parts}
 
 
 # As the hub's repositories name them: the last of their steps.

@@ -1,4 +1,4 @@
-"""collect.py and eval.py as a user starts them."""
+"""The programs as a user starts them."""
 
 import os
 import subprocess
@@ -8,17 +8,30 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 
 
-def start(*command, **environment: str) -> subprocess.Popen:
-    """Start a program with its flags, in a process group of its own."""
+def start(
+    *command, cwd: Path = REPOSITORY, output=subprocess.PIPE, **environment: str
+) -> subprocess.Popen:
+    """Start a program with its flags, in a process group of its own; `output` may be a file."""
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
-        cwd=REPOSITORY,
+        cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
         text=True,
         start_new_session=True,
     )
+
+
+def finish(process: subprocess.Popen, code: int = 0, seconds: float = 600) -> str:
+    """What a program prints that ends with `code`, and without a traceback."""
+    stdout, stderr = process.communicate(timeout=seconds)
+    assert process.returncode == code and "Traceback" not in stderr, stderr
+    return stdout + stderr
+
+
+def run(*command, code: int = 0, **options) -> str:
+    return finish(start(*command, **options), code)
 
 
 def workers_of(process: subprocess.Popen) -> list[int]:

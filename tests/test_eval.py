@@ -1,4 +1,4 @@
-"""Evaluation: numbers, files that survive a kill, one result for all worker counts, the report."""
+"""Evaluation: numbers, files that survive a kill, one result for all worker counts, the commit."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from processes import REPOSITORY, start, workers_of
+from processes import REPOSITORY, finish, run, start, workers_of
 from tiny_run import write_untrained
 
 from config import InputError
@@ -27,7 +27,6 @@ from storage.files import (
     write_json,
 )
 from storage.results import check_settings, read_episodes, success_table, table, wilson
-from tools.report import write_report
 
 DRAWER = ("set_table", "close", "kitchen_counter", "val")
 EXPERT = "--policy expert --columns close_drawer pick_all --episodes 3 --horizon 40"
@@ -39,18 +38,19 @@ def outcomes(out: Path) -> list[tuple]:
     return sorted((key, tuple((e | untimed).items())) for key, e in read_episodes(out).items())
 
 
-def wait_for_episodes(out: Path, count: int, process: subprocess.Popen):
-    path = out / "episodes.jsonl"
-    while not path.exists() or path.read_text().count("\n") < count:
+def start_two_workers(out: Path, episodes: int) -> subprocess.Popen:
+    """Start an evaluation, and wait until so many of its episodes are written."""
+    process = start("eval.py", *EXPERT.split(), "--workers", "2", "--out", out)
+    while len(read_episodes(out)) < episodes:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
+    return process
 
 
 @pytest.fixture(scope="module")
 def one_worker(assets, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("one_worker")
-    process = start("eval.py", *EXPERT.split(), "--out", out)
-    assert process.wait() == 0, process.communicate()
+    run("eval.py", *EXPERT.split(), "--out", out)
     return out
 
 
@@ -123,30 +123,25 @@ def test_wrong_flags_are_refused(tmp_path):
 
 def test_a_kill_neither_loses_nor_repeats_an_episode(one_worker, tmp_path):
     """Also: two workers, killed twice and started again, give the records that one worker gives."""
-    two_workers = ("eval.py", *EXPERT.split(), "--workers", "2", "--out", tmp_path)
-    process = start(*two_workers)
-    wait_for_episodes(tmp_path, 1, process)
+    process = start_two_workers(tmp_path, episodes=1)
     os.kill(workers_of(process)[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and "died (exit code -9)" in errors
+    assert "died (exit code -9)" in finish(process, code=1)
 
     kept = len(outcomes(tmp_path))
-    process = start(*two_workers)
-    wait_for_episodes(tmp_path, kept + 1, process)
+    process = start_two_workers(tmp_path, kept + 1)
     orphans = workers_of(process)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     assert 1 <= kept < len(outcomes(tmp_path)) < 6
 
-    process = start(*two_workers)
-    assert process.wait() == 0, process.communicate()
+    finish(start_two_workers(tmp_path, kept + 1))
     assert outcomes(tmp_path) == outcomes(one_worker)
     assert orphans and not any(Path(f"/proc/{worker}").exists() for worker in orphans)
 
 
 def test_a_folder_has_one_writer_and_one_horizon(one_worker):
     with sole_writer(one_worker):
-        refused = start("eval.py", *EXPERT.split(), "--out", one_worker).communicate()[1]
+        refused = run("eval.py", *EXPERT.split(), "--out", one_worker, code=1)
     assert "is writing to it" in refused
     cfg = EvalConfig(one_worker, policy="expert", columns=("close_drawer",), horizon=7)
     with pytest.raises(InputError, match="episodes with horizon = 40, this run has 7"):
@@ -166,7 +161,7 @@ def test_without_flags_the_newest_stage_of_the_run_acts(trained, tmp_path, monke
 
 
 def loaded_by(program: str) -> set[str]:
-    return set(start("-c", f"{program}; import sys; print(*sys.modules)").communicate()[0].split())
+    return set(run("-c", f"{program}; import sys; print(*sys.modules)").split())
 
 
 def test_the_main_process_loads_no_simulator_and_its_workers_no_tools(assets):
@@ -187,9 +182,8 @@ def test_the_random_policy_runs_through_the_same_code(assets, tmp_path, capsys):
         assert (episode["seed"], episode["length"], episode["success_once"]) == (seed, 3, False)
         assert episode["target"] == "kitchen_counter" and episode["column"] == "open_drawer"
     results = read_json(tmp_path / "results.json")
-    assert (
-        results["columns"]["open_drawer"]["n"] == 2 and results["scenes"]["open_drawer"]["of"] == 3
-    )
+    assert results["columns"]["open_drawer"]["n"] == 2
+    assert results["scenes"]["open_drawer"]["of"] == 3
     assert results["manifest"]["seeds"] == [5, 6] and results["manifest"]["versions"]["mani_skill"]
     assert "of the split's 3 scenes" in capsys.readouterr().out
 
@@ -223,9 +217,7 @@ def test_default_columns_are_those_that_the_checkpoint_was_trained_on(trained, t
     assert "not trained on every instruction of open_fridge; asked" in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_another_robot_is_refused_naming_the_slot(
-    trained, simulator, tmp_path, capfd
-):
+def test_another_robots_checkpoint_is_refused_by_slot(trained, simulator, tmp_path, capfd):
     manifest_file = trained / "step-00000001/manifest.json"
     manifest, env = read_json(manifest_file), simulator(*DRAWER)
     names, schema = manifest["qpos_names"], manifest["action_schema"]
@@ -236,39 +228,12 @@ def test_a_checkpoint_of_another_robot_is_refused_naming_the_slot(
         check_schema(env, manifest | {"qpos_names": names[1::-1] + names[2:]})
     wider = [*schema[:8], schema[8] | {"high": 0.2}, *schema[9:]]
     write_json(manifest_file, manifest | {"action_schema": wider})
-    message = "action_schema, slot 8: the checkpoint was trained on"
-    with pytest.raises(InputError, match=message):  # raised in the worker
-        main(EvalConfig(out=tmp_path, checkpoint=trained, columns=("close_drawer",), episodes=1))
+    cfg = EvalConfig(out=tmp_path, checkpoint=trained, columns=("close_drawer",), episodes=1)
+    with pytest.raises(InputError, match="action_schema, slot 8: the checkpoint was trained on"):
+        main(cfg)  # raised in the worker
     write_json(manifest_file, manifest)
     check_schema(env, manifest | {"action_schema": None, "qpos_names": None})
     assert "the training data had no action_schema" in capfd.readouterr().err
-
-
-def test_a_report_has_what_was_run_and_says_what_was_not(tmp_path):
-    stage = tmp_path / "stage1"
-    stage.mkdir()
-    for step in (1, 2, 3):
-        append(stage / "log.jsonl", {"step": step, "stage": 1, "action": 1 / step, "lr": 1e-3})
-    append(stage / "log.jsonl", {"step": 3, "val_action": 0.5, "val_base_position_error": 3.0})
-    cm = {"unit": "cm", "higher_is_better": False, "n": 9}
-    share = {"unit": "share", "higher_is_better": True, "n": 9}
-    metrics = {
-        "error": {"ours": 3.0, "trivial": 40.0} | cm,
-        "grasp": {"ours": 0.5, "trivial": 0.9} | share,
-    }
-    write_json(stage / "validation.json", {"metrics": metrics})
-    text = re.sub(" +", " ", write_report(tmp_path).read_text())  # columns are padded
-    assert "| close_drawer | not run | not run | not run | 1.00" in text
-    assert "| stage1 | 3 cm (40) | 0.5 (0.9) |" in text
-    page = (tmp_path / "report.html").read_text()
-    assert page.count("does not beat the trivial predictor") == 1  # the grasp decoder
-    assert "## Manifests\n\nnot run" in text
-
-
-def test_a_report_of_an_evaluation_alone_is_refused_with_the_runs_command(tmp_path):
-    (tmp_path / "eval").mkdir()
-    with pytest.raises(InputError, match=f"python -m tools.report --run {tmp_path}"):
-        write_report(tmp_path / "eval")
 
 
 def test_results_name_the_commit_and_whether_a_program_differs_from_it(tmp_path, monkeypatch):

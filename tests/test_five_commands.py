@@ -6,24 +6,22 @@ still after their success, without masks, base position or names, with actions b
 apartment in a folder of its own beside the generated one; a few steps of training.
 """
 
-import json
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
+from files import datasets
 from hub_server import Hub
 from originals import STEP, prismatic_components, save_prismatic
 from processes import REPOSITORY as ROOT
+from processes import run
 from test_pretrained import CFG, PRISM
 
 from config import HORIZON
 from paper import HUB_DATASETS
-from storage.files import read_json, read_lines
+from storage.files import read_json, read_lines, write_json
 from tools.reference import build_originals
 
 PAGE = (ROOT / "docs/real-benchmark.md").read_text()
@@ -49,42 +47,38 @@ def make_smaller(words: list[str]) -> list[str]:
     launcher = ["-m", "torch.distributed.run"] if words[0] == "torchrun" else []
     extra = [flags for program, flags in SMALLER.items() if program in words]
     words = [word.replace("=8", "=2") for word in words[1:]]
-    return [sys.executable, *launcher, *words, *" ".join(extra).split()]
+    return [*launcher, *words, *" ".join(extra).split()]
 
 
 def release(path: Path) -> None:
     """Make of a recording what MS-HAB released: 201 observations, raw actions, no labels."""
     with h5py.File(path, "r+") as file:
         for group in file.values():
-            missing, sets = HORIZON - len(group["actions"]), {}
             del group["labels"]
-            group.visititems(sets.__setitem__)
-            for key in [key for key, item in sets.items() if isinstance(item, h5py.Dataset)]:
-                value = group[key][:]
+            missing = HORIZON - len(group["actions"])
+            for key, value in datasets(group).items():
                 last = value[-1:] * (0 if key == "actions" else 1)
                 del group[key]
                 value = np.concatenate([value, *[last] * missing])
                 group.create_dataset(key, data=value, compression="gzip")
             group["actions"][3, 12] = 12.5
     sidecar = path.with_suffix(".json")
-    content = json.loads(sidecar.read_text())
+    content = read_json(sidecar)
     for episode in content["episodes"]:
         del episode["instruction"]
         episode["elapsed_steps"] = HORIZON
-    sidecar.write_text(json.dumps({key: content[key] for key in ("env_info", "episodes")}))
+    write_json(sidecar, {key: content[key] for key in ("env_info", "episodes")})
 
 
-def repositories(folder: Path) -> dict[str, dict[str, bytes]]:
+def repositories(recorded: Path, folder: Path) -> dict[str, dict[str, bytes]]:
     """The hub's: recorded demonstrations of two subtasks, and the VLM as it was uploaded."""
-    served = {}
-    for subtask, target in (("close", "kitchen_counter"), ("open", "fridge")):
-        flags = f"--task set_table --subtask {subtask} --target {target} --episodes 2"
-        command = [sys.executable, "collect.py", *flags.split(), "--out", folder]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-        path = folder / f"set_table/{subtask}/{target}.h5"
+    data, served = shutil.copytree(recorded, folder / "data"), {}
+    flags = "--task set_table --subtask open --target fridge --episodes 2"
+    run("collect.py", *flags.split(), "--out", data)
+    for path in data.rglob("*.h5"):
         release(path)
         for file in (path, path.with_suffix(".json")):
-            served[f"{subtask}/{file.name}"] = file.read_bytes()
+            served[f"{path.parent.name}/{file.name}"] = file.read_bytes()
     vlm = prismatic_components(build_originals(CFG, CFG.image_size), CFG, folder / "parts")
     prism = save_prismatic(vlm, folder / "prism")
     files = {name: (prism / name).read_bytes() for name in ("config.json", STEP)}
@@ -92,34 +86,25 @@ def repositories(folder: Path) -> dict[str, dict[str, bytes]]:
     return {HUB_DATASETS["set_table"]: served, PRISM: files}
 
 
-def test_five_commands_lead_from_the_released_files_to_a_filled_row(assets, tmp_path):
-    hub = Hub(repositories(tmp_path / "released"))
+def test_five_commands_lead_from_the_released_files_to_a_filled_row(assets, recorded, tmp_path):
     (tmp_path / "replica_cad").symlink_to(assets)
     shutil.copytree(assets, tmp_path / "assets")
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf-home"), "HF_HUB_OFFLINE": "0",
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-        "MS_ASSET_DIR": str(tmp_path / "replica_cad"),
-    }  # fmt: skip
     for path in ROOT.glob("*.py"):
         (tmp_path / path.name).symlink_to(path)
+    environment = {"HF_HOME": str(tmp_path / "hf-home"), "HF_HUB_OFFLINE": "0"}
+    environment |= {"OMP_NUM_THREADS": "1", "MS_ASSET_DIR": str(tmp_path / "replica_cad")}
     output = ""
-    for command in printed():
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
-        output += done.stdout
-        if "download" in command:  # as `hf download` names the folder
-            (tmp_path / "data/set_table").rename(tmp_path / "data/MS-HAB-SetTable")
-    hub.shutdown()
-    hub.server_close()
+    with Hub(repositories(recorded, tmp_path / "released")) as hub:
+        for command in printed():
+            output += run(*command, cwd=tmp_path, HF_ENDPOINT=hub.url, **environment)
+            if "download" in command:  # as `hf download` names the folder
+                (tmp_path / "data/set_table").rename(tmp_path / "data/MS-HAB-SetTable")
     assert "of action values clipped to [-1, 1], as the controller does" in output
     assert [name for name in hub.fetched if name.endswith(".pt")] == [STEP]
-    run = tmp_path / "runs/auxvla-naive"
-    trained = read_json(run / "stage2/config.json")
+    run_folder = tmp_path / "runs/auxvla-naive"
+    trained = read_json(run_folder / "stage2/config.json")
     assert trained["pretrained"] == PRISM
     assert trained["model"]["decoders"] == ["pos", "grasp", "qpos"]
-    columns = read_json(run / "eval/results.json")["columns"]
+    columns = read_json(run_folder / "eval/results.json")["columns"]
     assert {name: c["n"] for name, c in columns.items()} == {"close_drawer": 3, "open_fridge": 3}
-    assert len({line["scene"] for line in read_lines(run / "eval/episodes.jsonl")}) > 1
+    assert len({line["scene"] for line in read_lines(run_folder / "eval/episodes.jsonl")}) > 1

@@ -22,7 +22,7 @@ from config import InputError
 from household.assets import main as generate
 from simulation.assets import apartment, check_assets, plan_files
 from simulation.env import REAL_FETCH_URDF, SubtaskEnv, SubtaskEnvs, render_backend
-from storage.files import sha256
+from storage.files import read_json, sha256
 
 REPLICA = "data/scene_datasets/replica_cad_dataset"
 REARRANGE = f"{REPLICA}/rearrange"
@@ -51,30 +51,21 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*") if p.is_file()}
 
 
-def task_plans(assets: Path, split: str) -> list[dict]:
-    paths = (assets / REARRANGE / "task_plans").glob(f"*/*/{split}/*.json")
-    return [plan for path in paths for plan in json.loads(path.read_text())["plans"]]
-
-
 def start_poses(assets: Path, split: str) -> dict[str, dict]:
     paths = (assets / REARRANGE / "spawn_data").glob(f"*/*/{split}/spawn_data.pt")
     return {uid: poses for path in paths for uid, poses in torch.load(path).items()}
 
 
-def test_the_same_seed_writes_the_same_files_and_a_complete_folder_is_left_alone(
-    assets, tmp_path, capsys
-):
-    generate(tmp_path / "same", seed=0)
-    assert hashes(tmp_path / "same") == hashes(assets)
-    generate(tmp_path / "same", seed=0)
+def test_a_seed_decides_the_files_and_a_complete_folder_is_left_alone(assets, tmp_path, capsys):
+    same, other, ours = tmp_path / "same", tmp_path / "other", hashes(assets)
+    generate(same, seed=0)
+    assert hashes(same) == ours
+    generate(same, seed=0)
     assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(InputError, match=f"mv {tmp_path}/same {tmp_path}/same-aside"):
-        generate(tmp_path / "same", seed=1)
-
-
-def test_another_seed_writes_another_apartment(assets, tmp_path):
-    generate(tmp_path / "other", seed=1)
-    ours, others = hashes(assets), hashes(tmp_path / "other")
+    with pytest.raises(InputError, match=f"mv {same} {same}-aside"):
+        generate(same, seed=1)
+    generate(other, seed=1)
+    others = hashes(other)
     assert ours.keys() == others.keys()
     different = " ".join(name for name in ours if ours[name] != others[name])
     for part in ("configs/scenes", "task_plans", "fridge.urdf"):
@@ -95,11 +86,12 @@ def test_a_killed_run_leaves_no_asset_folder(tmp_path):
 def test_val_has_the_scenes_of_train_but_its_own_object_positions_and_starts(assets):
     scenes, episodes, starts = [], [], []
     for split in SPLITS:
-        plans, poses = task_plans(assets, split), start_poses(assets, split)
+        files = (assets / REARRANGE / "task_plans").glob(f"*/*/{split}/*.json")
+        plans = [plan for path in files for plan in read_json(path)["plans"]]
+        poses = start_poses(assets, split)
         scenes.append({plan["build_config_name"] for plan in plans})
-        configs = [assets / REARRANGE / plan["init_config_name"] for plan in plans]
-        objects = [json.loads(path.read_text())["rigid_objs"] for path in configs]
-        episodes.append({json.dumps(rigid) for rigid in objects})
+        configs = [read_json(assets / REARRANGE / plan["init_config_name"]) for plan in plans]
+        episodes.append({json.dumps(config["rigid_objs"]) for config in configs})
         starts.append({tuple(p) for each in poses.values() for p in each["robot_pos"].tolist()})
         assert {plan["subtasks"][0]["uid"] for plan in plans} == set(poses)
     assert scenes[0] == scenes[1] and len(scenes[0]) == 3
@@ -169,15 +161,13 @@ def test_a_reset_reads_the_episode_files_of_its_scene_alone(simulator, monkeypat
     envs = simulator(*address)
     monkeypatch.setattr("builtins.open", spy)
     envs.reset([0])
-    plans = json.loads(plan_files(*address)[0].read_text())["plans"]
+    plans = read_json(plan_files(*address)[0])["plans"]
     scene_of = {plan["init_config_name"]: plan["build_config_name"] for plan in plans}
     assert {scene_of[name] for name in opened if name in scene_of} == {envs.episodes[0]["scene"]}
     assert len(set(scene_of.values())) == 3
 
 
-def test_a_missing_asset_folder_is_named_with_the_command_that_mends_it(
-    assets, tmp_path, monkeypatch
-):
+def test_a_missing_asset_folder_is_named_with_its_mend(assets, tmp_path, monkeypatch):
     remedy = "python -m household.assets --out assets.*mani_skill.utils.download_asset"
     monkeypatch.setenv("MS_ASSET_DIR", str(shutil.copytree(assets, tmp_path / "late")))
     with pytest.raises(InputError, match="late was set after mani_skill was imported"):
@@ -213,11 +203,11 @@ def copied(assets, tmp_path) -> Path:
 
 def replace_scenes(root: Path) -> None:
     """Replace ReplicaCAD by a download's scenes: one has a generated scene's name, one has not."""
+    scenes = root / REPLICA / "configs/scenes"
     shutil.rmtree(root / REPLICA)
-    (root / REPLICA / "configs/scenes").mkdir(parents=True)
+    scenes.mkdir(parents=True)
     for name in ("v3_sc0_staging_00", "v3_sc1_staging_04"):
-        scene = root / REPLICA / f"configs/scenes/{name}.scene_instance.json"
-        scene.write_text("{}")
+        (scenes / f"{name}.scene_instance.json").write_text("{}")
 
 
 def remove_bowl(root: Path) -> None:

@@ -64,6 +64,13 @@ def test_sharding_divides_what_belongs_to_the_weights():
     assert activations == (1, 1) and set(shares.values()) == {1 / 4} and len(shares) == 3
 
 
+def test_the_plan_counts_the_frames_that_a_rank_has_in_flight():
+    sizes, cfg = {"weights": 0.0, "activations": 2.0**30}, replace(TINY, batch_size=32)
+    for world, micro_batch, frames in ((1, 8, 8), (2, 32, 16), (8, 32, 4)):
+        line = describe_plan(sizes, replace(cfg, micro_batch=micro_batch), world, CPU)
+        assert line.endswith(f"activations of {frames} frames {frames}; in all {frames}")
+
+
 def test_a_gpu_that_is_too_small_is_refused_with_the_flag_that_fits(monkeypatch):
     """The plan and the sentence; the GPU is only a size here."""
     gpu, sizes = torch.device("cuda"), {"weights": 4e9, "gradients": 4e9, "activations": 1e9}
@@ -89,10 +96,3 @@ def test_recomputed_blocks_keep_less_and_recomputed_or_compiled_ones_give_the_sa
     assert less < 0.75 * kept and all(map(torch.equal, plain, recomputed))
     compiled, _ = gradients(compile=True)
     torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-5)
-
-
-def test_the_plan_counts_the_frames_that_a_rank_has_in_flight():
-    sizes, cfg = {"weights": 0.0, "activations": 2.0**30}, replace(TINY, batch_size=32)
-    for world, micro_batch, frames in ((1, 8, 8), (2, 32, 16), (8, 32, 4)):
-        line = describe_plan(sizes, replace(cfg, micro_batch=micro_batch), world, CPU)
-        assert line.endswith(f"activations of {frames} frames {frames}; in all {frames}")

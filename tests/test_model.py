@@ -82,6 +82,18 @@ def test_every_trained_parameter_gets_a_gradient_and_what_is_frozen_is_in_eval_m
         assert all(p.grad is not None for p in params)
 
 
+def test_training_on_one_batch_lowers_the_action_loss():
+    torch.manual_seed(0)
+    model, batch, losses = AuxVLA(CFG), make_batch(), []
+    optimizer = torch.optim.Adam(model.train_stage(1), lr=1e-3)
+    for _ in range(10):
+        losses.append(model(batch, 1)["action"])
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+
+
 def test_without_latents_and_decoders_it_is_the_bare_vlm_and_still_acts():
     bare = AuxVLA(replace(CFG, num_latents=0, decoders=()))
     batch = make_batch()

@@ -1,41 +1,26 @@
 """Public weights load by an explicit map: the manifests fit, features are kept, damage is named."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import originals
 import pytest
 import torch
 from files import write_demos
 from hub_server import Hub
-from originals import (
-    DINO,
-    QWEN,
-    SIGLIP,
-    STEP,
-    compare,
-    prismatic_components,
-    save_openvla,
-    save_prismatic,
-    save_shards,
-)
-from processes import start
+from originals import DINO, QWEN, SIGLIP, STEP, compare, released_components, save_prismatic
 from safetensors.torch import load_file, save_file
+from tiny_run import train
 
 from config import BINS, InputError, model_config
 from model import VLM
-from paper import HUB_DATASETS
 from storage import checkpoint
-from storage.download import download
-from storage.files import sha256
+from storage.files import read_json, sha256
 from storage.pretrained import HUB, INDEX, load_pretrained, select_files
 from storage.tokenizer import build_tokenizer
 from tools.reference import build_originals, save_originals
-from train import main
-from training.flags import parse
 
-TESTS = Path(__file__).parent
 TINY = model_config("tiny")
 # Small, but with everything the real ones have: four registers, LayerScale, shared keys.
 CFG = replace(
@@ -49,24 +34,24 @@ LLAMA = replace(CFG, llm=replace(CFG.llm, tied=False, qkv_bias=False))
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A small file of each source, and what it was made of."""
+    """The folder of small files of each source, the models in them, a Prismatic file's parts."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("weights")
     hub = build_originals(CFG, dino_image_size=160)  # 5 x 5 positions for our 2 x 2
     vlm, llama = build_originals(CFG, CFG.image_size), build_originals(LLAMA, CFG.image_size)
-    components = prismatic_components(vlm, CFG, folder / "of-vlm")
+    components = originals.prismatic_components(vlm, CFG, folder / "of-vlm")
     save_originals(hub, folder / "hub")
     save_prismatic(components, folder / "prismatic")
-    vla = prismatic_components(llama, LLAMA, folder / "of-llama")
-    save_openvla(vla, folder / "openvla")
+    vla = originals.prismatic_components(llama, LLAMA, folder / "of-llama")
+    originals.save_openvla(vla, folder / "openvla")
     save_prismatic(vla, folder / "openvla-prismatic", config="vla")
     actions = slice(LLAMA.llm.first_action_id, LLAMA.llm.first_action_id + BINS)
     with torch.no_grad():  # both forms of openvla-7b count its actions down, we count up
         llm = llama["llm"]
         for table in (llm.get_input_embeddings(), llm.get_output_embeddings()):
             table.weight[actions] = table.weight[actions].flip(0)
-    originals = {"hub": hub, "prismatic": vlm, "openvla": llama, "openvla-prismatic": llama}
-    return folder, originals, components
+    models = {"hub": hub, "prismatic": vlm, "openvla": llama, "openvla-prismatic": llama}
+    return folder, models, components
 
 
 def load(folder, cfg=CFG):
@@ -76,10 +61,10 @@ def load(folder, cfg=CFG):
 
 @pytest.mark.parametrize("source", ["hub", "prismatic", "openvla", "openvla-prismatic"])
 def test_each_source_gives_the_features_and_logits_of_transformers(source, files):
-    folder, originals, _ = files
+    folder, models, _ = files
     cfg = LLAMA if "openvla" in source else CFG
     vlm, hashes = load(folder / source, cfg)
-    compare(vlm, originals[source], cfg, tolerance=1e-5)
+    compare(vlm, models[source], cfg, tolerance=1e-5)
     assert len(hashes) == {"hub": 6, "openvla": 4}.get(source, 2)
     assert all(sha256(Path(path)) == value for path, value in hashes.items())
 
@@ -105,13 +90,13 @@ def test_what_no_file_has_keeps_its_initial_value_also_on_the_meta_device(source
 
 
 def test_a_prismatic_file_without_encoders_takes_them_from_folders_beside_it(files, tmp_path):
-    folder, originals, components = files
+    folder, models, components = files
     bare = {name: part for name, part in components.items() if name != "vision_backbone"}
     save_prismatic(bare, tmp_path / "bare")
     for name in (DINO, SIGLIP):
         shutil.copytree(folder / "hub" / name, tmp_path / "bare" / name)
     vlm, hashes = load(tmp_path / "bare")
-    mixed = originals["hub"] | {"llm": originals["prismatic"]["llm"]}
+    mixed = models["hub"] | {"llm": models["prismatic"]["llm"]}
     compare(vlm, mixed, CFG, tolerance=1e-5)
     assert len(hashes) == 6
 
@@ -120,17 +105,12 @@ def test_a_prismatic_file_without_encoders_takes_them_from_folders_beside_it(fil
 
 
 def test_the_paper_preset_is_filled_exactly_by_the_real_checkpoints_keys_and_shapes(tmp_path):
-    """The manifest is that of Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b."""
-    manifest = json.loads((TESTS / "prismatic_manifest.json").read_text())
-    with torch.device("meta"):
-        vlm = VLM(model_config("paper"))
-        components = {part: {key: torch.empty(shape) for key, shape in manifest[part].items()}
-                      for part in ("projector", "llm_backbone", "vision_backbone")}  # fmt: skip
-    load_pretrained(vlm, str(save_prismatic(components, tmp_path / "prism")))
+    vlm = VLM(model_config("paper"), meta=True)
+    load_pretrained(vlm, str(save_prismatic(released_components(), tmp_path / "prism")))
 
 
 def test_the_openvla_preset_is_filled_exactly_by_openvla_7bs_keys_and_shapes(monkeypatch, tmp_path):
-    manifest = json.loads((TESTS / "openvla_manifest.json").read_text())["keys"]
+    manifest = read_json(Path(__file__).parent / "openvla_manifest.json")["keys"]
     with torch.device("meta"):
         vlm = VLM(model_config("openvla"))
         tensors = {key: torch.empty(shape) for key, shape in manifest.items()}
@@ -207,7 +187,7 @@ def test_a_file_that_was_cut_off_is_named(damaged):
         assert f"{path}: cut off" in refusal(folder, cfg)
 
 
-def test_a_file_that_is_not_there_is_named_or_what_it_should_hold(damaged):
+def test_a_missing_file_is_named_or_the_folder_that_lacks_it(damaged):
     folder, path, *_, cfg = damaged
     path.unlink()
     message = refusal(folder, cfg)
@@ -218,43 +198,35 @@ def test_a_file_that_is_not_there_is_named_or_what_it_should_hold(damaged):
 def test_a_prismatic_file_is_refused_whole_when_a_part_of_it_is_foreign(files, tmp_path):
     *_, components = files
     dino = {k: v for k, v in components["vision_backbone"].items() if k.startswith("dino")}
-    others = {name: part for name, part in components.items() if name != "llm_backbone"}
-    for i, (content, expected) in enumerate((
-        (components | {"optimizer": {"step": torch.zeros(3)}},
-         "1 keys that are not of this model: optimizer/step [3]"),
-        (components | {"vision_backbone": dino},
-         "are missing: vision.siglip.blocks.0.fc1.bias [768]"),
-        (others, "are missing: llm.embed.weight"),
-    )):  # fmt: skip
-        assert expected in refusal(save_prismatic(content, tmp_path / str(i)))
+    moments = {"optimizer": {"step": torch.ones(3)}}
+    refused = {
+        "1 keys that are not of this model: optimizer/step [3]": moments,
+        "are missing: vision.siglip.blocks.0.fc1.bias [768]": {"vision_backbone": dino},
+        "are missing: llm.embed.weight": {"llm_backbone": {}},
+    }
+    for i, (message, parts) in enumerate(refused.items()):
+        assert message in refusal(save_prismatic(components | parts, tmp_path / str(i)))
     path = save_prismatic({}, tmp_path / "other") / STEP
     for content in ({"model": Path("a foreign object")}, {"weights": {}}, [torch.zeros(3)]):
         torch.save(content, path)
         assert "cut off or in another format" in refusal(tmp_path / "other")
 
 
-def test_shards_of_an_older_save_beside_new_ones_are_not_read(files, tmp_path):
+def test_shards_of_an_older_save_are_not_read_and_config_and_index_are_needed(files, tmp_path):
     folder = shutil.copytree(files[0] / "openvla", tmp_path / "openvla")
     tensors = {key: value for path in folder.glob("*.safetensors") for key, value in
                load_file(path).items()}  # fmt: skip
     zero = {key: torch.zeros_like(value) for key, value in tensors.items()}
-    save_shards(zero, folder, 3)
-    save_shards(tensors, folder, 2)  # the newest save, which the index names
+    originals.save_shards(zero, folder, 3)
+    originals.save_shards(tensors, folder, 2)  # the newest save, which the index names
     save_file(zero, folder / "model.safetensors")
     vlm, hashes = load(folder, LLAMA)
     compare(vlm, files[1]["openvla"], LLAMA, tolerance=1e-5)
     assert len(hashes) == 4
-
+    (folder / "config.json").unlink()  # which says whether the VLM was trained on actions
+    assert f"{folder / 'config.json'}: not there" in refusal(folder, LLAMA)
     (folder / INDEX).unlink()
     assert "is in two files" in refusal(folder, LLAMA)
-
-
-def test_a_vlm_without_the_config_that_says_whether_it_was_trained_on_actions_is_refused(
-    files, tmp_path
-):
-    folder = shutil.copytree(files[0] / "openvla", tmp_path / "vlm")
-    (folder / "config.json").unlink()
-    assert f"{folder / 'config.json'}: not there" in refusal(folder, LLAMA)
 
 
 # --- The hub ---
@@ -266,9 +238,8 @@ PRISM = "Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b"
 def hub(files, monkeypatch, tmp_path):
     """The hub's repository of PRISM as it is, three steps, for its real client."""
     folder = files[0] / "prismatic"
-    names = ("README.md", "config.yaml", "prism-qwen25-x7.jsonl", "run-metrics.jsonl")
-    names += ("checkpoints/step-000000-epoch-00-loss=9.1.pt",)
-    names += ("checkpoints/step-010396-epoch-00-loss=0.6.pt",)
+    names = ["README.md", "config.yaml", "prism-qwen25-x7.jsonl", "run-metrics.jsonl"]
+    names += [f"checkpoints/step-{step}-epoch-00-loss=0.6.pt" for step in ("000000", "010396")]
     repository = {name: (folder / name).read_bytes() for name in (STEP, "config.json")}
     with Hub({PRISM: dict.fromkeys(names, b"") | repository}) as server:
         template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -311,15 +282,20 @@ def test_a_repository_without_weights_is_refused_naming_its_files(hub):
     assert all(name in message for name in names) and hub.fetched == []
 
 
-def test_a_gated_repository_is_refused_with_the_command_that_logs_in(hub, tmp_path):
-    hub.gated = {PRISM, HUB_DATASETS["set_table"]}
-    for ask in (
-        lambda: load(PRISM),
-        lambda: build_tokenizer(replace(model_config("paper").llm, tokenizer=PRISM)),
-        lambda: download(tmp_path / "data", tasks=("set_table",)),
-    ):
-        with pytest.raises(InputError, match=r"401 .*hf auth login"):
-            ask()
+def test_a_gated_repository_is_refused_with_the_command_that_logs_in(hub):
+    hub.gated = {PRISM}
+    with pytest.raises(InputError, match=r"401 .*hf auth login"):
+        load(PRISM)
+    with pytest.raises(InputError, match=r"401 .*hf auth login"):
+        build_tokenizer(replace(model_config("paper").llm, tokenizer=PRISM))
+
+
+def test_offline_and_without_a_cache_the_error_says_what_to_do(monkeypatch, tmp_path):
+    for name, value in {"OFFLINE": True, "CACHE": str(tmp_path)}.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.HF_HUB_{name}", value)
+    message = refusal("hub")
+    assert message.startswith(f"{HUB['llm']}: not available from the hub")
+    assert f"hf download {HUB['llm']} --local-dir DIR/{QWEN}; then --pretrained DIR." in message
 
 
 # --- From the command line ---
@@ -328,12 +304,9 @@ def test_a_gated_repository_is_refused_with_the_command_that_logs_in(hub, tmp_pa
 def test_a_checkpoint_records_source_and_sha256_of_the_public_weights(files, tmp_path):
     write_demos(tmp_path / "data/set_table/close/kitchen_counter", lengths=(30, 8))
     source = files[0] / "prismatic"
-    flags = (
-        f"--preset tiny --pretrained {source} --data {tmp_path}/data --steps 1 --lr 1e-9 "
-        f"--out {tmp_path}/stage1 --batch-size 8 --device cpu --val-frames 8 --model.llm.kv-heads "
-        "2 --model.dino.depth 3 --model.dino.registers 4 --model.siglip.depth 3"
-    )
-    main(parse(flags.split()))
+    words = "--model.llm.kv-heads 2 --model.dino.depth 3 --model.dino.registers 4 "
+    words += f"--model.siglip.depth 3 --pretrained {source}"
+    train(tmp_path / "data", tmp_path / "stage1", *words.split(), steps=1, lr=1e-9)
     saved = checkpoint.newest(tmp_path / "stage1")
     manifest = checkpoint.read_manifest(saved)
     hashes = {f"{source}/{name}": sha256(source / name) for name in ("config.json", STEP)}
@@ -341,14 +314,3 @@ def test_a_checkpoint_records_source_and_sha256_of_the_public_weights(files, tmp
     weight = load_file(saved / "model.safetensors")["vlm.vision.dino.blocks.1.qkv.weight"]
     written = files[2]["vision_backbone"]["dino_featurizer.blocks.1.attn.qkv.weight"]
     torch.testing.assert_close(weight, written, rtol=0, atol=1e-6)
-
-
-def test_offline_and_without_a_cache_the_error_says_what_to_do(tmp_path):
-    write_demos(tmp_path / "data/set_table/close/fridge", lengths=(40, 8))
-    flags = f"--preset tiny --pretrained hub --data {tmp_path}/data --out {tmp_path}/out"
-    process = start("train.py", *flags.split(), HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    stderr = process.communicate()[1]
-    assert process.returncode == 1 and "Traceback" not in stderr
-    assert stderr.startswith(f"error: {HUB['llm']}: not available from the hub")
-    command = f"hf download {HUB['llm']} --local-dir DIR/{QWEN}; then --pretrained DIR."
-    assert command in stderr

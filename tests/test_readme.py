@@ -1,27 +1,25 @@
 """README and docs stay true: commands parse, links lead somewhere, figures are those in results."""
 
 import ast
-import json
 import re
 import shlex
-import subprocess
 import sys
 from functools import cache
 from importlib.metadata import packages_distributions
-from pathlib import Path
 
 import pytest
 import tyro
 from packaging.requirements import Requirement
+from processes import REPOSITORY as ROOT
+from processes import run
 
 import collect
 import eval
 import train
-from storage.files import read_lines
+from storage.files import read_json, read_lines
 from storage.results import format_rate, table
 from tools.claims import to_markdown
 
-ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
 README = PAGES["README.md"]
 TEXT = "\n".join(PAGES.values())
@@ -31,20 +29,13 @@ LINES += re.findall(r"(?<!`)`([^`\n]+)`", TEXT)  # within a sentence or a table
 COMMANDS = sorted({line for line in LINES if re.match(r"(python|torchrun) (?!-c)", line)})
 FOLDERS = ("storage", "training", "simulation", "household", "tools")
 SOURCES = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in ROOT.glob(f"{name}/*.py"))]
+run_once = cache(run)
 OPTIONAL = {"vla_eval", "wandb"}  # imported only for the flag that asks for them
 
 
 def words(text: str) -> str:
     """Text without line breaks and without the padding of table cells."""
     return re.sub(r" ?\| ?", "|", re.sub(r"\s+", " ", text))
-
-
-# --- Form ---
-
-
-def test_the_readme_is_short_and_narrow():
-    lines = README.splitlines()
-    assert len(lines) <= 200 and max(map(len, lines)) <= 120
 
 
 def test_every_gap_in_the_code_has_one_row():
@@ -73,23 +64,13 @@ def test_the_table_of_files_names_every_script_and_folder():
     assert set(named) == scripts | {f"{name}/" for name in FOLDERS} and len(scripts) == 11
 
 
-def test_the_lines_of_code_are_those_that_the_readme_states():
-    def lines(paths):
-        return sum(path.read_text().count("\n") for path in paths)
-
+def test_the_readme_is_short_and_narrow_and_states_the_lines_of_code():
+    lines = README.splitlines()
+    assert len(lines) <= 200 and max(map(len, lines)) <= 120
     sentence = re.search(r"about ([\d,]+) lines, .*? about ([\d,]+) lines", words(README))
-    stated = [int(n.replace(",", "")) for n in sentence.groups()]
-    counted = [lines(ROOT.glob("*.py")), lines(SOURCES)]
-    assert stated == [pytest.approx(n, rel=0.1) for n in counted]
-
-
-# --- Commands ---
-
-
-@cache
-def help_of(*program: str) -> str:
-    python = [sys.executable, *program, "--help"]
-    return subprocess.run(python, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for stated, paths in zip(sentence.groups(), (ROOT.glob("*.py"), SOURCES)):
+        counted = sum(path.read_text().count("\n") for path in paths)
+        assert int(stated.replace(",", "")) == pytest.approx(counted, rel=0.1)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -99,21 +80,17 @@ def test_a_command_parses_with_its_values(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = shlex.split(command)
     script = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "-m")
-    program, rest = words[script], words[script + 1 :]
-    parsers = {
-        "train.py": train.parse,
-        "eval.py": lambda args: tyro.cli(eval.EvalConfig, args=args),
-        "collect.py": lambda args: tyro.cli(collect.CollectConfig, args=args),
-    }
-    if program in parsers:
-        parsers[program](rest)
+    program, *rest = words[script:]
+    configs = {"eval.py": eval.EvalConfig, "collect.py": collect.CollectConfig}
+    if program == "train.py":
+        train.parse(rest)
+    if program in configs:
+        tyro.cli(configs[program], args=rest)
+    if program in (*configs, "train.py") or rest[:1] == ["pytest"]:
         return
-    name = rest[:1] if program == "-m" else []
-    verb = rest[:1] if program == "data.py" else []
-    verb = rest[1:2] if name in (["tools.bench"], ["storage.checkpoint"]) else verb
-    if name == ["pytest"]:
-        return
-    shown = help_of(program, *name, *verb)
+    named = program == "-m"  # the module, and the verb of a program that has several
+    has_verb = program == "data.py" or rest[:1] in (["tools.bench"], ["storage.checkpoint"])
+    shown = run_once(program, *rest[: named + has_verb], "--help")
     for flag in (word for word in rest if word.startswith("--")):
         assert re.search(rf"{flag}\b", shown), f"{flag} is not a flag of {program}"
     for option in re.split(r"\n│ (?=--)", shown)[1:]:
@@ -124,9 +101,6 @@ def test_make_has_the_targets_that_are_named():
     makefile = (ROOT / "Makefile").read_text()
     for target in {line.split()[1] for line in LINES if re.match(r"make \w", line)}:
         assert re.search(rf"^{target}:", makefile, re.M)
-
-
-# --- Packages ---
 
 
 def test_requirements_list_what_is_imported_and_constraints_pin_it():
@@ -152,19 +126,14 @@ def test_requirements_list_what_is_imported_and_constraints_pin_it():
         assert required[name].specifier.contains(str(need.specifier).removeprefix("=="))
 
 
-# --- Figures ---
-
-
 @pytest.mark.parametrize("page", ["README.md", "results.md"])
 def test_success_of_learn_and_weights_is_counted_from_their_episodes(page):
-    for run, folder, count in (
-        *(("results/learn", name, 20) for name in ("eval", "eval-random", "eval-flow")),
-        ("weights", "eval", 60),
-    ):
-        columns = table(read_lines(ROOT / run / folder / "episodes.jsonl"), {})
+    learned = {f"results/learn/{name}": 20 for name in ("eval", "eval-random", "eval-flow")}
+    for folder, count in (learned | {"weights/eval": 60}).items():
+        columns = table(read_lines(ROOT / folder / "episodes.jsonl"), {})
         for name, column in ((n, c) for n, c in columns.items() if c["n"]):
             assert column["n"] == count
-            label = name.replace("_", " ") + (", flow head" if folder == "eval-flow" else "")
+            label = name.replace("_", " ") + (", flow head" if "flow" in folder else "")
             rows = re.findall(rf"^\| {label}(?:, weights/)? \|.*", PAGES[page], re.M)
             figure = format_rate(column).split(", at the end")[0]
             short = re.sub(r" = [\d.]+", "", figure)
@@ -174,14 +143,14 @@ def test_success_of_learn_and_weights_is_counted_from_their_episodes(page):
 def test_the_miniature_tables_their_metrics_and_verdicts_are_those_in_results():
     page = words(PAGES["results.md"])
     for path in (ROOT / "results").glob("*/table-*.json"):
-        table = json.loads(path.read_text())
+        table = read_json(path)
         lines = [line for line in [*to_markdown(table), *table["differs"]] if line[:2] != "|-"]
         missing = [line for line in lines if words(line) not in page]
         assert not missing, "\n".join(missing)
 
 
 def test_the_figures_of_what_a_run_survives_are_those_in_results():
-    figures, section = json.loads((ROOT / "results/endure.json").read_text()), PAGES["running.md"]
+    figures, section = read_json(ROOT / "results/endure.json"), PAGES["running.md"]
     kills = [figures[f"kill -9, stage {stage}"] for stage in (1, 2, 3)]
     counts = [sum(stage["kills"] for stage in kills), figures["faults"]["a checkpoint loads"]]
     counts += [figures["flipped bytes, checkpoint"], figures["flipped bytes, pack"]]
@@ -197,9 +166,7 @@ def test_the_figures_of_what_a_run_survives_are_those_in_results():
 
 def test_the_figures_of_speed_are_those_in_results():
     section = PAGES["speed.md"]
-    figures = {
-        path.stem: json.loads(path.read_text()) for path in (ROOT / "results/bench").glob("*.json")
-    }
+    figures = {path.stem: read_json(path) for path in (ROOT / "results/bench").glob("*.json")}
 
     def spread(name, contestant, digits):
         figure = figures[name]["figures"][contestant]

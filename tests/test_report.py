@@ -14,10 +14,12 @@ import pytest
 import torch
 from tiny_run import write_untrained
 
+from config import InputError
 from data import normalize_depth
 from policy import Policy
 from simulation.env import SubtaskEnv
 from simulation.film import INSET, PREDICTED, TRUE, VIEW, Film, outline
+from storage.files import append, write_json
 from storage.results import table
 from tools.report import write_report
 
@@ -62,12 +64,13 @@ def run(tmp_path_factory) -> Path:
     episode = {"column": "pick_all", "success_once": False, "success_at_end": False}
     manifest = {"policy": "learned", "task": "set_table", "row": "auxvla-all", "command": TEXT}
     results = {"columns": table([episode], {"pick_all": 0.13}), "manifest": manifest}
-    (run / "eval/results.json").write_text(json.dumps(results))
-    lines = [{"step": s, "action": 1 / s, "val_action": 2 / s} for s in range(1, 30)]
-    (run / "stage2/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    metrics = {"base_position_error": METRIC | {"n": 9}}
-    (run / "stage2/validation.json").write_text(json.dumps({"metrics": metrics}))
-    (run / "table-2.json").write_text(json.dumps(TABLE))
+    write_json(run / "eval/results.json", results)
+    for step in range(1, 30):
+        append(run / "stage2/log.jsonl", {"step": step, "action": 1 / step, "val_action": 2 / step})
+    grasp = {"ours": 0.5, "trivial": 0.9, "unit": "share", "higher_is_better": True, "n": 9}
+    metrics = {"base_position_error": METRIC | {"n": 9}, "grasp": grasp}
+    write_json(run / "stage2/validation.json", {"metrics": metrics})
+    write_json(run / "table-2.json", TABLE)
     return run
 
 
@@ -98,9 +101,7 @@ def cells(page: str, name: str, number: int = 0) -> list[list[str]]:
     return [[words(c) for c in re.findall(r"<t[hd].*?</t[hd]>", row, re.S)] for row in rows]
 
 
-def test_a_browser_shows_the_page_without_an_error_at_the_width_of_a_phone_and_of_a_desk(
-    page, tmp_path
-):
+def test_a_browser_shows_the_page_as_wide_as_a_phone_and_a_desk(page, tmp_path):
     chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
     if chromium is None:
         pytest.skip("no Chromium here; on Debian: apt-get install chromium")
@@ -154,12 +155,26 @@ def test_the_runs_figures_are_those_of_its_results(page):
     assert section(page, "films").count("<video") == 1  # not of the film that was cut off
 
 
+def test_the_markdown_has_the_same_figures(run, page):
+    text = re.sub(" +", " ", (run / "report.md").read_text())  # columns are padded
+    assert "| close_drawer | not run | not run | not run | 1.00" in text
+    assert "| stage2 | 5.43 [4.9, 5.97] cm (98.1) | 0.5 (0.9) |" in text
+    assert page.count("does not beat the trivial predictor") == 1  # the grasp decoder
+
+
+def test_a_report_of_an_evaluation_alone_is_refused_with_the_runs_command(tmp_path):
+    (tmp_path / "eval").mkdir()
+    with pytest.raises(InputError, match=f"python -m tools.report --run {tmp_path}"):
+        write_report(tmp_path / "eval")
+
+
 def test_what_is_absent_is_not_run_and_tables_alone_claim_nothing_of_a_run(tmp_path):
     (tmp_path / "run/stage1").mkdir(parents=True)
     content = write_page(tmp_path / "run")
     for name in ("films", "held-out-episodes", "losses", "manifests"):
         assert words(section(content, name)).endswith("not run")
-    (tmp_path / "table-2.json").write_text(json.dumps(TABLE))
+    assert "## Manifests\n\nnot run" in (tmp_path / "run/report.md").read_text()
+    write_json(tmp_path / "table-2.json", TABLE)
     content = write_page(tmp_path)
     assert 'id="table-2-in-miniature"' in content and 'id="success"' not in content
 
@@ -174,18 +189,16 @@ def test_a_film_shows_the_inputs_the_masks_and_the_numbers_of_a_step(assets, tmp
     film = Film(env, policy, tmp_path, "place_all_0")
     frame = film.draw(obs, 0)
     insets = frame[:, VIEW : VIEW + INSET].reshape(4, INSET, INSET, 3)
-    for i, camera in enumerate(("head", "hand")):
+    for i, seen in enumerate(obs["sensor_data"].values()):  # head, hand
         depth, shown = insets[2 * i : 2 * i + 2]
-        seen = obs["sensor_data"][f"fetch_{camera}"]
         rgb, near = seen["rgb"][0].numpy(), normalize_depth(seen["depth"][0]).numpy()
         around = outline(env.masks(obs)[0, i])
         tinted = (policy.predictions["seg"][0, i] > 0.5) & ~around
         assert (depth == (255 * near).astype(np.uint8)).all()
         assert around.any() and (shown[around] == TRUE).all()
         assert (shown[~around & ~tinted] == rgb[~around & ~tinted]).all()
-        assert (
-            abs(shown[tinted] - (0.4 * rgb[tinted] + 0.6 * np.array(PREDICTED))).max(initial=0) <= 1
-        )
+        expected = 0.4 * rgb[tinted] + 0.6 * np.array(PREDICTED)
+        assert abs(shown[tinted] - expected).max(initial=0) <= 1
 
     true = {"grasp": obs["extra"]["is_grasped"], "pos": env.pos}
     true["obj"] = obs["extra"]["obj_pose_wrt_base"][0, :3]
@@ -195,7 +208,6 @@ def test_a_film_shows_the_inputs_the_masks_and_the_numbers_of_a_step(assets, tmp
         for which, values in (("true", value), ("predicted", policy.predictions[key][0])):
             shown = np.ravel(values)[: len(np.ravel(value))].astype(float)
             assert f"  {' '.join(f'{x:.2f}' for x in shown)}  {which}" in lines
-
     film.add(obs, 0)
     film.save(success=False)
     (path,) = tmp_path.glob("*.mp4")

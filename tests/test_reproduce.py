@@ -1,12 +1,9 @@
 """The paper's tables in miniature: their intervals, the claims' verdicts, and a run of one row."""
 
-import json
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from math import copysign
 from pathlib import Path
@@ -14,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from processes import REPOSITORY as ROOT
+from processes import run, start
 
 from config import InputError
 from paper import ROWS
-from storage.files import append, read_json
+from storage.files import append, read_json, write_json
 from storage.results import wilson
 from tools.claims import (
     CLAIMS,
@@ -54,9 +52,6 @@ def make_row(folder: Path, row: str = "auxvla-all") -> dict:
     return write_table(folder, 2, (row,), cell, "tiny")["rows"][row]
 
 
-# --- Which trainings there are ---
-
-
 def test_rows_that_are_trained_alike_are_trained_once():
     assert cell("auxvla") == cell("base-depth") == "base-depth"
     assert cell("auxvla-tokens") == cell("auxvla-all") == "auxvla-all"
@@ -78,9 +73,6 @@ def test_a_folder_of_other_numbers_or_without_results_is_refused(tmp_path):
     assert not (cfg.out / "table-3.json").exists()
     with pytest.raises(InputError, match="no results to make a table from"):
         main(ReproduceConfig(table=2, out=tmp_path / "none", run=False))
-
-
-# --- Intervals ---
 
 
 def test_seeds_that_differ_widen_wilsons_interval_and_equal_ones_do_not_narrow_it():
@@ -106,9 +98,6 @@ def test_intervals_of_noisy_trainings_cover_the_true_difference():
         covered += low <= 0.2 <= high
         narrow += low_pooled <= 0.2 <= high_pooled
     assert covered / 400 > 0.93 and narrow / 400 < 0.75, (covered, narrow)
-
-
-# --- Claims ---
 
 
 def test_every_claim_has_the_papers_sign_in_its_statement():
@@ -153,9 +142,6 @@ def test_a_claim_is_not_told_where_the_papers_own_figures_have_another_sign(tmp_
     assert (judged["verdict"], judged["seeds_needed"]) == ("cannot tell", None)
 
 
-# --- Tables ---
-
-
 def test_held_out_figures_are_of_the_last_stage_alone_and_an_episode_counts_once(tmp_path):
     folder = tmp_path / "auxvla-all"
     write_row(folder, {"close_fridge": [0.5, 0.5]})
@@ -163,7 +149,7 @@ def test_held_out_figures_are_of_the_last_stage_alone_and_an_episode_counts_once
     for seed, stage in ((0, 1), (0, 2), (1, 1)):  # the second training was stopped
         path = folder / f"seed-{seed}/stage{stage}/validation.json"
         path.parent.mkdir()
-        path.write_text(json.dumps({"metrics": {"error": about | {"ours": 10.0 / stage}}}))
+        write_json(path, {"metrics": {"error": about | {"ours": 10.0 / stage}}})
     again = {"column": "close_fridge", "seed": 0, "success_once": True}
     append(folder / "seed-0/set_table/episodes.jsonl", again)
     row = make_row(tmp_path)
@@ -191,9 +177,6 @@ def test_the_tables_in_results_are_made_again_from_their_episodes(tmp_path):
         assert made["differs"] == committed["differs"]
 
 
-# --- A run ---
-
-
 def test_logs_in_out_stay_those_of_the_training_that_ran_the_episodes(tmp_path):
     def command(log: Path, program: str, *, out: Path, **flags):
         out.mkdir(parents=True)
@@ -214,21 +197,20 @@ def test_logs_in_out_stay_those_of_the_training_that_ran_the_episodes(tmp_path):
 def test_a_stopped_run_goes_on_and_repeats_nothing(assets, tmp_path):
     flags = "--table 2 --rows auxvla-all --columns close_drawer --seeds 1 --episodes 1"
     flags += f" --demonstrations 2 --steps-per-epoch 1 --out {tmp_path}/out --work {tmp_path}/work"
-    command = [sys.executable, "-m", "tools.reproduce", *flags.split()]
-    first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, process_group=0)
+    command = ["-m", "tools.reproduce", *flags.split()]
+    first = start(*command)
     while not (tmp_path / "out/auxvla-all/seed-0/stage1/validation.json").exists():
         assert first.poll() is None
         time.sleep(0.1)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run(*command)
     table = read_json(tmp_path / "out/table-2.json")
     for row in ("auxvla-all", "random", "expert"):
         assert table["rows"][row]["cells"]["set_table/close_drawer"]["n"] == 1
     assert "base_position_error" in table["rows"]["auxvla-all"]["metrics"]
     before = {path: path.read_text() for path in (tmp_path / "work").rglob("log.txt")}
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    run(*command)
     assert before == {path: path.read_text() for path in (tmp_path / "work").rglob("log.txt")}
     commands = before[tmp_path / "work/auxvla-all/seed-0/log.txt"].count
     assert (commands("--stage 1"), commands("$ eval.py")) == (2, 1)  # 2: killed after its stage 1

@@ -48,17 +48,6 @@ SAC_ALGO = dict(
 ALGOS = {"ppo": {"name": "ppo", "gamma": 0.9}, "sac": SAC_ALGO}
 
 
-def write(root: Path, algo: dict, agent: torch.nn.Module) -> None:
-    """A policy as MS-HAB's trainers leave it, a path in its config tagged as OmegaConf does."""
-    folder = root.joinpath("rl", *ADDRESS)
-    folder.mkdir(parents=True)
-    text = yaml.safe_dump({"seed": 0, "env": {"frame_stack": 3}, "algo": algo})
-    text += "path: !!python/object/apply:pathlib.PosixPath\n- mshab_exps\n"
-    (folder / "config.yml").write_text(text)
-    optimizer = torch.optim.Adam(agent.parameters()).state_dict()
-    torch.save({"agent": agent.state_dict(), "optimizer": optimizer}, folder / "policy.pt")
-
-
 @pytest.fixture(scope="module")
 def env(simulator) -> SubtaskEnvs:
     return simulator(*ADDRESS, "train", obs_mode="rgb+depth+segmentation")
@@ -83,54 +72,49 @@ def agents(env, wrapped) -> dict[str, torch.nn.Module]:
         key: spaces.Box(0, 1, (box.shape[0] * box.shape[1], *box.shape[2:]))
         for key, box in space["pixels"].items()
     }
-    algo = dict(SAC_ALGO)
-    del algo["name"]
-    low, high = algo.pop("actor_log_std_min"), algo.pop("actor_log_std_max")
-    sizes = algo | dict(log_std_min=low, log_std_max=high, device="cpu")
-    sac = SAC(spaces.Dict(boxes), space["state"].shape, (13,), **sizes)
+    sizes = {k.replace("actor_log", "log"): v for k, v in SAC_ALGO.items() if k != "name"}
+    sac = SAC(spaces.Dict(boxes), space["state"].shape, (13,), device="cpu", **sizes)
     return {"ppo": ppo.eval(), "sac": sac.eval()}
 
 
 @pytest.fixture(scope="module")
 def roots(agents, tmp_path_factory) -> dict[str, Path]:
-    """By algorithm, the folder with its files."""
-    made = {name: tmp_path_factory.mktemp(name) for name in agents}
+    """By algorithm, the folder of a policy as MS-HAB's trainers leave it."""
+    roots = {name: tmp_path_factory.mktemp(name) for name in agents}
     for name, agent in agents.items():
-        write(made[name], ALGOS[name], agent)
-    return made
-
-
-def act_of(agent: torch.nn.Module, obs: dict) -> torch.Tensor:
-    """The action as MS-HAB's evaluate.py asks for it."""
-    if isinstance(agent, PPO):
-        return agent.get_action(obs, deterministic=True)
-    return agent.actor(obs["pixels"], obs["state"], compute_pi=False, compute_log_pi=False)[0]
+        folder = roots[name].joinpath("rl", *ADDRESS)
+        folder.mkdir(parents=True)
+        text = yaml.safe_dump({"seed": 0, "env": {"frame_stack": 3}, "algo": ALGOS[name]})
+        text += "path: !!python/object/apply:pathlib.PosixPath\n- mshab_exps\n"  # as OmegaConf's
+        (folder / "config.yml").write_text(text)
+        optimizer = torch.optim.Adam(agent.parameters()).state_dict()
+        torch.save({"agent": agent.state_dict(), "optimizer": optimizer}, folder / "policy.pt")
+    return roots
 
 
 def episode_of_mshab(env: SubtaskEnvs, wrapped, agent, seed: int) -> list[tuple[dict, np.ndarray]]:
     """What the network sees and answers, steered through MS-HAB's wrappers."""
     env.reset([seed])
     at = env.episodes[0]
-    options = dict(
-        reconfigure=True,
-        build_config_idxs=[at["build_config_idx"]],
-        task_plan_idxs=torch.tensor([at["task_plan_idx"]]),
-        spawn_selection_idxs=[at["spawn_selection_idx"]],
-    )
+    options = {f"{key}s": [at[key]] for key in ("build_config_idx", "spawn_selection_idx")}
+    options |= {"reconfigure": True, "task_plan_idxs": torch.tensor([at["task_plan_idx"]])}
     obs, steps = wrapped.reset(seed=seed, options=options)[0], []
     while len(steps) < STEPS:
         seen = to_tensor(obs, dtype="float")
-        with torch.no_grad():
-            action = act_of(agent, seen)
+        with torch.no_grad():  # as MS-HAB's evaluate.py asks for an action
+            if isinstance(agent, PPO):
+                action = agent.get_action(seen, deterministic=True)
+            else:
+                images, state = seen["pixels"], seen["state"]
+                action = agent.actor(images, state, compute_pi=False, compute_log_pi=False)[0]
         steps.append((seen, action.numpy().copy()))  # the wrapper writes into it
         obs = wrapped.step(action)[0]
     return steps
 
 
 @pytest.mark.parametrize("name", ALGOS)
-def test_an_episode_is_the_one_that_mshabs_wrappers_and_network_make(
-    env, wrapped, agents, roots, name
-):
+def test_an_episode_is_the_one_that_mshab_makes(env, wrapped, agents, roots, name):
+    """Its wrappers and its network."""
     theirs = episode_of_mshab(env, wrapped, agents[name], seed=3)
     loaded, inputs = RLPolicy.load(roots[name], *ADDRESS), []
     policy = RLPolicy(lambda seen: inputs.append(seen) or loaded.actor(seen), loaded.sha)
@@ -209,16 +193,14 @@ def test_a_policy_that_never_succeeds_ends_with_that_sentence(roots, tmp_path):
         collect(CollectConfig(*ADDRESS, **flags))
     parts = tmp_path.joinpath(*ADDRESS).with_suffix(".parts")
     assert [path.name for path in parts.iterdir()] == ["attempts.jsonl"]  # and no episode
-    other = CollectConfig(*ADDRESS, **flags | {"policies": roots["ppo"]})
     with pytest.raises(InputError, match="choose another --out"):
-        collect(other)
+        collect(CollectConfig(*ADDRESS, **flags | {"policies": roots["ppo"]}))
 
 
 def test_eval_runs_it_filmed_or_not(roots, tmp_path):
     policies = tmp_path / "policies"  # set_table's column place_obj is of the apple
-    shutil.copytree(
-        roots["ppo"].joinpath("rl", *ADDRESS), policies / "rl/set_table/place/013_apple"
-    )
+    policy = policies / "rl/set_table/place/013_apple"
+    shutil.copytree(roots["ppo"].joinpath("rl", *ADDRESS), policy)
     cfg = EvalConfig(
         tmp_path / "out", policy="rl", policies=policies, columns=("place_obj",), episodes=2,
         horizon=30, video=1,
@@ -245,10 +227,7 @@ def write_config(folder: Path, algo: dict) -> None:
 
 FAULTS = {
     "no weights": (lambda f: (f / "policy.pt").unlink(), "No such .*policy.pt"),
-    "code": (
-        lambda f: (f / "policy.pt").write_bytes(pickle.dumps(Code())),
-        "Unpickling",
-    ),
+    "code": (lambda f: (f / "policy.pt").write_bytes(pickle.dumps(Code())), "Unpickling"),
     "cut off": (lambda f: os.truncate(f / "policy.pt", 1_000_000), "zip archive"),
     "no agent": (lambda f: torch.save({}, f / "policy.pt"), "KeyError: 'agent'"),
     "another algorithm": (lambda f: write_config(f, SAC_ALGO), "(?s)Missing key.*actor.encoder"),
@@ -259,9 +238,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_file_is_refused_with_the_command_that_mends_it(
-    roots, tmp_path, monkeypatch, fault
-):
+def test_a_wrong_file_is_refused_with_its_mend(roots, tmp_path, monkeypatch, fault):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(roots["ppo"], tmp_path / "policies")
     plant, reason = FAULTS[fault]

@@ -1,52 +1,39 @@
 """Every row of the paper's tables by its name, on the generated apartment; history and latents."""
 
-import subprocess
-import sys
+import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from files import write_demos
-from tiny_run import train
+from processes import run
+from tiny_run import make_policy, observation, train
 
 from config import PRESETS, InputError, model_config
-from data import ActionStats, Frames, check_batch, make_batch
+from data import Frames, check_batch, make_batch
 from eval import EvalConfig
-from model import AuxVLA, actions_to_bins
+from model import actions_to_bins
 from paper import ROWS
 from policy import Policy, check_schema
-from simulation.episodes import make_envs, run_episodes
+from simulation.episodes import run_episodes
 from storage.h5 import Demonstrations
-from storage.tokenizer import build_tokenizer, tokenize
+from storage.tokenizer import tokenize
 from training.flags import parse
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
-def household_data(assets, tmp_path_factory):
-    out = tmp_path_factory.mktemp("rows")
-    for flags in ("--subtask close --target kitchen_counter", "--subtask pick --target 013_apple"):
-        command = f"collect.py --task set_table {flags} --episodes 2 --workers 2 --out {out}"
-        subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True)
+def household_data(recorded, tmp_path_factory):
+    """Demonstrations of closing the drawer and of picking the apple."""
+    out = shutil.copytree(recorded, tmp_path_factory.mktemp("rows") / "data")
+    flags = "--task set_table --subtask pick --target 013_apple --episodes 2 --workers 2"
+    run("collect.py", *flags.split(), "--out", out)
     return out
-
-
-@pytest.fixture(scope="module")
-def simulators(assets):
-    """{column: environment}, built once for all rows."""
-    cfg = EvalConfig(horizon=10)
-    envs = {column: make_envs(cfg, column, False) for column in ("close_drawer", "pick_obj")}
-    yield envs
-    for env in envs.values():
-        env.close()
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_trains_its_stages_and_drives_an_episode(
-    name, household_data, simulators, tmp_path, capsys
+    name, household_data, simulator, tmp_path, capsys
 ):
     row, start = ROWS[name], {}
     for stage in row.stages:
@@ -59,16 +46,15 @@ def test_a_row_trains_its_stages_and_drives_an_episode(
     cfg = policy.model.cfg
     assert set(policy.model.decoders) == set(row.decoders) and cfg.cameras == row.cameras
     assert cfg.depth == row.depth and cfg.history == row.history
-    envs = simulators["pick_obj" if row.table == 3 else "close_drawer"]
+    column = ("pick", "013_apple") if row.table == 3 else ("close", "kitchen_counter")
+    envs = simulator("set_table", *column, "val", obs_mode="rgb+depth+segmentation")
     check_schema(envs, policy.manifest)
     (episode,) = run_episodes(envs, policy, [0], EvalConfig(horizon=10))
     assert 1 <= episode["length"] <= 10
 
 
 def test_the_rows_are_the_sixteen_of_the_four_tables():
-    printed = subprocess.run(
-        [sys.executable, "paper.py"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
+    printed = run("paper.py")
     assert len(ROWS) == 16 and all(f"\n{name}\n" in f"\n{printed}" for name in ROWS)
     assert "tidy_house: pick_all 0.33  place_all 0.73" in printed
     # The averages that the paper prints. Base VLM + multiview's six figures give 0.508, not 0.52.
@@ -93,6 +79,9 @@ def test_epochs_stages_and_data_are_those_of_the_paper():
     assert tiny.preset == "tiny-openvla" and not tiny.model.llm.tied and tiny.model.num_views == 1
     for name in PRESETS:
         assert parse(["--preset", name]).preset == name
+    history = ["--row", "base-history"]
+    assert parse(history).model.history == "actions"
+    assert parse([*history, "--model.history", "frames"]).model.history == "frames"
 
 
 REFUSED = {
@@ -114,12 +103,6 @@ def test_flags_that_contradict_a_row_are_refused(message):
         parse(REFUSED[message])
 
 
-def test_history_in_the_reading_of_frames_is_a_flag_beside_its_row():
-    args = ["--row", "base-history"]
-    assert parse(args).model.history == "actions"
-    assert parse([*args, "--model.history", "frames"]).model.history == "frames"
-
-
 def test_a_row_trains_only_on_its_tasks_and_subtasks(tmp_path):
     for file in ("set_table/pick/013_apple", "set_table/close/fridge", "tidy_house/pick/024_bowl"):
         write_demos(tmp_path / file, lengths=(12, 9))
@@ -129,19 +112,6 @@ def test_a_row_trains_only_on_its_tasks_and_subtasks(tmp_path):
     assert files == {"set_table/pick/013_apple.h5"} and len(Frames(source, 0.1, True)) > len(frames)
     with pytest.raises(InputError, match=r"no demonstrations of prepare_groceries.*it has set_tab"):
         Frames(source, 0.1, True, tasks=("prepare_groceries",))
-
-
-# --- History (GAP-5) ---
-
-
-def make_policy(cfg, **options):
-    """A policy with random weights and the controller's bounds."""
-    torch.manual_seed(0)
-    model = AuxVLA(cfg, **options).eval()
-    stats = ActionStats((-1.0,) * 13, (1.0,) * 13)
-    policy = Policy(model, stats, build_tokenizer(cfg.llm), {}, torch.device("cpu"))
-    policy.reset()
-    return policy
 
 
 @pytest.fixture
@@ -178,16 +148,12 @@ def test_the_policy_sees_the_history_that_it_was_trained_on(history, source):
 @pytest.mark.parametrize("history", ["frames", "actions"])
 def test_the_policy_keeps_its_history_while_it_executes_a_chunk(history):
     policy = make_policy(replace(model_config("tiny"), history=history), flow_head=True)
-    actions = []
-    for level in range(6):
-        picture = {
-            "rgb": torch.full((1, 128, 128, 3), level, dtype=torch.uint8),
-            "depth": torch.full((1, 128, 128, 1), level, dtype=torch.int16),
-        }
-        obs = {"sensor_data": {"fetch_head": picture, "fetch_hand": picture}}
-        actions.append(policy.act(obs, "close the fridge"))
+    observations = [observation(seed) for seed in range(6)]
+    actions = [policy.act(obs, "close the fridge") for obs in observations]
     if history == "frames":
-        assert [int(rgb.max()) for rgb, _ in policy.seen] == [1, 2, 3, 4, 5]
+        heads = [obs["sensor_data"]["fetch_head"]["rgb"] for obs in observations[1:]]
+        assert all(map(torch.equal, [rgb[:, 0] for rgb, _ in policy.seen], heads))
+        assert len(policy.seen) == 5
     assert all(np.array_equal(kept, done) for kept, done in zip(policy.done, actions[2:]))
 
 
@@ -204,9 +170,6 @@ def test_a_masked_past_action_does_not_reach_the_model():
     assert torch.equal(model.vlm.encode(batch).hidden, reference)
     batch["past_actions"][:, 3] = -1
     assert (model.vlm.encode(batch).hidden - reference).abs().max() > 1e-4
-
-
-# --- The other reading of the latents (GAP-2) ---
 
 
 def test_latents_read_from_the_action_states_are_the_same_in_training_and_acting(source):

@@ -62,12 +62,9 @@ def test_the_next_job_may_wait_for_what_is_running():
     assert done == [0, 1, 2]
 
 
-def test_an_input_error_reaches_the_main_process():
+def test_errors_and_deaths_of_workers_at_work_or_idle_reach_the_main_process():
     with pytest.raises(InputError, match="expected another job"):
         list(make_workers(1).run(one_after_another(("refuse", 0))))
-
-
-def test_a_worker_that_dies_at_work_or_idle_is_named_with_its_job_and_exit_code():
     with pytest.raises(SystemExit, match=r"seed 3 of die died \(exit code 3\)"):
         list(make_workers(1).run(one_after_another(("a", 1), ("die", 3))))
     workers = make_workers(1)

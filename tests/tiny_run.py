@@ -1,29 +1,27 @@
 """Short runs of train.py with the tiny model, their checkpoints, and an observation of MS-HAB."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from einops import repeat
 from files import write_demos
-from processes import REPOSITORY
+from processes import run
 from pytest import approx
 from safetensors.torch import load_file
 
-from config import IMAGE_SIZE, model_config
+from config import IMAGE_SIZE, ModelConfig, model_config
+from data import ActionStats
 from model import AuxVLA
+from policy import Policy
 from storage.checkpoint import newest, read_manifest, snapshot, to_json, write
-from storage.files import read_lines
+from storage.files import read_lines, sha256
 from storage.pack import pack
 from storage.tokenizer import build_tokenizer
 from train import main
 from training.flags import parse
 
 SCHEMA = [dict(name=f"joint_{i}", low=-0.1, high=0.1 * i, unit="rad") for i in range(13)]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def flags(data: Path, out: Path, **others) -> list[str]:
@@ -41,17 +39,16 @@ def train(data: Path, out: Path, *words: str, **others) -> int:
     return main(parse([*flags(data, out, **others), *words]))
 
 
-def run_command(processes: int, *words, torchrun: tuple[str, ...] = ()) -> str:
-    """Run train.py as a program, with torchrun if there are more processes or its flags; stdout."""
-    launcher = [sys.executable]
-    if processes > 1 or torchrun:
-        launcher = [*TORCHRUN, *(torchrun or ["--standalone"]), f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [*launcher, "train.py", *words], cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def command(processes: int, words: list[str], torchrun: tuple[str, ...] = ()) -> list[str]:
+    """train.py and its flags, behind torchrun if there are more processes or flags of torchrun."""
+    torchrun = torchrun or ("--standalone",) * (processes > 1)
+    launcher = ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"]
+    return [*(launcher if torchrun else []), "train.py", *words]
+
+
+def run_command(processes: int, *words: str, torchrun: tuple[str, ...] = ()) -> str:
+    """Run train.py as a program; what it printed."""
+    return run(*command(processes, words, torchrun), OMP_NUM_THREADS="1")
 
 
 def compare(one: Path, two: Path, every: bool = False, rel: float = 1e-5, atol: float = 1e-6):
@@ -73,6 +70,13 @@ def compare(one: Path, two: Path, every: bool = False, rel: float = 1e-5, atol: 
             assert theirs[key] == approx(ours[key], rel=rel, abs=1e-6), key
 
 
+def fingerprint(out: Path) -> tuple[str, str, str]:
+    """Step, weights and optimizer of the newest whole checkpoint."""
+    folder = newest(out)
+    hashes = [sha256(folder / f"{name}.safetensors") for name in ("model", "optimizer")]
+    return folder.name, *hashes
+
+
 def weights(out: Path, name: str = "model") -> dict[str, torch.Tensor]:
     """Tensors of the newest checkpoint in `out`; `name` is model or optimizer."""
     return load_file(newest(Path(out)) / f"{name}.safetensors")
@@ -84,9 +88,9 @@ def lines(out: Path) -> list[dict]:
 
 def write_pack(folder: Path) -> Path:
     """A pack of six demonstrations; only two of them have an object."""
-    drawer = folder / "demos/set_table/close/kitchen_counter"
-    write_demos(drawer, lengths=(30, 30, 30, 8), has_object=False)
-    write_demos(folder / "demos/set_table/pick/013_apple", lengths=(30, 8), seed=1)
+    demos = folder / "demos/set_table"
+    write_demos(demos / "close/kitchen_counter", lengths=(30, 30, 30, 8), has_object=False)
+    write_demos(demos / "pick/013_apple", lengths=(30, 8), seed=1)
     pack(str(folder / "demos"), str(folder / "pack"))
     return folder / "pack"
 
@@ -97,14 +101,30 @@ def train_tiny(folder: Path, row: str = "auxvla-all") -> Path:
     train(folder / "data", folder / "stage1", row=row, steps=1)
     trained = newest(folder / "stage1")
     tensors, moments = weights(folder / "stage1"), weights(folder / "stage1", "optimizer")
-    generator = torch.Generator().manual_seed(0)
-    for weight in tensors.values():  # larger weights, so that actions depend on the pictures
-        if weight.ndim > 1:
-            weight += torch.randn(weight.shape, generator=generator) * 0.3
+    add_noise(tensors, 0.3)
     manifest = read_manifest(trained) | {"action_schema": SCHEMA}
     tokenizer = (trained / "tokenizer.json").read_text()
     write(folder / "stage1", 1, tensors, moments, manifest, tokenizer, keep=1)
     return folder / "stage1"
+
+
+def add_noise(weights: dict[str, torch.Tensor], scale: float):
+    """Make a model's matrices larger, so that its actions depend on the pictures."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in weights.values():
+        if weight.ndim > 1:
+            weight += torch.randn(weight.shape, generator=generator) * scale
+
+
+def make_policy(cfg: ModelConfig, noise: float = 0.0, **options) -> Policy:
+    """A policy with random weights and the controller's bounds."""
+    torch.manual_seed(0)
+    model = AuxVLA(cfg, **options).eval()
+    add_noise(model.state_dict(), noise)
+    stats = ActionStats((-1.0,) * 13, (1.0,) * 13)
+    policy = Policy(model, stats, build_tokenizer(cfg.llm), {}, torch.device("cpu"))
+    policy.reset()
+    return policy
 
 
 def write_untrained(stage: Path, env, instruction: str):
