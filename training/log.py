@@ -112,7 +112,8 @@ class Log:
                 file=sys.stderr,
             )
         how = "stopped by a signal after" if stopped else "ended with"
-        print(f"stage {self.cfg.stage} {how} step {step}, its checkpoint is in {self.out}")
+        saved = f"its checkpoint is in {self.out}" if step else "there is nothing to save yet"
+        print(f"stage {self.cfg.stage} {how} step {step}, {saved}")
 
 
 def open_tracker(cfg: TrainConfig) -> tuple[Callable[[int, dict], None], Callable[[], None]]:

@@ -20,7 +20,7 @@ from training.ranks import Ranks
 # Fields of TrainConfig that may differ on resume. None changes an optimizer step, except that steps
 # and epochs shift the cool-down.
 RESUME_MAY_CHANGE = {
-    "data", "out", "run", "init_from", "resume", "steps", "epochs", "device", "workers",
+    "data", "out", "run_name", "init_from", "resume", "steps", "epochs", "device", "workers",
     "val_every", "val_frames", "pretrained", "log_every", "save_every", "keep", "max_skipped",
     "tracker", "shard", "recompute", "action_bounds",
 }  # fmt: skip
