@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import h5py
@@ -12,7 +13,7 @@ from files import flip, write_demos
 from safetensors.torch import load_file
 from tiny_run import compare, fingerprint, flags, lines, observation, run_command, train, weights
 
-from config import InputError, user_errors
+from config import InputError, TrainConfig, user_errors
 from data import Frames, make_batch
 from model import AuxVLA
 from policy import Policy
@@ -22,6 +23,7 @@ from storage.pack import open_data, pack
 from storage.tokenizer import build_tokenizer, tokenize
 from storage.trajectory import DataError
 from training.flags import parse
+from training.start import RESUME_MAY_CHANGE
 from training.validation import validate
 
 
@@ -139,8 +141,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(data, stage1, tm
     cut, other = tmp_path / "cut", shutil.copytree(stage1, tmp_path / "other")
     run(data, tmp_path / "straight", steps=6, init_from=stage1, **schedule)
     run(data, cut, steps=3, init_from=stage1, **schedule)
-    for _ in ("resumed", "finished already"):
-        run(data, cut, steps=6, init_from=other, **schedule)
+    for name in ("resumed", "finished already"):
+        run(data, cut, steps=6, init_from=other, run_name=name, **schedule)
+    assert {field.name for field in fields(TrainConfig)} >= RESUME_MAY_CHANGE
     assert fingerprint(tmp_path / "straight") == fingerprint(cut)
     assert [line["step"] for line in lines(cut) if "flow" in line] == [1, 2, 3, 4, 5, 6]
     for config in (manifest_of(cut)["config"], read_json(cut / "config.json")):
