@@ -54,8 +54,8 @@ def apartment(root: Path | None = None) -> str | None:
     """The sha256 that names a generated apartment; None for the real ones.
 
     Raises InputError when a folder holds a generated apartment and a download: the simulator would
-    put the simplified robot into real scenes. A generated scene has the file name of a real one,
-    but refers to a table that no real scene has.
+    put the generated robot, whose meshes are light, into real scenes. A generated scene has the
+    file name of a real one, but refers to a table that no real scene has.
     """
     root = root or asset_folder()
     marker = root / "household.json"

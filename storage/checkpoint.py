@@ -242,22 +242,24 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
             f"{folder}: has no {MOMENTS} to resume with. Give another --out and --init-from "
             + quoted(folder)
         )
+    from torch.distributed.tensor import DTensor, distribute_tensor  # here: --help loads faster
+
     parameters = dict(model.named_parameters())
     with safe_open(folder / MOMENTS, "pt") as file:  # one tensor at a time
         for key in sorted(file.keys()):  # in the same order on every rank
             name, _, moment = key.rpartition("/")
             parameter = parameters[name]
             value = file.get_tensor(key).to(parameter.device)
-            if moment != "step" and hasattr(parameter, "placements"):  # an FSDP shard
-                from torch.distributed.tensor import distribute_tensor
-
+            if moment != "step" and isinstance(parameter, DTensor):
                 value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
             optimizer.state[parameter][moment] = value
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor of an FSDP shard, gathered on the CPU by all ranks; others unchanged."""
-    return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
+    from torch.distributed.tensor import DTensor  # here: --help loads faster
+
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
 def export(checkpoint: Path, out: Path) -> None:
