@@ -83,7 +83,10 @@ def npy_name(file: str) -> str:
     return str(Path(file).with_suffix(".npy"))
 
 
-def command(folder: Path, truncate: bool = True, data: Path | str = "DATA") -> str:
+def command(folder: str | Path, truncate: bool = True, data: str | Path | None = None) -> str:
+    """The command that writes the pack; without `data`, from the folder that a pack/ lies in."""
+    folder = Path(folder)
+    data = data or (folder.parent if folder.name == "pack" else "DATA")
     flag = "" if truncate else "--no-truncate-at-success "
     return f"python data.py pack {flag}--data {quoted(data)} --out {quoted(folder)}"
 
@@ -114,7 +117,7 @@ def open_data(data: str | Path, truncate: bool | None = None) -> Index:
     sizes = {str(path.relative_to(data)): path.stat().st_size for path in h5_files(data)}
     if new := [file for file, size in sizes.items() if pack.sizes.get(file) != size]:
         raise InputError(
-            f"{folder}: lacks {', '.join(new)} as now in {data}. Pack again: "
+            f"{folder}: made from another or no version of {', '.join(new)} in {data}. Pack again: "
             f"{command(folder, pack.truncate, data)}"
         )
     return pack
