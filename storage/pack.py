@@ -117,8 +117,8 @@ def open_data(data: str | Path, truncate: bool | None = None) -> Index:
     sizes = {str(path.relative_to(data)): path.stat().st_size for path in h5_files(data)}
     if new := [file for file, size in sizes.items() if pack.sizes.get(file) != size]:
         raise InputError(
-            f"{folder}: made from another or no version of {', '.join(new)} in {data}. Pack again: "
-            f"{command(folder, pack.truncate, data)}"
+            f"{folder}: made from older files of {data}, or without them: {', '.join(new)}. "
+            f"Pack again: {command(folder, pack.truncate, data)}"
         )
     return pack
 

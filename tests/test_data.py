@@ -304,7 +304,7 @@ def test_data_with_a_pack_is_read_from_it_unless_a_file_is_newer(tmp_path):
     assert open_data(tmp_path, truncate=True).folder == tmp_path / "pack"
     write_demos(tmp_path / "set_table/open/fridge")
     again = f"python data.py pack --data {tmp_path} --out {tmp_path / 'pack'}$"
-    with pytest.raises(InputError, match=f"lacks set_table/open/fridge.h5 .*{again}"):
+    with pytest.raises(InputError, match=f"without them: set_table/open/fridge.h5. .*{again}"):
         open_data(tmp_path)
     pack(str(tmp_path))
     assert len(open_data(tmp_path).episodes) == 6
