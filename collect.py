@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
 from tqdm import tqdm
 
-from config import SUBTASKS, TASKS, InputError, user_errors
+from config import SUBTASKS, TASKS, Count, InputError, Seed
 from paper import targets
 from simulation.assets import apartment, plan_files
 from simulation.plans import Job, articulations, check_envs, simulation_backend
@@ -31,6 +30,7 @@ from simulation.workers import Workers
 from storage.files import sole_writer
 from storage.recording import Recording
 from storage.results import wilson
+from storage.terminal import cli, user_errors
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,17 @@ class CollectConfig:
     subtask: Literal[SUBTASKS]
     target: str  # object or articulation, as MS-HAB names it; all: a file for each of the task's
     out: Path = Path("data")  # the files are OUT/<task>/<subtask>/<target>.h5 and .json
-    episodes: int = 20  # successful episodes in all files together, divided evenly
+    episodes: Count = 20  # successful episodes in all files together, divided evenly
     # scripted knows the generated apartment, rl are MS-HAB's policies for the real ones
     expert: Literal["scripted", "rl"] = "scripted"
     # for rl: `hf download arth-shukla/mshab_checkpoints --local-dir mshab_checkpoints`
     policies: Path = Path("mshab_checkpoints")
     # attempts at a target, after which the run gives up; default: 20 + 10 per episode
-    max_attempts: int | None = None
+    max_attempts: Count | None = None
     split: Literal["train", "val"] = "train"  # of MS-HAB's scenes and episodes
-    workers: int = 1  # processes, a simulator each; one per core is best
-    envs: int = 1  # environments that each worker simulates at once on a GPU; for rl only
-    seed: int = 0  # of the first attempt; the next ones have seed + 1, seed + 2, ...
+    workers: Count = 1  # processes, a simulator each; one per core is best
+    envs: Count = 1  # environments that each worker simulates at once on a GPU; for rl only
+    seed: Seed = 0  # of the first attempt; the next ones have seed + 1, seed + 2, ...
 
     def __post_init__(self):
         known = targets(self.task, self.subtask)
@@ -59,8 +59,6 @@ class CollectConfig:
             raise InputError(
                 f"--target {self.target}: the targets of {self.task} {self.subtask} are {known}"
             )
-        if min(self.episodes, self.workers, self.envs, self.max_attempts or 1) < 1 or self.seed < 0:
-            raise InputError("--episodes, --workers, --envs, --max-attempts: at least 1; --seed: 0")
 
     @property
     def episodes_per_target(self) -> dict[str, int]:
@@ -119,6 +117,9 @@ def main(cfg: CollectConfig) -> None:
     # All recipes first: a missing file is refused before a worker starts.
     recipes = {target: cfg.recipe(target) for target in cfg.episodes_per_target}
     for target, episodes in cfg.episodes_per_target.items():
+        if not episodes:
+            print(f"{target}: no episode, since --episodes {cfg.episodes} are divided evenly")
+            continue
         with sole_writer(folder, target):
             recording = Recording(folder, target, recipes[target])
             if len(recording.episodes) >= episodes:
@@ -135,4 +136,4 @@ def main(cfg: CollectConfig) -> None:
 
 if __name__ == "__main__":
     with user_errors():
-        main(tyro.cli(CollectConfig, description=__doc__))
+        main(cli(CollectConfig, description=__doc__))

@@ -7,13 +7,11 @@ The preset `paper` is Sec. 4-6 of the paper, 1.3B parameters, on MiniVLA's Prism
 is the 7B baseline of Table 1. `tiny` trains on two CPU cores. Presets differ in numbers only.
 """
 
-import errno
 import shlex
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from math import inf
+from typing import Annotated, Literal, NamedTuple
 
 import tyro
 
@@ -48,42 +46,32 @@ def quoted(*paths: object) -> str:
     return shlex.join(map(str, paths))
 
 
-# What a full disk, a read-only one, or missing permissions raise.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+class Range(NamedTuple):
+    """What a flag accepts. It stands in the annotation; terminal.cli checks it."""
+
+    text: str
+    holds: Callable[[float], bool]  # False for NaN
 
 
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Print an InputError or a disk's refusal as one line, exit 1; others keep their traceback."""
-    for stream in (sys.stdout, sys.stderr):  # paths print in every locale
-        stream.reconfigure(encoding="utf-8", errors="surrogateescape")
-    try:
-        yield
-    except InputError as error:
-        # A DataLoader worker's message follows its traceback.
-        text = str(error).strip()
-        text = text.splitlines()[-1] if "DataLoader worker" in text else text
-        raise SystemExit(f"error: {text}") from None
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise SystemExit(
-            f"error: {error}. Finished files are kept. Free space or change the permissions, then "
-            "give the same command again"
-        ) from None
+Count = Annotated[int, Range("1 or more", lambda n: n >= 1)]
+Whole = Annotated[int, Range("0 or more", lambda n: n >= 0)]
+Seed = Annotated[int, Range("0 to 2^32 - 1", lambda n: 0 <= n < 2**32)]
+Positive = Annotated[float, Range("a number above 0", lambda x: 0 < x < inf)]
+NotNegative = Annotated[float, Range("a number, 0 or more", lambda x: 0 <= x < inf)]
+Share = Annotated[float, Range("0 or more and less than 1", lambda x: 0 <= x < 1)]
 
 
 @dataclass(frozen=True)
 class VisionConfig:
     """A vision transformer; of its `depth` blocks the last is not built (backbone.py says why)."""
 
-    width: int = 1024
-    depth: int = 24
-    heads: int = 16
-    mlp: int = 4096
-    registers: int = 4  # register tokens
+    width: Count = 1024
+    depth: Count = 24
+    heads: Count = 16
+    mlp: Count = 4096
+    registers: Whole = 4  # register tokens
     cls_token: bool = True
-    layer_scale: float | None = 1e-5  # initial value; None: no LayerScale
+    layer_scale: NotNegative | None = 1e-5  # initial value; None: no LayerScale
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -107,16 +95,16 @@ class LLMConfig:
     tokenizer: str = "Qwen/Qwen2.5-0.5B"
     tied: bool = True  # embedding and head are one matrix
     qkv_bias: bool = True
-    vocab: int = 151936  # rows of the embedding
-    width: int = 896
-    depth: int = 24
-    heads: int = 14
-    kv_heads: int = 2
-    mlp: int = 4864
-    rope_theta: float = 1e6
-    norm_eps: float = 1e-6
-    init_std: float = 0.02  # of weights that no checkpoint provides
-    first_action_id: int = 151665  # token of bin 0: <|extra_0|> in Prismatic's tokenizer
+    vocab: Count = 151936  # rows of the embedding
+    width: Count = 896
+    depth: Count = 24
+    heads: Count = 14
+    kv_heads: Count = 2
+    mlp: Count = 4864
+    rope_theta: Positive = 1e6
+    norm_eps: Positive = 1e-6
+    init_std: NotNegative = 0.02  # of weights that no checkpoint provides
+    first_action_id: Whole = 151665  # token of bin 0: <|extra_0|> in Prismatic's tokenizer
     prompt: str = (  # Prismatic's prompt for Qwen
         "<|im_start|>system\n"
         "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
@@ -124,8 +112,8 @@ class LLMConfig:
         "What action should the robot take to {}?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    prompt_end: tuple[int, ...] = ()  # token ids appended after the prompt
-    prompt_length: int = 64  # maximum tokens; prompts are padded to the longest one of the data
+    prompt_end: tuple[Whole, ...] = ()  # token ids appended after the prompt
+    prompt_length: Count = 64  # maximum tokens; prompts are padded to the longest one of the data
 
     @property
     def head_dim(self) -> int:
@@ -145,11 +133,11 @@ LLAMA2_7B = LLMConfig(
 class DecoderConfig:
     """Table 5. The MLPs' 512 -> 256 -> 128 are width, width / 2, width / 4."""
 
-    width: int = 512
-    layers: int = 2  # qpos transformer
-    heads: int = 8  # qpos transformer
-    mlp: int = 2048  # qpos transformer; Table 5 leaves it open
-    channels: tuple[int, ...] = (64, 32, 16, 8)  # into each of the mask decoder's 4 upsamplings
+    width: Count = 512
+    layers: Count = 2  # qpos transformer
+    heads: Count = 8  # qpos transformer
+    mlp: Count = 2048  # qpos transformer; Table 5 leaves it open
+    channels: tuple[Count, ...] = (64, 32, 16, 8)  # into each of the mask decoder's 4 upsamplings
 
     @property
     def grid(self) -> int:
@@ -161,16 +149,17 @@ class DecoderConfig:
 class FlowConfig:
     """The flow-matching action expert, 101.5M parameters in the paper preset (Sec. 4.1, 6.4)."""
 
-    width: int = 512
-    mlp: int = 2048
-    execute: int = 2  # actions executed of each predicted chunk of 8 (Sec. 6.4)
-    denoise_steps: int = 10  # Euler steps (Sec. 6.4)
+    width: Count = 512
+    mlp: Count = 2048
+    # actions executed of each predicted chunk of 8 (Sec. 6.4)
+    execute: Annotated[int, Range("1 to 8", lambda n: 1 <= n <= RECORDED_ACTIONS)] = 2
+    denoise_steps: Count = 10  # Euler steps (Sec. 6.4)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    image_size: int = 224
-    patch_size: int = 14
+    image_size: Count = 224
+    patch_size: Count = 14
     depth: bool = True  # depth views beside the RGB views (Table 1)
     cameras: tuple[Literal["head", "hand"], ...] = CAMERAS  # (Table 1: Multiview)
     # GAP-5: of the past 4 time steps read the "actions" (Sec. 6.2, SG-VLA's README) or the "frames"
@@ -178,9 +167,9 @@ class ModelConfig:
     history: Literal["none", "frames", "actions"] = "none"
     dino: VisionConfig = DINOV2_L
     siglip: VisionConfig = SIGLIP_SO400M
-    projector_hidden: int = 8704  # 4 x the fused width (Prismatic: fused-gelu-mlp)
+    projector_hidden: Count = 8704  # 4 x the fused width (Prismatic: fused-gelu-mlp)
     llm: LLMConfig = LLMConfig()
-    num_latents: int = 8  # Table 5: latents [B, 8, 896]; 0: the bare VLM, without decoders
+    num_latents: Whole = 8  # Table 5: latents [B, 8, 896]; 0: the bare VLM, without decoders
     # GAP-2: learned queries after the prompt, or the states that predict the action tokens
     latents: Literal["queries", "action_states"] = "queries"
     decoders: tuple[Literal[LABELS], ...] = LABELS  # Table 5
@@ -207,21 +196,34 @@ class ModelConfig:
     def __post_init__(self):
         if not self.cameras or self.cameras != tuple(c for c in CAMERAS if c in self.cameras):
             raise InputError(f"cameras {self.cameras}: expected some of {CAMERAS}, in this order")
+        if len(set(self.decoders)) < len(self.decoders):
+            raise InputError(f"decoders {self.decoders}: expected each of them once")
         if self.decoders and not self.num_latents:
             raise InputError("num_latents 0: decoders need at least 1")
+        multiples = {
+            "image_size, patch_size": (self.image_size, self.patch_size),
+            "dino.width, dino.heads": (self.dino.width, self.dino.heads),
+            "siglip.width, siglip.heads": (self.siglip.width, self.siglip.heads),
+            "llm.width, twice llm.heads": (self.llm.width, 2 * self.llm.heads),  # RoPE: even
+            "llm.heads, llm.kv_heads": (self.llm.heads, self.llm.kv_heads),
+            "decoder.width, decoder.heads": (self.decoder.width, self.decoder.heads),
+        }
+        for names, (whole, part) in multiples.items():
+            if not part or whole % part:
+                raise InputError(f"{names}: {whole} is not a multiple of {part}")
 
 
 @dataclass(frozen=True)
 class LossWeights:
     """The lambdas of Eq. 4 (Sec. 6.1). GAP-23: 1 for action and flow, which Eq. 4 leaves out."""
 
-    action: float = 1.0
-    pos: float = 1.0
-    grasp: float = 5.0
-    qpos: float = 1.0
-    obj: float = 1.0
-    seg: float = 1.0
-    flow: float = 1.0
+    action: NotNegative = 1.0
+    pos: NotNegative = 1.0
+    grasp: NotNegative = 5.0
+    qpos: NotNegative = 1.0
+    obj: NotNegative = 1.0
+    seg: NotNegative = 1.0
+    flow: NotNegative = 1.0
 
 
 @dataclass(frozen=True)
@@ -253,41 +255,37 @@ class TrainConfig:
     init_from: str | None = None
     # auto: continue from the newest whole checkpoint in `out`
     resume: Literal["auto", "never"] = "auto"
-    steps: int | None = None  # optimizer steps of this stage; default: `epochs` of the data
-    epochs: tuple[int, int, int] = (3, 7, 10)  # of stages 1, 2, 3 (Sec. 6.3; GAP-14); 0: no stage
-    batch_size: int = 512  # frames per step over all GPUs (Sec. 6.1)
+    steps: Count | None = None  # optimizer steps of this stage; default: `epochs` of the data
+    # of stages 1, 2, 3 (Sec. 6.3; GAP-14); 0: no stage
+    epochs: tuple[Whole, Whole, Whole] = (3, 7, 10)
+    batch_size: Count = 512  # frames per step over all GPUs (Sec. 6.1)
     # frames per GPU and backward pass; gradients accumulate up to batch_size (training/memory.py)
-    micro_batch: int = 8
+    micro_batch: Count = 8
     # FSDP: divide weights, gradients and Adam's moments among the GPUs (training/ranks.py)
     shard: bool = False
     recompute: bool = False  # activation checkpointing: less memory, a third more arithmetic
     compile: bool = False  # torch.compile every block
-    lr: float = 2e-5  # Adam, constant (Sec. 6.1)
-    warmup: int = 0  # steps of linear warm-up; the paper has none
+    lr: Positive = 2e-5  # Adam, constant (Sec. 6.1)
+    warmup: Whole = 0  # steps of linear warm-up; the paper has none
     # share of the steps, at the end, during which lr falls linearly to 0; the paper has none
-    cooldown: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)  # GAP-21: not stated; MiniVLA's
-    grad_clip: float = 1.0  # GAP-21: MiniVLA's
+    cooldown: Annotated[float, Range("0 to 1", lambda x: 0 <= x <= 1)] = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.999)  # GAP-21: not stated; MiniVLA's
+    grad_clip: NotNegative = 1.0  # norm of the gradients; 0: not clipped. GAP-21: MiniVLA's
     weights: LossWeights = LossWeights()  # Eq. 4
     model: ModelConfig = ModelConfig()
-    seed: int = 0  # weights, order of samples, flow noise
+    seed: Seed = 0  # weights, order of samples, flow noise
     device: Literal["cpu", "cuda"] | None = None  # default: a GPU if there is one
-    workers: int = 4  # loader processes per GPU
-    val_episodes: float = 0.02  # share of each file's episodes that is held out, at least one
-    val_every: int = 1000  # steps between validations; one more at the end
-    val_frames: int = 2048  # held-out frames per validation, spread evenly
-    log_every: int = 10  # steps
-    save_every: int = 1000  # steps; one more at the end
-    keep: int = 2  # newest checkpoints to keep
-    max_skipped: int = 10  # stop after so many steps in a row whose loss or gradient is not finite
+    workers: Whole = 4  # loader processes per GPU
+    # share of each file's episodes that is held out: at least one, unless the file has one only
+    val_episodes: Share = 0.02
+    val_every: Count = 1000  # steps between validations; one more at the end
+    val_frames: Count = 2048  # held-out frames per validation, spread evenly
+    log_every: Count = 10  # steps
+    save_every: Count = 1000  # steps; one more at the end
+    keep: Count = 2  # newest checkpoints to keep
+    # stop after so many steps in a row whose loss or gradient is not finite
+    max_skipped: Count = 10
     tracker: Literal["tensorboard", "wandb"] | None = None  # beside log.jsonl
-
-    def __post_init__(self):
-        every = ("val_every", "log_every", "save_every")
-        for name in ("batch_size", "micro_batch", "steps", "keep", "max_skipped", *every):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} {value}: expected 1 or more")
 
 
 # Table 1's OpenVLA as published: one camera, RGB, neither latents nor decoders.

@@ -240,7 +240,7 @@ class Frames(Dataset):
         self, source: Index, held_out: float, train: bool,
         history: str = "none", tasks: tuple[str, ...] = (), subtasks: tuple[str, ...] = (),
     ):  # fmt: skip
-        """Hold out the last share `held_out` of every file's episodes, at least one.
+        """Hold out the last share `held_out` of every file's episodes: at least one, never all.
 
         `tasks` and `subtasks` select files <task>/<subtask>/<target>.h5; empty: all. Raises
         InputError if they select none.
@@ -297,7 +297,10 @@ class Frames(Dataset):
     def remarks(self) -> list[str]:
         """Sentences about skipped trajectories and oddities in these demonstrations."""
         files = [self.source.episodes[e].file for e in self.episode_ids]
-        return [*self.source.notes, *remarks(self.survey, files)]
+        every = [episode.file for episode in self.source.episodes]
+        single = [file for file in dict.fromkeys(files) if every.count(file) == 1]
+        alone = [f"{file}: one episode, none is held out" for file in single]
+        return [*self.source.notes, *alone, *remarks(self.survey, files)]
 
     def stats(self, bounds: str) -> ActionStats:
         """Action bounds: "controller" or "percentiles" of these episodes."""
@@ -314,21 +317,20 @@ class Frames(Dataset):
 
 
 def last_episodes(episodes: list[Episode], share: float) -> np.ndarray:
-    """Whether each episode is in the last `share` of its file, at least one; [episodes] bool."""
+    """Whether each episode is in the last `share` of its file; at least one is, never all; [n]."""
     files = np.array([episode.file for episode in episodes])
     out = np.zeros(len(files), bool)
     for file in np.unique(files):
         rows = np.flatnonzero(files == file)
-        out[rows[-max(1, round(share * len(rows))) :]] = True
+        number = min(len(rows) - 1, max(1, round(share * len(rows))))
+        out[rows[len(rows) - number :]] = True
     return out
 
 
 if __name__ == "__main__":
-    import tyro
-
-    from config import user_errors
     from storage.download import download
     from storage.pack import pack, verify
+    from storage.terminal import cli, user_errors
 
     with user_errors():
-        tyro.extras.subcommand_cli_from_dict({"pack": pack, "verify": verify, "download": download})
+        cli({"pack": pack, "verify": verify, "download": download})

@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from config import HORIZON, TASKS, InputError, user_errors
+from config import HORIZON, TASKS, Count, InputError, Seed, Whole
 from paper import COLUMNS, DEFAULT_ROW, OBJECTS, PAPER_COLUMNS, ROWS, sentences, targets
 from simulation.assets import apartment, asset_folder, plan_files
 from simulation.plans import (
@@ -37,6 +37,7 @@ from simulation.workers import Workers
 from storage.checkpoint import read_manifest, resolve
 from storage.files import append, code_commit, read_json, sha256, sole_writer, write_json
 from storage.results import check_settings, read_episodes, success_table, table
+from storage.terminal import cli, user_errors
 from training.ranks import device_of
 
 LIBRARIES = ("torch", "mani_skill", "praxis-mshab", "sapien", "numpy")
@@ -57,14 +58,14 @@ class EvalConfig:
     task: Literal[TASKS] = "set_table"
     # default: the paper's columns that the task has and the checkpoint was trained on
     columns: tuple[Literal[tuple(COLUMNS)], ...] = ()
-    episodes: int = 30  # per column (Sec. 6.1)
+    episodes: Count = 30  # per column (Sec. 6.1)
     split: Literal["train", "val"] = "val"  # GAP-18: the paper names none
-    seed: int = 0  # of the first episode; the next ones have seed + 1, seed + 2, ...
-    horizon: int = HORIZON  # control steps per episode (MS-HAB: max_episode_steps)
+    seed: Seed = 0  # of the first episode; the next ones have seed + 1, seed + 2, ...
+    horizon: Count = HORIZON  # control steps per episode (MS-HAB: max_episode_steps)
     stop_at_success: bool = False  # faster, but success at the end is then unknown
-    workers: int = 1  # processes, one core and simulator each; the number does not change results
-    envs: int = 1  # environments that each worker simulates at once on a GPU; not for the expert
-    video: int = 0  # film the first N episodes of each column, if they are not finished yet
+    workers: Count = 1  # processes, one core and simulator each; the number does not change results
+    envs: Count = 1  # environments that each worker simulates at once on a GPU; not for the expert
+    video: Whole = 0  # film the first N episodes of each column, if they are not finished yet
     # the paper's row to print beside the results; default: the checkpoint's, else auxvla-all
     row: Literal[tuple(ROWS)] | None = None
     device: Literal["cpu", "cuda"] | None = None  # for the learned policy; default: cuda if present
@@ -72,8 +73,6 @@ class EvalConfig:
     def __post_init__(self):
         if self.checkpoint and (self.policy != "learned" or self.out is None):
             raise InputError("--checkpoint: expected --out too, and no --policy but learned")
-        if min(self.episodes, self.horizon, self.workers, self.envs) < 1 or self.seed < 0:
-            raise InputError("--episodes, --horizon, --workers, --envs: at least 1; --seed: 0")
         for name in self.names:
             known = targets(self.task, COLUMNS[name].subtask)
             if not known or COLUMNS[name].target_in(self.task) not in ("all", *known):
@@ -216,4 +215,4 @@ def main(cfg: EvalConfig) -> None:
 
 if __name__ == "__main__":
     with user_errors():
-        main(tyro.cli(EvalConfig, description=__doc__))
+        main(cli(EvalConfig, description=__doc__))

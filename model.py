@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import tyro
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -334,4 +333,7 @@ def print_parameters(preset: str = "paper") -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(print_parameters)
+    from storage.terminal import cli, user_errors
+
+    with user_errors():
+        cli(print_parameters)

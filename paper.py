@@ -193,4 +193,7 @@ def describe(name: str) -> str:
 
 
 if __name__ == "__main__":
-    print(*map(describe, ROWS), sep="\n")
+    from storage.terminal import user_errors
+
+    with user_errors():
+        print(*map(describe, ROWS), sep="\n")

@@ -19,16 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from config import RECORDED_ACTIONS, InputError, TrainConfig, user_errors
+from config import RECORDED_ACTIONS, InputError, TrainConfig
 from data import check_batch, make_batch
 from decoders import BatchNorm
 from flow_head import draw_noise
 from model import AuxVLA, label_counts
 from storage import checkpoint
 from storage.files import sole_writer
+from storage.terminal import user_errors
 from storage.tokenizer import tokenize
 from training.flags import parse
-from training.log import Log, Saver
+from training.log import Log, Saver, check_tracker
 from training.memory import check_shared_memory, describe_plan, memory_plan
 from training.order import StepOrder, loader, open_frames
 from training.ranks import STOPPED, Ranks, join, shard, signals
@@ -113,8 +114,9 @@ def take_step(
     losses = accumulate(ddp, batch, cfg)
     # GAP-24: each part is clipped alone. In stage 1 the decoders' gradients end at the latents
     # (Sec. 5.2), so they should not scale the VLM's step either.
+    limit = cfg.grad_clip or torch.inf
     lengths = [
-        checkpoint.full_tensor(nn.utils.clip_grad_norm_(part["params"], cfg.grad_clip))
+        checkpoint.full_tensor(nn.utils.clip_grad_norm_(part["params"], limit))
         for part in optimizer.param_groups
     ]
     grad_norm = torch.stack([length.to(ranks.device) for length in lengths]).norm()
@@ -218,6 +220,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
 
 def main(cfg: TrainConfig) -> int:
     check_shared_memory(cfg)
+    check_tracker(cfg.tracker)
     ranks = join(cfg.device)
     with ExitStack() as lock:  # rank 0 holds it; where it is taken already, every rank ends
         ranks.on_main(lambda: lock.enter_context(sole_writer(Path(cfg.out))))

@@ -17,12 +17,12 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-import tyro
 
-from config import InputError, quoted, user_errors
+from config import InputError, Seed, quoted
 from household import furniture as parts
 from household.episodes import Scene, write_clutter, write_set_table
 from household.robot import write_light_fetch
+from storage.terminal import cli, user_errors
 
 # The names must be in mani_skill's metadata/scene_configs.json.
 SCENES = [f"v3_sc0_staging_0{i}.scene_instance.json" for i in range(3)]
@@ -30,7 +30,7 @@ SCENES = [f"v3_sc0_staging_0{i}.scene_instance.json" for i in range(3)]
 VERSION = "d9abd2d0bb1c"
 
 
-def main(out: Path, seed: int = 0) -> None:
+def main(out: Path, seed: Seed = 0) -> None:
     """Write OUT/data, for MS_ASSET_DIR=OUT. A folder that is complete already is left alone."""
     marker = dict(seed=seed, code=VERSION)
     if out.exists() and any(out.iterdir()):
@@ -108,4 +108,4 @@ def write_scene(folder: Path, name: str, rng: np.random.Generator) -> Scene:
 
 if __name__ == "__main__":
     with user_errors():
-        tyro.cli(main)
+        cli(main)

@@ -24,14 +24,14 @@ from pathlib import Path
 
 import dacite
 import torch
-import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from config import InputError, ModelConfig, quoted, user_errors
+from config import InputError, ModelConfig, quoted
 from storage import files
 from storage.files import DamagedError, read_json, sha256, sync, write_json
+from storage.terminal import cli, user_errors
 
 FORMAT = 2
 MOMENTS = "optimizer.safetensors"
@@ -67,8 +67,13 @@ def write(
     """Write out/step-NNNNNNNN and out/last; without moments the checkpoint cannot be resumed.
 
     The newest `keep` checkpoints stay, and damaged ones, which are not counted. Raises InputError
-    when the disk fails; older checkpoints stay as they were.
+    when the disk fails or a tensor is not finite; older checkpoints stay as they were.
     """
+    if bad := [k for k, t in (weights | (moments or {})).items() if not t.isfinite().all()]:
+        raise InputError(
+            f"step {step} is not saved: {len(bad)} tensors are not finite, {bad[0]} first. Earlier "
+            f"checkpoints in {out} are as they were; lower --lr"
+        )
     final = out / f"step-{step:08d}"
     partial = out / f".{final.name}.partial"
     try:
@@ -288,4 +293,4 @@ def export(checkpoint: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     with user_errors():
-        tyro.extras.subcommand_cli_from_dict({"export": export}, description=__doc__)
+        cli({"export": export}, description=__doc__)

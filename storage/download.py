@@ -15,9 +15,10 @@ from typing import Literal
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, XetDownloadError
 
-from config import DISK_ERRORS, SUBTASKS, TASKS, InputError
+from config import SUBTASKS, TASKS, Count, InputError
 from paper import HUB_DATASETS
 from storage.files import sole_writer
+from storage.terminal import DISK_ERRORS
 
 RESUME = "The same command resumes; HF_ENDPOINT names a mirror of the hub"
 
@@ -27,7 +28,7 @@ def download(
     tasks: tuple[Literal[TASKS], ...] = TASKS,
     subtasks: tuple[Literal[SUBTASKS], ...] = SUBTASKS,
     targets: tuple[str, ...] = (),
-    workers: int = 4,
+    workers: Count = 4,
     dry_run: bool = False,
 ) -> None:
     """Fetch MS-HAB's released demonstrations, 466 GB in all; resumable, file by file.

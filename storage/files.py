@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -29,6 +30,7 @@ PICKLE_ERRORS = (
     OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError,
     pickle.UnpicklingError,
 )  # fmt: skip
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system without locks
 MENDS = {  # system error: the command after which an undamaged file can be read
     errno.EACCES: "chmod u+r {}  # its owner, or root",
     errno.EAGAIN: "fuser -v {}  # wait until that program has closed it",
@@ -77,8 +79,21 @@ def write(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def dumps(content: object, indent: int | None = None) -> str:
+    """Strict JSON: a number that is not finite becomes null."""
+
+    def strict(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: strict(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [strict(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(strict(content), indent=indent, allow_nan=False)
+
+
 def write_json(path: Path, content: dict) -> None:
-    write(path, (json.dumps(content, indent=1) + "\n").encode())
+    write(path, (dumps(content, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> dict:
@@ -114,6 +129,13 @@ def sole_writer(folder: Path, name: str = "") -> Iterator[None]:
                 f"{folder}: process {lock.read()} is writing to it. Give another --out, or kill "
                 "the process (it saves its state)"
             ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(
+                f"warning: {folder}: its file system has no locks ({error.strerror}). Start no "
+                "second program that writes there", file=sys.stderr,
+            )  # fmt: skip
         os.truncate(lock.name, 0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -122,7 +144,7 @@ def sole_writer(folder: Path, name: str = "") -> Iterator[None]:
 
 def append(path: Path, line: dict) -> None:
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -37,8 +37,8 @@ from storage.trajectory import (
     RECORD,
     SURVEY,
     DataError,
+    Trajectory,
     clip,
-    read_actions,
     read_frames,
     survey,
 )
@@ -74,6 +74,17 @@ class Index:
         """The first frame of each episode, and the number of all frames, [episodes + 1]."""
         return np.cumsum([0] + [episode.length for episode in self.episodes])
 
+    @property
+    def content(self) -> dict[str, int]:
+        """{file: bytes}, by which a resumed run sees that its data changed."""
+        files = dict.fromkeys(episode.file for episode in self.episodes)
+        return {file: (self.folder / file).stat().st_size for file in files}
+
+    @cached_property
+    def instruction_rows(self) -> np.ndarray:
+        """The row of `instructions` of each episode, [episodes]."""
+        return np.array([episode.instruction for episode in self.episodes])
+
     def __len__(self) -> int:
         return int(self.starts[-1])
 
@@ -85,7 +96,10 @@ class Index:
     def read(self, frames: list[int] | np.ndarray) -> np.ndarray:
         """Frames by number, [n] of RECORD."""
         records = [self.read_record(frame) for frame in frames]  # bytes copy faster than fields
-        return np.stack(records).view(RECORD)[:, 0]
+        records = np.stack(records).view(RECORD)[:, 0]
+        records["episode"], _ = self.place(np.asarray(frames))
+        records["instruction"] = self.instruction_rows[records["episode"]]
+        return records
 
 
 class Demonstrations(Index):
@@ -124,11 +138,12 @@ class Demonstrations(Index):
             setattr(self, name, ours or theirs)
         with readable(path, str(path)):
             unnamed = set(open_h5(str(path), os.getpid()))
+        if empty := [entry["elapsed_steps"] for entry in sidecar["episodes"]].count(0):
+            self.notes.append(f"{path}: {empty} episodes of no steps, skipped")
         for entry in sidecar["episodes"]:
-            name, steps = f"traj_{entry['episode_id']}", int(entry["elapsed_steps"])
+            name, steps = f"traj_{entry['episode_id']}", entry["elapsed_steps"]
             unnamed.discard(name)
-            if steps == 0:
-                self.notes.append(f"{path}, {name}: no steps, skipped")
+            if not steps:
                 continue
             text = instruction_of(path, entry)
             if text not in self.instructions:
@@ -162,16 +177,14 @@ class Demonstrations(Index):
 
     def read_steps(self, episode: int, first: int, last: int) -> np.ndarray:
         """Steps first..last-1 of an episode, [n] of RECORD."""
-        with self._open(episode, f", frames {first}..{last - 1}") as (group, actions, where):
-            out = read_frames(group, actions, first, last, where)
-        out["instruction"], out["episode"] = self.episodes[episode].instruction, episode
-        return out
+        with self._open(episode, f", frames {first}..{last - 1}") as (trajectory, actions):
+            return read_frames(trajectory, actions, first, last)
 
     def actions_of(self, episodes: np.ndarray) -> np.ndarray:
         """All actions of these episodes, [n, 13] in [-1, 1]."""
         found = []
         for episode in episodes:
-            with self._open(episode) as (_, actions, _):
+            with self._open(episode) as (_, actions):
                 found.append(actions)
         return clip(np.concatenate(found))
 
@@ -179,19 +192,20 @@ class Demonstrations(Index):
         """Labels and ranges of these episodes, [n] of SURVEY."""
         out = np.zeros(len(episodes), SURVEY)
         for row, episode in enumerate(episodes):
-            with self._open(episode) as trajectory:
-                out[row] = survey(*trajectory)
+            with self._open(episode) as (trajectory, actions):
+                out[row] = survey(trajectory, actions)
         return out
 
     @contextmanager
-    def _open(self, episode: int, frames: str = "") -> Iterator[tuple[h5py.Group, np.ndarray, str]]:
-        """A trajectory's group, its actions [T, 13] as recorded, and its name for errors."""
-        entry = self.episodes[episode]
+    def _open(self, episode: int, frames: str = "") -> Iterator[tuple[Trajectory, np.ndarray]]:
+        """A trajectory, and its actions [T, 13] as recorded."""
+        entry, steps = self.episodes[episode], self.recorded[episode]
         path = self.folder / entry.file
         where = f"{path}, {entry.trajectory}"
         with readable(path, where + frames):
             group = open_h5(str(path), os.getpid())[entry.trajectory]
-            yield group, read_actions(group, self.recorded[episode], where)[: entry.length], where
+            trajectory = Trajectory(group, steps, where)
+            yield trajectory, trajectory.read("actions", 0, steps)[: entry.length]
 
 
 @contextmanager
@@ -211,11 +225,12 @@ def first_success(path: Path, trajectory: str, steps: int) -> int:
     where = f"{path}, {trajectory}"
     with readable(path, where):
         group = open_h5(str(path), os.getpid())[trajectory]
-        success = group["success"][:] if "success" in group else None
-    if success is None or len(success) != steps:
+        success = np.array(group.get("success", ()))
+    if success.shape != (steps,):
         raise DataError(
-            f"{where}: success is {success}, expected one for each of {steps} steps. Read all "
-            "steps (--no-truncate-at-success), or record it again"
+            f"{where}: success has shape {[*success.shape]}, expected {[steps]}, one for each of "
+            "elapsed_steps. Download or record it again, or read all steps: "
+            "--no-truncate-at-success"
         )
     return int(np.argmax(success)) + 1 if success.any() else steps
 
@@ -235,6 +250,24 @@ def chunk_rows(observations: int) -> int:
 
 
 # --- Files and their .json ---
+
+ABSENT = object()
+
+
+def is_whole(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+# Fields of an episode in the .json: what is expected, and the test of it.
+ENTRY = {
+    "episode_id": ("a whole number", is_whole),
+    "elapsed_steps": ("a whole number", is_whole),
+    "control_mode": (CONTROL, lambda value: value in (None, CONTROL)),
+    "instruction": (
+        "a sentence, or no such entry",
+        lambda value: value is ABSENT or (isinstance(value, str) and value.strip()),
+    ),
+}
 
 
 def h5_files(folder: Path) -> list[Path]:
@@ -265,32 +298,39 @@ def task_and_subtask(path: Path) -> tuple[str, str]:
 def load_sidecar(path: Path) -> dict:
     """The .json beside an .h5. Raises DataError unless it is MS-HAB's."""
     sidecar = path.with_suffix(".json")
+    again = "Download or record it again"
     if not sidecar.is_file():
-        raise DataError(f"{path}: no {sidecar.name} beside it. Download or record it again")
+        raise DataError(f"{path}: no {sidecar.name} beside it. {again}")
     with readable(sidecar, str(sidecar)):
         text = sidecar.read_bytes()
     try:
         content = json.loads(text)
-        steps = {str(e["episode_id"]): float(e["elapsed_steps"]) for e in content["episodes"]}
-        controls = {e.get("control_mode") or CONTROL for e in content["episodes"]}
-        if not steps or len(steps) < len(content["episodes"]):
-            raise ValueError("no episodes, or an id twice")
-        if not all(n >= 0 and n % 1 == 0 for n in steps.values()):
-            raise ValueError(f"elapsed_steps {sorted(steps.values())}")
-        if controls != {CONTROL}:
-            raise ValueError(f"control_mode {controls}")
-    except (KeyError, TypeError, ValueError) as error:
+        entries = [dict(entry) for entry in content["episodes"]]
+        kwargs = (content.get("env_info") or {}).get("env_kwargs") or {}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            f"{sidecar}: got {error}; expected MS-HAB's `episodes`, each with its own episode_id, "
-            f"a whole number of elapsed_steps and {CONTROL}. Download or record it again"
+            f"{sidecar}: got {error!r}, expected a JSON object with MS-HAB's `episodes`. {again}"
         ) from error
+    ids = set()
+    for i, entry in enumerate(entries):
+        for name, (expected, holds) in ENTRY.items():
+            got = entry.get(name, kwargs.get(name) if name == "control_mode" else ABSENT)
+            if not holds(got):
+                shown = "not there" if got is ABSENT else repr(got)
+                where = f"{sidecar}, traj_{entry.get('episode_id')} (entry {i})"
+                raise DataError(f"{where}: {name} is {shown}, expected {expected}. {again}")
+        if entry["episode_id"] in ids:
+            raise DataError(f"{sidecar}: episode_id {entry['episode_id']} is there twice. {again}")
+        ids.add(entry["episode_id"])
+    if not entries:
+        raise DataError(f"{sidecar}: its `episodes` are empty. {again}")
     return content
 
 
 def instruction_of(path: Path, entry: dict) -> str:
     """The recorded sentence of an episode, or the one of its <subtask>/<target>.h5."""
     subtask, target = path.parent.name, path.stem
-    if isinstance(entry.get("instruction"), str):
+    if "instruction" in entry:
         return entry["instruction"]
     if subtask not in SUBTASKS or target not in chain(ARTICULATIONS, *OBJECTS.values()):
         raise DataError(

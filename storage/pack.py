@@ -28,7 +28,7 @@ from storage.files import DamagedError, read_json, replacing, sha256, sole_write
 from storage.h5 import Demonstrations, Episode, Index, h5_files
 from storage.trajectory import RECORD, DataError, remarks
 
-FORMAT = str(RECORD.descr)  # a pack of other records is refused
+FORMAT = f"2 {RECORD.descr}"  # a pack of other records is refused
 ABOUT = ("instructions", "action_schema", "qpos_names")
 KINDS = {True: "demonstrations that end at their success", False: "whole demonstrations"}
 
@@ -49,8 +49,10 @@ class Pack(Index):
             raise damaged(folder, f"{index}: other records than this code reads", [index])
         episodes = [Episode(**episode) for episode in meta["episodes"]]
         super().__init__(folder, meta["truncate"], episodes, *(meta[name] for name in ABOUT))
-        self.hashes, self.sizes = meta["sha256"], meta["sizes"]  # sizes: bytes of each .h5
-        self.files = [self._map(folder / npy_name(file)) for file in self.sizes]
+        self.sources = meta["files"]  # of each .h5: size, time, sha256, and sha256 of its .npy
+        self.hashes = {npy_name(file): entry["packed"] for file, entry in self.sources.items()}
+        self.hashes["summary.npz"] = meta["summary"]
+        self.files = [self._map(folder / npy_name(file)) for file in self.sources]
         self.file_starts = [0, *accumulate(map(len, self.files))]  # the first frame of each
 
     def _map(self, path: Path) -> np.ndarray:
@@ -61,6 +63,11 @@ class Pack(Index):
             what = f"{path}: cannot be read ({error})"
             raise damaged(self.folder, what, [path], self.truncate) from None
         return rearrange(records, "(n size) -> n size", size=RECORD.itemsize)
+
+    @property
+    def content(self) -> dict[str, str]:
+        """{file: sha256}, by which a resumed run sees that its data changed."""
+        return self.hashes
 
     def read_record(self, frame: int) -> np.ndarray:
         """One frame as bytes, [size of RECORD]."""
@@ -114,19 +121,28 @@ def open_data(data: str | Path, truncate: bool | None = None) -> Index:
             f"{'Give' if truncate else 'Drop'} --no-truncate-at-success, or pack again: "
             f"{command(f'{folder}-again', truncate)}"
         )
-    sizes = {str(path.relative_to(data)): path.stat().st_size for path in h5_files(data)}
-    if new := [file for file, size in sizes.items() if pack.sizes.get(file) != size]:
+    files = {str(path.relative_to(data)): path for path in h5_files(data)}
+    if new := [name for name, path in files.items() if is_newer(path, pack.sources.get(name))]:
         raise InputError(
-            f"{folder}: made from older files of {data}, or without them: {', '.join(new)}. "
-            f"Pack again: {command(folder, pack.truncate, data)}"
+            f"{folder}: {', '.join(new)} in {data} changed since, or came later. Pack again (only "
+            f"files with another content are): {command(folder, pack.truncate, data)}"
         )
     return pack
+
+
+def is_newer(path: Path, packed: dict | None) -> bool:
+    """Has an .h5 another size or time than when it was packed?"""
+    return packed is None or any(packed[name] != now for name, now in size_and_time(path).items())
+
+
+def size_and_time(path: Path) -> dict[str, int]:
+    return {"size": path.stat().st_size, "time": path.stat().st_mtime_ns}
 
 
 def pack(data: str = "data", out: str | None = None, truncate_at_success: bool = True) -> None:
     """Write every frame below --data into --out once, so that training reads at memory speed.
 
-    Resumable: finished files are not written again, unless the data differ from last time's.
+    Resumable: a finished file is written again only if its .h5 has another sha256 by now.
 
     Args:
         data: folder of demonstrations
@@ -134,6 +150,8 @@ def pack(data: str = "data", out: str | None = None, truncate_at_success: bool =
         truncate_at_success: end each demonstration at its first success (GAP-25)
     """
     source, folder = Demonstrations(data, truncate_at_success), Path(out or Path(data) / "pack")
+    if folder.resolve() == source.folder.resolve():
+        raise InputError(f"--out {folder} is --data too: give another, or none for {data}/pack")
     with sole_writer(folder):
         write_pack(source, folder)
 
@@ -144,29 +162,36 @@ def write_pack(source: Demonstrations, folder: Path) -> None:
         rows.setdefault(episode.file, []).append(row)
     about = {
         "format": FORMAT,
-        "sizes": {file: (source.folder / file).stat().st_size for file in rows},
+        "truncate": source.truncate,
         "episodes": [asdict(episode) for episode in source.episodes],
         **{name: getattr(source, name) for name in ABOUT},
-        "truncate": source.truncate,
     }
-    final, progress = folder / "pack.json", folder / "progress.json"
-    hashes = finished(final, about) or finished(progress, about)
-    if len(hashes) == len(rows) + 1:
+    final, progress, summary = folder / "pack.json", folder / "progress.json", "summary.npz"
+    last = read_meta(final)
+    files = unchanged(last, about, source, folder)
+    files |= unchanged(read_meta(progress), about, source, folder)
+    same = files.keys() == rows.keys() and all(last.get(name) == about[name] for name in about)
+    if same and (folder / summary).is_file():
+        write_json(final, last | {"files": {file: files[file] for file in rows}})  # new times
         print(f"{folder}: {len(Pack(folder)):,} frames, already packed")
         return
+    write_json(progress, about | {"files": files})
     final.unlink(missing_ok=True)
-    for file in tqdm([file for file in rows if npy_name(file) not in hashes], "pack", unit="file"):
-        hashes[npy_name(file)] = write_records(folder / npy_name(file), source, rows[file])
-        write_json(progress, about | {"sha256": hashes})
+    for file in tqdm([file for file in rows if file not in files], "pack", unit="file"):
+        path = source.folder / file
+        entry = size_and_time(path) | {"sha256": sha256(path)}
+        entry["packed"] = write_records(folder / npy_name(file), source, rows[file])
+        files[file] = entry
+        write_json(progress, about | {"files": files})
     every = np.arange(len(source.episodes))
     survey = source.survey(every)
-    with replacing(folder / "summary.npz") as temporary, open(temporary, "wb") as out:
+    with replacing(folder / summary) as temporary, open(temporary, "wb") as out:
         np.savez(out, survey=survey, actions=source.actions_of(every))
-    hashes["summary.npz"] = sha256(folder / "summary.npz")
-    write_json(final, about | {"sha256": hashes})
+    about |= {"files": {file: files[file] for file in rows}, "summary": sha256(folder / summary)}
+    write_json(final, about)
     progress.unlink(missing_ok=True)
-    summary = f"{folder}: {len(source):,} frames of {len(every):,} episodes in {len(rows)} files"
-    print(*source.notes, *remarks(survey, [e.file for e in source.episodes]), summary, sep="\n")
+    line = f"{folder}: {len(source):,} frames of {len(every):,} episodes in {len(rows)} files"
+    print(*source.notes, *remarks(survey, [e.file for e in source.episodes]), line, sep="\n")
 
 
 def write_records(path: Path, source: Demonstrations, episodes: list[int]) -> str:
@@ -181,14 +206,33 @@ def write_records(path: Path, source: Demonstrations, episodes: list[int]) -> st
     return sha256(path)
 
 
-def finished(path: Path, about: dict) -> dict[str, str]:
-    """{name: sha256} of the files that a pack of the same data has finished and still has."""
+def read_meta(path: Path) -> dict:
     try:
-        meta = read_json(path)
-        same = all(meta.get(key) == value for key, value in about.items())
-        return {k: v for k, v in meta["sha256"].items() if same and (path.parent / k).is_file()}
-    except (DamagedError, KeyError):
+        return read_json(path)
+    except DamagedError:
         return {}
+
+
+def unchanged(meta: dict, about: dict, source: Demonstrations, folder: Path) -> dict[str, dict]:
+    """{file: its entry, with its present time} of the .h5 whose .npy a pack has and may keep."""
+
+    def episodes(meta: dict, file: str) -> list[dict]:
+        # The instruction's row is not in the records.
+        return [e | {"instruction": 0} for e in meta["episodes"] if e["file"] == file]
+
+    if any(meta.get(name) != about[name] for name in ("format", "truncate")):
+        return {}
+    kept = {}
+    for file, entry in meta["files"].items():
+        path = source.folder / file
+        if (
+            (folder / npy_name(file)).is_file()
+            and path.is_file()
+            and episodes(meta, file) == episodes(about, file)
+            and sha256(path) == entry["sha256"]
+        ):
+            kept[file] = entry | size_and_time(path)
+    return kept
 
 
 def verify(folder: Annotated[str, tyro.conf.Positional] = "data/pack") -> None:

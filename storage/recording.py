@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 
 from config import InputError
-from storage.files import append, read_lines, replacing, write, write_json
+from storage.files import append, mend_of, read_lines, replacing, write, write_json
 
 COMPRESSED = ("rgb", "depth", "fetch_head", "fetch_hand")  # images; masks, named by camera
 GZIP = dict(compression="gzip", compression_opts=5)  # (MS-HAB: envs/wrappers/record.py)
@@ -71,6 +71,8 @@ class Recording:
                 h5py.File(self.h5).close()
                 sidecar = json.loads(self.json.read_bytes())
             except (OSError, ValueError) as error:
+                if mend := mend_of(self.json, error):
+                    raise InputError(f"{error}. {self.json} may be intact: {mend}") from error
                 raise self.incomplete(error) from error
             self.check_recipe(self.json, sidecar)
             self.episodes = sidecar["episodes"]

@@ -1,19 +1,30 @@
 """One trajectory in MS-HAB's layout -> frames: checked fields, clipped actions, derived labels.
 
-    records = read_frames(group, actions, 0, 26, where)  # [26] of RECORD
-    summary = survey(group, actions, where)              # counts and ranges; reads no picture
+    trajectory = Trajectory(group, steps, where)           # checks every field against FIELDS
+    actions = trajectory.read("actions", 0, steps)         # [T, 13], as recorded
+    records = read_frames(trajectory, actions, 0, 26)      # [26] of RECORD
+    summary = survey(trajectory, actions)                  # counts and ranges; reads no picture
 
-`where` names file and trajectory. A field of another type or shape, or a label that is not finite,
-raises a DataError, whose message begins with `where`.
+`where` names file and trajectory and begins the message of every DataError.
 """
 
 import zlib
 from itertools import product
+from typing import NamedTuple
 
 import h5py
 import numpy as np
 
-from config import ACTION_DIM, CAMERAS, IMAGE_SIZE, LABELS, QPOS_DIM, RECORDED_ACTIONS, InputError
+from config import (
+    ACTION_DIM,
+    CAMERAS,
+    IMAGE_SIZE,
+    LABELS,
+    QPOS_DIM,
+    RECORDED_ACTIONS,
+    InputError,
+    Range,
+)
 
 # One frame as recorded, neither normalised nor resized: the unit of packs and raw batches.
 _PICTURE = (len(CAMERAS), IMAGE_SIZE, IMAGE_SIZE)
@@ -53,16 +64,26 @@ GRIPPER_POSE = "obs/extra/tcp_pose_wrt_base"  # metres and wxyz
 KEYS = {
     "grasp": "obs/extra/is_grasped", "qpos": "obs/agent/qpos", "obj": "obs/extra/obj_pose_wrt_base",
 }  # fmt: skip
-# Key in a trajectory -> allowed dtypes, as numpy's codes, and shape of one row.
-_BYTE, _INT, _FLOAT = "B", np.typecodes["AllInteger"], np.typecodes["Float"]
+# Names of dtypes, as numpy's codes.
+_INT, _FLOAT = np.typecodes["AllInteger"], np.typecodes["Float"]
+KINDS = {"uint8": "B", "integer": _INT, "float": _FLOAT, "bool": "?" + _INT}
+KINDS["number"] = KINDS["bool"] + _FLOAT
+
+
+class Field(NamedTuple):
+    kind: str  # of KINDS
+    shape: tuple[int, ...]  # of one row; T actions have T + 1 observations
+    limit: Range = Range("a finite number", np.isfinite)
+
+
 FIELDS = {
-    **{f"obs/sensor_data/fetch_{c}/rgb": (_BYTE, (*_PICTURE[1:], 3)) for c in CAMERAS},
-    **{f"obs/sensor_data/fetch_{c}/depth": (_INT, (*_PICTURE[1:], 1)) for c in CAMERAS},
-    **{f"labels/seg/fetch_{c}": ("?" + _INT, _PICTURE[1:]) for c in CAMERAS},
-    KEYS["grasp"]: ("?" + _INT + _FLOAT, ()),
-    KEYS["qpos"]: (_FLOAT, (QPOS_DIM,)), KEYS["obj"]: (_FLOAT, (7,)),
-    "labels/pos": (_FLOAT, (2,)), "actions": (_FLOAT, (ACTION_DIM,)),
-    CAMERA_POSE: (_FLOAT, (4, 4)), GRIPPER_POSE: (_FLOAT, (7,)),
+    **{f"obs/sensor_data/fetch_{c}/rgb": Field("uint8", (*_PICTURE[1:], 3)) for c in CAMERAS},
+    **{f"obs/sensor_data/fetch_{c}/depth": Field("integer", (*_PICTURE[1:], 1)) for c in CAMERAS},
+    **{f"labels/seg/fetch_{c}": Field("bool", _PICTURE[1:]) for c in CAMERAS},
+    KEYS["grasp"]: Field("number", (), Range("0 to 1", lambda x: (x >= 0) & (x <= 1))),
+    KEYS["qpos"]: Field("float", (QPOS_DIM,)), KEYS["obj"]: Field("float", (7,)),
+    "labels/pos": Field("float", (2,)), "actions": Field("float", (ACTION_DIM,)),
+    CAMERA_POSE: Field("float", (4, 4)), GRIPPER_POSE: Field("float", (7,)),
 }  # fmt: skip
 
 # The hand camera in the gripper's frame, metres (mani_skill: agents/robots/fetch/fetch.py).
@@ -81,25 +102,42 @@ class DataError(InputError):
     """Demonstrations that cannot be used; the message names file, trajectory and frame."""
 
 
-def field(group: h5py.Group, key: str, rows: int, where: str) -> h5py.Dataset:
-    """A field of a trajectory, at least `rows` long; KeyError if it is missing.
+class Trajectory:
+    """The fields of a trajectory with `steps` actions.
 
-    Raises DataError on another type or shape, or on fewer rows.
+    Raises DataError if actions or a picture is missing, and for a field of another type or shape.
     """
-    data, (codes, shape) = group[key], FIELDS[key]
-    if data.shape[1:] != shape or data.dtype.char not in codes:
-        names = {_BYTE: "uint8", _INT: "integer millimetres", _FLOAT: "float"}
-        raise DataError(
-            f"{where}: {key} is {data.dtype} {list(data.shape[1:])}, expected "
-            f"{names.get(codes, 'numbers')} {list(shape)}. Record it with MS-HAB's Fetch and "
-            f"cameras, control_mode={CONTROL}"
-        )
-    if len(data) < rows:
-        raise DataError(
-            f"{where}: {key} has {len(data)} rows, expected {rows}: T actions, T + 1 observations. "
-            "The file is incomplete; download or record it again"
-        )
-    return data
+
+    def __init__(self, group: h5py.Group, steps: int, where: str):
+        self.fields, self.where, masked = {}, where, "labels/seg" in group
+        for key, (kind, shape, _) in FIELDS.items():
+            data, expected = group.get(key), [steps + (key != "actions"), *shape]
+            needed = key == "actions" or "sensor_data" in key or ("labels/seg" in key and masked)
+            if data is None and not needed:
+                continue
+            there = isinstance(data, h5py.Dataset)
+            if not there or [*data.shape] != expected or data.dtype.char not in KINDS[kind]:
+                got = f"{data.dtype} {[*data.shape]}" if there else "not there"
+                raise DataError(
+                    f"{where}: {key} is {got}, expected {kind} {expected} for {steps} "
+                    "elapsed_steps. Download it again, or record it with MS-HAB's Fetch and "
+                    f"cameras (obs_mode=rgbd, control_mode={CONTROL})"
+                )
+            self.fields[key] = data
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.fields
+
+    def read(self, key: str, first: int, last: int) -> np.ndarray:
+        """Rows first..last-1 of a field of numbers, as float32. DataError outside their range."""
+        values, limit = self.fields[key][first:last].astype(np.float32), FIELDS[key].limit
+        if not (good := limit.holds(values)).all():
+            row, *index = np.argwhere(~good)[0].tolist()
+            raise DataError(
+                f"{self.where}, frame {first + row}: {key}{index or ''} is "
+                f"{values[row, *index]}, expected {limit.text}. Download or record it again"
+            )
+        return values
 
 
 def read_rows(pictures: h5py.Dataset, first: int, last: int) -> np.ndarray:
@@ -126,15 +164,6 @@ def read_rows(pictures: h5py.Dataset, first: int, last: int) -> np.ndarray:
     return out[first - begin : last - begin, : ends[1], : ends[2], : ends[3]]
 
 
-def read_actions(group: h5py.Group, steps: int, where: str) -> np.ndarray:
-    """The first `steps` actions of a trajectory as recorded, [T, 13]; DataError unless finite."""
-    actions = field(group, "actions", steps, where)[:steps]
-    if not (finite := np.isfinite(actions)).all():
-        frame, dim = np.argwhere(~finite)[0]
-        raise DataError(f"{where}, frame {frame}: action {dim} is {actions[frame, dim]}")
-    return actions.astype(np.float32)
-
-
 def clip(actions: np.ndarray) -> np.ndarray:
     """GAP-26 (Sec. 6.1): MS-HAB's released open and close actions reach from -5 to 12.
 
@@ -144,23 +173,23 @@ def clip(actions: np.ndarray) -> np.ndarray:
     return actions.clip(-1, 1)
 
 
-def read_frames(
-    group: h5py.Group, actions: np.ndarray, first: int, last: int, where: str
-) -> np.ndarray:
+def read_frames(trajectory: Trajectory, actions: np.ndarray, first: int, last: int) -> np.ndarray:
     """Frames first..last-1 of a trajectory with `actions` [T, 13], [n] of RECORD.
 
     The fields instruction and episode stay 0.
     """
-    out, count = np.zeros(last - first, RECORD), len(actions)
+    out, count, fields = np.zeros(last - first, RECORD), len(actions), trajectory.fields
     for c, camera in enumerate(CAMERAS):
-        sensor = f"obs/sensor_data/fetch_{camera}"
-        out["rgb"][:, c] = read_rows(field(group, f"{sensor}/rgb", count + 1, where), first, last)
-        depth = read_rows(field(group, f"{sensor}/depth", count + 1, where), first, last)[..., 0]
-        out["depth"][:, c] = np.minimum(depth, np.iinfo(np.int16).max)
-        if "labels/seg" in group:
-            masks = field(group, f"labels/seg/fetch_{camera}", count + 1, where)[first:last]
-            out["seg"][:, c] = np.packbits(masks.reshape(len(out), -1).astype(bool), axis=-1)
-    values, out["has"], _ = read_labels(group, first, last, count, where)
+        sensor, masks = f"obs/sensor_data/fetch_{camera}", f"labels/seg/fetch_{camera}"
+        out["rgb"][:, c] = read_rows(fields[f"{sensor}/rgb"], first, last)
+        depth = read_rows(fields[f"{sensor}/depth"], first, last)[..., 0]
+        if depth.dtype != np.int16:
+            depth = depth.astype(np.int64).clip(-(2**15), 2**15 - 1)
+        out["depth"][:, c] = depth
+        if masks in trajectory:
+            pixels = fields[masks][first:last].reshape(len(out), -1)
+            out["seg"][:, c] = np.packbits(pixels.astype(bool), axis=-1)
+    values, out["has"], _ = read_labels(trajectory, first, last)
     for name, value in values.items():
         out[name] = value
     steps = np.arange(first, last)[:, None] + np.arange(RECORDED_ACTIONS)  # [frames, 8]
@@ -171,24 +200,18 @@ def read_frames(
 
 
 def read_labels(
-    group: h5py.Group, first: int, last: int, steps: int, where: str
+    trajectory: Trajectory, first: int, last: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray, float]:
     """Labels without masks {name: [n, ...]}, the flags `has` [n, 5], metres the base rises by."""
-    rise = 0.0
-
-    def read(key: str) -> np.ndarray:
-        return field(group, key, steps + 1, where)[first:last]
-
-    values = {name: read(key).astype(np.float32) for name, key in KEYS.items() if key in group}
-    if "labels/pos" in group:
-        values["pos"] = read("labels/pos")
-    elif CAMERA_POSE in group and GRIPPER_POSE in group:
-        values["pos"], rise = base_position(read(CAMERA_POSE), read(GRIPPER_POSE), where)
-    for name, value in values.items():
-        if not (finite := np.isfinite(value)).all():
-            row = np.argwhere(~finite)[0][0]
-            raise DataError(f"{where}, frame {first + row}: {name} is {value[row]}, not finite")
-    present = [*values, *(["seg"] if "labels/seg" in group else [])]
+    rise, rows = 0.0, (first, last)
+    values = {n: trajectory.read(key, *rows) for n, key in KEYS.items() if key in trajectory}
+    if "labels/pos" in trajectory:
+        values["pos"] = trajectory.read("labels/pos", *rows)
+    elif CAMERA_POSE in trajectory and GRIPPER_POSE in trajectory:
+        poses = (trajectory.read(key, *rows) for key in (CAMERA_POSE, GRIPPER_POSE))
+        values["pos"], rise = base_position(*poses, trajectory.where)
+    masks = f"labels/seg/fetch_{CAMERAS[0]}"
+    present = [*values, *(["seg"] if masks in trajectory else [])]
     has = np.tile([label in present for label in LABELS], (last - first, 1))
     if "obj" in values:
         # Without an object MS-HAB writes an all-zero pose, quaternion included (GAP-8).
@@ -217,10 +240,10 @@ def base_position(camera: np.ndarray, gripper: np.ndarray, where: str) -> tuple[
     return base[:, :2].astype(np.float32), rise
 
 
-def survey(group: h5py.Group, actions: np.ndarray, where: str) -> np.ndarray:
+def survey(trajectory: Trajectory, actions: np.ndarray) -> np.ndarray:
     """The SURVEY of a trajectory with `actions` [T, 13], as recorded."""
     out, count, executed = np.zeros((), SURVEY), len(actions), clip(actions)
-    values, has, out["rise"] = read_labels(group, 0, count, count, where)
+    values, has, out["rise"] = read_labels(trajectory, 0, count)
     out["frames"], out["labelled"] = count, has.sum(0)
     out["clipped"] = (np.abs(actions) > 1 + 1e-5).sum()
     out["speed"] = relative_speed(executed, values["pos"]) if "pos" in values else np.nan

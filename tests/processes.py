@@ -1,6 +1,8 @@
 """The programs as a user starts them."""
 
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -37,3 +39,26 @@ def run(*command, code: int = 0, **options) -> str:
 def workers_of(process: subprocess.Popen) -> list[int]:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(c) for c in children if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text()]
+
+
+def enter(words: tuple[str, ...], folder: Path, output: str, environment: dict[str, str]) -> None:
+    """Become a program: the body of `attempt`'s process."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    for stream in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.argv = [*words]
+    runpy.run_path(str(REPOSITORY / words[0]), run_name="__main__")
+
+
+def attempt(*words: object, folder: Path, **environment: str) -> tuple[int, str]:
+    """Exit code and output of a program, forked from a process that has imported torch already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "storage.pack", "policy"])
+    output = folder / ".output"
+    output.unlink(missing_ok=True)
+    words = tuple(map(str, words))
+    process = context.Process(target=enter, args=(words, folder, str(output), environment))
+    process.start()
+    process.join(120)
+    return process.exitcode, output.read_text()

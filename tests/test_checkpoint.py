@@ -13,8 +13,8 @@ from training.log import Saver
 SAVE = r"""
 import sys
 from pathlib import Path
-from config import user_errors
 from storage import checkpoint
+from storage.terminal import user_errors
 with user_errors():
     checkpoint.write(Path(sys.argv[1]), 1, {}, {}, {}, '{"token": "\u0120"}', keep=1)
     print("\u0120", sys.argv[1])

@@ -28,7 +28,7 @@ from data import (
     raw_batch,
 )
 from storage.files import read_json, write_json
-from storage.h5 import Demonstrations
+from storage.h5 import Demonstrations, open_h5
 from storage.pack import Pack, open_data, pack, verify
 from storage.tokenizer import build_tokenizer, tokenize
 from storage.trajectory import DataError, read_rows
@@ -298,18 +298,45 @@ def test_damaged_files_are_named_with_the_command_that_packs_them_again(demos, p
         verify(str(packed.parent))
 
 
-def test_data_with_a_pack_is_read_from_it_unless_a_file_is_newer(tmp_path):
+def test_data_with_a_pack_is_read_from_it_unless_a_file_changed_since(tmp_path, capsys):
     path = write_demos(tmp_path / "set_table/close/fridge")
     pack(str(tmp_path))
     assert open_data(tmp_path, truncate=True).folder == tmp_path / "pack"
     write_demos(tmp_path / "set_table/open/fridge")
     again = f"python data.py pack --data {tmp_path} --out {tmp_path / 'pack'}$"
-    with pytest.raises(InputError, match=f"without them: set_table/open/fridge.h5. .*{again}"):
+    with pytest.raises(InputError, match=f"pack: set_table/open/fridge.h5 in .*{again}"):
         open_data(tmp_path)
     pack(str(tmp_path))
     assert len(open_data(tmp_path).episodes) == 6
+    os.utime(path)
+    with pytest.raises(InputError, match=f"pack: set_table/close/fridge.h5 in .*{again}"):
+        open_data(tmp_path)
+    pack(str(tmp_path))
+    assert "already packed" in capsys.readouterr().out and open_data(tmp_path)
     path.unlink()  # to save disk
     assert len(open_data(tmp_path).episodes) == 6
+
+
+def test_a_file_of_another_content_is_packed_again_and_no_other(tmp_path, monkeypatch):
+    paths = [write_demos(tmp_path / f"set_table/{name}/fridge") for name in ("close", "open")]
+    pack(str(tmp_path))
+    read, original = [], Demonstrations.read_episode
+    spy = lambda self, episode: read.append(episode) or original(self, episode)  # noqa: E731
+    monkeypatch.setattr(Demonstrations, "read_episode", spy)
+    open_h5.cache_clear()
+    before = paths[1].stat()
+    with h5py.File(paths[1], "r+") as file:
+        file["traj_0/actions"][0] = 0.5
+    os.utime(paths[1], ns=(before.st_atime_ns, before.st_mtime_ns))  # as nothing had happened
+    pack(str(tmp_path))
+    assert read == [3, 4, 5] and (open_data(tmp_path).read([36])["actions"][0, 0] == 0.5).all()
+    write_demos(tmp_path / "a/close/fridge", lengths=(3,))  # comes before the others
+    pack(str(tmp_path))
+    assert read[3:] == [0]
+    packed, source = open_data(tmp_path), Demonstrations(tmp_path, truncate=True)
+    assert packed.read(range(75)).tobytes() == source.read(range(75)).tobytes()
+    with pytest.raises(InputError, match="is --data too"):
+        pack(str(tmp_path), str(tmp_path))
 
 
 # --- Blocks: frames of MS-HAB's files that are inflated together ---
@@ -384,17 +411,24 @@ def put(array, index, value):
 
 
 HEAD, HAND = "obs/sensor_data/fetch_head/rgb", "obs/sensor_data/fetch_hand"
-# Key, a change of its values (to None: the key is missing), the message.
+QPOS, GRASP, SEG = "obs/agent/qpos", "obs/extra/is_grasped", "labels/seg/fetch_hand"
+# Key, a change of its values (to None: the key is missing), what the message says after the key.
 BAD = [
-    (f"{HAND}/rgb", lambda _: None, "'rgb'"),
-    ("actions", lambda x: put(x, (3, 2), np.nan), "frame 3: action 2 is nan"),
-    ("actions", lambda x: x[:, :12], r"float32 \[12\], expected float \[13\].*pd_joint_delta_pos"),
-    (f"{HAND}/depth", lambda x: x.astype(np.float32), "expected integer millimetres"),
-    ("labels/pos", lambda x: put(x, (4, 0), np.nan), "frame 4: pos is"),
-    (HEAD, lambda x: x.astype(np.uint16), r"rgb is uint16 \[128, 128, 3\], expected uint8 \["),
-    ("obs/agent/qpos", lambda x: x.astype(np.int64), "qpos is int64 .* expected float"),
-    ("obs/agent/qpos", lambda x: x[:, :9], r"qpos is float32 \[9\], expected float \[12\]"),
-    ("labels/seg/fetch_hand", lambda x: x.astype(np.float64), "labels/seg/fetch_hand is float64"),
+    (f"{HAND}/rgb", lambda _: None, r"is not there, expected uint8 \[10, 128, 128, 3\]"),
+    (f"{HAND}/rgb", lambda x: x[:-4], r"is uint8 \[6, 128, .* for 9 elapsed_steps"),
+    (f"{HAND}/depth", lambda x: x.astype(np.float32), "is float32 .* expected integer"),
+    (HEAD, lambda x: x.astype(np.uint16), r"is uint16 .*, expected uint8 \["),
+    (HEAD, lambda x: x[..., [0, 1, 2, 2]], r"is uint8 \[10, 128, 128, 4\], expected .* 128, 3\]"),
+    ("actions", lambda x: put(x, (3, 2), np.nan), r"\[2\] is nan, expected a finite number"),
+    ("actions", lambda x: x[:, :12], r"is float32 \[9, 12\].*\[9, 13\].*pd_joint_delta_pos"),
+    ("labels/pos", lambda x: put(x, (4, 0), np.nan), r"\[0\] is nan"),
+    ("labels/pos", lambda x: x[0, 0], r"is float32 \[\], expected float \[10, 2\]"),
+    (QPOS, lambda x: x.astype(np.int64), "is int64 .* expected float"),
+    (QPOS, lambda x: np.concatenate([x, x[:, :3]], 1), r"is float32 \[10, 15\], expected float"),
+    (GRASP, lambda x: put(x.astype(np.float32), 2, np.nan), "is nan, expected 0 to 1"),
+    (SEG, lambda _: None, r"is not there, expected bool"),
+    (SEG, lambda x: x[..., None], r"is bool \[10, 128, 128, 1\], expected"),
+    (SEG, lambda x: x.astype(np.float64), "is float64"),
 ]
 
 
@@ -410,9 +444,9 @@ def test_bad_demonstrations_are_refused_naming_file_trajectory_and_cause(
         if new is not None:
             group[key] = new
     source = Demonstrations(tmp_path)
-    with pytest.raises(DataError, match=message) as error:
-        source.read_episode(1)
-    assert "kitchen_counter.h5" in str(error.value) and "traj_1" in str(error.value)
+    for read in (source.read_episode, lambda episode: source.survey([episode])):
+        with pytest.raises(DataError, match=rf"counter.h5, traj_1.*: {key}.*{message}"):
+            read(1)
     assert len(source.read_episode(0)) == 12  # the others are still good
 
 
@@ -434,10 +468,13 @@ def test_an_h5_that_may_be_intact_is_refused_with_the_command_that_helps(tmp_pat
 
 
 INVALID = (  # changes of an episode's entry in the .json
-    (dict(episode_id=0), "its own episode_id"),
-    (dict(elapsed_steps=None), "a whole number of elapsed_steps"),
-    (dict(elapsed_steps=8.5), "a whole number of elapsed_steps"),
-    (dict(control_mode="pd_joint_pos"), "got control_mode .*and pd_joint_delta_pos"),
+    (dict(episode_id=0), "episode_id 0 is there twice"),
+    (dict(elapsed_steps=None), r"traj_1 .*: elapsed_steps is None, expected a whole number"),
+    (dict(elapsed_steps=9.0), "elapsed_steps is 9.0, expected a whole number"),
+    (dict(elapsed_steps=-1), "elapsed_steps is -1, expected a whole number"),
+    (dict(control_mode="pd_joint_pos"), "control_mode is 'pd_joint_pos', expected pd_joint_delta"),
+    (dict(instruction=None), "instruction is None, expected a sentence"),
+    (dict(instruction=" "), "instruction is ' ', expected a sentence"),
 )
 
 
@@ -452,10 +489,10 @@ def test_files_that_are_missing_cut_off_or_contradict_each_other_are_refused(tmp
     sidecar = path.with_suffix(".json")
     refused(r"kitchen_counter.h5: its action_schema \['b'\] differs")
     sidecar.write_text(sidecar.read_text()[:-5])
-    refused(r"kitchen_counter.json: got .*expected MS-HAB's")
+    refused(r"kitchen_counter.json: got .*expected .* MS-HAB's")
     for change, message in INVALID:
         write_demos(path.with_suffix(""), lengths=(9, 9), entries={1: change})
-        refused(f"kitchen_counter.json: .*{message}")
+        refused(f"kitchen_counter.json.*{message}")
     sidecar.unlink()
     refused(r"no kitchen_counter.json beside it")
     write_demos(path.with_suffix(""))
@@ -464,12 +501,12 @@ def test_files_that_are_missing_cut_off_or_contradict_each_other_are_refused(tmp
 
 
 def test_an_episode_of_no_steps_and_trajectories_not_in_the_json_are_skipped_with_a_note(tmp_path):
-    changes = {0: dict(elapsed_steps=9.0, control_mode=None, instruction=None),
-               1: dict(elapsed_steps=0), 2: None}  # fmt: skip
+    changes = {0: dict(control_mode=None), 1: dict(elapsed_steps=0), 2: None}
     write_demos(tmp_path / "close/fridge", lengths=(9, 9, 9), entries=changes)
     demos = Demonstrations(tmp_path, truncate=True)
     assert [(episode.trajectory, episode.length) for episode in demos.episodes] == [("traj_0", 9)]
     assert demos.instructions == ["close the fridge"] and len(demos.read_episode(0)) == 9
-    noted = "\n".join(Frames(demos, 0.1, train=False).remarks)
-    assert "fridge.h5, traj_1: no steps, skipped" in noted
+    noted = "\n".join(Frames(demos, 0.1, train=True).remarks)
+    assert "fridge.h5: 1 episodes of no steps, skipped" in noted
+    assert "fridge.h5: one episode, none is held out" in noted
     assert "fridge.h5: 1 trajectories not in its .json, skipped" in noted

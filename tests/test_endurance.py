@@ -62,8 +62,8 @@ def test_a_single_process_saves_its_step_at_a_signal_and_ends_with_75(data, tmp_
 WRITE = """
 import os, sys, time
 from pathlib import Path
-from config import user_errors
 from storage.files import sole_writer
+from storage.terminal import user_errors
 with user_errors(), sole_writer(Path(sys.argv[1])):
     print("writing", flush=True)
     if sys.argv[2:]:

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up: a file imports files of its own layer or of those above it in this list.
 LAYERS = (
     "config",
+    "storage/terminal",
     "paper",
     "backbone",
     "decoders flow_head",
@@ -28,7 +29,7 @@ LAYERS = (
     "train eval collect",
     "tools/*",
 )
-TOP_LIMIT, ALL_LIMIT, TESTS_LIMIT, FILE_LIMIT = 2550, 9400, 6700, 350
+TOP_LIMIT, ALL_LIMIT, TESTS_LIMIT, FILE_LIMIT = 2550, 9650, 6800, 350
 
 
 SOURCES = {

@@ -86,11 +86,12 @@ def lines(out: Path) -> list[dict]:
     return read_lines(Path(out) / "log.jsonl")
 
 
-def write_pack(folder: Path) -> Path:
+def write_pack(folder: Path, seed: int = 0) -> Path:
     """A pack of six demonstrations; only two of them have an object."""
     demos = folder / "demos/set_table"
-    write_demos(demos / "close/kitchen_counter", lengths=(30, 30, 30, 8), has_object=False)
-    write_demos(demos / "pick/013_apple", lengths=(30, 8), seed=1)
+    lengths = (30, 30, 30, 8)
+    write_demos(demos / "close/kitchen_counter", lengths, has_object=False, seed=seed)
+    write_demos(demos / "pick/013_apple", lengths=(30, 8), seed=seed + 1)
     pack(str(folder / "demos"), str(folder / "pack"))
     return folder / "pack"
 

@@ -20,15 +20,15 @@ from typing import Literal
 import h5py
 import numpy as np
 import torch
-import tyro
 from torch import Tensor, nn
 
-from config import ACTION_DIM, CAMERAS, PRESETS, ModelConfig, model_config, user_errors
+from config import ACTION_DIM, CAMERAS, PRESETS, Count, ModelConfig, model_config
 from data import ActionStats, Frames, batch_shapes
 from policy import Policy
 from storage.files import write_json
 from storage.h5 import Demonstrations, Episode
 from storage.pack import Pack, open_data, pack
+from storage.terminal import cli, user_errors
 from storage.tokenizer import build_tokenizer
 from storage.trajectory import RECORD
 from tools.reference import build_pair
@@ -99,7 +99,7 @@ def read_epoch(source: Demonstrations | Pack, size: int) -> float:
     return steps * size / seconds(lambda: [frames[rows] for rows in order])
 
 
-def loader(data: Path, json: Path | None = None, rounds: int = 5, batch: int = 64) -> None:
+def loader(data: Path, json: Path | None = None, rounds: Count = 5, batch: Count = 64) -> None:
     """Frames per second of the loader, beside reading one frame at a time.
 
     Args:
@@ -149,8 +149,8 @@ def build_step(model: nn.Module, batch: dict[str, Tensor], fused: bool) -> Calla
 
 
 def train(
-    preset: Preset = "tiny", device: Device = None, json: Path | None = None, rounds: int = 7,
-    batch: int = 8,
+    preset: Preset = "tiny", device: Device = None, json: Path | None = None, rounds: Count = 7,
+    batch: Count = 8,
 ) -> None:  # fmt: skip
     """Samples per second of a training step of stage 2, beside the port's."""
     place = device_of(device)
@@ -215,8 +215,8 @@ def act_first(policy: Policy, obs: dict) -> np.ndarray:
 
 def act(
     preset: Preset = "tiny", device: Device = None, json: Path | None = None,
-    checkpoint: Path | None = None, data: Path | None = None, queries: int = 100,
-    batches: tuple[int, ...] = (1, 4, 16, 64),
+    checkpoint: Path | None = None, data: Path | None = None, queries: Count = 100,
+    batches: tuple[Count, ...] = (1, 4, 16, 64),
 ) -> None:  # fmt: skip
     """Milliseconds of a query, camera frames in and actions out, beside transformers' generate.
 
@@ -254,4 +254,4 @@ VERBS = {"loader": loader, "train": train, "act": act}
 if __name__ == "__main__":
     torch.set_num_threads(1)  # figures of one core are steady, and comparable between machines
     with user_errors():
-        tyro.extras.subcommand_cli_from_dict(VERBS, description=__doc__)
+        cli(VERBS, description=__doc__)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tyro
 from tyro.conf import Positional
 
-from config import InputError, user_errors
+from config import InputError
 from paper import COLUMNS
 from storage.results import markdown, read_episodes, wilson
+from storage.terminal import cli, user_errors
 
 # Settings of an evaluation; then, from subtask_uid, the start of an episode.
 SAME = ("task", "split", "horizon", "assets", "simulation", "subtask_uid", "scene", "spawn")
@@ -98,4 +98,4 @@ def compare(a: Positional[Path], b: Positional[Path]) -> str:
 
 if __name__ == "__main__":
     with user_errors():
-        print(tyro.cli(compare, description=__doc__))
+        print(cli(compare, description=__doc__))

@@ -30,13 +30,14 @@ import tyro
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from config import PRESETS, InputError, TrainConfig, model_config, quoted, user_errors
+from config import PRESETS, InputError, TrainConfig, model_config, quoted
 from data import Frames, make_batch
 from model import VLM, AuxVLA, actions_to_bins
 from policy import Policy, check_schema
 from simulation.assets import check_assets
 from storage.pack import open_data
 from storage.pretrained import load_pretrained
+from storage.terminal import cli, user_errors
 from storage.tokenizer import build_tokenizer, tokenize
 from training.ranks import join
 
@@ -155,11 +156,12 @@ def check_renderer() -> str:
 
 
 def check_data(folder: str) -> str:
-    """Open a pack or MS-HAB's files, and read the last frame of each file."""
+    """Open a pack or MS-HAB's files; read all labels, and the last frame of each file."""
     data = open_data(folder, None if (Path(folder) / "pack.json").is_file() else True)
     last = {episode.file: row for row, episode in enumerate(data.episodes)}
+    data.survey(np.arange(len(data.episodes)))
     data.read(data.starts[np.array([*last.values()]) + 1] - 1)
-    return f"{len(last)} files, {len(data):,} frames; the last frame of each file was read"
+    return f"{len(last)} files, {len(data):,} frames; read: labels, the last frame of each file"
 
 
 def check_pretrained(name: str, preset: str) -> str:
@@ -304,4 +306,4 @@ def main(cfg: Doctor) -> int:
 
 if __name__ == "__main__":
     with user_errors():
-        sys.exit(main(tyro.cli(Doctor, description=__doc__)))
+        sys.exit(main(cli(Doctor, description=__doc__)))

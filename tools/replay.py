@@ -12,12 +12,12 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import tyro
 
-from config import SUBTASKS, TASKS, InputError, user_errors
+from config import SUBTASKS, TASKS, Count, InputError
 from simulation.env import SubtaskEnv
 from storage.h5 import h5_files, load_sidecar
-from storage.trajectory import KEYS, DataError, clip, read_actions
+from storage.terminal import cli, user_errors
+from storage.trajectory import KEYS, DataError, Trajectory, clip
 
 
 def replay(path: Path, episodes: int) -> list[bool]:
@@ -39,7 +39,8 @@ def replay(path: Path, episodes: int) -> list[bool]:
             )
             env.choose = lambda seed, choice=(plans[uid], spawn): choice
             obs, drift, success = env.reset(seed), 0.0, False
-            actions = clip(read_actions(group, entry["elapsed_steps"], str(path)))  # [T, 13]
+            steps = entry["elapsed_steps"]
+            actions = clip(Trajectory(group, steps, str(path)).read("actions", 0, steps))  # [T, 13]
             for qpos, action in zip(group[KEYS["qpos"]], actions):
                 drift = max(drift, np.abs(qpos - obs["agent"]["qpos"][0].numpy()).max())
                 obs, info = env.step(action)
@@ -55,7 +56,7 @@ def replay(path: Path, episodes: int) -> list[bool]:
     return succeeded
 
 
-def main(data: Path = Path("data"), episodes: int = 5) -> None:
+def main(data: Path = Path("data"), episodes: Count = 5) -> None:
     """Replay the first demonstrations of every file, and print the outcome of each.
 
     Args:
@@ -70,4 +71,4 @@ def main(data: Path = Path("data"), episodes: int = 5) -> None:
 
 if __name__ == "__main__":
     with user_errors():
-        tyro.cli(main, description=__doc__)
+        cli(main, description=__doc__)

@@ -15,15 +15,15 @@ from itertools import product
 from pathlib import Path
 from textwrap import fill
 
-import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
-from config import LOSSES, InputError, quoted, user_errors
+from config import LOSSES, InputError, quoted
 from paper import DEFAULT_ROW, ROWS
 from storage.files import read_json, read_lines, write
 from storage.results import NOT_RUN, columns_to_show, success_table
+from storage.terminal import cli, user_errors
 from tools.claims import format_evidence, held_out_table, list_differences, to_markdown
 
 FILM = re.compile(r"(.+)_(\d+)_(success|fail)")  # column, seed: how eval.py names a finished film
@@ -213,4 +213,4 @@ def write_report(run: Path) -> Path:
 
 if __name__ == "__main__":
     with user_errors():
-        tyro.cli(write_report)
+        cli(write_report)

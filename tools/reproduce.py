@@ -22,13 +22,13 @@ from pathlib import Path
 from threading import Lock
 from typing import Literal
 
-import tyro
 from tqdm import tqdm
 
-from config import InputError, quoted, user_errors
+from config import Count, InputError, quoted
 from paper import COLUMNS, PAPER_COLUMNS, ROWS, Row
 from storage.files import read_json, sole_writer, write_json
 from storage.results import read_episodes
+from storage.terminal import cli, user_errors
 from tools.claims import list_differences, to_markdown, write_table
 from training.flags import preset_of
 
@@ -40,14 +40,14 @@ BOUNDS = ("random", "expert")
 class ReproduceConfig:
     table: Literal[1, 2, 3, 4]
     rows: tuple[Literal[tuple(ROWS)], ...] = ()  # default: all of the table
-    seeds: int = 3  # trainings of each row
-    episodes: int = 60  # of each column and seed; the same ones for every row
+    seeds: Count = 3  # trainings of each row
+    episodes: Count = 60  # of each column and seed; the same ones for every row
     # default: close_fridge close_drawer; of Table 3: pick_all place_all
     columns: tuple[Literal[PAPER_COLUMNS], ...] = ()
-    demonstrations: int = 80  # of each column and task
-    steps_per_epoch: int = 120  # optimizer steps for each epoch that the paper trains a stage
+    demonstrations: Count = 80  # of each column and task
+    steps_per_epoch: Count = 120  # optimizer steps for each epoch that the paper trains a stage
     preset: Literal["tiny", "paper"] = "tiny"
-    jobs: int = 2  # trainings or evaluations at once; one per core, on a GPU as many as fit
+    jobs: Count = 2  # trainings or evaluations at once; one per core, on a GPU as many as fit
     device: Literal["cpu", "cuda"] = "cpu"  # of training and of the policy
     out: Path | None = None  # results; default: results/set_table, of Table 3 results/pick_place
     work: Path | None = None  # recordings and checkpoints; default: the same under runs/
@@ -220,4 +220,4 @@ def main(cfg: ReproduceConfig):
 
 if __name__ == "__main__":
     with user_errors():
-        main(tyro.cli(ReproduceConfig, description=__doc__))
+        main(cli(ReproduceConfig, description=__doc__))

@@ -22,15 +22,15 @@ import logging
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-import tyro
 
-from config import ACTION_DIM, CAMERAS, IMAGE_SIZE, InputError, user_errors
+from config import ACTION_DIM, CAMERAS, IMAGE_SIZE, InputError, Range
 from policy import Policy
+from storage.terminal import cli, user_errors
 
 try:
     from vla_eval.model_servers.base import ModelServer
@@ -44,7 +44,7 @@ except ImportError:  # main says how to install it
 class ServeConfig:
     checkpoint: Path  # RUN/stageN (its newest) or RUN/stageN/step-NNNNNNNN
     host: str = "127.0.0.1"  # 0.0.0.0 accepts clients from other machines
-    port: int = 8000
+    port: Annotated[int, Range("1 to 65535", lambda n: 0 < n < 2**16)] = 8000
     device: Literal["cpu", "cuda"] | None = None  # default: cuda if there is one
 
 
@@ -97,4 +97,4 @@ def main(cfg: ServeConfig) -> None:
 
 if __name__ == "__main__":
     with user_errors(), suppress(KeyboardInterrupt):
-        main(tyro.cli(ServeConfig, description=__doc__))
+        main(cli(ServeConfig, description=__doc__))

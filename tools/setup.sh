@@ -57,6 +57,8 @@ install_requirements() {
   "$venv/bin/python" -u -m pip install --progress-bar off --no-warn-script-location \
     --disable-pip-version-check -r requirements.txt -c constraints.txt |
     sed -nuE "s/^ *$file $size\$/    \3 \4/p; s/^Installing collected .*/    unpacking/p"
+  # The scripts and tools are found from every folder.
+  pwd >"$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/auxvla.pth"
 }
 
 # --- Renderer ---

@@ -4,10 +4,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-import tyro
-
 from config import PRESETS, InputError, TrainConfig
 from paper import DEFAULT_ROW, ROWS, Row
+from storage.terminal import cli
 
 
 def preset_of(row: Row, preset: str) -> str:
@@ -72,7 +71,7 @@ def parse(args: list[str] | None = None, description: str | None = None) -> Trai
     default = TrainConfig(preset=preset, row=chosen.row, **PRESETS[preset])
     if row:
         default = replace(default, model=replace(default.model, **row.model), **row.training)
-    cfg = tyro.cli(TrainConfig, default=default, args=others, description=description)
+    cfg = cli(TrainConfig, default=default, args=others, description=description)
     if row:
         check_row(cfg, row)
     elif not cfg.epochs[cfg.stage - 1] and not cfg.steps:

@@ -1,20 +1,20 @@
 """What a training run writes: log.jsonl, validation.json, lines on the terminal, checkpoints."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from config import TrainConfig
+from config import InputError, TrainConfig
 from paper import describe
 from storage import checkpoint
-from storage.files import read_lines, write, write_json
+from storage.files import dumps, read_lines, write, write_json
 from training.ranks import Ranks
 
 
@@ -31,7 +31,7 @@ class Log:
         path = self.out / "log.jsonl"
         # Drop lines newer than the checkpoint that the run resumes: those steps run again.
         kept = [line for line in read_lines(path) if line["step"] <= step]
-        write(path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
+        write(path, "".join(f"{dumps(line)}\n" for line in kept).encode())
         self.file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  until `close`
         if cfg.row:
             print(describe(cfg.row))
@@ -95,7 +95,7 @@ class Log:
 
     def emit(self, step: int, figures: dict) -> None:
         line = {"step": step, "stage": self.cfg.stage} | figures
-        self.file.write(json.dumps(line) + "\n")
+        self.file.write(dumps(line) + "\n")
         if "skipped" not in line:
             self.track(step, line)
 
@@ -114,6 +114,12 @@ class Log:
         how = "stopped by a signal after" if stopped else "ended with"
         saved = f"its checkpoint is in {self.out}" if step else "there is nothing to save yet"
         print(f"stage {self.cfg.stage} {how} step {step}, {saved}")
+
+
+def check_tracker(name: str | None) -> None:
+    """Raise InputError, before a run begins, if its tracker is not installed."""
+    if name and not find_spec(name):
+        raise InputError(f"--tracker {name} is not installed: pip install {name}")
 
 
 def open_tracker(cfg: TrainConfig) -> tuple[Callable[[int, dict], None], Callable[[], None]]:

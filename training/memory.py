@@ -6,6 +6,7 @@ The pass runs on tensors without content (torch's FakeTensorMode) and adds up th
 keeps. Temporary tensors and the allocator's share are not counted: a tenth of the GPU stays free.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 
@@ -76,34 +77,37 @@ def memory_plan(cfg: TrainConfig, world: int, device: torch.device) -> dict[str,
 def describe_plan(
     plan: dict[str, float], cfg: TrainConfig, world: int, device: torch.device
 ) -> str:
-    """The plan in a line. Raises InputError, with a flag that helps, if a GPU is too small."""
+    """The plan in a line. InputError, with a flag that helps, if GPU or machine is too small."""
     *fixed, frame = plan.values()
     frames = min(cfg.micro_batch, cfg.batch_size // world)
     needed = sum(fixed) + frames * frame
     parts = [f"{name} {size / 2**30:.2g}" for name, size in list(plan.items())[:-1]]
     parts.append(f"activations of {frames} frames {frames * frame / 2**30:.2g}")
     line = f"memory, GiB per process: {', '.join(parts)}; in all {needed / 2**30:.3g}"
-    if device.type != "cuda":
-        return line
-    total = torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine, by torchrun
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
     if needed <= USABLE * total:
         return f"{line} of {total / 2**30:.3g}"
+    kind = "GPU" if device.type == "cuda" else "machine"
     fit = int((USABLE * total - sum(fixed)) // frame)
     remedy = f"--micro-batch {fit}" if fit >= 1 else "--shard on more GPUs"
     if not cfg.recompute:
         remedy += ", or --recompute, for a third more arithmetic"
-    raise InputError(f"{line}, but the GPU has {total / 2**30:.3g}: give {remedy}")
+    raise InputError(f"{line}, but the {kind} has {total / 2**30:.3g}: give {remedy}")
 
 
 def check_shared_memory(cfg: TrainConfig, folder: str = "/dev/shm") -> None:
     """Raise InputError if the loader processes' batches, two each, do not fit."""
     pictures = sum(RECORD[name].itemsize for name in ("rgb", "depth"))
     frame = RECORD.itemsize + (HISTORY * pictures if cfg.model.history == "frames" else 0)
-    total, need = shutil.disk_usage(folder).total, 2 * cfg.workers * cfg.batch_size * frame
-    if total < need:
+    free, need = shutil.disk_usage(folder).free, 2 * cfg.workers * cfg.batch_size * frame
+    if free < need:
         size = f"{-(-need // 2**30)}g"
         raise InputError(
-            f"{folder} has {total / 1e9:.1f} GB, {cfg.workers} loader processes need "
+            f"{folder} has {free / 1e9:.1f} GB free, {cfg.workers} loader processes need "
             f"{need / 1e9:.1f} GB: mount -o remount,size={size} {folder} (or docker run "
             f"--shm-size={size}), or give --workers 0"
         )

@@ -10,6 +10,7 @@ from config import InputError, TrainConfig
 from data import Frames
 from storage.h5 import SHUFFLE_POOL
 from storage.pack import open_data
+from training.ranks import ignore_signals
 
 
 def open_frames(cfg: TrainConfig) -> tuple[Frames, Frames]:
@@ -19,6 +20,7 @@ def open_frames(cfg: TrainConfig) -> tuple[Frames, Frames]:
         Frames(data, cfg.val_episodes, train, cfg.model.history, cfg.tasks, cfg.subtasks)
         for train in (True, False)
     )
+    held_out.survey  # noqa: B018  reads every label: bad ones end the run now, not at a validation
     if len(frames) < cfg.batch_size:
         raise InputError(
             f"{cfg.data}: {len(frames)} training and {len(held_out)} held-out frames, expected a "
@@ -81,4 +83,5 @@ def loader(frames: Frames, order: StepOrder, workers: int) -> DataLoader:
     return DataLoader(
         frames, sampler=order, batch_size=None, num_workers=workers, generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
+        worker_init_fn=ignore_signals,
     )  # fmt: skip

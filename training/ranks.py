@@ -2,7 +2,7 @@
 
 ranks = join(device)         # under torchrun all ranks, or an error that names the missing ones
 total = ranks.sum(tensor)    # without torchrun: one rank, no communication
-with signals() as stop: ...  # stop() is True after SIGTERM or SIGUSR1
+with signals() as stop: ...  # stop() is True after Ctrl-C, SIGTERM, SIGHUP or SIGUSR1
 ranks.leave()
 """
 
@@ -26,6 +26,8 @@ from model import AuxVLA
 
 # Seconds that ranks wait for each other: at the start; later, when one may be saving.
 JOIN_TIMEOUT, STEP_TIMEOUT = 120.0, 3600.0
+# Ctrl-C, a terminal that closes, and what schedulers send, to the loader processes as well
+STOPS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 75  # exit code of a run that was stopped by a signal and saved (EX_TEMPFAIL)
 
 
@@ -124,15 +126,20 @@ def join(device: str | None, timeout: float = JOIN_TIMEOUT) -> Ranks:
 
 @contextmanager
 def signals() -> Iterator[Callable[[], bool]]:
-    """Inside the block, SIGTERM and SIGUSR1 (of a scheduler) only set the yielded function True."""
+    """Inside the block, a signal of STOPS only makes the yielded function return True."""
     received = []
-    numbers = signal.SIGTERM, signal.SIGUSR1
-    before = {number: signal.signal(number, lambda *_: received.append(1)) for number in numbers}
+    before = {number: signal.signal(number, lambda *_: received.append(1)) for number in STOPS}
     try:
         yield lambda: bool(received)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def ignore_signals(worker: int) -> None:
+    """In a loader process: the main process ends it."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def shard(model: AuxVLA, device: torch.device) -> AuxVLA:

@@ -155,9 +155,12 @@ def describe_run(
         "truncated_at_success": data.truncate,
         "sha256": hashlib.sha256(repr(data.episodes).encode()).hexdigest(),
     }
-    if start.resumed and start.manifest["data"] != identity:
+    content = repr(data.content).encode() + frames.survey["actions"].tobytes()
+    identity["content"] = hashlib.sha256(content).hexdigest()
+    theirs = start.manifest["data"] if start.resumed else {}
+    if any(theirs[name] != identity[name] for name in theirs):  # older runs have no content
         raise InputError(
-            f"{start.folder}: was trained on {start.manifest['data']}, {cfg.data} has {identity}. "
+            f"{start.folder}: was trained on {theirs}, {cfg.data} has {identity}. "
             "Give the same data, or another --out with --init-from"
         )
     return {
