@@ -175,6 +175,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
         print(
             f"stage {cfg.stage}: {len(frames):,} frames, {len(held_out):,} held out, "
             f"{trained:.1f}M trained parameters, {num_steps} steps of {cfg.batch_size}"
+            + ", gradients are not clipped" * (not cfg.grad_clip)
         )
     saver = Saver(Path(cfg.out), cfg.keep, is_main, step)
     # Rank 0 validates alone; with --shard every rank must take part in a forward pass.

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
 from pathlib import Path
@@ -199,9 +200,12 @@ def test_make_clean_removes_the_demo_alone(tmp_path):
 
 
 def test_setup_stops_at_a_gpu_without_vulkan_until_the_cpu_is_chosen(program, tmp_path):
-    (tmp_path / ".venv").mkdir()
-    for name in ("bin", "lib", "pyvenv.cfg"):  # as if installed, in a copy that may be written to
+    packages = Path(site.getsitepackages()[0]).relative_to(sys.prefix)
+    (tmp_path / ".venv" / packages).mkdir(parents=True)
+    installed = [f"{packages}/{path.name}" for path in Path(sys.prefix, packages).iterdir()]
+    for name in ("bin", "pyvenv.cfg", *installed):  # in a copy that may be written to
         (tmp_path / ".venv" / name).symlink_to(Path(sys.prefix) / name)
+    (tmp_path / ".venv" / packages / "auxvla.pth").unlink(missing_ok=True)
     for name in ("requirements.txt", "constraints.txt"):
         (tmp_path / name).touch()
     (tmp_path / "tools").symlink_to(ROOT / "tools")

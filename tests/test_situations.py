@@ -1,0 +1,208 @@
+"""Wrong input, wrong flags, odd machines: situation -> exit code and key words of the sentence."""
+
+import errno
+import fcntl
+import os
+import re
+import shlex
+import signal
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from files import write_demos
+from processes import REPOSITORY, attempt, finish, start
+from tiny_run import lines, train, weights
+
+from config import InputError
+from storage.checkpoint import steps_in
+from storage.files import dumps, sole_writer
+
+DRAWER = "set_table/close/kitchen_counter"
+TRAIN = (
+    "train.py --preset tiny --steps 2 --batch-size 8 --micro-batch 8 --val-frames 8 --device cpu "
+)
+
+# --- Flags: nothing is read or written before the sentence ---
+
+FLAGS = {  # command: exit code, words
+    "train.py --lr nan": (1, "--lr nan: expected a number above 0"),
+    "train.py --lr 0": (1, "--lr 0.0: expected a number above 0"),
+    "train.py --weights.grasp -1": (1, "--weights.grasp -1.0: expected a number, 0 or more"),
+    "train.py --weights.seg inf": (1, "--weights.seg inf: expected a number, 0 or more"),
+    "train.py --betas 0.9 1": (1, "--betas 1.0: expected 0 or more and less than 1"),
+    "train.py --cooldown 2": (1, "--cooldown 2.0: expected 0 to 1"),
+    "train.py --val-episodes -0.1": (1, "--val-episodes -0.1: expected 0 or more and less than 1"),
+    "train.py --grad-clip -1": (1, "--grad-clip -1.0: expected a number, 0 or more"),
+    "train.py --epochs -1 1 1": (1, "--epochs -1: expected 0 or more"),
+    "train.py --steps 0": (1, "--steps 0: expected 1 or more"),
+    "train.py --val-frames 0": (1, "--val-frames 0: expected 1 or more"),
+    "train.py --workers -1": (1, "--workers -1: expected 0 or more"),
+    "train.py --seed 4294967296": (1, "--seed 4294967296: expected 0 to 2^32 - 1"),
+    "train.py --model.llm.width 0": (1, "--model.llm.width 0: expected 1 or more"),
+    "train.py --model.flow.execute 9": (1, "--model.flow.execute 9: expected 1 to 8"),
+    "train.py --model.llm.heads 5": (2, "896 is not a multiple of 10"),
+    "train.py --model.decoders pos pos": (2, "expected each of them once"),
+    "train.py --out ''": (1, "--out has an empty value: is a variable not set?"),
+    "train.py --data=": (1, "--data= has an empty value"),
+    "train.py --tracker wandb": (1, "--tracker wandb is not installed: pip install wandb"),
+    "eval.py --checkpoint ''": (1, "--checkpoint has an empty value"),
+    "eval.py --episodes 0": (1, "--episodes 0: expected 1 or more"),
+    "eval.py --video -1": (1, "--video -1: expected 0 or more"),
+    "eval.py --seed -1": (1, "--seed -1: expected 0 to 2^32 - 1"),
+    "collect.py --task set_table --subtask close --target fridge --max-attempts 0": (
+        1, "--max-attempts 0: expected 1 or more",
+    ),
+    "data.py pack --data ''": (1, "--data has an empty value"),
+    "data.py download --workers 0": (1, "--workers 0: expected 1 or more"),
+    "household/assets.py --out a --seed -1": (1, "--seed -1: expected 0 to 2^32 - 1"),
+    "tools/bench.py loader --data a --rounds 0": (1, "--rounds 0: expected 1 or more"),
+    "tools/serve.py --checkpoint a --port 70000": (1, "--port 70000: expected 1 to 65535"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_a_flag_that_cannot_work_is_a_sentence(command, tmp_path):
+    expected, words = FLAGS[command]
+    code, output = attempt(*shlex.split(command), folder=tmp_path, PYTHONPATH=str(REPOSITORY))
+    assert code == expected and words in " ".join(re.sub("[│╭╰─╮╯]", "", output).split())
+    assert "Traceback" not in output and [p.name for p in tmp_path.iterdir()] == [".output"]
+
+
+# --- Recorded files: packing, training and the doctor say the same ---
+
+
+def changed(key: str, change):
+    """A change of a field's values in every trajectory."""
+
+    def apply(h5: Path) -> None:
+        with h5py.File(h5, "r+") as file:
+            for trajectory in file.values():
+                values = change(trajectory[key][:])
+                del trajectory[key]
+                trajectory[key] = values
+
+    return apply
+
+
+def entry(**changes):
+    return lambda h5: write_demos(h5.with_suffix(""), entries={1: changes})
+
+
+def put_nan(values: np.ndarray) -> np.ndarray:
+    values = values.astype(np.float32)
+    values[2] = np.nan
+    return values
+
+
+PICTURE = "obs/sensor_data/fetch_hand/rgb"
+FILES = {  # situation: its making, words; without words the file can be used
+    "as MS-HAB writes it": (lambda h5: None, None),
+    "actions of float64": (changed("actions", lambda x: x.astype(np.float64)), None),
+    "depth of uint16": (
+        changed("obs/sensor_data/fetch_head/depth", lambda x: x.astype(np.uint16)), None,
+    ),
+    "an episode of no steps": (entry(elapsed_steps=0), None),
+    "four colours": (changed(PICTURE, lambda x: x[..., [0, 1, 2, 2]]), "128, 128, 4], expected"),
+    "pictures that end early": (changed(PICTURE, lambda x: x[:-4]), "elapsed_steps"),
+    "masks with an axis more": (
+        changed("labels/seg/fetch_head", lambda x: x[..., None]), "128, 128, 1], expected bool",
+    ),
+    "NaN in a label": (
+        changed("obs/extra/is_grasped", put_nan), "frame 2: obs/extra/is_grasped is nan",
+    ),
+    "another number of steps": (entry(elapsed_steps=8), "success has shape [9], expected [8]"),
+    "no number of steps": (entry(elapsed_steps=None), "elapsed_steps is None, expected a whole"),
+    "no instruction": (entry(instruction=None), "instruction is None, expected a sentence"),
+    "another controller": (
+        entry(control_mode="pd_ee_delta_pos"), "'pd_ee_delta_pos', expected pd_joint_delta_pos",
+    ),
+    "only the held-out episode is damaged": (
+        lambda h5: h5py.File(h5, "r+")["traj_2"].pop(PICTURE), "traj_2: " + PICTURE,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("situation", FILES)
+def test_a_recorded_file_is_used_or_refused_alike_everywhere(situation, tmp_path):
+    make, words = FILES[situation]
+    make(write_demos(tmp_path / "data" / DRAWER))
+    for command in (TRAIN, "tools/doctor.py --for train --preset tiny --data data", "data.py pack"):
+        code, output = attempt(*command.split(), folder=tmp_path, PYTHONPATH=str(REPOSITORY))
+        assert code == (1 if words else 0), output
+        assert not words or (DRAWER in output and words in output)
+        assert "Traceback" not in output
+
+
+# --- Machines ---
+
+
+def test_a_file_of_one_episode_trains_and_nothing_of_it_is_held_out(tmp_path):
+    write_demos(tmp_path / "data" / DRAWER, lengths=(20,))
+    code, output = attempt(*TRAIN.split(), folder=tmp_path)
+    assert code == 0 and f"{DRAWER}.h5: one episode, none is held out" in output
+    assert "20 frames, 0 held out" in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_to_all_processes_saves_and_stops_in_one_line(number, tmp_path):
+    write_demos(tmp_path / "data" / DRAWER, lengths=(30, 30))
+    words = shlex.split(TRAIN.replace("--steps 2", "--steps 9999 --workers 2 --log-every 5"))
+    process = start(REPOSITORY / words[0], *words[1:], cwd=tmp_path, OMP_NUM_THREADS="1")
+    while "5/9999" not in process.stdout.readline():
+        assert process.poll() is None
+    os.killpg(process.pid, number)
+    output = finish(process, code=75)
+    assert re.search(r"stopped by a signal after step (\d+), its checkpoint is in", output)
+    assert len(output.splitlines()) < 10 and steps_in(tmp_path / "runs/auxvla-all/stage1")
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(tmp_path):
+    script = "import os, signal; from storage.terminal import user_errors\n"
+    script += "with user_errors(): os.kill(os.getpid(), signal.SIGINT)"
+    assert finish(start("-c", script), code=130) == "stopped by Ctrl-C: finished files are kept\n"
+
+
+def test_a_reader_that_has_gone_ends_a_program_quietly():
+    for words in (["paper.py"], ["train.py", "--help"]):
+        process = start(*words)
+        process.stdout.close()
+        assert process.wait(60) == 141 and process.stderr.read() == ""
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_the_run_fails(tmp_path, capsys):
+    write_demos(tmp_path / "data" / DRAWER, lengths=(30, 30))
+    with pytest.raises(InputError, match=r"step 1 is not saved: .* not finite.*lower --lr"):
+        train(tmp_path / "data", tmp_path / "out", steps=1, lr=1e39, warmup=0, cooldown=0)
+    assert not steps_in(tmp_path / "out")
+    assert (
+        dumps({"loss": float("nan"), "all": [float("inf"), 1.5]})
+        == '{"loss": null, "all": [null, 1.5]}'
+    )
+
+
+def test_without_a_clip_gradients_are_as_with_a_huge_one(tmp_path, capsys):
+    write_demos(tmp_path / "data" / DRAWER, lengths=(30, 30))
+    for clip in (0, 1e9):
+        train(tmp_path / "data", tmp_path / str(clip), grad_clip=clip)
+    one, other = (weights(tmp_path / str(clip)) for clip in (0, 1e9))
+    assert all(value.equal(other[name]) for name, value in one.items())
+    assert lines(tmp_path / "0")[0]["grad_norm"] > 0
+    assert capsys.readouterr().out.count("gradients are not clipped") == 1
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with sole_writer(tmp_path):
+        pass
+    assert "its file system has no locks" in capsys.readouterr().err
+
+
+def test_tools_start_in_every_folder(tmp_path):
+    for words in ([REPOSITORY / "tools/compare.py"], ["-m", "tools.compare"]):
+        help_text = finish(start(*words, "--help", cwd=tmp_path, PYTHONPATH=""))
+        assert "paired difference" in help_text
