@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from config import RECORDED_ACTIONS, InputError, TrainConfig
-from data import check_batch, make_batch
+from data import ActionStats, Frames, check_batch, make_batch
 from decoders import BatchNorm
 from flow_head import draw_noise
 from model import AuxVLA, label_counts
@@ -132,28 +133,45 @@ def take_step(
     return (losses, grad_norm) if finite else None
 
 
-# --- The loop ---
+# --- The stage ---
 
 
-def train(cfg: TrainConfig, ranks: Ranks) -> int:
-    """Train the stage; return the exit code: 0, STOPPED by a signal, 1 after too many bad steps."""
-    rank, world, device, is_main = ranks.rank, ranks.world, ranks.device, ranks.is_main
-    if cfg.batch_size % world:
-        raise InputError(f"--batch-size {cfg.batch_size} must be a multiple of {world} processes")
+@dataclass
+class Stage:
+    """What the steps of a stage need."""
+
+    cfg: TrainConfig  # with the settings that checkpoint and data decide
+    frames: Frames
+    held_out: Frames
+    order: StepOrder
+    stats: ActionStats
+    prompts: tuple[Tensor, Tensor]  # ids and mask of all instructions, each [n, L]
+    model: AuxVLA
+    ddp: nn.Module  # the forward pass goes through it
+    optimizer: torch.optim.Optimizer
+    manifest: dict  # of the checkpoints
+    tokenizer: str
+
+
+def prepare(cfg: TrainConfig, ranks: Ranks) -> Stage:
+    """Data, model and optimizer, as the checkpoint left them. Raises InputError before a step."""
+    if cfg.batch_size % ranks.world:
+        raise InputError(f"--batch-size {cfg.batch_size}: no multiple of {ranks.world} processes")
     frames, held_out = open_frames(cfg)
     start = choose_start(cfg, ranks)
-    cfg = settle_config(cfg, start, frames, is_main)
+    cfg = settle_config(cfg, start, frames, ranks.is_main)
     num_steps = cfg.steps or cfg.epochs[cfg.stage - 1] * (len(frames) // cfg.batch_size)
     if start.step > num_steps:
         raise InputError(
             f"{start.folder} is beyond the {num_steps} steps asked for: give --steps {start.step} "
             "or more, or another --out"
         )
-    plan = describe_plan(memory_plan(cfg, world, device), cfg, world, device)
-    if is_main:
-        print(*frames.remarks, plan, sep="\n")
+    plan = memory_plan(cfg, ranks.world, ranks.device)
+    line = describe_plan(plan, cfg, ranks.world, ranks.device)
+    if ranks.is_main:
+        print(*frames.remarks, line, sep="\n")
     stats, tokenizer = prepare_data(cfg, frames, start)
-    model, pretrained = build_model(cfg, start, is_main)
+    model, pretrained = build_model(cfg, start, ranks.is_main)
     model.train_stage(cfg.stage)  # before DDP, which registers what requires a gradient
     model.prepare_blocks(cfg.recompute, cfg.compile)
     ddp = distribute(model, cfg, ranks)
@@ -161,29 +179,33 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
     optimizer = torch.optim.Adam(parts, lr=cfg.lr, betas=cfg.betas, fused=True)  # Sec. 6.1
     if start.resumed:
         checkpoint.load_optimizer(model, optimizer, start.folder)
-    prompts = tokenize(frames.source.instructions, tokenizer, cfg.model.llm)
-    prompts = tuple(each.to(device) for each in prompts)  # ids and mask, each [n, L]
-    manifest = describe_run(cfg, frames, stats, pretrained, start)
-    step, skipped, stopped = start.step, 0, False
     order = StepOrder(
-        len(frames), cfg.batch_size, cfg.seed, step, num_steps, rank, world, frames.blocks,
-        cfg.stage,
+        len(frames), cfg.batch_size, cfg.seed, start.step, num_steps, ranks.rank, ranks.world,
+        frames.blocks, cfg.stage,
     )  # fmt: skip
+    prompts = tokenize(frames.source.instructions, tokenizer, cfg.model.llm)
+    prompts = tuple(each.to(ranks.device) for each in prompts)
+    manifest = describe_run(cfg, frames, stats, pretrained, start)
+    return Stage(
+        cfg, frames, held_out, order, stats, prompts, model, ddp, optimizer, manifest,
+        tokenizer.to_str(),
+    )  # fmt: skip
+
+
+def train(stage: Stage, ranks: Ranks) -> int:
+    """Take the steps; return the exit code: 0, STOPPED by a signal, 1 after too many bad steps."""
+    cfg, frames, order, model = stage.cfg, stage.frames, stage.order, stage.model
+    step, num_steps, skipped, stopped = order.first, order.last, 0, False
     log = Log(cfg, step, num_steps, ranks)
-    if is_main:
-        trained = sum(p.numel() for part in parts for p in part["params"]) / 1e6
-        print(
-            f"stage {cfg.stage}: {len(frames):,} frames, {len(held_out):,} held out, "
-            f"{trained:.1f}M trained parameters, {num_steps} steps of {cfg.batch_size}"
-            + ", gradients are not clipped" * (not cfg.grad_clip)
-        )
-    saver = Saver(Path(cfg.out), cfg.keep, is_main, step)
+    log.describe(frames, stage.held_out, model)
+    saver = Saver(Path(cfg.out), cfg.keep, ranks.is_main, step)
+    state = (model, stage.optimizer, stage.manifest, stage.tokenizer)
     # Rank 0 validates alone; with --shard every rank must take part in a forward pass.
-    validates_here = len(held_out) and (is_main or (cfg.shard and world > 1))
+    validates_here = len(stage.held_out) and (ranks.is_main or (cfg.shard and ranks.world > 1))
 
     with signals() as stop, closing(saver):
         for raw in log.time_waits(loader(frames, order, cfg.workers)):
-            batch = make_batch(raw, stats, prompts, cfg.model)
+            batch = make_batch(raw, stage.stats, stage.prompts, cfg.model)
             if step == order.first:
                 check_batch(batch, cfg.model)
             batch["counts"] = global_counts(batch, stop(), ranks)
@@ -191,7 +213,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
                 break
             batch |= step_noise(cfg, step, ranks)
             lr = learning_rate(step, num_steps, cfg)
-            losses_and_norm = take_step(ddp, optimizer, batch, lr, cfg, ranks)
+            losses_and_norm = take_step(stage.ddp, stage.optimizer, batch, lr, cfg, ranks)
             step += 1
             if losses_and_norm:
                 log.add(*losses_and_norm)
@@ -204,16 +226,15 @@ def train(cfg: TrainConfig, ranks: Ranks) -> int:
             if step % cfg.log_every == 0 or last:
                 log.write(step, lr)
             if step % cfg.save_every == 0 or last:
-                saver.save(step, model, optimizer, manifest, tokenizer.to_str())
+                saver.save(step, *state)
             if validates_here and (step % cfg.val_every == 0 or step == num_steps):
                 began = time.perf_counter()
-                figures = validate(model, held_out, stats, prompts, cfg)
-                if is_main:
-                    log.write_validation(step, *figures, time.perf_counter() - began)
+                figures = validate(model, stage.held_out, stage.stats, stage.prompts, cfg)
+                log.write_validation(step, *figures, time.perf_counter() - began)
             if last:
                 break
         if stopped:
-            saver.save(step, model, optimizer, manifest, tokenizer.to_str())
+            saver.save(step, *state)
     gave_up = skipped == cfg.max_skipped
     log.close(step, stopped, gave_up)
     return STOPPED if stopped else int(gave_up)
@@ -225,7 +246,7 @@ def main(cfg: TrainConfig) -> int:
     ranks = join(cfg.device)
     with ExitStack() as lock:  # rank 0 holds it; where it is taken already, every rank ends
         ranks.on_main(lambda: lock.enter_context(sole_writer(Path(cfg.out))))
-        code = train(cfg, ranks)
+        code = train(prepare(cfg, ranks), ranks)
     ranks.leave()
     return code
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from config import InputError, TrainConfig
+from data import Frames
+from model import AuxVLA
 from paper import describe
 from storage import checkpoint
 from storage.files import dumps, read_lines, write, write_json
@@ -36,6 +38,16 @@ class Log:
         if cfg.row:
             print(describe(cfg.row))
         self.track, self.end_tracking = open_tracker(cfg)
+
+    def describe(self, frames: Frames, held_out: Frames, model: AuxVLA) -> None:
+        """Print what the stage trains, and on what."""
+        trained = sum(p.numel() for part in model.trained_parts() for p in part) / 1e6
+        if self.ranks.is_main:
+            print(
+                f"stage {self.cfg.stage}: {len(frames):,} frames, {len(held_out):,} held out, "
+                f"{trained:.1f}M trained parameters, {self.num_steps} steps of "
+                f"{self.cfg.batch_size}" + ", gradients are not clipped" * (not self.cfg.grad_clip)
+            )
 
     def clear(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -82,6 +94,8 @@ class Log:
 
     def write_validation(self, step: int, losses: dict, metrics: dict, seconds: float) -> None:
         """Write held-out figures; their `seconds` count neither as training nor as waiting."""
+        if not self.ranks.is_main:
+            return
         ours = losses | {name: figure["ours"] for name, figure in metrics.items()}
         self.emit(step, {f"val_{name}": value for name, value in ours.items()})
         figures = {"step": step, "losses": losses, "metrics": metrics}
