@@ -196,16 +196,16 @@ def unpack_masks(bits: Tensor) -> Tensor:
 
 
 def batch_shapes(
-    cfg: ModelConfig, b: int, noise: bool = False, prompt: int | None = None
+    cfg: ModelConfig, b: int, noise: bool = False, prompt_length: int | None = None
 ) -> dict[str, tuple[int, ...]]:
     """{key: shape} of a batch of b frames; `noise` adds noise and times of stage 3.
 
-    `prompt` is the prompts' length; default: the longest allowed.
+    `prompt_length` defaults to the longest allowed.
     """
-    prompt = prompt or cfg.llm.prompt_length
+    length = prompt_length or cfg.llm.prompt_length
     shapes = {
         "images": (b, cfg.num_views, 3, cfg.image_size, cfg.image_size),
-        "prompt_ids": (b, prompt), "prompt_mask": (b, prompt),
+        "prompt_ids": (b, length), "prompt_mask": (b, length),
         "seg": (b, len(cfg.cameras), IMAGE_SIZE, IMAGE_SIZE),
     }  # fmt: skip
     recorded = ("actions", "action_mask", "pos", "grasp", "qpos", "obj")
@@ -220,7 +220,7 @@ def batch_shapes(
 def check_batch(batch: dict[str, Tensor], cfg: ModelConfig) -> None:
     """Raise ValueError, naming the key, unless shapes and ranges are those of the table above."""
     length = min(batch["prompt_ids"].shape[-1], cfg.llm.prompt_length)
-    for key, shape in batch_shapes(cfg, len(batch["images"]), prompt=length).items():
+    for key, shape in batch_shapes(cfg, len(batch["images"]), prompt_length=length).items():
         got = tuple(batch[key].shape) if key in batch else "nothing"
         if got != shape:
             raise ValueError(f"batch[{key!r}]: got {got}, expected {shape}")
