@@ -223,10 +223,7 @@ def to_json(config) -> dict:
 
 
 def load_weights(model: nn.Module, folder: Path, new: tuple[str, ...] = ()) -> None:
-    """Fill the model, which may be on the meta device, with fp32 copies of the file's weights.
-
-    Parts named in `new` may be absent from the file, others not.
-    """
+    """Fill the model, also on the meta device, with fp32 copies; only `new` parts may be absent."""
     weights = {
         name: weight.to(torch.float32 if weight.is_floating_point() else weight.dtype, copy=True)
         for name, weight in load_file(folder / "model.safetensors").items()

@@ -67,10 +67,7 @@ def find_folder(name: str, cached_only: bool) -> Path:
 
 
 def select_files(names: Iterable[str], source: object) -> list[str]:
-    """config.json and the weight files among the files of a folder or repository.
-
-    Of several Prismatic checkpoints: latest-checkpoint.pt, else the last step, 2.6 or 30 GB.
-    """
+    """config.json and the weights; of Prismatic's .pt, latest-checkpoint.pt, else the last step."""
     names = sorted(names)
     steps = {
         name: int(found[1]) if found[1] else math.inf

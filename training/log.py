@@ -162,8 +162,7 @@ class Saver:
         tensors = checkpoint.snapshot(model, optimizer, self.is_main)
         self.step = step
         if self.is_main:
-            state = (step, *tensors, manifest, tokenizer)
-            self.saving = self.pool.submit(self.write, *state)
+            self.saving = self.pool.submit(self.write, step, *tensors, manifest, tokenizer)
 
     def write(self, *state) -> None:
         try:
