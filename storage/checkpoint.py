@@ -110,11 +110,9 @@ def seal(folder: Path, manifest: dict) -> None:
 
 def is_complete(folder: Path) -> bool:
     """Compare sizes only: hashing takes a minute for each save of the paper's model."""
-    try:
-        read_manifest(folder, verify=False)
-    except InputError:
-        return False
-    return True
+    with suppress(InputError):
+        return bool(read_manifest(folder, verify=False))
+    return False
 
 
 def discard(folder: Path) -> None:
