@@ -25,14 +25,7 @@ import tyro
 from config import HORIZON, TASKS, Count, InputError, Seed, Whole
 from paper import COLUMNS, DEFAULT_ROW, OBJECTS, PAPER_COLUMNS, ROWS, sentences, targets
 from simulation.assets import apartment, asset_folder, plan_files
-from simulation.plans import (
-    Job,
-    articulations,
-    batches,
-    check_envs,
-    count_scenes,
-    simulation_backend,
-)  # fmt: skip
+from simulation.plans import articulations, batches, check_envs, count_scenes, simulation_backend
 from simulation.workers import Workers
 from storage.checkpoint import read_manifest, resolve
 from storage.files import append, code_commit, read_json, sha256, sole_writer, write_json
@@ -160,8 +153,8 @@ def provenance(cfg: EvalConfig) -> dict:
     }
 
 
-def missing_jobs(cfg: EvalConfig, done: dict[tuple[str, int], dict]) -> list[Job]:
-    """Return the episodes that are not in `done` as jobs for the workers."""
+def run(cfg: EvalConfig, done: dict[tuple[str, int], dict]) -> None:
+    """Run the episodes that are not in `done`; append each to OUT/episodes.jsonl as it finishes."""
     missing = []
     for name in cfg.names:
         articulation_of = articulations(cfg.plan_file(name))
@@ -169,13 +162,7 @@ def missing_jobs(cfg: EvalConfig, done: dict[tuple[str, int], dict]) -> list[Job
             if (name, seed) not in done:
                 filmed = seed < cfg.seed + cfg.video
                 missing.append((name, seed, filmed, articulation_of(seed)))
-    return batches(missing, cfg.envs)
-
-
-def run(cfg: EvalConfig, done: dict[tuple[str, int], dict]) -> None:
-    """Run the missing episodes; append each to OUT/episodes.jsonl as soon as it is finished."""
-    jobs = missing_jobs(cfg, done)
-    waiting, total = iter(jobs), sum(len(job.seeds) for job in jobs)
+    waiting, total = iter(batches(missing, cfg.envs)), len(missing)
     workers = Workers(cfg.workers, "simulation.episodes", cfg)
     results = workers.run(lambda running: next(waiting, None))
     for i, episode in enumerate((each for _, episodes in results for each in episodes), start=1):

@@ -29,11 +29,9 @@ from storage.checkpoint import load_weights, model_config_of, read_manifest, res
 from storage.tokenizer import tokenize
 from training.ranks import device_of
 
-# --- On a GPU ---
-
 
 def halve(model: AuxVLA) -> None:
-    """Cast linear weights to bf16 in place; autocast would cast them in every query."""
+    """Cast linear weights to bf16 in place; a GPU's autocast would cast them in every query."""
     for part in (model.vlm, model.flow_head):
         for module in part.modules() if part is not None else ():
             if isinstance(module, nn.Linear):
@@ -74,9 +72,6 @@ class Graphed:
         return graph, static_inputs, outputs
 
 
-# --- The policy ---
-
-
 @dataclass
 class Policy:
     model: AuxVLA
@@ -84,7 +79,6 @@ class Policy:
     tokenizer: Tokenizer
     manifest: dict  # the checkpoint's: config, action schema, hashes
     device: torch.device
-    seed: int = 0  # of the flow head's noise; the same noise in every episode
     predict: bool = True  # fill `predictions`; acting is faster without them
     # outputs of the decoders for the last frame that the model has seen
     predictions: dict[str, np.ndarray] = field(default_factory=dict)
@@ -114,7 +108,7 @@ class Policy:
         steps = HISTORY + 1 if self.model.cfg.history == "frames" else 1
         self.seen: deque[tuple[Tensor, Tensor]] = deque(maxlen=steps)  # rgb, depth; last: now
         self.done: deque[Tensor] = deque(maxlen=HISTORY)  # actions, robot units [B, 13]
-        self.noise = torch.Generator().manual_seed(self.seed)
+        self.noise = torch.Generator().manual_seed(0)  # flow head: the same noise in every episode
         self.draft: Tensor | None = None  # normalised actions [B, 13]
 
     @torch.no_grad()

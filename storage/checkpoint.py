@@ -110,11 +110,9 @@ def seal(folder: Path, manifest: dict) -> None:
 
 def is_complete(folder: Path) -> bool:
     """Compare sizes only: hashing takes a minute for each save of the paper's model."""
-    try:
-        read_manifest(folder, verify=False)
-    except InputError:
-        return False
-    return True
+    with suppress(InputError):
+        return bool(read_manifest(folder, verify=False))
+    return False
 
 
 def discard(folder: Path) -> None:
@@ -223,10 +221,7 @@ def to_json(config) -> dict:
 
 
 def load_weights(model: nn.Module, folder: Path, new: tuple[str, ...] = ()) -> None:
-    """Fill the model, which may be on the meta device, with fp32 copies of the file's weights.
-
-    Parts named in `new` may be absent from the file, others not.
-    """
+    """Fill the model, also on the meta device, with fp32 copies; only `new` parts may be absent."""
     weights = {
         name: weight.to(torch.float32 if weight.is_floating_point() else weight.dtype, copy=True)
         for name, weight in load_file(folder / "model.safetensors").items()

@@ -9,7 +9,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import math
 import os
 import pickle
 import subprocess
@@ -30,7 +29,6 @@ PICKLE_ERRORS = (
     OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError,
     pickle.UnpicklingError,
 )  # fmt: skip
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system without locks
 MENDS = {  # system error: the command after which an undamaged file can be read
     errno.EACCES: "chmod u+r {}  # its owner, or root",
     errno.EAGAIN: "fuser -v {}  # wait until that program has closed it",
@@ -81,15 +79,8 @@ def write(path: Path, content: bytes) -> None:
 
 def dumps(content: object, indent: int | None = None) -> str:
     """Strict JSON: a number that is not finite becomes null."""
-
-    def strict(value: object) -> object:
-        if isinstance(value, dict):
-            return {key: strict(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [strict(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(strict(content), indent=indent, allow_nan=False)
+    strict = json.loads(json.dumps(content), parse_constant=lambda name: None)
+    return json.dumps(strict, indent=indent)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -130,7 +121,7 @@ def sole_writer(folder: Path, name: str = "") -> Iterator[None]:
                 "the process (it saves its state)"
             ) from None
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
             print(
                 f"warning: {folder}: its file system has no locks ({error.strerror}). Start no "
@@ -145,8 +136,7 @@ def sole_writer(folder: Path, name: str = "") -> Iterator[None]:
 def append(path: Path, line: dict) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.write(dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    sync(path)
 
 
 def read_lines(path: Path, mend: bool = False) -> list[dict]:

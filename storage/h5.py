@@ -224,8 +224,7 @@ def first_success(path: Path, trajectory: str, steps: int) -> int:
     """Steps of a trajectory up to and with its first success; all `steps` if there is none."""
     where = f"{path}, {trajectory}"
     with readable(path, where):
-        group = open_h5(str(path), os.getpid())[trajectory]
-        success = np.array(group.get("success", ()))
+        success = np.array(open_h5(str(path), os.getpid())[trajectory].get("success", ()))
     if success.shape != (steps,):
         raise DataError(
             f"{where}: success has shape {[*success.shape]}, expected {[steps]}, one for each of "
@@ -252,16 +251,11 @@ def chunk_rows(observations: int) -> int:
 # --- Files and their .json ---
 
 ABSENT = object()
-
-
-def is_whole(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
+WHOLE = ("a whole number", lambda value: type(value) is int and value >= 0)
 # Fields of an episode in the .json: what is expected, and the test of it.
 ENTRY = {
-    "episode_id": ("a whole number", is_whole),
-    "elapsed_steps": ("a whole number", is_whole),
+    "episode_id": WHOLE,
+    "elapsed_steps": WHOLE,
     "control_mode": (CONTROL, lambda value: value in (None, CONTROL)),
     "instruction": (
         "a sentence, or no such entry",

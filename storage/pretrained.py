@@ -20,7 +20,8 @@ import torch
 from einops import rearrange
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,7 +30,6 @@ from storage import weight_names
 from storage.download import reachable
 from storage.files import PICKLE_ERRORS, read_json, sha256
 
-NEW = {"latent_queries"}  # parameters in no public checkpoint (GAP-2)
 HUB = {
     "llm": "Qwen/Qwen2.5-0.5B",
     "dino": "facebook/dinov2-with-registers-large",
@@ -67,10 +67,7 @@ def find_folder(name: str, cached_only: bool) -> Path:
 
 
 def select_files(names: Iterable[str], source: object) -> list[str]:
-    """config.json and the weight files among the files of a folder or repository.
-
-    Of several Prismatic checkpoints: latest-checkpoint.pt, else the last step, 2.6 or 30 GB.
-    """
+    """config.json and the weights; of Prismatic's .pt, latest-checkpoint.pt, else the last step."""
     names = sorted(names)
     steps = {
         name: int(found[1]) if found[1] else math.inf
@@ -101,22 +98,13 @@ def files_in(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_file(path: Path, headers: bool) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a Prismatic .pt file as component/key."""
-    if path.suffix == ".pt":
-        # Prismatic's format is a pickle. weights_only builds tensors and containers alone.
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        return {
-            f"{component}/{key}": tensor.to("meta") if headers else tensor
-            for component, part in checkpoint["model"].items()
-            for key, tensor in part.items()
-        }
-    with safe_open(path, "pt") as file:
-        keys = list(file.keys())
-        if headers:
-            shapes = {key: file.get_slice(key).get_shape() for key in keys}
-            return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-        return {key: file.get_tensor(key) for key in keys}
+def read_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a Prismatic .pt file as component/key, mapped."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    # Prismatic's format is a pickle. weights_only builds tensors and containers alone.
+    parts = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["model"]
+    return {f"{name}/{key}": tensor for name, part in parts.items() for key, tensor in part.items()}
 
 
 def read_tensors(files: list[Path], headers: bool) -> dict[str, Tensor]:
@@ -126,13 +114,13 @@ def read_tensors(files: list[Path], headers: bool) -> dict[str, Tensor]:
         if path.suffix == ".json":
             continue
         try:
-            tensors = read_file(path, headers)
+            tensors = read_file(path)
         except (*PICKLE_ERRORS, SafetensorError) as error:
             text = f"{path}: cut off or in another format ({error}); download it again"
             raise InputError(text) from error
         if twice := sorted(out.keys() & tensors.keys()):
             raise InputError(f"{path}: {twice[0]} is in two files; move the older save elsewhere")
-        out |= tensors
+        out |= {key: tensor.to("meta") if headers else tensor for key, tensor in tensors.items()}
     return out
 
 
@@ -273,7 +261,7 @@ def load_pretrained(vlm: nn.Module, name: str, headers: bool = False) -> dict[st
     # SigLIP has no prefix tokens: an empty parameter, in no file
     empty = {key: torch.empty(value.shape) for key, value in ours.items() if not value.numel()}
     vlm.load_state_dict(empty, strict=False, assign=True)
-    unfilled = ours.keys() - empty.keys() - NEW
+    unfilled = ours.keys() - empty.keys() - {"latent_queries"}  # in no public checkpoint (GAP-2)
     if "vlm" not in sources:
         unfilled = {key for key in unfilled if not key.startswith("projector.")}
     for prefix, tensors in read_parts(vlm, sources, hashes, headers):

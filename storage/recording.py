@@ -39,18 +39,13 @@ def encode(trajectory: dict, header: dict, episode: dict) -> bytes:
 def write_tree(group: h5py.Group, tree: dict) -> None:
     """Write a tree of arrays; a list of equal trees becomes one tree of stacked arrays."""
     for key, value in tree.items():
-        if isinstance(value, list):
-            value = stack(value)
+        if isinstance(value, list) and isinstance(value[0], dict):
+            value = {name: [row[name] for row in value] for name in value[0]}
         if isinstance(value, dict):
             write_tree(group.create_group(key, track_order=True), value)
         else:
-            group.create_dataset(key, data=value, **(GZIP if key in COMPRESSED else {}))
-
-
-def stack(rows: list) -> dict | np.ndarray:
-    if isinstance(rows[0], dict):
-        return {key: stack([row[key] for row in rows]) for key in rows[0]}
-    return np.stack(rows)
+            compression = GZIP if key in COMPRESSED else {}
+            group.create_dataset(key, data=np.asarray(value), **compression)
 
 
 class Recording:

@@ -33,10 +33,7 @@ def check_row(cfg: TrainConfig, row: Row) -> None:
 
 
 def choose_folders(cfg: TrainConfig) -> TrainConfig:
-    """Fill in --out, runs/RUN/stageN, and --init-from, the run's stage before this one.
-
-    Raises InputError if that stage is missing.
-    """
+    """Fill in --out, runs/RUN/stageN, and --init-from, the stage before; InputError without it."""
     run = Path("runs", cfg.run_name or cfg.row or DEFAULT_ROW)
     out, init_from = Path(cfg.out or run / f"stage{cfg.stage}"), cfg.init_from
     stages = ROWS[cfg.row].stages if cfg.row else (1, 2, 3)
@@ -63,11 +60,10 @@ def parse(args: list[str] | None = None, description: str | None = None) -> Trai
     first.add_argument("--preset", choices=PRESETS, default="paper")
     first.add_argument("--row")
     chosen, others = first.parse_known_args(args)  # they set the defaults of the other flags
-    row, preset = ROWS.get(chosen.row), chosen.preset
+    row = ROWS.get(chosen.row)
     if chosen.row and not row:
         raise InputError(f"--row {chosen.row}: no such row; the rows are {', '.join(ROWS)}")
-    if row:
-        preset = preset_of(row, preset)
+    preset = preset_of(row, chosen.preset) if row else chosen.preset
     default = TrainConfig(preset=preset, row=chosen.row, **PRESETS[preset])
     if row:
         default = replace(default, model=replace(default.model, **row.model), **row.training)

@@ -16,7 +16,7 @@ from data import Frames
 from model import AuxVLA
 from paper import describe
 from storage import checkpoint
-from storage.files import dumps, read_lines, write, write_json
+from storage.files import append, dumps, read_lines, write, write_json
 from training.ranks import Ranks
 
 
@@ -34,7 +34,6 @@ class Log:
         # Drop lines newer than the checkpoint that the run resumes: those steps run again.
         kept = [line for line in read_lines(path) if line["step"] <= step]
         write(path, "".join(f"{dumps(line)}\n" for line in kept).encode())
-        self.file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  until `close`
         if cfg.row:
             print(describe(cfg.row))
         self.track, self.end_tracking = open_tracker(cfg)
@@ -109,15 +108,14 @@ class Log:
 
     def emit(self, step: int, figures: dict) -> None:
         line = {"step": step, "stage": self.cfg.stage} | figures
-        self.file.write(dumps(line) + "\n")
+        append(self.out / "log.jsonl", line)
         if "skipped" not in line:
             self.track(step, line)
 
     def close(self, step: int, stopped: bool, gave_up: bool) -> None:
-        """Close the files and print how the run ended."""
+        """Print how the run ended."""
         if not self.ranks.is_main:
             return
-        self.file.close()
         self.end_tracking()
         if gave_up:
             print(
@@ -178,8 +176,7 @@ class Saver:
         tensors = checkpoint.snapshot(model, optimizer, self.is_main)
         self.step = step
         if self.is_main:
-            state = (step, *tensors, manifest, tokenizer)
-            self.saving = self.pool.submit(self.write, *state)
+            self.saving = self.pool.submit(self.write, step, *tensors, manifest, tokenizer)
 
     def write(self, *state) -> None:
         try:

@@ -66,9 +66,6 @@ class StepOrder:
         place = rng.permutation(block.max() + 1)[block]
         return np.argsort(place + SHUFFLE_POOL * rng.random(self.num_frames)).astype(np.int32)
 
-    def __len__(self) -> int:
-        return self.last - self.first
-
     def __iter__(self) -> Iterator[np.ndarray]:
         for step in range(self.first, self.last):
             yield self.batch(step)[self.rank :: self.world]

@@ -143,10 +143,7 @@ def prepare_data(cfg: TrainConfig, frames: Frames, start: Start) -> tuple[Action
 def describe_run(
     cfg: TrainConfig, frames: Frames, stats: ActionStats, pretrained: dict, start: Start
 ) -> dict:
-    """The manifest of the run's checkpoints, without step and hashes.
-
-    Raises InputError if a resumed run has other data than before.
-    """
+    """The checkpoints' manifest without step and hashes. InputError if resumed on other data."""
     data = frames.source
     identity = {  # the order of samples and the held-out episodes depend on these
         "frames": len(data),
