@@ -293,7 +293,8 @@ def write_large_index(folder: Path, episodes: int, length: int) -> None:
     np.lib.format.open_memmap(path, "w+", RECORD, (episodes * length,))
     np.savez(folder / "summary.npz", survey=np.zeros(episodes, SURVEY))
     about = {"instructions": [""], "action_schema": None, "qpos_names": None, "truncate": True}
-    content = {"format": FORMAT, "sha256": {}, "sizes": {file: 0}, "episodes": entries}
+    files = {file: {"size": 0, "time": 0, "sha256": "", "packed": ""}}
+    content = {"format": FORMAT, "files": files, "summary": "", "episodes": entries}
     write_json(folder / "pack.json", content | about)
 
 
