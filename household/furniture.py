@@ -129,9 +129,13 @@ def make_fridge(rng: np.random.Generator, tint) -> Furniture:
     ]
     top, bottom = 0.96, 0.68  # heights of the doors
     top_y, bottom_y, hinge_z = 0.72 + top / 2, 0.02 + bottom / 2, -0.275
-    handle = (0.125, 1.12 - top_y + float(rng.uniform(-0.02, 0.02)), 0.47)
-    face = tint((235, 235, 240))
-    top_door = [Box((0.05, top, 0.54), (0.025, 0, 0.27), face), *door_handle(*handle)]
+    handle = x, y, z = 0.125, 1.12 - top_y + float(rng.uniform(-0.02, 0.02)), 0.47
+    face, post_size, post_x = tint((235, 235, 240)), (x - 0.05, 0.02, 0.02), (0.05 + x) / 2
+    top_door = [
+        Box((0.05, top, 0.54), (0.025, 0, 0.27), face),
+        *[Box(post_size, (post_x, y + dy, z), HANDLE) for dy in (-0.185, 0.185)],
+        Box((0.025, 0.40, 0.03), handle, HANDLE),
+    ]
     bottom_door = [Box((0.05, bottom, 0.54), (0.025, 0, 0.27), face)]
     # One pull from the fridge's front reaches three quarters of the range, which MS-HAB asks for.
     hinge = dict(mass=4, joint="revolute", axis=(0, 1, 0), upper=1.25, damping=0.5, friction=0.1)
@@ -141,15 +145,6 @@ def make_fridge(rng: np.random.Generator, tint) -> Furniture:
         Link("bottom_door", bottom_door, origin=(0.005, bottom_y, hinge_z), **hinge),
     ]
     return Furniture("fridge", links, 1, handle)
-
-
-def door_handle(x: float, y: float, z: float) -> list[Box]:
-    """Two posts on the door, which is 0.05 thick, and a bar at x, y, z."""
-    post_size, post_x = (x - 0.05, 0.02, 0.02), (0.05 + x) / 2
-    return [
-        *[Box(post_size, (post_x, y + dy, z), HANDLE) for dy in (-0.185, 0.185)],
-        Box((0.025, 0.40, 0.03), (x, y, z), HANDLE),
-    ]
 
 
 def stand_boxes(color) -> list[Box]:
