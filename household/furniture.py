@@ -7,8 +7,8 @@ are metres, colours RGB in 0..255. `tint` returns the apartment's shade of a col
 
 import json
 from collections import namedtuple
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import trimesh
@@ -45,8 +45,7 @@ INSIDE = (30, 70, 200)  # the furniture's only blue, visible when a drawer or th
 Box = namedtuple("Box", "size center color")  # three numbers each
 
 
-@dataclass
-class Link:
+class Link(NamedTuple):
     """A rigid part of a cupboard. A joint connects it to the cupboard's first link, the root."""
 
     name: str
@@ -60,8 +59,7 @@ class Link:
     friction: float = 0.0
 
 
-@dataclass
-class Furniture:
+class Furniture(NamedTuple):
     """A cupboard and its handle. SAPIEN numbers links and joints in the order of the file."""
 
     name: str
