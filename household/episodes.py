@@ -5,8 +5,8 @@ Positions are in the simulator's frame, metres; `rng` varies episodes and start 
 """
 
 from collections import namedtuple
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sapien
@@ -59,8 +59,7 @@ def stand_on(name: str, x: float, y: float, surface: float) -> np.ndarray:
     return np.array([x, y, surface + parts.OBJECTS[name][1][2] + 0.002])
 
 
-@dataclass(frozen=True)
-class Surface:
+class Surface(NamedTuple):
     """A top with a row of objects near the edge that the robot faces."""
 
     furniture: str  # a field of Scene

@@ -7,8 +7,8 @@ are metres, colours RGB in 0..255. `tint` returns the apartment's shade of a col
 
 import json
 from collections import namedtuple
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import trimesh
@@ -45,8 +45,7 @@ INSIDE = (30, 70, 200)  # the furniture's only blue, visible when a drawer or th
 Box = namedtuple("Box", "size center color")  # three numbers each
 
 
-@dataclass
-class Link:
+class Link(NamedTuple):
     """A rigid part of a cupboard. A joint connects it to the cupboard's first link, the root."""
 
     name: str
@@ -60,8 +59,7 @@ class Link:
     friction: float = 0.0
 
 
-@dataclass
-class Furniture:
+class Furniture(NamedTuple):
     """A cupboard and its handle. SAPIEN numbers links and joints in the order of the file."""
 
     name: str
@@ -129,9 +127,13 @@ def make_fridge(rng: np.random.Generator, tint) -> Furniture:
     ]
     top, bottom = 0.96, 0.68  # heights of the doors
     top_y, bottom_y, hinge_z = 0.72 + top / 2, 0.02 + bottom / 2, -0.275
-    handle = (0.125, 1.12 - top_y + float(rng.uniform(-0.02, 0.02)), 0.47)
-    face = tint((235, 235, 240))
-    top_door = [Box((0.05, top, 0.54), (0.025, 0, 0.27), face), *door_handle(*handle)]
+    handle = x, y, z = 0.125, 1.12 - top_y + float(rng.uniform(-0.02, 0.02)), 0.47
+    face, post_size, post_x = tint((235, 235, 240)), (x - 0.05, 0.02, 0.02), (0.05 + x) / 2
+    top_door = [
+        Box((0.05, top, 0.54), (0.025, 0, 0.27), face),
+        *[Box(post_size, (post_x, y + dy, z), HANDLE) for dy in (-0.185, 0.185)],
+        Box((0.025, 0.40, 0.03), handle, HANDLE),
+    ]
     bottom_door = [Box((0.05, bottom, 0.54), (0.025, 0, 0.27), face)]
     # One pull from the fridge's front reaches three quarters of the range, which MS-HAB asks for.
     hinge = dict(mass=4, joint="revolute", axis=(0, 1, 0), upper=1.25, damping=0.5, friction=0.1)
@@ -141,15 +143,6 @@ def make_fridge(rng: np.random.Generator, tint) -> Furniture:
         Link("bottom_door", bottom_door, origin=(0.005, bottom_y, hinge_z), **hinge),
     ]
     return Furniture("fridge", links, 1, handle)
-
-
-def door_handle(x: float, y: float, z: float) -> list[Box]:
-    """Two posts on the door, which is 0.05 thick, and a bar at x, y, z."""
-    post_size, post_x = (x - 0.05, 0.02, 0.02), (0.05 + x) / 2
-    return [
-        *[Box(post_size, (post_x, y + dy, z), HANDLE) for dy in (-0.185, 0.185)],
-        Box((0.025, 0.40, 0.03), (x, y, z), HANDLE),
-    ]
 
 
 def stand_boxes(color) -> list[Box]:

@@ -33,9 +33,8 @@ def asset_folder() -> Path:
     return Path(name).absolute()
 
 
-def plan_paths(root: Path, *address: str) -> tuple[Path, Path]:
-    """Paths below `root` of the task plans and start poses of (task, subtask, target, split)."""
-    task, subtask, target, split = address
+def plan_paths(root: Path, task: str, subtask: str, target: str, split: str) -> tuple[Path, Path]:
+    """Paths of the task plans and start poses below `root`."""
     place, rearrange = Path(task, subtask, split), root / REPLICA / "rearrange"
     plans = rearrange / "task_plans" / place / f"{target}.json"
     return plans, rearrange / "spawn_data" / place / "spawn_data.pt"
@@ -61,14 +60,12 @@ def apartment(root: Path | None = None) -> str | None:
     marker = root / "household.json"
     if not marker.is_file():
         return None
-    scenes = [p for p in (root / REPLICA / "configs/scenes").glob("*.json") if not fault_of(p)]
-    real = [
-        p
-        for p in scenes
-        if f"objects/table_{p.name.partition('.')[0]}" not in p.read_text(encoding="utf-8")
-    ]
     models = (root / YCB / "models").glob("*/")
-    real += [path for path in models if path.name not in sum(OBJECTS.values(), ())]
+    real = [path for path in models if path.name not in sum(OBJECTS.values(), ())]
+    for scene in (root / REPLICA / "configs/scenes").glob("*.json"):
+        table = f"objects/table_{scene.name.partition('.')[0]}"
+        if not fault_of(scene) and table not in scene.read_text(encoding="utf-8"):
+            real.append(scene)
     if real:
         raise InputError(
             f"{marker} is of a generated apartment, {min(real)} of a download: use two folders. "

@@ -61,16 +61,14 @@ class SubtaskEnvs:
     """
 
     def __init__(
-        self,
-        task: str,
-        subtask: str,
-        target: str,
-        split: str = "train",
-        obs_mode: str = "rgb+depth+segmentation",
-        simulation: str = "physx_cpu",
-        num_envs: int = 1,
-    ):
-        check_asset_dir()
+        self, task: str, subtask: str, target: str, split: str = "train",
+        obs_mode: str = "rgb+depth+segmentation", simulation: str = "physx_cpu", num_envs: int = 1,
+    ):  # fmt: skip
+        if asset_folder() / "data" != Path(ASSET_DIR).absolute():
+            raise InputError(
+                f"MS_ASSET_DIR={asset_folder()} was set after mani_skill was imported, which uses "
+                f"{ASSET_DIR}: set the variable before the import"
+            )
         plan_file, spawn_file = plan_files(task, subtask, target, split)
         self._address = dict(task=task, subtask=subtask, target=target, split=split)
         plan_data = plan_data_from_file(plan_file)
@@ -257,14 +255,6 @@ class SubtaskEnv(SubtaskEnvs):
     instruction = property(lambda self: self.instructions[0])
     target = property(lambda self: self.targets[0])
     pos = property(lambda self: self.positions[0])
-
-
-def check_asset_dir() -> None:
-    if asset_folder() / "data" != Path(ASSET_DIR).absolute():
-        raise InputError(
-            f"MS_ASSET_DIR={asset_folder()} was set after mani_skill was imported, which uses "
-            f"{ASSET_DIR}: set the variable before the import"
-        )
 
 
 def render_backend() -> str:

@@ -42,20 +42,16 @@ class RandomPolicy:
 POLICIES = dict(learned=Policy, expert=ScriptedExpert, random=RandomPolicy, rl=RLPolicy)
 
 
-def make_envs(cfg, column: str, filmed: bool) -> SubtaskEnvs:
-    """Make a column's simulator; it renders only images that the policy or the film reads."""
-    mode = "rgb+depth+segmentation" if filmed else POLICIES[cfg.policy].obs_mode
-    return SubtaskEnvs(
-        *cfg.address(column), cfg.split, obs_mode=mode,
-        simulation=simulation_backend(cfg.envs), num_envs=1 if filmed else cfg.envs,
-    )  # fmt: skip
-
-
 def run_jobs(cfg, jobs: Iterable[Job]) -> Iterator[list[dict]]:
     """Yield each job's records. Consecutive jobs with the same images share a simulator."""
     learned = Policy.from_checkpoint(cfg.checkpoint, cfg.device) if cfg.checkpoint else None
     for (column, filmed), group in groupby(jobs, attrgetter("column", "filmed")):
-        envs = make_envs(cfg, column, filmed)
+        # The simulator renders only images that the policy or the film reads.
+        mode = "rgb+depth+segmentation" if filmed else POLICIES[cfg.policy].obs_mode
+        envs = SubtaskEnvs(
+            *cfg.address(column), cfg.split, obs_mode=mode,
+            simulation=simulation_backend(cfg.envs), num_envs=1 if filmed else cfg.envs,
+        )  # fmt: skip
         if learned is not None:
             check_schema(envs, learned.manifest)
             learned.predict = filmed  # only films show the auxiliary predictions

@@ -38,7 +38,8 @@ def count_scenes(plan_file: Path) -> int:
 def check_envs(envs: int, scripted: bool, device: str | None = None) -> None:
     """Raise InputError when this machine or expert cannot simulate `envs` environments at once.
 
-    Downloads PhysX's GPU library if it is missing.
+    Loads the driver's libcuda.so and PhysX's GPU library, which SAPIEN downloads if missing. Called
+    before the workers start, which would each download it.
     """
     if envs == 1:
         return
@@ -46,14 +47,6 @@ def check_envs(envs: int, scripted: bool, device: str | None = None) -> None:
         raise InputError("--envs: the scripted expert drives one environment; use --workers 2")
     if device_of(device).type == "cpu":
         raise InputError("--envs: several environments need a GPU; on a CPU use --workers 2")
-    check_gpu_physics()
-
-
-def check_gpu_physics() -> None:
-    """Load the driver's libcuda.so and PhysX's GPU library, which SAPIEN downloads if missing.
-
-    Called before the workers start, which would each download it. Raises InputError.
-    """
     load = "import ctypes, sapien.physx as p; ctypes.CDLL('libcuda.so'); p.enable_gpu()"
     # In another process: a damaged library may crash it.
     done = subprocess.run(

@@ -70,19 +70,18 @@ class RLPolicy:
 
     def reset(self) -> None:
         """Forget the images of the last episode."""
-        self.seen: deque[dict[str, Tensor]] = deque(maxlen=FRAMES)
+        self.seen: deque[dict] = deque(maxlen=FRAMES)  # of each frame MS-HAB's sensor_data
 
     @torch.no_grad()
     def act(self, obs: dict, instruction: str) -> np.ndarray:
         """Return the next action, float32 [B, 13] in [-1, 1]; the instruction is unused."""
-        depth = {key: obs["sensor_data"][camera]["depth"] for key, camera in CAMERAS.items()}
-        self.seen.append({key: rearrange(mm, "b h w 1 -> b h w") for key, mm in depth.items()})
+        self.seen.append(obs["sensor_data"])
         while len(self.seen) < FRAMES:  # at its start, an episode's first image is repeated
             self.seen.append(self.seen[0])
-        pixels = {  # [B, 3, 128, 128] each
-            key: torch.stack([images[key] for images in self.seen], dim=1).float()
-            for key in CAMERAS
-        }
+        pixels = {}  # [B, 3, 128, 128] each
+        for key, camera in CAMERAS.items():
+            depth = [sensors[camera]["depth"] for sensors in self.seen]
+            pixels[key] = rearrange(depth, "t b h w 1 -> b t h w").float()
         state = [flatten_state_dict(obs[part], use_torch=True) for part in ("agent", "extra")]
         action = self.actor({"pixels": pixels, "state": torch.cat(state, dim=1).float()})
         action[:, HEAD] = 0

@@ -19,9 +19,9 @@ import csv
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist, mean
+from typing import NamedTuple
 
 from scipy.stats import ttest_1samp, ttest_ind
 
@@ -40,8 +40,7 @@ PAPER = {  # row: {task/column: rate}
 }
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     name: str
     a: str  # rows; the effect is b's rate minus a's
     b: str

@@ -182,11 +182,7 @@ def check_pretrained(name: str, preset: str) -> str:
 
 
 def check_policy(path: str, data: str | None = None, device: str | None = None) -> str:
-    """Load a checkpoint as the robot does; with data, compare what the policy knows and does.
-
-    Compared are names of actions and joints, action statistics, the effect of each input on the
-    logits, and held-out action tokens.
-    """
+    """Load a checkpoint as the robot does; with data, compare what the policy knows and does."""
     policy = Policy.from_checkpoint(path, device)  # verifies every sha256
     manifest, cfg = policy.manifest, policy.model.cfg
     line = f"{path}: stage {manifest['stage']}, step {manifest['step']}; it loads"

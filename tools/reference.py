@@ -134,10 +134,7 @@ class Port(nn.Module):
         return losses
 
     @torch.no_grad()
-    def act(
-        self, batch: dict[str, Tensor], noise: None = None, draft: Tensor | None = None,
-        predict: bool = False,
-    ) -> tuple[Tensor, dict]:  # fmt: skip
+    def act(self, batch: dict[str, Tensor], *_, predict: bool = False) -> tuple[Tensor, dict]:
         """As AuxVLA.act: normalised actions [B, 1, 13], by `generate` over the action ids."""
         first = self.cfg.llm.first_action_id
 
