@@ -32,16 +32,7 @@ import numpy as np
 from config import IMAGE_SIZE, SUBTASKS, TASKS, InputError, quoted
 from paper import ARTICULATIONS, HUB_DATASETS, OBJECTS, instruction
 from storage.files import mend_of
-from storage.trajectory import (
-    CONTROL,
-    RECORD,
-    SURVEY,
-    DataError,
-    Trajectory,
-    clip,
-    read_frames,
-    survey,
-)
+from storage.trajectory import CONTROL, RECORD, SURVEY, DataError, Trajectory, clip
 
 SHUFFLE_POOL = 256  # blocks that training.order.StepOrder mixes
 READ_AHEAD = 320  # blocks that a reader caches: 1.4 GB for episodes of 200 steps
@@ -178,7 +169,7 @@ class Demonstrations(Index):
     def read_steps(self, episode: int, first: int, last: int) -> np.ndarray:
         """Steps first..last-1 of an episode, [n] of RECORD."""
         with self._open(episode, f", frames {first}..{last - 1}") as (trajectory, actions):
-            return read_frames(trajectory, actions, first, last)
+            return trajectory.read_frames(actions, first, last)
 
     def actions_of(self, episodes: np.ndarray) -> np.ndarray:
         """All actions of these episodes, [n, 13] in [-1, 1]."""
@@ -193,7 +184,7 @@ class Demonstrations(Index):
         out = np.zeros(len(episodes), SURVEY)
         for row, episode in enumerate(episodes):
             with self._open(episode) as (trajectory, actions):
-                out[row] = survey(trajectory, actions)
+                out[row] = trajectory.survey(actions)
         return out
 
     @contextmanager

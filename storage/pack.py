@@ -167,11 +167,10 @@ def write_pack(source: Demonstrations, folder: Path) -> None:
         **{name: getattr(source, name) for name in ABOUT},
     }
     final, progress, summary = folder / "pack.json", folder / "progress.json", "summary.npz"
-    last = read_meta(final)
+    last = read_meta(progress) or read_meta(final)
     files = unchanged(last, about, source, folder)
-    files |= unchanged(read_meta(progress), about, source, folder)
     same = files.keys() == rows.keys() and all(last.get(name) == about[name] for name in about)
-    if same and (folder / summary).is_file():
+    if same and "summary" in last and (folder / summary).is_file():
         write_json(final, last | {"files": {file: files[file] for file in rows}})  # new times
         print(f"{folder}: {len(Pack(folder)):,} frames, already packed")
         return

@@ -2,8 +2,8 @@
 
     trajectory = Trajectory(group, steps, where)           # checks every field against FIELDS
     actions = trajectory.read("actions", 0, steps)         # [T, 13], as recorded
-    records = read_frames(trajectory, actions, 0, 26)      # [26] of RECORD
-    summary = survey(trajectory, actions)                  # counts and ranges; reads no picture
+    records = trajectory.read_frames(actions, 0, 26)       # [26] of RECORD
+    summary = trajectory.survey(actions)                   # counts and ranges; reads no picture
 
 `where` names file and trajectory and begins the message of every DataError.
 """
@@ -125,9 +125,6 @@ class Trajectory:
                 )
             self.fields[key] = data
 
-    def __contains__(self, key: str) -> bool:
-        return key in self.fields
-
     def read(self, key: str, first: int, last: int) -> np.ndarray:
         """Rows first..last-1 of a field of numbers, as float32. DataError outside their range."""
         values, limit = self.fields[key][first:last].astype(np.float32), FIELDS[key].limit
@@ -138,6 +135,64 @@ class Trajectory:
                 f"{values[row, *index]}, expected {limit.text}. Download or record it again"
             )
         return values
+
+    def read_frames(self, actions: np.ndarray, first: int, last: int) -> np.ndarray:
+        """Frames first..last-1, [n] of RECORD, given the actions [T, 13] as recorded.
+
+        The fields instruction and episode stay 0.
+        """
+        out, count = np.zeros(last - first, RECORD), len(actions)
+        for c, camera in enumerate(CAMERAS):
+            sensor, masks = f"obs/sensor_data/fetch_{camera}", f"labels/seg/fetch_{camera}"
+            out["rgb"][:, c] = read_rows(self.fields[f"{sensor}/rgb"], first, last)
+            depth = read_rows(self.fields[f"{sensor}/depth"], first, last)[..., 0]
+            if depth.dtype != np.int16:
+                depth = depth.astype(np.int64).clip(-(2**15), 2**15 - 1)
+            out["depth"][:, c] = depth
+            if masks in self.fields:
+                pixels = self.fields[masks][first:last].reshape(len(out), -1)
+                out["seg"][:, c] = np.packbits(pixels.astype(bool), axis=-1)
+        values, out["has"], _ = self.read_labels(first, last)
+        for name, value in values.items():
+            out[name] = value
+        steps = np.arange(first, last)[:, None] + np.arange(RECORDED_ACTIONS)  # [frames, 8]
+        out["action_mask"] = steps < count
+        out["actions"] = clip(actions)[np.minimum(steps, count - 1)] * out["action_mask"][..., None]
+        out["frame"] = np.arange(first, last)
+        return out
+
+    def read_labels(self, first: int, last: int) -> tuple[dict[str, np.ndarray], np.ndarray, float]:
+        """Labels without masks {name: [n, ...]}, flags `has` [n, 5], metres the base rises by."""
+        rise, rows = 0.0, (first, last)
+        values = {n: self.read(key, *rows) for n, key in KEYS.items() if key in self.fields}
+        if "labels/pos" in self.fields:
+            values["pos"] = self.read("labels/pos", *rows)
+        elif CAMERA_POSE in self.fields and GRIPPER_POSE in self.fields:
+            poses = (self.read(key, *rows) for key in (CAMERA_POSE, GRIPPER_POSE))
+            values["pos"], rise = base_position(*poses, self.where)
+        masks = f"labels/seg/fetch_{CAMERAS[0]}"
+        present = [*values, *(["seg"] if masks in self.fields else [])]
+        has = np.tile([label in present for label in LABELS], (last - first, 1))
+        if "obj" in values:
+            # Without an object MS-HAB writes an all-zero pose, quaternion included (GAP-8).
+            has[:, LABELS.index("obj")] = np.abs(values["obj"][:, 3:]).sum(-1) > 0
+        return values, has, rise
+
+    def survey(self, actions: np.ndarray) -> np.ndarray:
+        """The SURVEY of a trajectory with `actions` [T, 13], as recorded."""
+        out, count, executed = np.zeros((), SURVEY), len(actions), clip(actions)
+        values, has, out["rise"] = self.read_labels(0, count)
+        out["frames"], out["labelled"] = count, has.sum(0)
+        out["clipped"] = (np.abs(actions) > 1 + 1e-5).sum()
+        out["speed"] = relative_speed(executed, values["pos"]) if "pos" in values else np.nan
+        if "obj" in values:
+            values["obj"] = values["obj"][has[:, LABELS.index("obj")]]
+        values["actions"] = executed
+        for name in VECTORS:
+            seen = values.get(name, np.zeros(0))
+            out[name][0] = seen.min(0) if len(seen) else np.inf
+            out[name][1] = seen.max(0) if len(seen) else -np.inf
+        return out
 
 
 def read_rows(pictures: h5py.Dataset, first: int, last: int) -> np.ndarray:
@@ -173,52 +228,6 @@ def clip(actions: np.ndarray) -> np.ndarray:
     return actions.clip(-1, 1)
 
 
-def read_frames(trajectory: Trajectory, actions: np.ndarray, first: int, last: int) -> np.ndarray:
-    """Frames first..last-1 of a trajectory with `actions` [T, 13], [n] of RECORD.
-
-    The fields instruction and episode stay 0.
-    """
-    out, count, fields = np.zeros(last - first, RECORD), len(actions), trajectory.fields
-    for c, camera in enumerate(CAMERAS):
-        sensor, masks = f"obs/sensor_data/fetch_{camera}", f"labels/seg/fetch_{camera}"
-        out["rgb"][:, c] = read_rows(fields[f"{sensor}/rgb"], first, last)
-        depth = read_rows(fields[f"{sensor}/depth"], first, last)[..., 0]
-        if depth.dtype != np.int16:
-            depth = depth.astype(np.int64).clip(-(2**15), 2**15 - 1)
-        out["depth"][:, c] = depth
-        if masks in trajectory:
-            pixels = fields[masks][first:last].reshape(len(out), -1)
-            out["seg"][:, c] = np.packbits(pixels.astype(bool), axis=-1)
-    values, out["has"], _ = read_labels(trajectory, first, last)
-    for name, value in values.items():
-        out[name] = value
-    steps = np.arange(first, last)[:, None] + np.arange(RECORDED_ACTIONS)  # [frames, 8]
-    out["action_mask"] = steps < count
-    out["actions"] = clip(actions)[np.minimum(steps, count - 1)] * out["action_mask"][..., None]
-    out["frame"] = np.arange(first, last)
-    return out
-
-
-def read_labels(
-    trajectory: Trajectory, first: int, last: int
-) -> tuple[dict[str, np.ndarray], np.ndarray, float]:
-    """Labels without masks {name: [n, ...]}, the flags `has` [n, 5], metres the base rises by."""
-    rise, rows = 0.0, (first, last)
-    values = {n: trajectory.read(key, *rows) for n, key in KEYS.items() if key in trajectory}
-    if "labels/pos" in trajectory:
-        values["pos"] = trajectory.read("labels/pos", *rows)
-    elif CAMERA_POSE in trajectory and GRIPPER_POSE in trajectory:
-        poses = (trajectory.read(key, *rows) for key in (CAMERA_POSE, GRIPPER_POSE))
-        values["pos"], rise = base_position(*poses, trajectory.where)
-    masks = f"labels/seg/fetch_{CAMERAS[0]}"
-    present = [*values, *(["seg"] if masks in trajectory else [])]
-    has = np.tile([label in present for label in LABELS], (last - first, 1))
-    if "obj" in values:
-        # Without an object MS-HAB writes an all-zero pose, quaternion included (GAP-8).
-        has[:, LABELS.index("obj")] = np.abs(values["obj"][:, 3:]).sum(-1) > 0
-    return values, has, rise
-
-
 def base_position(camera: np.ndarray, gripper: np.ndarray, where: str) -> tuple[np.ndarray, float]:
     """Base x, y in the world frame, [n, 2] metres, and the metres by which the base rises.
 
@@ -238,23 +247,6 @@ def base_position(camera: np.ndarray, gripper: np.ndarray, where: str) -> tuple[
             f"would rise by {rise:.3f} m. Record with MS-HAB's own Fetch, or write labels/pos"
         )
     return base[:, :2].astype(np.float32), rise
-
-
-def survey(trajectory: Trajectory, actions: np.ndarray) -> np.ndarray:
-    """The SURVEY of a trajectory with `actions` [T, 13], as recorded."""
-    out, count, executed = np.zeros((), SURVEY), len(actions), clip(actions)
-    values, has, out["rise"] = read_labels(trajectory, 0, count)
-    out["frames"], out["labelled"] = count, has.sum(0)
-    out["clipped"] = (np.abs(actions) > 1 + 1e-5).sum()
-    out["speed"] = relative_speed(executed, values["pos"]) if "pos" in values else np.nan
-    if "obj" in values:
-        values["obj"] = values["obj"][has[:, LABELS.index("obj")]]
-    values["actions"] = executed
-    for name in VECTORS:
-        seen = values.get(name, np.zeros(0))
-        out[name][0] = seen.min(0) if len(seen) else np.inf
-        out[name][1] = seen.max(0) if len(seen) else -np.inf
-    return out
 
 
 def relative_speed(actions: np.ndarray, pos: np.ndarray) -> float:
