@@ -53,9 +53,10 @@ class Range(NamedTuple):
     holds: Callable[[float], bool]  # False for NaN
 
 
-Count = Annotated[int, Range("1 or more", lambda n: n >= 1)]
+Count = Annotated[int, Range("1 to 2^31 - 1", lambda n: 1 <= n < 2**31)]
 Whole = Annotated[int, Range("0 or more", lambda n: n >= 0)]
-Seed = Annotated[int, Range("0 to 2^32 - 1", lambda n: 0 <= n < 2**32)]
+Seed = Annotated[int, Range("0 to 2^31 - 1", lambda n: 0 <= n < 2**31)]
+Number = Annotated[float, Range("a finite number", lambda x: -inf < x < inf)]
 Positive = Annotated[float, Range("a number above 0", lambda x: 0 < x < inf)]
 NotNegative = Annotated[float, Range("a number, 0 or more", lambda x: 0 <= x < inf)]
 Share = Annotated[float, Range("0 or more and less than 1", lambda x: 0 <= x < 1)]
@@ -72,8 +73,8 @@ class VisionConfig:
     registers: Whole = 4  # register tokens
     cls_token: bool = True
     layer_scale: NotNegative | None = 1e-5  # initial value; None: no LayerScale
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[Number, Number, Number] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
 
     @property
     def prefix_tokens(self) -> int:
@@ -118,6 +119,15 @@ class LLMConfig:
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
+
+    def __post_init__(self):
+        if self.prompt.count("{}") != 1 or {"{", "}"} & set(self.prompt.replace("{}", "")):
+            raise InputError(f"prompt {self.prompt!r}: expected {{}} once, for the instruction")
+        if self.vocab < self.first_action_id + BINS:
+            raise InputError(
+                f"vocab {self.vocab}: expected {self.first_action_id + BINS} or more, for {BINS} "
+                f"action ids from first_action_id {self.first_action_id} on"
+            )
 
 
 # OpenVLA's LLM and prompt; 29871 is Llama's token of a single space. OpenVLA's config.json names no
@@ -200,6 +210,12 @@ class ModelConfig:
             raise InputError(f"decoders {self.decoders}: expected each of them once")
         if self.decoders and not self.num_latents:
             raise InputError("num_latents 0: decoders need at least 1")
+        if self.latents == "action_states" and self.num_latents > ACTION_DIM:
+            raise InputError(
+                f"num_latents {self.num_latents}: there are {ACTION_DIM} action states"
+            )
+        if not 1 <= len(self.decoder.channels) <= 7:
+            raise InputError(f"decoder.channels {self.decoder.channels}: expected 1 to 7 numbers")
         multiples = {
             "image_size, patch_size": (self.image_size, self.patch_size),
             "dino.width, dino.heads": (self.dino.width, self.dino.heads),

@@ -16,6 +16,7 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from einops import rearrange, reduce, repeat
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from backbone import LLM, FusedVision, KeyValues, Projector, rope
-from config import ACTION_DIM, BINS, ModelConfig, model_config
+from config import ACTION_DIM, BINS, PRESETS, ModelConfig, model_config
 from decoders import DECODERS
 from flow_head import FlowHead
 
@@ -320,7 +321,7 @@ def init_weights(part: nn.Module, std: float) -> None:
             nn.init.zeros_(module.bias)
 
 
-def print_parameters(preset: str = "paper") -> None:
+def print_parameters(preset: Literal[tuple(PRESETS)] = "paper") -> None:
     """Print the number of parameters of each part, counted on the meta device."""
     with torch.device("meta"):
         model = AuxVLA(model_config(preset), flow_head=True)

@@ -235,8 +235,8 @@ def train(stage: Stage, ranks: Ranks) -> int:
                 break
         if stopped:
             saver.save(step, *state)
-    gave_up = skipped == cfg.max_skipped
-    log.close(step, stopped, gave_up)
+    gave_up = skipped > 0 and skipped in (cfg.max_skipped, step - order.first)
+    log.close(step, stopped, skipped * gave_up)
     return STOPPED if stopped else int(gave_up)
 
 
@@ -252,6 +252,5 @@ def main(cfg: TrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
     with user_errors():
         sys.exit(main(parse(description=__doc__)))

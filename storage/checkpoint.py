@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 from config import InputError, ModelConfig, quoted
 from storage import files
-from storage.files import DamagedError, read_json, sha256, sync, write_json
+from storage.files import DamagedError, read_json, sha256, sync, well_formed, write_json
 from storage.terminal import cli, user_errors
 
 FORMAT = 2
+KINDS = {"step": int, "stage": int, "config": dict, "action_stats": dict, "files": dict}
 MOMENTS = "optimizer.safetensors"
 
 
@@ -145,17 +146,21 @@ def read_manifest(folder: Path, verify: bool = True, moments: bool = True) -> di
     manifest = read_json(folder / "manifest.json")
     if manifest.get("format") != FORMAT:
         raise InputError(
-            f"{folder}: format {manifest.get('format')}, expected {FORMAT}: another version of "
+            f"{folder}: format {manifest.get('format')!r}, expected {FORMAT}: another version of "
             "this code wrote it. Give another --out or --checkpoint"
         )
-    sizes = manifest.get("sizes", {})  # older manifests have no sizes
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if name == MOMENTS and not moments:
-            continue
-        same = path.is_file() and path.stat().st_size == sizes.get(name, path.stat().st_size)
-        if not same or (verify and sha256(path) != expected):
-            raise DamagedError(f"{path}: missing or damaged, the manifest has another sha256")
+    with well_formed(folder / "manifest.json"):
+        for key, kind in KINDS.items():
+            if not isinstance(manifest[key], kind):
+                raise TypeError(f"{key} is {manifest[key]!r}")
+        sizes = manifest.get("sizes", {})  # older manifests have no sizes
+        for name, expected in manifest["files"].items():
+            path = folder / name
+            if name == MOMENTS and not moments:
+                continue
+            same = path.is_file() and path.stat().st_size == sizes.get(name, path.stat().st_size)
+            if not same or (verify and sha256(path) != expected):
+                raise DamagedError(f"{path}: missing or damaged, the manifest has another sha256")
     return manifest
 
 
@@ -202,17 +207,22 @@ def resolve(path: str | Path) -> Path:
         return path
     if found := newest(path, moments=False):
         return found
-    raise InputError(
-        f"{path}: no undamaged checkpoint there; train one: python train.py --stage 1 "
-        f"--out {quoted(path)}"
-    )
+    if stages := sorted(path.glob("stage[123]")):
+        raise InputError(f"{path} is a run; give one of its stages: {quoted(*stages)}")
+    if path.exists():
+        raise InputError(f"{path}: no undamaged checkpoint in it; expected RUN/stageN")
+    raise InputError(f"{path}: not there; train it: python train.py --stage 1 --out {quoted(path)}")
 
 
 # --- Loading ---
 
 
 def model_config_of(manifest: dict) -> ModelConfig:
-    return dacite.from_dict(ModelConfig, manifest["config"]["model"], dacite.Config(cast=[tuple]))
+    try:
+        model = manifest["config"]["model"]
+        return dacite.from_dict(ModelConfig, model, dacite.Config(cast=[tuple]))
+    except (KeyError, TypeError, dacite.DaciteError) as error:
+        raise DamagedError(f"the manifest's model cannot be built: {error!r}") from error
 
 
 def to_json(config) -> dict:
@@ -279,7 +289,12 @@ def export(checkpoint: Path, out: Path) -> None:
     }
     tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
     manifest["published_from"] = sha256(folder / "manifest.json")
-    write(out, manifest["step"], weights, None, manifest, tokenizer, keep=1)
+    model_config_of(manifest)
+    try:
+        write(out, manifest["step"], weights, None, manifest, tokenizer, keep=1)
+    except InputError:
+        out.rmdir()
+        raise
     for log in ("config.json", "log.jsonl", "validation.json"):
         with suppress(FileNotFoundError):
             shutil.copyfile(folder.parent / log, out / log)

@@ -87,14 +87,28 @@ def write_json(path: Path, content: dict) -> None:
     write(path, (dumps(content, indent=1) + "\n").encode())
 
 
+@contextmanager
+def well_formed(path: Path) -> Iterator[None]:
+    """Raise DamagedError where a JSON file has not the content that the block reads from it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise DamagedError(
+            f"{path}: damaged, or the content of another file ({error!r})"
+        ) from error
+
+
 def read_json(path: Path) -> dict:
     """Read a JSON object. Raises DamagedError if the file is missing or anything else."""
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (FileNotFoundError, NotADirectoryError):
-        raise DamagedError(f"{path}: not there") from None
-    except (ValueError, TypeError) as error:
-        raise DamagedError(f"{path}: damaged, expected a JSON object ({error})") from error
+    if not path.exists():
+        raise DamagedError(f"{path}: not there")
+    with well_formed(path):
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise TypeError("expected a JSON object")
+        return content
 
 
 @contextmanager
@@ -108,9 +122,8 @@ def sole_writer(folder: Path, name: str = "") -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / (f".{name}.lock" if name else ".lock"), "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
-        raise InputError(
-            f"{folder}: {error.strerror}. Give another --out, or chmod u+w {quoted(folder)}"
-        ) from None
+        mend = f", or chmod u+w {quoted(folder)}" * isinstance(error, PermissionError)
+        raise InputError(f"{folder}: {error.strerror}. Give another --out{mend}") from None
     with lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -204,7 +204,7 @@ def readable(path: Path, where: str) -> Iterator[None]:
     """Turn h5py's errors into a DataError that names the place and the remedy."""
     try:
         yield
-    except (OSError, KeyError) as error:
+    except (OSError, LookupError, RuntimeError, AttributeError, TypeError) as error:
         mend = mend_of(path, error)
         damage = "It is damaged or not MS-HAB's (obs_mode=rgbd). Download or record it again"
         why = f"The file may be intact: {mend}" if mend else damage
@@ -215,13 +215,8 @@ def first_success(path: Path, trajectory: str, steps: int) -> int:
     """Steps of a trajectory up to and with its first success; all `steps` if there is none."""
     where = f"{path}, {trajectory}"
     with readable(path, where):
-        success = np.array(open_h5(str(path), os.getpid())[trajectory].get("success", ()))
-    if success.shape != (steps,):
-        raise DataError(
-            f"{where}: success has shape {[*success.shape]}, expected {[steps]}, one for each of "
-            "elapsed_steps. Download or record it again, or read all steps: "
-            "--no-truncate-at-success"
-        )
+        group = open_h5(str(path), os.getpid())[trajectory]
+        success = Trajectory(group, steps, where, ["success"]).read("success", 0, steps)
     return int(np.argmax(success)) + 1 if success.any() else steps
 
 
@@ -250,9 +245,15 @@ ENTRY = {
     "control_mode": (CONTROL, lambda value: value in (None, CONTROL)),
     "instruction": (
         "a sentence, or no such entry",
-        lambda value: value is ABSENT or (isinstance(value, str) and value.strip()),
+        lambda value: (
+            value is ABSENT or (isinstance(value, str) and value.strip() and value.isprintable())
+        ),
     ),
 }
+
+
+def refuse(error: OSError) -> None:
+    raise DataError(f"{error.filename}: {error.strerror}. {mend_of(error.filename, error)}")
 
 
 def h5_files(folder: Path) -> list[Path]:
@@ -261,14 +262,17 @@ def h5_files(folder: Path) -> list[Path]:
     Hidden files are skipped: macOS leaves `._name.h5` beside a file that it copies.
     """
     found, visited = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         if os.path.realpath(place) in visited:
             folders.clear()
             continue
         visited.add(os.path.realpath(place))
         # Links come last, so that a folder is found under its own name.
         folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))
-        found += [Path(place, name) for name in names if name.endswith(".h5") and name[0] != "."]
+        for path in (Path(place, name) for name in names if name[0] != "."):
+            if not path.is_file() and (path.is_symlink() or path.suffix == ".h5"):
+                raise DataError(f"{path}: a link that leads nowhere, or no regular file; move it")
+            found += [path] * (path.suffix == ".h5")
     return sorted(found)
 
 
@@ -291,8 +295,11 @@ def load_sidecar(path: Path) -> dict:
     try:
         content = json.loads(text)
         entries = [dict(entry) for entry in content["episodes"]]
-        kwargs = (content.get("env_info") or {}).get("env_kwargs") or {}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        kwargs = dict((content.get("env_info") or {}).get("env_kwargs") or {})
+        for name in ("action_schema", "qpos_names"):
+            if not isinstance(content.get(name) or [], list):
+                raise TypeError(f"{name} {content[name]!r}, no list")
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{sidecar}: got {error!r}, expected a JSON object with MS-HAB's `episodes`. {again}"
         ) from error

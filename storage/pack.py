@@ -17,6 +17,7 @@ from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated
+from zipfile import BadZipFile
 
 import numpy as np
 import tyro
@@ -24,7 +25,15 @@ from einops import rearrange
 from tqdm import tqdm
 
 from config import InputError, quoted
-from storage.files import DamagedError, read_json, replacing, sha256, sole_writer, write_json
+from storage.files import (
+    DamagedError,
+    read_json,
+    replacing,
+    sha256,
+    sole_writer,
+    well_formed,
+    write_json,
+)
 from storage.h5 import Demonstrations, Episode, Index, h5_files
 from storage.trajectory import RECORD, DataError, remarks
 
@@ -43,26 +52,46 @@ class Pack(Index):
         index = folder / "pack.json"
         try:
             meta = read_json(index)
+            if meta.get("format") != FORMAT:
+                raise DamagedError(f"{index}: other records than this code reads")
+            with well_formed(index):
+                episodes = [Episode(**episode) for episode in meta["episodes"]]
+                super().__init__(folder, meta["truncate"], episodes, *(meta[n] for n in ABOUT))
+                # of each .h5: size, time, sha256, and sha256 of its .npy
+                self.sources = {str(file): dict(entry) for file, entry in meta["files"].items()}
+                self.hashes = {npy_name(f): entry["packed"] for f, entry in self.sources.items()}
+                self.hashes["summary.npz"] = meta["summary"]
+                lengths = dict.fromkeys(self.sources, 0)
+                for episode in episodes:
+                    lengths[episode.file] += episode.length
         except DamagedError as error:
             raise damaged(folder, str(error), [index]) from None
-        if meta.get("format") != FORMAT:
-            raise damaged(folder, f"{index}: other records than this code reads", [index])
-        episodes = [Episode(**episode) for episode in meta["episodes"]]
-        super().__init__(folder, meta["truncate"], episodes, *(meta[name] for name in ABOUT))
-        self.sources = meta["files"]  # of each .h5: size, time, sha256, and sha256 of its .npy
-        self.hashes = {npy_name(file): entry["packed"] for file, entry in self.sources.items()}
-        self.hashes["summary.npz"] = meta["summary"]
-        self.files = [self._map(folder / npy_name(file)) for file in self.sources]
-        self.file_starts = [0, *accumulate(map(len, self.files))]  # the first frame of each
+        self.files = [self._map(folder / npy_name(f), length) for f, length in lengths.items()]
+        self.file_starts = [0, *accumulate(lengths.values())]  # the first frame of each
 
-    def _map(self, path: Path) -> np.ndarray:
+    def _map(self, path: Path, frames: int) -> np.ndarray:
         """A file's records as bytes, [frames, size of RECORD], mapped into memory."""
         try:
-            records = np.asarray(np.load(path, mmap_mode="r")).view(np.uint8)
-        except (FileNotFoundError, ValueError, OverflowError, EOFError) as error:
-            what = f"{path}: cannot be read ({error})"
-            raise damaged(self.folder, what, [path], self.truncate) from None
-        return rearrange(records, "(n size) -> n size", size=RECORD.itemsize)
+            records = np.load(path, mmap_mode="r")
+            if records.dtype != RECORD or records.shape != (frames,):
+                raise ValueError(f"{records.shape} records, expected {frames} of RECORD")
+        except (OSError, ValueError, OverflowError, EOFError) as error:
+            raise self.damaged(path, error) from None
+        return rearrange(records.view(np.ndarray).view(np.uint8), "(n size) -> n size", n=frames)
+
+    def damaged(self, path: Path, error: Exception) -> DataError:
+        return damaged(self.folder, f"{path}: cannot be read ({error})", [path], self.truncate)
+
+    def _summary(self, name: str, rows: int) -> np.ndarray:
+        """An array of summary.npz, [rows, ...]."""
+        path = self.folder / "summary.npz"
+        try:
+            with np.load(path) as summary:
+                if len(summary[name]) != rows:
+                    raise ValueError(f"{len(summary[name])} rows of {name}, expected {rows}")
+                return summary[name]
+        except (OSError, ValueError, LookupError, TypeError, BadZipFile) as error:
+            raise self.damaged(path, error) from None
 
     @property
     def content(self) -> dict[str, str]:
@@ -77,13 +106,11 @@ class Pack(Index):
     def actions_of(self, episodes: np.ndarray) -> np.ndarray:
         """All actions of these episodes, [n, 13] in [-1, 1]."""
         chosen = np.isin(np.arange(len(self.episodes)), episodes)
-        with np.load(self.folder / "summary.npz") as summary:
-            return summary["actions"][np.repeat(chosen, np.diff(self.starts))]
+        return self._summary("actions", len(self))[np.repeat(chosen, np.diff(self.starts))]
 
     def survey(self, episodes: np.ndarray) -> np.ndarray:
         """Labels and ranges of these episodes, [n] of SURVEY."""
-        with np.load(self.folder / "summary.npz") as summary:
-            return summary["survey"][episodes]
+        return self._summary("survey", len(self.episodes))[episodes]
 
 
 def npy_name(file: str) -> str:
@@ -167,8 +194,7 @@ def write_pack(source: Demonstrations, folder: Path) -> None:
         **{name: getattr(source, name) for name in ABOUT},
     }
     final, progress, summary = folder / "pack.json", folder / "progress.json", "summary.npz"
-    last = read_meta(progress) or read_meta(final)
-    files = unchanged(last, about, source, folder)
+    last, files = unchanged(progress if progress.exists() else final, about, source)
     same = files.keys() == rows.keys() and all(last.get(name) == about[name] for name in about)
     if same and "summary" in last and (folder / summary).is_file():
         write_json(final, last | {"files": {file: files[file] for file in rows}})  # new times
@@ -205,38 +231,35 @@ def write_records(path: Path, source: Demonstrations, episodes: list[int]) -> st
     return sha256(path)
 
 
-def read_meta(path: Path) -> dict:
+def unchanged(path: Path, about: dict, source: Demonstrations) -> tuple[dict, dict[str, dict]]:
+    """A pack's .json, and {file: entry with its present time} of the .h5 whose .npy may stay."""
+
+    def episodes(meta: dict) -> dict[str, list[dict]]:
+        by_file: dict[str, list[dict]] = {}
+        for entry in meta["episodes"]:  # the records do not have the instruction's row
+            by_file.setdefault(entry["file"], []).append(entry | {"instruction": 0})
+        return by_file
+
     try:
-        return read_json(path)
+        meta, kept = read_json(path), {}
+        with well_formed(path):
+            if any(meta[name] != about[name] for name in ("format", "truncate")):
+                return {}, {}
+            before, now = episodes(meta), episodes(about)
+            for file in meta["files"].keys() & now.keys():
+                h5, entry = source.folder / file, meta["files"][file]
+                same = before[file] == now[file] and sha256(h5) == entry["sha256"]
+                if same and (path.parent / npy_name(file)).is_file():
+                    kept[file] = entry | size_and_time(h5)
+        return meta, kept
     except DamagedError:
-        return {}
-
-
-def unchanged(meta: dict, about: dict, source: Demonstrations, folder: Path) -> dict[str, dict]:
-    """{file: its entry, with its present time} of the .h5 whose .npy a pack has and may keep."""
-
-    def episodes(meta: dict, file: str) -> list[dict]:
-        # The instruction's row is not in the records.
-        return [e | {"instruction": 0} for e in meta["episodes"] if e["file"] == file]
-
-    if any(meta.get(name) != about[name] for name in ("format", "truncate")):
-        return {}
-    kept = {}
-    for file, entry in meta["files"].items():
-        path = source.folder / file
-        if (
-            (folder / npy_name(file)).is_file()
-            and path.is_file()
-            and episodes(meta, file) == episodes(about, file)
-            and sha256(path) == entry["sha256"]
-        ):
-            kept[file] = entry | size_and_time(path)
-    return kept
+        return {}, {}
 
 
 def verify(folder: Annotated[str, tyro.conf.Positional] = "data/pack") -> None:
-    """Compare every file of a pack with its sha256; an error names those that differ."""
-    pack, wrong = Pack(folder), []
+    """Compare every file of the pack in a folder, or in its pack/, with its sha256."""
+    folder = Path(folder)
+    pack, wrong = Pack(folder if (folder / "pack.json").exists() else folder / "pack"), []
     for name, expected in tqdm(pack.hashes.items(), "verify", unit="file"):
         path = pack.folder / name
         if not path.is_file() or sha256(path) != expected:

@@ -6,6 +6,7 @@ with user_errors():
 
 import errno
 import functools
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -25,11 +26,16 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 def user_errors() -> Iterator[None]:
     """The end of every program: a foreseeable error is one line on stderr, without a traceback.
 
-    Exit codes: 1 after an InputError or a disk's refusal, 130 after Ctrl-C, 141 if the reader of
-    stdout has gone (`| head`).
+    Exit codes: 1 after an InputError or an error of a file or disk, 130 after Ctrl-C, 141 if the
+    reader of stdout has gone (`| head`).
     """
-    for stream in (sys.stdout, sys.stderr):  # paths print in every locale
-        stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        # Paths print in every locale, and a log file shows each line at once.
+        getattr(sys, name).reconfigure(
+            encoding="utf-8", errors="surrogateescape", line_buffering=True
+        )
     try:
         try:
             for flag, word in zip(sys.argv, sys.argv[1:]):
@@ -37,11 +43,14 @@ def user_errors() -> Iterator[None]:
                     raise InputError(f"{word or flag} has an empty value: is a variable not set?")
             yield
         finally:
+            for child in multiprocessing.active_children():  # loaders ignore Python's own SIGTERM
+                child.kill()
             sys.stdout.flush()
     except InputError as error:
         # A DataLoader worker's message follows its traceback.
         text = str(error).strip()
-        text = text.splitlines()[-1] if "DataLoader worker" in text else text
+        if "DataLoader worker" in text:
+            text = text.splitlines()[-1].partition("Error: ")[2]
         raise SystemExit(f"error: {text}") from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again
@@ -50,11 +59,11 @@ def user_errors() -> Iterator[None]:
         print("stopped by Ctrl-C: finished files are kept", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno is None:
             raise
+        mend = "Free space or change the permissions" if error.errno in DISK_ERRORS else "Mend it"
         raise SystemExit(
-            f"error: {error}. Finished files are kept. Free space or change the permissions, then "
-            "give the same command again"
+            f"error: {error}. Finished files are kept. {mend}, then give the same command again"
         ) from None
 
 

@@ -84,7 +84,7 @@ def tokenize(
     longest, text = max((len(prompt), text) for prompt, text in zip(tokens, instructions))
     if longest > cfg.prompt_length:
         raise InputError(
-            f"{text!r} needs {longest} tokens; raise llm.prompt_length above {cfg.prompt_length}"
+            f"{text[:200]!r} needs {longest} tokens; give --model.llm.prompt-length {longest}"
         )
     rows = [(first, longest - 1 - len(rest), rest) for first, *rest in tokens]
     ids = torch.tensor([[first, *[0] * pad, *rest] for first, pad, rest in rows])

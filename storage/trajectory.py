@@ -9,6 +9,7 @@
 """
 
 import zlib
+from collections.abc import Iterable
 from itertools import product
 from typing import NamedTuple
 
@@ -76,13 +77,16 @@ class Field(NamedTuple):
     limit: Range = Range("a finite number", np.isfinite)
 
 
+ZERO_TO_ONE = Range("0 to 1", lambda x: (x >= 0) & (x <= 1))
+PER_ACTION = ("actions", "success")  # T rows; the others T + 1
 FIELDS = {
     **{f"obs/sensor_data/fetch_{c}/rgb": Field("uint8", (*_PICTURE[1:], 3)) for c in CAMERAS},
     **{f"obs/sensor_data/fetch_{c}/depth": Field("integer", (*_PICTURE[1:], 1)) for c in CAMERAS},
     **{f"labels/seg/fetch_{c}": Field("bool", _PICTURE[1:]) for c in CAMERAS},
-    KEYS["grasp"]: Field("number", (), Range("0 to 1", lambda x: (x >= 0) & (x <= 1))),
+    KEYS["grasp"]: Field("number", (), ZERO_TO_ONE),
     KEYS["qpos"]: Field("float", (QPOS_DIM,)), KEYS["obj"]: Field("float", (7,)),
     "labels/pos": Field("float", (2,)), "actions": Field("float", (ACTION_DIM,)),
+    "success": Field("number", (), ZERO_TO_ONE),
     CAMERA_POSE: Field("float", (4, 4)), GRIPPER_POSE: Field("float", (7,)),
 }  # fmt: skip
 
@@ -103,21 +107,22 @@ class DataError(InputError):
 
 
 class Trajectory:
-    """The fields of a trajectory with `steps` actions.
+    """The fields of a trajectory with `steps` actions, all or those of some `keys`.
 
     Raises DataError if actions or a picture is missing, and for a field of another type or shape.
     """
 
-    def __init__(self, group: h5py.Group, steps: int, where: str):
+    def __init__(self, group: h5py.Group, steps: int, where: str, keys: Iterable[str] = FIELDS):
         self.fields, self.where, masked = {}, where, "labels/seg" in group
-        for key, (kind, shape, _) in FIELDS.items():
-            data, expected = group.get(key), [steps + (key != "actions"), *shape]
+        for key in keys:
+            kind, shape, _ = FIELDS[key]
+            data, expected = group.get(key), [steps + (key not in PER_ACTION), *shape]
             needed = key == "actions" or "sensor_data" in key or ("labels/seg" in key and masked)
-            if data is None and not needed:
+            if data is None and not needed and keys is FIELDS:
                 continue
             there = isinstance(data, h5py.Dataset)
-            if not there or [*data.shape] != expected or data.dtype.char not in KINDS[kind]:
-                got = f"{data.dtype} {[*data.shape]}" if there else "not there"
+            if not there or data.shape != tuple(expected) or data.dtype.char not in KINDS[kind]:
+                got = f"{data.dtype} {list(data.shape or ())}" if there else "not there"
                 raise DataError(
                     f"{where}: {key} is {got}, expected {kind} {expected} for {steps} "
                     "elapsed_steps. Download it again, or record it with MS-HAB's Fetch and "
@@ -204,14 +209,15 @@ def read_rows(pictures: h5py.Dataset, first: int, last: int) -> np.ndarray:
     filtered = pictures.shuffle or pictures.fletcher32 or pictures.scaleoffset
     if pictures.compression != "gzip" or filtered:
         return pictures[first:last]
-    chunk, begin = pictures.chunks, first // pictures.chunks[0] * pictures.chunks[0]
+    chunk, kind = pictures.chunks, pictures.dtype
+    begin = first // chunk[0] * chunk[0]
     begins, ends = (begin, 0, 0, 0), (last, *pictures.shape[1:])
     size = [-(-(e - b) // c) * c for b, e, c in zip(begins, ends, chunk)]  # whole chunks
-    out = np.empty(size, pictures.dtype)
+    out = np.empty(size, kind)
     for corner in product(*map(range, begins, ends, chunk)):
         try:
             content = zlib.decompress(pictures.id.read_direct_chunk(corner)[1])
-            tile = np.frombuffer(content, pictures.dtype).reshape(chunk)
+            tile = np.frombuffer(content, kind).reshape(chunk)
         except (zlib.error, ValueError) as error:
             raise OSError(f"{pictures.name}, chunk at {corner}: {error}") from error
         t, y, x, c = (slice(at - b, at - b + n) for at, b, n in zip(corner, begins, chunk))

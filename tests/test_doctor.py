@@ -131,7 +131,7 @@ def check_changed(folder: Path, data: Path, silent: str | None = None, **manifes
 
 
 def test_a_fault_of_a_checkpoint_is_named(recorded, tmp_path):
-    with pytest.raises(InputError, match=r"no undamaged checkpoint there.*train.py --stage 1"):
+    with pytest.raises(InputError, match=r"not there; train it: python train.py --stage 1"):
         check_policy(tmp_path / "stage1", device="cpu")
     with pytest.raises(InputError, match=r"black and white images: equal logits.*pip install -r"):
         check_changed(tmp_path / "silent", recorded, "vlm.projector.")

@@ -22,9 +22,9 @@ from tools.claims import (
     difference,
     format_claim,
     judge,
+    make_table,
     rate_of,
     to_markdown,
-    write_table,
 )  # fmt: skip
 from tools.reproduce import KEPT, ReproduceConfig, Runner, cell, check_recipe, main, trained_as
 
@@ -49,7 +49,7 @@ def judge_in(folder: Path, name: str, preset: str = "tiny", **rows: dict) -> dic
 
 
 def make_row(folder: Path, row: str = "auxvla-all") -> dict:
-    return write_table(folder, 2, (row,), cell, "tiny")["rows"][row]
+    return make_table(folder, 2, (row,), cell, "tiny")["rows"][row]
 
 
 def test_rows_that_are_trained_alike_are_trained_once():
@@ -159,7 +159,7 @@ def test_held_out_figures_are_of_the_last_stage_alone_and_an_episode_counts_once
 
 def test_an_average_counts_only_trainings_that_have_every_column(tmp_path):
     write_row(tmp_path / "auxvla-all", {"close_fridge": [0.5, 1.0], "close_drawer": [1.0]})
-    table = write_table(tmp_path, 2, ("auxvla-all", "auxvla-naive"), cell, "tiny")
+    table = make_table(tmp_path, 2, ("auxvla-all", "auxvla-naive"), cell, "tiny")
     average = table["rows"]["auxvla-all"]["cells"]["average"]
     assert (average["n"], average["rate"], average["paper"]) == (120, 0.75, 0.95)
     lines = [re.sub(" +", " ", line) for line in to_markdown(table)]  # columns are padded

@@ -2,10 +2,15 @@
 
 import errno
 import fcntl
+import json
 import os
 import re
 import shlex
+import shutil
 import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -36,28 +41,35 @@ FLAGS = {  # command: exit code, words
     "train.py --val-episodes -0.1": (1, "--val-episodes -0.1: expected 0 or more and less than 1"),
     "train.py --grad-clip -1": (1, "--grad-clip -1.0: expected a number, 0 or more"),
     "train.py --epochs -1 1 1": (1, "--epochs -1: expected 0 or more"),
-    "train.py --steps 0": (1, "--steps 0: expected 1 or more"),
-    "train.py --val-frames 0": (1, "--val-frames 0: expected 1 or more"),
+    "train.py --steps 0": (1, "--steps 0: expected 1 to 2^31 - 1"),
+    "train.py --val-frames 0": (1, "--val-frames 0: expected 1 to 2^31 - 1"),
     "train.py --workers -1": (1, "--workers -1: expected 0 or more"),
-    "train.py --seed 4294967296": (1, "--seed 4294967296: expected 0 to 2^32 - 1"),
-    "train.py --model.llm.width 0": (1, "--model.llm.width 0: expected 1 or more"),
+    "train.py --seed 4294967296": (1, "--seed 4294967296: expected 0 to 2^31 - 1"),
+    "train.py --model.llm.width 0": (1, "--model.llm.width 0: expected 1 to 2^31 - 1"),
     "train.py --model.flow.execute 9": (1, "--model.flow.execute 9: expected 1 to 8"),
     "train.py --model.llm.heads 5": (2, "896 is not a multiple of 10"),
     "train.py --model.decoders pos pos": (2, "expected each of them once"),
     "train.py --out ''": (1, "--out has an empty value: is a variable not set?"),
     "train.py --data=": (1, "--data= has an empty value"),
+    "train.py --model.llm.prompt move": (2, "expected {} once, for the instruction"),
+    "train.py --model.llm.vocab 9": (2, "vocab 9: expected"),
+    "train.py --model.decoder.channels 8 8 8 8 8 8 8 8": (2, "expected 1 to 7 numbers"),
+    "train.py --model.latents action_states --model.num-latents 50": (2, "are 13 action states"),
+    "train.py --model.dino.std 0 0 0": (1, "--model.dino.std 0.0: expected a number above 0"),
+    "train.py --model.dino.mean nan 0 0": (1, "--model.dino.mean nan: expected a finite number"),
+    "model.py --preset small": (2, "small"),
     "train.py --tracker wandb": (1, "--tracker wandb is not installed: pip install wandb"),
     "eval.py --checkpoint ''": (1, "--checkpoint has an empty value"),
-    "eval.py --episodes 0": (1, "--episodes 0: expected 1 or more"),
+    "eval.py --episodes 0": (1, "--episodes 0: expected 1 to 2^31 - 1"),
     "eval.py --video -1": (1, "--video -1: expected 0 or more"),
-    "eval.py --seed -1": (1, "--seed -1: expected 0 to 2^32 - 1"),
+    "eval.py --seed -1": (1, "--seed -1: expected 0 to 2^31 - 1"),
     "collect.py --task set_table --subtask close --target fridge --max-attempts 0": (
-        1, "--max-attempts 0: expected 1 or more",
+        1, "--max-attempts 0: expected 1 to 2^31 - 1",
     ),
     "data.py pack --data ''": (1, "--data has an empty value"),
-    "data.py download --workers 0": (1, "--workers 0: expected 1 or more"),
-    "household/assets.py --out a --seed -1": (1, "--seed -1: expected 0 to 2^32 - 1"),
-    "tools/bench.py loader --data a --rounds 0": (1, "--rounds 0: expected 1 or more"),
+    "data.py download --workers 0": (1, "--workers 0: expected 1 to 2^31 - 1"),
+    "household/assets.py --out a --seed -1": (1, "--seed -1: expected 0 to 2^31 - 1"),
+    "tools/bench.py loader --data a --rounds 0": (1, "--rounds 0: expected 1 to 2^31 - 1"),
     "tools/serve.py --checkpoint a --port 70000": (1, "--port 70000: expected 1 to 65535"),
 }  # fmt: skip
 
@@ -112,7 +124,7 @@ FILES = {  # situation: its making, words; without words the file can be used
     "NaN in a label": (
         changed("obs/extra/is_grasped", put_nan), "frame 2: obs/extra/is_grasped is nan",
     ),
-    "another number of steps": (entry(elapsed_steps=8), "success has shape [9], expected [8]"),
+    "another number of steps": (entry(elapsed_steps=8), "success is bool [9], expected number [8]"),
     "no number of steps": (entry(elapsed_steps=None), "elapsed_steps is None, expected a whole"),
     "no instruction": (entry(instruction=None), "instruction is None, expected a sentence"),
     "another controller": (
@@ -133,6 +145,148 @@ def test_a_recorded_file_is_used_or_refused_alike_everywhere(situation, tmp_path
         assert code == (1 if words else 0), output
         assert not words or (DRAWER in output and words in output)
         assert "Traceback" not in output
+
+
+# --- A run's folder, its data and their pack, damaged in a way each ---
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """data/ with its pack, and runs/auxvla-all/stage1 with a checkpoint of step 2."""
+    folder = tmp_path_factory.mktemp("base")
+    write_demos(folder / "data" / DRAWER, has_object=False)
+    for command in ("data.py pack", TRAIN):
+        assert attempt(*command.split(), folder=folder)[0] == 0
+    return folder
+
+
+def field(name: str, value: object, key: str = "traj_1") -> Callable:
+    """Put a value in the place of a trajectory's field, without the pack."""
+
+    def apply(folder: Path) -> None:
+        shutil.rmtree(folder / "data/pack")
+        with h5py.File(folder / f"data/{DRAWER}.h5", "r+") as file:
+            del file[f"{key}/{name}"]
+            if value is not None:
+                file[f"{key}/{name}"] = value
+
+    return apply
+
+
+def edited(path: str, change: Callable[[dict], object]) -> Callable:
+    """Change a JSON file by hand."""
+
+    def apply(folder: Path) -> None:
+        content = json.loads((folder / path).read_bytes())
+        changed = change(content)
+        (folder / path).write_text(json.dumps(content if changed is None else changed))
+        if path.startswith("data/set_table"):
+            shutil.rmtree(folder / "data/pack")
+
+    return apply
+
+
+def link(folder: Path) -> None:
+    (folder / "data/set_table/open").symlink_to(folder / "gone")
+
+
+def short(path: str, size: int) -> Callable:
+    return lambda folder: os.truncate(folder / path, size)
+
+
+JSON, NPY, STAGE = f"data/{DRAWER}.json", f"data/pack/{DRAWER}.npy", "runs/auxvla-all/stage1"
+MANIFEST = f"{STAGE}/step-00000002/manifest.json"
+MORE = TRAIN.replace("--steps 2", "--steps 3")
+NAN = np.full(9, np.nan, np.float32)
+PACK_AGAIN = "Pack again: mv data/pack/"
+DAMAGED = {  # situation: its making, command, words
+    "success is NaN": (field("success", NAN), TRAIN, "success is nan, expected 0 to 1"),
+    "success is text": (field("success", ["no"] * 9), TRAIN, "success is object [9], expected"),
+    "no success": (field("success", None), TRAIN, "success is not there, expected number [9]"),
+    "success is empty": (field("success", h5py.Empty("f")), TRAIN, "success is float32 []"),
+    "a trajectory is a dataset": (field("", 3.0), "data.py pack", "traj_1: cannot be read"),
+    "an action is infinite": (
+        field("actions", np.full((9, 13), np.inf, np.float32)), TRAIN, "actions[0] is inf",
+    ),
+    "something is held twice": (
+        field("obs/extra/is_grasped", np.full(10, 2)), "data.py pack", "is 2.0, expected 0 to 1",
+    ),
+    "the .json is a list": (edited(JSON, lambda c: [c]), TRAIN, "expected a JSON object"),
+    "an entry is a word": (edited(JSON, lambda c: c["episodes"].append("a")), TRAIN, "episodes"),
+    "an id is a word": (
+        edited(JSON, lambda c: c["episodes"][1].update(episode_id="b")), TRAIN,
+        "episode_id is 'b', expected a whole number",
+    ),
+    "half a character": (
+        edited(JSON, lambda c: c["episodes"][1].update(instruction="a\ud800")), TRAIN,
+        "expected a sentence",
+    ),
+    "joints without a list": (edited(JSON, lambda c: c.update(qpos_names="a")), TRAIN, "no list"),
+    "a link leads nowhere": (link, "data.py pack", "set_table/open: a link that leads nowhere"),
+    "a pipe is named .h5": (
+        lambda folder: os.mkfifo(folder / "data/a.h5"), "data.py pack", "a.h5: a link that leads",
+    ),
+    "an .npy is cut off": (short(NPY, 900_000), TRAIN, PACK_AGAIN + DRAWER),
+    "an .npy has other records": (
+        lambda folder: np.save(folder / NPY, np.zeros(5)), TRAIN, "(5,) records, expected 36",
+    ),
+    "the pack has no summary": (
+        lambda folder: (folder / "data/pack/summary.npz").unlink(), TRAIN, "summary.npz: cannot be",
+    ),
+    "the summary is cut off": (short("data/pack/summary.npz", 99), TRAIN, "summary.npz: cannot"),
+    "the summary is of less": (
+        lambda folder: np.savez(folder / "data/pack/summary.npz", survey=NAN), TRAIN, "9 rows of",
+    ),
+    "pack.json lacks episodes": (
+        edited("data/pack/pack.json", lambda c: c.pop("episodes") and None), TRAIN, PACK_AGAIN,
+    ),
+    "pack.json has words for episodes": (
+        edited("data/pack/pack.json", lambda c: c.update(episodes=["a"])), TRAIN, PACK_AGAIN,
+    ),
+    "a manifest lacks its files": (
+        edited(MANIFEST, lambda c: c.pop("files") and None), MORE, "checkpoints is undamaged",
+    ),
+    "a manifest's step is a word": (
+        edited(MANIFEST, lambda c: c.update(step="two")), MORE, "step is 'two'",
+    ),
+    "a manifest's model is unknown": (
+        edited(MANIFEST, lambda c: c["config"]["model"].update(depth="deep")), MORE, "cannot be",
+    ),
+    "weights are cut off": (
+        short(f"{STAGE}/step-00000002/model.safetensors", 999), MORE, "none of its 1 checkpoints",
+    ),
+    "the log has a line of nothing": (
+        lambda folder: (folder / STAGE / "log.jsonl").write_text("{}\n"), MORE, "KeyError('step')",
+    ),
+    "a run in the place of a stage": (
+        lambda folder: None, "storage/checkpoint.py export --checkpoint runs/auxvla-all --out a",
+        "is a run; give one of its stages: runs/auxvla-all/stage1",
+    ),
+    "data in the place of a stage": (
+        lambda folder: None, "storage/checkpoint.py export --checkpoint data --out a",
+        "data: no undamaged checkpoint in it",
+    ),
+    "another robot's data in the place of the run's": (
+        lambda folder: write_demos(folder / "data" / DRAWER, seed=7), MORE, "changed since",
+    ),
+    "a folder in the place of a file": (
+        lambda folder: (folder / STAGE / "config.json").unlink()
+        or (folder / STAGE / "config.json").mkdir(), MORE, "Is a directory",
+    ),
+    "out is a file": (
+        lambda folder: (folder / "a").touch(), "data.py pack --out a", "a: File exists. Give",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("situation", DAMAGED)
+def test_damage_is_a_sentence(situation, base, tmp_path):
+    make, command, words = DAMAGED[situation]
+    folder = shutil.copytree(base, tmp_path / "copy", symlinks=True)
+    make(folder)
+    code, output = attempt(*command.split(), folder=folder, PYTHONPATH=str(REPOSITORY))
+    assert code == 1 and words in output, output
+    assert "Traceback" not in output and "error: " in output
 
 
 # --- Machines ---
@@ -169,6 +323,26 @@ def test_a_reader_that_has_gone_ends_a_program_quietly():
         process = start(*words)
         process.stdout.close()
         assert process.wait(60) == 141 and process.stderr.read() == ""
+
+
+def test_a_damaged_block_ends_a_run_whose_loaders_run(tmp_path):
+    with h5py.File(write_demos(tmp_path / "data" / DRAWER), "r+") as file:
+        pictures = file["traj_0/obs/sensor_data/fetch_head/rgb"]
+        pictures.id.write_direct_chunk((0, 0, 0, 0), b"?")
+    code, output = attempt(*TRAIN.split(), "--workers", "2", folder=tmp_path)
+    assert code == 1 and output.strip().splitlines()[-1].startswith("error: data/set_table/close")
+
+
+def test_a_closed_stdout_is_no_error(tmp_path):
+    command = f"{sys.executable} {REPOSITORY}/paper.py >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+
+
+def test_a_run_whose_every_step_was_skipped_fails(tmp_path, capsys):
+    write_demos(tmp_path / "data" / DRAWER, lengths=(30, 30))
+    assert train(tmp_path / "data", tmp_path / "out", "--weights.action", "1e308") == 1
+    assert "2 steps in a row had a loss" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_finite_are_not_saved_and_the_run_fails(tmp_path, capsys):

@@ -201,7 +201,7 @@ def test_an_export_acts_and_starts_a_stage_if_whole_but_does_not_resume(data, st
     flip(ours / "model.safetensors")
     with pytest.raises(InputError, match=r"model\.safetensors: missing or damaged"):
         Policy.from_checkpoint(ours, "cpu")
-    with pytest.raises(InputError, match="no undamaged checkpoint there"):
+    with pytest.raises(InputError, match="no undamaged checkpoint in it"):
         run(data, tmp_path / "again", stage=2, steps=1, init_from=out)
 
 

@@ -1,6 +1,6 @@
 """The paper's claims and tables, counted from the episodes that tools/reproduce.py ran.
 
-    table = write_table(Path("results/set_table"), 2, rows, cell, "tiny")  # table-2.json
+    table = make_table(Path("results/set_table"), 2, rows, cell, "tiny")
     print("\n".join(to_markdown(table)))
 
 A claim (a line of claims.csv) is a difference of two rows' success rates. Its verdict:
@@ -26,7 +26,7 @@ from typing import NamedTuple
 from scipy.stats import ttest_1samp, ttest_ind
 
 from paper import COLUMNS, PAPER_COLUMNS, ROWS
-from storage.files import read_json, write_json
+from storage.files import read_json
 from storage.results import markdown, read_episodes, wilson
 from tools.compare import newcombe
 
@@ -205,8 +205,8 @@ def make_row(folder: Path, label: str, paper: dict[str, float], stage: int = 0) 
     return {"label": label, "seeds": seeds, "cells": cells, "metrics": metrics}
 
 
-def write_table(results: Path, number: int, names: Sequence[str], cell: Callable, preset: str):
-    """Write results/table-N.json from the episodes there, and return its content.
+def make_table(results: Path, number: int, names: Sequence[str], cell: Callable, preset: str):
+    """The content of results/table-N.json, from the episodes there.
 
     `cell` maps a row to the row under whose name its results are kept (tools/reproduce.py).
     """
@@ -219,7 +219,7 @@ def write_table(results: Path, number: int, names: Sequence[str], cell: Callable
     columns = dict.fromkeys(key for row in rows.values() for key in row["cells"])
     holds = any(word in key for key in columns for word in ("pick", "place"))
     tiny = TINY + (TINY_OPENVLA,) * (number == 1) if preset == "tiny" else ()
-    table = {
+    return {
         "title": f"Table {number} in miniature",
         "command": f"python -m tools.reproduce --table {number}",
         "task_columns": [key.split("/") for key in columns if key != "average"],
@@ -227,8 +227,6 @@ def write_table(results: Path, number: int, names: Sequence[str], cell: Callable
         "claims": [judge(claim, folders, preset) for claim in CLAIMS if claim.table == number],
         "differs": [*tiny, *ALWAYS, *([] if holds else [UNHELD])],
     }
-    write_json(results / f"table-{number}.json", table)
-    return table
 
 
 # --- Markdown ---

@@ -29,7 +29,7 @@ from paper import COLUMNS, PAPER_COLUMNS, ROWS, Row
 from storage.files import read_json, sole_writer, write_json
 from storage.results import read_episodes
 from storage.terminal import cli, user_errors
-from tools.claims import list_differences, to_markdown, write_table
+from tools.claims import list_differences, make_table, to_markdown
 from training.flags import preset_of
 
 KEPT = ("config.json", "log.jsonl", "validation.json")  # of each stage
@@ -214,7 +214,9 @@ def main(cfg: ReproduceConfig):
     if cfg.run:
         with sole_writer(work), sole_writer(out):
             run(cfg)
-    table = write_table(out, cfg.table, cfg.names, cell, cfg.preset)
+    table = make_table(out, cfg.table, cfg.names, cell, cfg.preset)
+    if not cfg.rows:
+        write_json(out / f"table-{cfg.table}.json", table)
     print("\n".join([*to_markdown(table), "", list_differences(table)]))
 
 

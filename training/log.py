@@ -16,7 +16,7 @@ from data import Frames
 from model import AuxVLA
 from paper import describe
 from storage import checkpoint
-from storage.files import append, dumps, read_lines, write, write_json
+from storage.files import append, dumps, read_lines, well_formed, write, write_json
 from training.ranks import Ranks
 
 
@@ -32,7 +32,8 @@ class Log:
         write_json(self.out / "config.json", checkpoint.to_json(cfg))
         path = self.out / "log.jsonl"
         # Drop lines newer than the checkpoint that the run resumes: those steps run again.
-        kept = [line for line in read_lines(path) if line["step"] <= step]
+        with well_formed(path):
+            kept = [line for line in read_lines(path) if line["step"] <= step]
         write(path, "".join(f"{dumps(line)}\n" for line in kept).encode())
         if cfg.row:
             print(describe(cfg.row))
@@ -112,15 +113,15 @@ class Log:
         if "skipped" not in line:
             self.track(step, line)
 
-    def close(self, step: int, stopped: bool, gave_up: bool) -> None:
-        """Print how the run ended."""
+    def close(self, step: int, stopped: bool, gave_up: int) -> None:
+        """Print how the run ended: by a signal, or after `gave_up` steps that were skipped."""
         if not self.ranks.is_main:
             return
         self.end_tracking()
         if gave_up:
             print(
-                f"error: {self.cfg.max_skipped} steps in a row had a loss or gradient that is not "
-                f"finite. {self.out}/log.jsonl names their frames: look at them, or lower --lr",
+                f"error: {gave_up} steps in a row had a loss or gradient that is not finite. "
+                f"{self.out}/log.jsonl names their frames: look at them, or lower --lr",
                 file=sys.stderr,
             )
         how = "stopped by a signal after" if stopped else "ended with"
