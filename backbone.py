@@ -26,6 +26,15 @@ def draw_normal(*shape: int, std: float) -> Tensor:
     return weight if weight.is_meta else weight.normal_(std=std)
 
 
+def init_weights(part: nn.Module, std: float) -> None:
+    """Qwen2's own initialisation, for parameters that no file fills: normal weights, no bias."""
+    for module in part.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 # --- Vision ---
 
 
@@ -77,7 +86,8 @@ class VisionTransformer(nn.Module):
         conv, p = self.patch_embed, self.patch_embed.kernel_size[0]
         x = (images - self.mean) / self.std
         pixels = rearrange(x, "n c (h p) (w q) -> n (h w) (c p q)", p=p, q=p)
-        x = F.linear(pixels, rearrange(conv.weight, "d c p q -> d (c p q)"), conv.bias)  # [N, P, C]
+        weight = rearrange(conv.weight, "d c p q -> d (c p q)")
+        x = F.linear(pixels.to(weight.dtype), weight, conv.bias)  # [N, P, C]
         prefix = repeat(self.prefix, "t c -> n t c", n=len(x))
         x = torch.cat([prefix, x + self.pos_embed], dim=1)  # [N, prefix + P, C]
         for block in self.blocks:
@@ -130,6 +140,28 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return x * table[0] + x.roll(x.shape[-1] // 2, dims=-1) * table[1]
 
 
+def repeat_heads(cache: KeyValues, heads: int) -> KeyValues:
+    """One key and value for each of the query's heads.
+
+    With grouped heads and a mask SDPA falls back to the math kernel on CUDA, which keeps all scores
+    in memory. Repeated keys and values keep the fused kernel.
+    """
+    groups = heads // cache.k.shape[1]
+    if groups == 1:
+        return cache
+    return KeyValues(*(repeat(x, "b h s d -> b (h g) s d", g=groups) for x in cache))
+
+
+def append_keys(past: KeyValues, new: KeyValues, length: int) -> KeyValues:
+    """The cache of past and new tokens; in place if `past` has room up to `length` tokens."""
+    new = repeat_heads(new, past.k.shape[1])
+    if past.k.shape[2] < length:
+        return KeyValues(*(torch.cat(pair, dim=2) for pair in zip(past, new)))
+    for old, fresh in zip(past, new):
+        old[:, :, length - fresh.shape[2] :] = fresh
+    return past
+
+
 class LLMLayer(nn.Module):
     """One pre-norm layer: grouped-query attention, SwiGLU.
 
@@ -164,14 +196,12 @@ class LLMLayer(nn.Module):
         qk, v = qkv.split([heads + kv_heads, kv_heads], dim=1)
         q, k = rotate(qk, table).to(v.dtype).split([heads, kv_heads], dim=1)
         if past is not None:
-            k, v = torch.cat([past.k, k], dim=2), torch.cat([past.v, v], dim=2)
+            k, v = append_keys(past, KeyValues(k, v), mask.shape[-1])
         key_values = KeyValues(k, v)  # [B, kv heads, past + T, head_dim]
         if tail is not None:
             x, q, mask = x[:, -tail:], q[:, :, -tail:], mask[:, :, -tail:]
-        # With grouped heads and a mask SDPA falls back to the math kernel on CUDA, which keeps all
-        # scores in memory. Repeated keys and values keep the fused kernel.
         if k.is_cuda:
-            k, v = (repeat(x, "b h s d -> b (h g) s d", g=heads // kv_heads) for x in (k, v))
+            k, v = repeat_heads(KeyValues(k, v), heads)
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, enable_gqa=heads != k.shape[1]
         )

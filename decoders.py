@@ -225,3 +225,21 @@ DECODERS = {
     "obj": (ObjectPoseDecoder, obj_loss),
     "seg": (MaskDecoder, seg_loss),
 }
+
+
+# --- Means over labelled frames ---
+
+
+def label_counts(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The number of values that each loss averages over: labelled frames; for flow, valid actions.
+
+    train.py replaces them by the global batch's counts, averaged over ranks. The gradient is then
+    that of one mean over all labelled frames, for any number of GPUs and micro-batches.
+    """
+    counts = {name: batch[f"has_{name}"].sum() for name in DECODERS if f"has_{name}" in batch}
+    return counts | {"action": batch["action_mask"][:, 0].sum(), "flow": batch["action_mask"].sum()}
+
+
+def masked_mean(values: Tensor, mask: Tensor, count: Tensor) -> Tensor:
+    """Mean over labelled values. Without labels it is 0, and its gradients are 0, for DDP."""
+    return torch.where(mask.bool(), values.float(), 0.0).sum() / count.clamp(min=1e-6)

@@ -15,7 +15,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbone import KeyValues, LLMLayer, rope
+from backbone import KeyValues, LLMLayer, repeat_heads, rope
 from config import ACTION_DIM, ModelConfig
 
 
@@ -79,9 +79,11 @@ class FlowHead(nn.Module):
         embedded_t [B or 1, W] is time_embedding(t); table and mask are chunk_context's.
         """
         embedded_t = embedded_t[:, None].expand(*x_t.shape[:2], -1)  # [B, H, W]
-        x = self.action_time_in(torch.cat([self.action_in(x_t), embedded_t], dim=-1))  # [B, H, W]
-        # The residual stream stays fp32 under autocast, like the VLM's: bf16 would round each sum.
-        x = self.action_time_out(F.silu(x)).float()
+        # Under autocast the weights and with them the residual stream are fp32, like the VLM's; a
+        # policy on a GPU has bf16 weights.
+        dtype = self.norm.weight.dtype
+        x = torch.cat([self.action_in(x_t.to(dtype)), embedded_t.to(dtype)], dim=-1)
+        x = self.action_time_out(F.silu(self.action_time_in(x))).to(dtype)  # [B, H, W]
         for layer, past in zip(self.layers, cache):
             x, _ = layer(x, table, mask, past)
         return self.action_out(self.norm(x)).float()
@@ -100,8 +102,14 @@ class FlowHead(nn.Module):
     @torch.no_grad()
     def sample(self, cache: list[KeyValues], prefix_mask: Tensor, noise: Tensor) -> Tensor:
         """From noise [B, H, 13] at t = 1 to actions at t = 0 in 10 equal Euler steps (Sec. 6.4)."""
-        x, num_steps = noise, self.cfg.denoise_steps
-        context = self.chunk_context(prefix_mask, noise.shape[1])
+        x, num_steps, horizon = noise, self.cfg.denoise_steps, noise.shape[1]
+        heads = self.llm.heads if noise.is_cuda else self.llm.kv_heads
+        # Room for the actions' keys, which every step writes in place.
+        cache = [
+            KeyValues(*(F.pad(x, (0, 0, 0, horizon)) for x in repeat_heads(layer, heads)))
+            for layer in cache
+        ]
+        context = self.chunk_context(prefix_mask, horizon)
         t = 1 - torch.arange(num_steps, device=noise.device) / num_steps
         for embedded_t in time_embedding(t, self.cfg.width).split(1):  # [1, W]
             x = x - self.velocity(x, embedded_t, cache, *context) / num_steps

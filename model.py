@@ -11,8 +11,10 @@ of past actions (0 without that history), L prompt tokens, N = 8 latents, D = 89
 S = L + V*P + K + N prefix length, A = 13 action dimensions, H actions in a chunk.
 """
 
+import operator
 import re
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from backbone import LLM, FusedVision, KeyValues, Projector, rope
+from backbone import LLM, FusedVision, KeyValues, Projector, init_weights, repeat_heads, rope
 from config import ACTION_DIM, BINS, PRESETS, ModelConfig, model_config
-from decoders import DECODERS
+from decoders import DECODERS, label_counts, masked_mean
 from flow_head import FlowHead
 
 # The stages that train a part (Sec. 5.2, 5.3, Fig. 3). In the others it is frozen, in eval mode.
@@ -55,24 +57,6 @@ def bins_to_actions(bins: Tensor) -> Tensor:
     return (bins.float() + 0.5) / BINS * 2 - 1
 
 
-# --- Means over labelled frames ---
-
-
-def label_counts(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The number of values that each loss averages over: labelled frames; for flow, valid actions.
-
-    train.py replaces them by the global batch's counts, averaged over ranks. The gradient is then
-    that of one mean over all labelled frames, for any number of GPUs and micro-batches.
-    """
-    counts = {name: batch[f"has_{name}"].sum() for name in DECODERS if f"has_{name}" in batch}
-    return counts | {"action": batch["action_mask"][:, 0].sum(), "flow": batch["action_mask"].sum()}
-
-
-def masked_mean(values: Tensor, mask: Tensor, count: Tensor) -> Tensor:
-    """Mean over labelled values. Without labels it is 0, and its gradients are 0, for DDP."""
-    return torch.where(mask.bool(), values.float(), 0.0).sum() / count.clamp(min=1e-6)
-
-
 # --- The model ---
 
 
@@ -85,6 +69,21 @@ class Encoded:
     hidden: Tensor  # [B, N or N + A - 1, D]
     cache: list[KeyValues]  # KV cache per layer
     mask: Tensor  # [B, S or S + A - 1], False at padding
+
+
+NUM_READ = ACTION_DIM - 1  # tokens that a decoding pass reads: the 13th is never fed back
+
+
+@dataclass
+class Decoding:
+    """A state of greedy decoding. AuxVLA.read_tokens changes it in place."""
+
+    prefix: Encoded  # its hidden states are those of the last pass
+    bins: Tensor  # [B, A]
+    changed: Tensor  # did the last pass change a token that it had read?
+    cache: list[KeyValues]  # of prefix and tokens
+    table: tuple[Tensor, Tensor]  # RoPE's, of the tokens
+    visible: Tensor  # [B, 1, A - 1, S + A - 1]
 
 
 class VLM(nn.Module):
@@ -248,25 +247,28 @@ class AuxVLA(nn.Module):
     @torch.no_grad()
     def act(
         self, batch: dict[str, Tensor], noise: Tensor | None = None, draft: Tensor | None = None,
-        predict: bool = True,
+        predict: bool = True, run: Callable = operator.call,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """Normalised actions [B, H, 13] in [-1, 1] and, if `predict`, the decoders' predictions.
 
         With `noise` [B, H, 13] the flow head denoises a chunk of H actions. Without noise the LLM
         decodes one step greedily, faster if `draft` [B, 13] (normalised) is close to that step.
+        `run` calls each part; policy.Graphs replays a CUDA graph instead.
         """
         if noise is None or (predict and self.cfg.latents == "action_states"):
             if draft is None:
                 draft = batch["images"].new_zeros(len(batch["images"]), ACTION_DIM)
-            prefix, bins = self.decode_actions(batch, draft)
+            prefix, bins = self.decode_actions(batch, draft, run)
         else:
-            prefix, bins = self.vlm.encode(batch), None
-        predictions = self.predict(prefix.hidden) if predict else {}
+            prefix, bins = run(self.vlm.encode, batch), None
+        predictions = run(self.predict, {"hidden": prefix.hidden}) if predict else {}
         if noise is not None:
-            return self.flow_head.sample(prefix.cache, prefix.mask, noise).clamp(-1, 1), predictions
+            return run(self.denoise, {"noise": noise}, prefix), predictions
         return rearrange(bins_to_actions(bins), "b a -> b 1 a"), predictions
 
-    def decode_actions(self, batch: dict[str, Tensor], draft: Tensor) -> tuple[Encoded, Tensor]:
+    def decode_actions(
+        self, batch: dict[str, Tensor], draft: Tensor, run: Callable = operator.call
+    ) -> tuple[Encoded, Tensor]:
         """Greedy decoding of the 13 action tokens, all at once, by fixed-point iteration.
 
         A pass reads the tokens that the pass before predicted, the first pass `draft` [B, A]. Each
@@ -274,51 +276,59 @@ class AuxVLA(nn.Module):
         Returns the hidden states, with cache and mask [B, S] of the prefix only, and the bins
         [B, A].
         """
-        llm, first = self.vlm.llm, self.cfg.llm.first_action_id
-        num_read = ACTION_DIM - 1  # the 13th token is never fed back
-        guess = actions_to_bins(draft)[:, :num_read]  # [B, A - 1]
-        out = self.vlm.encode(batch, first + guess)
-        hidden, length = out.hidden, out.mask.shape[1] - num_read  # S
-        bins = llm.logits(hidden[:, -ACTION_DIM:], first, BINS).argmax(-1)  # [B, A]
-        cache = [KeyValues(k[:, :, :length], v[:, :, :length]) for k, v in out.cache]
-        prefix = Encoded(hidden, cache, out.mask[:, :length])
-        table = rope(out.mask.cumsum(-1)[:, length:] - 1, self.cfg.llm)
-        causal = out.mask.new_ones(num_read, length + num_read).tril(length)
-        visible = causal & rearrange(out.mask, "b s -> b 1 1 s")  # [B, 1, A - 1, S + A - 1]
-        for _ in range(num_read):
-            # A GPU makes every pass: to compare on the host takes longer than a pass, and a CUDA
-            # graph cannot stop early.
-            if not bins.is_cuda and torch.equal(guess, bins[:, :num_read]):
+        state = run(self.read_draft, batch | {"draft": draft})
+        for _ in range(NUM_READ):
+            if not state.changed:  # the host waits for a GPU here, once a pass
                 break
-            guess = bins[:, :num_read]
-            states, _ = llm(llm.embed(first + guess), table, visible, cache)
-            prefix.hidden = torch.cat([hidden[:, :-num_read], states], dim=1)
-            tokens = llm.logits(states, first, BINS).argmax(-1)  # [B, A - 1]
-            bins = torch.cat([bins[:, :1], tokens], dim=1)
-        return prefix, bins
+            run(self.read_tokens, {}, state)
+        return state.prefix, state.bins
+
+    def read_draft(self, batch: dict[str, Tensor]) -> Decoding:
+        """The first pass: over the prefix and the first 12 tokens of `draft` [B, A]."""
+        llm, first = self.vlm.llm, self.cfg.llm.first_action_id
+        guess = actions_to_bins(batch["draft"])[:, :NUM_READ]  # [B, A - 1]
+        out = self.vlm.encode(batch, first + guess)
+        length = out.mask.shape[1] - NUM_READ  # S
+        bins = llm.logits(out.hidden[:, -ACTION_DIM:], first, BINS).argmax(-1)  # [B, A]
+        heads = llm.cfg.heads if bins.is_cuda else llm.cfg.kv_heads
+        cache = [repeat_heads(layer, heads) for layer in out.cache]
+        before = [KeyValues(k[:, :, :length], v[:, :, :length]) for k, v in cache]
+        causal = out.mask.new_ones(NUM_READ, length + NUM_READ).tril(length)
+        return Decoding(
+            prefix=Encoded(out.hidden, before, out.mask[:, :length]),
+            bins=bins,
+            changed=(guess != bins[:, :NUM_READ]).any(),
+            cache=cache,
+            table=rope(out.mask.cumsum(-1)[:, length:] - 1, self.cfg.llm),
+            visible=causal & rearrange(out.mask, "b s -> b 1 1 s"),
+        )
+
+    def read_tokens(self, inputs: dict, state: Decoding) -> None:
+        """A further pass, over the first 12 tokens of `state`; replaces what follows from them."""
+        llm, first = self.vlm.llm, self.cfg.llm.first_action_id
+        guess = state.bins[:, :NUM_READ].clone()
+        hidden, _ = llm(llm.embed(first + guess), state.table, state.visible, state.cache)
+        state.prefix.hidden[:, -NUM_READ:] = hidden
+        state.bins[:, 1:] = llm.logits(hidden, first, BINS).argmax(-1)
+        state.changed.copy_((guess != state.bins[:, :NUM_READ]).any())
+
+    def denoise(self, batch: dict[str, Tensor], prefix: Encoded) -> Tensor:
+        """The flow head's chunk [B, H, 13] from `noise`, in [-1, 1]."""
+        return self.flow_head.sample(prefix.cache, prefix.mask, batch["noise"]).clamp(-1, 1)
 
     @torch.no_grad()
     def teacher_forced(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [B, A, 256] of each token given the true earlier ones; decoders' predictions."""
         _, hidden = self.encode_actions(batch)
         logits = self.vlm.llm.logits(hidden[:, -ACTION_DIM:], self.cfg.llm.first_action_id, BINS)
-        return logits, self.predict(hidden)
+        return logits, self.predict({"hidden": hidden})
 
-    def predict(self, hidden: Tensor) -> dict[str, Tensor]:
-        """The decoders' outputs, grasp and seg as probabilities."""
+    def predict(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The decoders' outputs for `hidden` [B, N or more, D], grasp and seg as probabilities."""
         return {
             name: output.sigmoid() if name in ("grasp", "seg") else output
-            for name, output in self.decode_latents(hidden).items()
+            for name, output in self.decode_latents(inputs["hidden"]).items()
         }
-
-
-def init_weights(part: nn.Module, std: float) -> None:
-    """Qwen2's own initialisation, for parameters that no file fills: normal weights, no bias."""
-    for module in part.modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=std)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def print_parameters(preset: Literal[tuple(PRESETS)] = "paper") -> None:

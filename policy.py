@@ -8,11 +8,11 @@ A stage-1 or stage-2 checkpoint decodes one action at a time; a stage-3 checkpoi
 and executes two.
 """
 
+import operator
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import ACTION_DIM, HISTORY, RECORDED_ACTIONS, InputError
 from data import ActionStats, cameras, history_steps, make_batch
@@ -31,45 +31,47 @@ from training.ranks import device_of
 
 
 def halve(model: AuxVLA) -> None:
-    """Cast linear weights to bf16 in place; a GPU's autocast would cast them in every query."""
+    """Cast VLM and flow head to bf16, in place. The decoders stay fp32: they predict metres."""
     for part in (model.vlm, model.flow_head):
-        for module in part.modules() if part is not None else ():
-            if isinstance(module, nn.Linear):
-                module.to(torch.bfloat16)
+        for parameter in part.parameters() if part is not None else ():
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
-class Graphed:
-    """A function of tensors, {name: tensor} -> tensors, as one CUDA graph per set of shapes.
+class Graphs:
+    """Calls the parts of AuxVLA.act as CUDA graphs, captured once for each set of shapes.
 
     A decoding pass launches about 300 small kernels, which takes several times as long as running
-    them; a graph is launched once. The next call overwrites the returned tensors.
+    them; a graph is launched once. A later call overwrites the tensors that earlier ones returned.
     """
 
-    def __init__(self, run: Callable[[dict[str, Tensor]], object]):
-        self.run, self.captured = run, {}
+    def __init__(self):
+        self.captured: dict[tuple, tuple] = {}
 
-    def __call__(self, inputs: dict[str, Tensor]) -> object:
-        key = tuple((name, *value.shape) for name, value in inputs.items())
+    def __call__(self, function: Callable, inputs: dict[str, Tensor], *state: object) -> object:
+        """function(inputs, *state). `state` is what an earlier graph returned; it is not copied."""
+        shapes = ((name, *value.shape) for name, value in inputs.items())
+        key = (function.__name__, *map(id, state), *shapes)
         if key not in self.captured:
-            self.captured[key] = self.capture({name: x.clone() for name, x in inputs.items()})
-        graph, static_inputs, outputs = self.captured[key]
+            static = {name: value.clone() for name, value in inputs.items()}
+            self.captured[key] = (*self.capture(lambda: function(static, *state)), static, state)
+        graph, outputs, static, _ = self.captured[key]
         for name, value in inputs.items():
-            static_inputs[name].copy_(value)
+            static[name].copy_(value)
         graph.replay()
         return outputs
 
-    def capture(self, static_inputs: dict) -> tuple[torch.cuda.CUDAGraph, dict, object]:
+    def capture(self, run: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
         # The first calls allocate the workspaces of CUDA libraries outside of the graph.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self.run(static_inputs)
+                run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            outputs = self.run(static_inputs)
-        return graph, static_inputs, outputs
+            outputs = run()
+        return graph, outputs
 
 
 @dataclass
@@ -82,7 +84,7 @@ class Policy:
     predict: bool = True  # fill `predictions`; acting is faster without them
     # outputs of the decoders for the last frame that the model has seen
     predictions: dict[str, np.ndarray] = field(default_factory=dict)
-    graphs: dict[bool, Graphed] = field(default_factory=dict)  # on a GPU, by `predict`
+    graphs: Graphs = field(default_factory=Graphs)  # on a GPU
 
     obs_mode = "rgb+depth"  # of the simulator
 
@@ -140,17 +142,10 @@ class Policy:
         self.done.append(torch.from_numpy(action))
         return action
 
-    def query(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """model.act, on a GPU as one CUDA graph."""
-        run = partial(self.run, predict=self.predict)
-        if self.device.type == "cuda":
-            run = self.graphs.setdefault(self.predict, Graphed(run))
-        return run(inputs)
-
-    def run(self, inputs: dict[str, Tensor], predict: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        noise, draft, kind = inputs.get("noise"), inputs.get("draft"), self.device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False):
-            return self.model.act(inputs, noise, draft, predict=predict)
+    def query(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """model.act, on a GPU by CUDA graphs."""
+        run = self.graphs if self.device.type == "cuda" else operator.call
+        return self.model.act(batch, batch.get("noise"), batch.get("draft"), self.predict, run)
 
     def batch(self, instruction: str | Sequence[str]) -> dict[str, Tensor]:
         """The batch of the frames in `seen`, made as training makes it from recorded frames."""

@@ -22,9 +22,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from config import RECORDED_ACTIONS, InputError, TrainConfig
 from data import ActionStats, Frames, check_batch, make_batch
-from decoders import BatchNorm
+from decoders import BatchNorm, label_counts
 from flow_head import draw_noise
-from model import AuxVLA, label_counts
+from model import AuxVLA
 from storage import checkpoint
 from storage.files import sole_writer
 from storage.terminal import user_errors

@@ -1,14 +1,13 @@
 """Acting on a GPU: bf16 weights are what autocast makes of them, a graph is what it captured."""
 
-from copy import deepcopy
-
 import pytest
 import torch
 from test_model import CFG, make_batch, make_padded
 
 from model import AuxVLA
-from policy import Graphed, halve
+from policy import Graphs, halve
 
+ZEROS = torch.zeros(4, 13)
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 
 
@@ -18,27 +17,57 @@ def model():
     return AuxVLA(CFG, flow_head=True).eval()
 
 
+class Spy:
+    """Calls a part and counts the calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, function, inputs, *state):
+        self.calls.append(function.__name__)
+        return function(inputs, *state)
+
+
 @torch.no_grad()
-def test_halved_weights_act_bit_for_bit_as_autocast_does(model):
-    halved, batch = deepcopy(model), make_padded(2)
-    halve(halved)
-    assert {p.dtype for p in halved.vlm.llm.layers.parameters()} == {torch.bfloat16, torch.float32}
-    assert all(p.dtype == torch.float32 for p in halved.decoders.parameters())
-    for noise in (None, batch["noise"]):
-        with torch.autocast("cpu", torch.bfloat16):
-            plain, half = (each.act(batch, noise) for each in (model, halved))
-        torch.testing.assert_close(half, plain, rtol=0, atol=0)
+def test_bf16_weights_give_one_answer_with_drafts_right_wrong_and_absent(model):
+    halve(model)
+    assert {p.dtype for p in model.vlm.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.decoders.parameters()} == {torch.float32}
+    batch, passes = make_padded(4), []
+    plain, predictions = model.act(batch)
+    for draft in (plain[:, 0], None, -plain[:, 0]):
+        spy = Spy()
+        tokens, predicted = model.act(batch, draft=draft, run=spy)
+        assert torch.equal(tokens, plain)
+        torch.testing.assert_close(predicted, predictions, rtol=0.02, atol=0.02)
+        passes.append(spy.calls.count("read_tokens"))
+    assert passes[0] == 0 < min(passes[1:])
+    chunk = model.act(batch, batch["noise"])[0]
+    assert chunk.isfinite().all() and chunk.shape == (4, 8, 13)
+
+
+@torch.no_grad()
+def test_bf16_acts_as_fp32_does_up_to_rounding(model):
+    batch = make_padded(4)
+    chunk, (prefix, _) = model.act(batch, batch["noise"])[0], model.decode_actions(batch, ZEROS)
+    halve(model)
+    close = dict(rtol=0.05, atol=0.05)
+    torch.testing.assert_close(model.act(batch, batch["noise"])[0], chunk, **close)
+    rounded = model.decode_actions(batch, ZEROS)[0].hidden.float()
+    torch.testing.assert_close(rounded[:, :8], prefix.hidden[:, :8], **close)
 
 
 @on_gpu
 @torch.no_grad()
 @pytest.mark.parametrize("chunk", [False, True])
-def test_a_graph_gives_what_the_model_gives_for_inputs_that_it_has_not_seen(model, chunk):
-    model.cuda()
+def test_graphs_give_what_the_model_gives_for_inputs_that_they_have_not_seen(model, chunk):
+    halve(model.cuda())
     frames = [{k: v.cuda() for k, v in make_batch(2, seed=seed).items()} for seed in (0, 1)]
-
-    graphed = Graphed(lambda inputs: model.act(inputs, inputs["noise"] if chunk else None))
+    graphs = Graphs()
     for batch in (*frames, frames[0]):
-        expected = graphed.run(batch)
-        torch.testing.assert_close(graphed(batch), expected, rtol=0, atol=1e-4)
-    assert len(graphed.captured) == 1
+        noise = batch["noise"] if chunk else None
+        expected = model.act(batch, noise)
+        for draft in (expected[0][:, 0], None, -expected[0][:, 0]):
+            got = model.act(batch, noise, draft, run=graphs)
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-2)
+    assert len(graphs.captured) == 3  # encode or read_draft, predict, denoise or read_tokens

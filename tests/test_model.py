@@ -176,7 +176,7 @@ def everything_read(model, batch):
     """All that the model says of a batch: tokens, chunk, the decoders' predictions."""
     prefix, tokens = model.decode_actions(batch, torch.zeros(len(batch["images"]), 13))
     chunk = model.flow_head.sample(prefix.cache, prefix.mask, batch["noise"])
-    return {"tokens": tokens, "chunk": chunk} | model.predict(prefix.hidden)
+    return {"tokens": tokens, "chunk": chunk} | model.predict({"hidden": prefix.hidden})
 
 
 @torch.no_grad()

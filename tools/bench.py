@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from config import ACTION_DIM, CAMERAS, PRESETS, Count, ModelConfig, model_config
 from data import ActionStats, Frames, batch_shapes
-from policy import Policy
+from policy import Graphs, Policy, halve
 from storage.files import write_json
 from storage.h5 import Demonstrations, Episode
 from storage.pack import Pack, open_data, pack
@@ -180,11 +180,20 @@ def build_policies(
         port, ours = build_pair(cfg)
         stats = ActionStats((-1.0,) * ACTION_DIM, (1.0,) * ACTION_DIM)  # normalised actions
         tokenizer = build_tokenizer(replace(cfg.llm, tokenizer="words"))  # needs no file
+        if device.type == "cuda":
+            halve(ours)
         policy = Policy(ours.to(device).eval(), stats, tokenizer, {}, device)
     policy.predict = False
     naive = replace(policy, model=port.to(device).eval())
-    naive.query = partial(naive.run, predict=False)  # a CUDA graph cannot capture `generate`
+    naive.query = partial(query_port, naive)
     return naive, policy
+
+
+def query_port(policy: Policy, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
+    """The port's actions: its weights are fp32, and a CUDA graph cannot capture `generate`."""
+    kind = policy.device.type
+    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+        return policy.model.act(batch, batch.get("noise"), batch.get("draft"), predict=False)
 
 
 def observations(data: Path | None, size: int, count: int) -> Iterator[dict]:
@@ -225,7 +234,7 @@ def act(
         data: frames, one after the other; default: random pictures
     """
     naive, policy = build_policies(model_config(preset), checkpoint, device_of(device))
-    without_draft, figures, more = replace(policy, graphs={}), {}, {}
+    without_draft, figures, more = replace(policy, graphs=Graphs()), {}, {}
     runs = {
         "transformers generate": partial(act_first, naive),
         # The last action is the draft of the next one, as in an episode.

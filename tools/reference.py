@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from config import ACTION_DIM, BINS, ModelConfig
-from decoders import DECODERS
-from model import AuxVLA, actions_to_bins, bins_to_actions, label_counts, masked_mean
+from decoders import DECODERS, label_counts, masked_mean
+from model import AuxVLA, actions_to_bins, bins_to_actions
 from storage.pretrained import HUB, load_pretrained
 
 # --- The public models ---

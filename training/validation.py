@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from config import CAMERAS, RECORDED_ACTIONS, TrainConfig
 from data import ActionStats, Frames, make_batch
+from decoders import label_counts
 from flow_head import draw_noise
-from model import AuxVLA, actions_to_bins, label_counts
+from model import AuxVLA, actions_to_bins
 
 # A metric: the model's, the best constant's, unit, whether higher is better.
 Metric = tuple[float | Tensor, float | Tensor, str, bool]
