@@ -17,7 +17,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from config import LLMConfig, ModelConfig, VisionConfig
+from config import BINS, LLMConfig, ModelConfig, VisionConfig
 
 
 def draw_normal(*shape: int, std: float) -> Tensor:
@@ -244,3 +244,20 @@ class LLM(nn.Module):
         """Logits [..., count] over `count` ids from `first` on; default: the whole vocabulary."""
         rows = self.embed.weight if self.cfg.tied else self.head.weight  # [vocabulary, D]
         return F.linear(hidden, rows if count is None else rows[first : first + count])
+
+
+# --- Action tokens ---
+
+# GAP-3 (Sec. 4.1): the paper does not say how "discrete action tokens" encode an action. Here one
+# step is 13 tokens, one per dimension; a token is one of 256 uniform bins on [-1, 1]. The token ids
+# are first_action_id + bin: in the paper preset Prismatic's <|extra_0|> to <|extra_255|>.
+
+
+def actions_to_bins(actions: Tensor) -> Tensor:
+    """Normalised actions in [-1, 1] -> bins in 0..255; values outside are clipped."""
+    return ((actions.clamp(-1, 1) + 1) / 2 * BINS).long().clamp(max=BINS - 1)
+
+
+def bins_to_actions(bins: Tensor) -> Tensor:
+    """Bins -> their centres. A round trip errs by at most 1 / 256."""
+    return (bins.float() + 0.5) / BINS * 2 - 1

@@ -26,7 +26,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from backbone import LLM, FusedVision, KeyValues, Projector, init_weights, repeat_heads, rope
+from backbone import (
+    LLM,
+    FusedVision,
+    KeyValues,
+    Projector,
+    actions_to_bins,
+    bins_to_actions,
+    init_weights,
+    repeat_heads,
+    rope,
+)
 from config import ACTION_DIM, BINS, PRESETS, ModelConfig, model_config
 from decoders import DECODERS, label_counts, masked_mean
 from flow_head import FlowHead
@@ -38,23 +48,6 @@ TRAINED_IN = {"vlm": (1, 2), "decoders": (1, 2), "flow_head": (3,)}
 def aux_input(latents: Tensor, stage: int) -> Tensor:
     """Stage 1: decoders read detached latents. Stage 2: their losses reach the VLM (Sec. 5.2)."""
     return latents.detach() if stage == 1 else latents
-
-
-# --- Action tokens ---
-
-# GAP-3 (Sec. 4.1): the paper does not say how "discrete action tokens" encode an action. Here one
-# step is 13 tokens, one per dimension; a token is one of 256 uniform bins on [-1, 1]. The token ids
-# are first_action_id + bin: in the paper preset Prismatic's <|extra_0|> to <|extra_255|>.
-
-
-def actions_to_bins(actions: Tensor) -> Tensor:
-    """Normalised actions in [-1, 1] -> bins in 0..255; values outside are clipped."""
-    return ((actions.clamp(-1, 1) + 1) / 2 * BINS).long().clamp(max=BINS - 1)
-
-
-def bins_to_actions(bins: Tensor) -> Tensor:
-    """Bins -> their centres. A round trip errs by at most 1 / 256."""
-    return (bins.float() + 0.5) / BINS * 2 - 1
 
 
 # --- The model ---
@@ -80,10 +73,15 @@ class Decoding:
 
     prefix: Encoded  # its hidden states are those of the last pass
     bins: Tensor  # [B, A]
-    changed: Tensor  # did the last pass change a token that it had read?
+    right: Tensor  # number of first tokens that the last pass read and predicted
     cache: list[KeyValues]  # of prefix and tokens
     table: tuple[Tensor, Tensor]  # RoPE's, of the tokens
     visible: Tensor  # [B, 1, A - 1, S + A - 1]
+
+
+def count_equal(one: Tensor, other: Tensor) -> Tensor:
+    """Number of first columns in which [B, T] and [B, T] are equal."""
+    return (one == other).all(0).long().cumprod(0).sum()
 
 
 class VLM(nn.Module):
@@ -277,10 +275,9 @@ class AuxVLA(nn.Module):
         [B, A].
         """
         state = run(self.read_draft, batch | {"draft": draft})
-        for _ in range(NUM_READ):
-            if not state.changed:  # the host waits for a GPU here, once a pass
-                break
-            run(self.read_tokens, {}, state)
+        while (right := int(state.right)) < NUM_READ:  # the host waits for a GPU once a pass
+            # A CUDA graph has fixed shapes; a CPU need not read again what is right.
+            run(self.read_tokens, {}, state, 0 if state.bins.is_cuda else right)
         return state.prefix, state.bins
 
     def read_draft(self, batch: dict[str, Tensor]) -> Decoding:
@@ -297,20 +294,22 @@ class AuxVLA(nn.Module):
         return Decoding(
             prefix=Encoded(out.hidden, before, out.mask[:, :length]),
             bins=bins,
-            changed=(guess != bins[:, :NUM_READ]).any(),
+            right=count_equal(guess, bins[:, :NUM_READ]),
             cache=cache,
             table=rope(out.mask.cumsum(-1)[:, length:] - 1, self.cfg.llm),
             visible=causal & rearrange(out.mask, "b s -> b 1 1 s"),
         )
 
-    def read_tokens(self, inputs: dict, state: Decoding) -> None:
-        """A further pass, over the first 12 tokens of `state`; replaces what follows from them."""
-        llm, first = self.vlm.llm, self.cfg.llm.first_action_id
-        guess = state.bins[:, :NUM_READ].clone()
-        hidden, _ = llm(llm.embed(first + guess), state.table, state.visible, state.cache)
-        state.prefix.hidden[:, -NUM_READ:] = hidden
-        state.bins[:, 1:] = llm.logits(hidden, first, BINS).argmax(-1)
-        state.changed.copy_((guess != state.bins[:, :NUM_READ]).any())
+    def read_tokens(self, inputs: dict, state: Decoding, begin: int) -> None:
+        """A further pass, over tokens begin..11 of `state`; replaces what follows from them."""
+        llm, first, now = self.vlm.llm, self.cfg.llm.first_action_id, slice(begin, NUM_READ)
+        guess = state.bins[:, now].clone()  # [B, T]
+        table = tuple(each[:, :, now] for each in state.table)
+        visible = state.visible[:, :, now]  # [B, 1, T, S + A - 1]
+        hidden, _ = llm(llm.embed(first + guess), table, visible, state.cache)  # [B, T, D]
+        state.prefix.hidden[:, begin - NUM_READ :] = hidden
+        state.bins[:, begin + 1 :] = llm.logits(hidden, first, BINS).argmax(-1)
+        state.right.copy_(begin + count_equal(guess, state.bins[:, now]))
 
     def denoise(self, batch: dict[str, Tensor], prefix: Encoded) -> Tensor:
         """The flow head's chunk [B, H, 13] from `noise`, in [-1, 1]."""
