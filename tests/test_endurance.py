@@ -209,7 +209,7 @@ def test_two_machines_take_the_same_steps_as_one(data, tmp_path):
 # --- All of it ---
 
 
-@pytest.mark.slow  # an hour and a half on two cores
+@pytest.mark.slow  # half an hour on two cores
 def test_nothing_is_lost_in_full_counts(data, tmp_path):
     """The figures go to the file that $ENDURE names."""
 
@@ -219,16 +219,16 @@ def test_nothing_is_lost_in_full_counts(data, tmp_path):
 
     def kill(stage: int) -> dict:
         before = {"init_from": tmp_path / f"straight{stage - 1}"} if stage > 1 else {}
-        return endurance.kills(data, tmp_path, 66, stage=stage, steps=30, **before)
+        return endurance.kills(data, tmp_path, 20, stage=stage, steps=30, **before)
 
     parts = {
         "index": lambda: endurance.open_large_index(tmp_path / "index"),
         "stall": lambda: endurance.stall(tmp_path),
         "faults": lambda: endurance.faults(tmp_path),
         "order": lambda: endurance.order(data, tmp_path),
-        "SIGTERM": lambda: endurance.sigterm(data, tmp_path, 20),
+        "SIGTERM": lambda: endurance.sigterm(data, tmp_path, 10),
         **{f"kill -9, stage {stage}": partial(kill, stage) for stage in (1, 2, 3)},
-        "rank deaths": lambda: endurance.rank_deaths(data, tmp_path, 20),
+        "rank deaths": lambda: endurance.rank_deaths(data, tmp_path, 10),
         "flipped bytes, checkpoint": flip_checkpoint,
         "flipped bytes, pack": lambda: endurance.flips(data, lambda: verify(data), 1000),
     }
