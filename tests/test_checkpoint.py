@@ -10,16 +10,13 @@ from processes import run
 from storage import checkpoint
 from training.log import Saver
 
-ABOUT = {"stage": 1, "config": {}, "action_stats": {}}
-
 SAVE = r"""
 import sys
 from pathlib import Path
-from storage import checkpoint
 from storage.terminal import user_errors
+from storage import checkpoint
 with user_errors():
-    about = {"stage": 1, "config": {}, "action_stats": {}}
-    checkpoint.write(Path(sys.argv[1]), 1, {}, {}, about, '{"token": "\u0120"}', keep=1)
+    checkpoint.write(Path(sys.argv[1]), 1, {}, {}, {}, '{"token": "\u0120"}', keep=1)
     print("\u0120", sys.argv[1])
 """
 
@@ -43,7 +40,7 @@ def test_the_newest_checkpoints_are_kept_and_damaged_ones_are_not_counted(tmp_pa
     weight = {"weight": torch.ones(2)}
 
     def save(step: int, keep: int) -> list[str]:
-        checkpoint.write(tmp_path, step, weight, weight, ABOUT, "{}", keep)
+        checkpoint.write(tmp_path, step, weight, weight, {}, "{}", keep)
         return [folder.name[-1] for folder in checkpoint.steps_in(tmp_path)]
 
     assert [save(step, keep=3) for step in (1, 2, 3, 4)][-1] == ["2", "3", "4"]
@@ -58,12 +55,12 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole(small_disk, capsys):
     model = torch.nn.Linear(8, 8)
     optimizer = torch.optim.Adam(model.parameters())
     saver = Saver(small_disk, keep=2, is_main=True, step=0)
-    saver.save(1, model, optimizer, ABOUT, "{}")
-    saver.save(2, torch.nn.Linear(1000, 1000), optimizer, ABOUT, "{}")
+    saver.save(1, model, optimizer, {}, "{}")
+    saver.save(2, torch.nn.Linear(1000, 1000), optimizer, {}, "{}")
     assert re.search("earlier checkpoints .* are as they were", str(saver.failed()))
     assert "warning" in capsys.readouterr().err  # training would have gone on
     assert checkpoint.newest(small_disk).name == "step-00000001"
     assert not list(small_disk.glob(".*partial"))
-    saver.save(3, model, optimizer, ABOUT, "{}")  # there is room again: the failure is made good
+    saver.save(3, model, optimizer, {}, "{}")  # there is room again: the failure is made good
     saver.close()
     assert checkpoint.newest(small_disk).name == "step-00000003"
