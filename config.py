@@ -27,7 +27,7 @@ BINS = 256  # of each action dimension, uniform on [-1, 1], one token per bin (P
 QPOS_DIM = 12  # joint positions (Sec. 4.3, Table 5)
 DEPTH_SCALE_MM = 1000.0  # Eq. 1
 IMAGE_SIZE = 128  # pixels of MS-HAB's cameras, hence of the masks (Table 5)
-RECORDED_ACTIONS = 8  # actions of the flow head's chunk (Sec. 6.4), stored with every frame
+CHUNK = 8  # actions of the flow head's chunk (Sec. 6.4), stored with every frame
 TASKS = ("set_table", "tidy_house", "prepare_groceries")  # Sec. 3
 SUBTASKS = ("pick", "place", "open", "close")
 HORIZON = 200  # control steps per episode, 20 Hz (MS-HAB: max_episode_steps of all four subtasks)
@@ -162,7 +162,7 @@ class FlowConfig:
     width: Count = 512
     mlp: Count = 2048
     # actions executed of each predicted chunk of 8 (Sec. 6.4)
-    execute: Annotated[int, Range("1 to 8", lambda n: 1 <= n <= RECORDED_ACTIONS)] = 2
+    execute: Annotated[int, Range("1 to 8", lambda n: 1 <= n <= CHUNK)] = 2
     denoise_steps: Count = 10  # Euler steps (Sec. 6.4)
 
 

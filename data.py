@@ -82,7 +82,7 @@ def resize(images: Tensor, size: int) -> Tensor:
     return rearrange(flat.clamp(0, 1), "(b t v) c h w -> b t v c h w", b=b, t=t)
 
 
-def cameras(obs: dict) -> tuple[Tensor, Tensor]:
+def read_cameras(obs: dict) -> tuple[Tensor, Tensor]:
     """MS-HAB's observation -> rgb [B, 2, h, w, 3], depth [B, 2, h, w] int16 mm; head, then hand."""
     sensors = [obs["sensor_data"][f"fetch_{camera}"] for camera in CAMERAS]
     rgb = torch.stack([sensor["rgb"] for sensor in sensors], dim=1)

@@ -88,7 +88,7 @@ class EvalConfig:
         return plan_files(*self.address(column), self.split)[0]
 
 
-def choose(cfg: EvalConfig) -> EvalConfig:
+def fill_defaults(cfg: EvalConfig) -> EvalConfig:
     """Fill in the default folders, checkpoint, row and columns."""
     run = Path("runs", cfg.run_name or cfg.row or DEFAULT_ROW)
     if cfg.policy != "learned":
@@ -172,7 +172,7 @@ def run(cfg: EvalConfig, done: dict[tuple[str, int], dict]) -> None:
         print(f"{name:32} {outcome:8} {episode['seconds']:6.1f} s", flush=True)
 
 
-def conclude(cfg: EvalConfig, settings: dict) -> None:
+def write_results(cfg: EvalConfig, settings: dict) -> None:
     """Write OUT/results.json and print the table."""
     episodes, row = [*read_episodes(cfg.out).values()], ROWS[cfg.row]
     paper, scenes = row.paper.get(cfg.task, {}), {}
@@ -191,13 +191,13 @@ def conclude(cfg: EvalConfig, settings: dict) -> None:
 
 def main(cfg: EvalConfig) -> None:
     check_envs(cfg.envs, cfg.policy == "expert", cfg.device)
-    cfg = choose(cfg)
+    cfg = fill_defaults(cfg)
     with sole_writer(cfg.out):
         done = read_episodes(cfg.out, mend=True)
         check_settings(cfg.out, done, settings := settings_of(cfg))
         write_json(cfg.out / "config.json", settings)
         run(cfg, done)
-        conclude(cfg, settings)
+        write_results(cfg, settings)
 
 
 if __name__ == "__main__":

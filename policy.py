@@ -22,8 +22,8 @@ from einops import rearrange
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from config import ACTION_DIM, HISTORY, RECORDED_ACTIONS, InputError
-from data import ActionStats, cameras, history_steps, make_batch
+from config import ACTION_DIM, CHUNK, HISTORY, InputError
+from data import ActionStats, history_steps, make_batch, read_cameras
 from model import AuxVLA
 from storage.checkpoint import load_weights, model_config_of, read_manifest, resolve
 from storage.tokenizer import tokenize
@@ -108,8 +108,8 @@ class Policy:
         """Start an episode: forget the queue of actions, the history, the noise and the draft."""
         self.queue: deque[np.ndarray] = deque()
         steps = HISTORY + 1 if self.model.cfg.history == "frames" else 1
-        self.seen: deque[tuple[Tensor, Tensor]] = deque(maxlen=steps)  # rgb, depth; last: now
-        self.done: deque[Tensor] = deque(maxlen=HISTORY)  # actions, robot units [B, 13]
+        self.frames: deque[tuple[Tensor, Tensor]] = deque(maxlen=steps)  # rgb, depth; last: now
+        self.past: deque[Tensor] = deque(maxlen=HISTORY)  # actions, robot units [B, 13]
         self.noise = torch.Generator().manual_seed(0)  # flow head: the same noise in every episode
         self.draft: Tensor | None = None  # normalised actions [B, 13]
 
@@ -122,12 +122,12 @@ class Policy:
         probability, qpos [B, 12], obj [B, 7], seg [B, C, 128, 128] probability.
         """
         if self.model.cfg.history == "frames" or not self.queue:
-            self.seen.append(cameras(obs))
+            self.frames.append(read_cameras(obs))
         if not self.queue:
-            cfg, batch = self.model.cfg, self.batch(instruction)
+            cfg, batch = self.model.cfg, self.make_batch(instruction)
             b = len(batch["images"])
             if self.model.flow_head:
-                noise = torch.randn(1, RECORDED_ACTIONS, ACTION_DIM, generator=self.noise)
+                noise = torch.randn(1, CHUNK, ACTION_DIM, generator=self.noise)
                 # Every environment gets the noise that it would get alone.
                 batch["noise"] = noise.expand(b, -1, -1).to(self.device)
             else:
@@ -139,7 +139,7 @@ class Policy:
             actions = self.stats.denormalize(actions).clamp(-1, 1).cpu().numpy()
             self.queue.extend(rearrange(actions, "b h a -> h b a")[: cfg.flow.execute])
         action = self.queue.popleft()
-        self.done.append(torch.from_numpy(action))
+        self.past.append(torch.from_numpy(action))
         return action
 
     def query(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -147,21 +147,21 @@ class Policy:
         run = self.graphs if self.device.type == "cuda" else operator.call
         return self.model.act(batch, batch.get("noise"), batch.get("draft"), self.predict, run)
 
-    def batch(self, instruction: str | Sequence[str]) -> dict[str, Tensor]:
-        """The batch of the frames in `seen`, made as training makes it from recorded frames."""
-        b = len(self.seen[-1][0])
+    def make_batch(self, instruction: str | Sequence[str]) -> dict[str, Tensor]:
+        """The batch of the frames in `frames`, made as training makes it from recorded frames."""
+        b = len(self.frames[-1][0])
         texts = [instruction] * b if isinstance(instruction, str) else [*instruction]
         if len(texts) != b:
             raise ValueError(f"{len(texts)} instructions for {b} environments: expected 1 or {b}")
-        steps = [len(self.seen) - 1]
+        steps = [len(self.frames) - 1]
         if self.model.cfg.history == "frames":
             steps = history_steps(np.array(steps))[0][0]  # [5]
-        rgb, depth = zip(*(self.seen[step] for step in steps))
+        rgb, depth = zip(*(self.frames[step] for step in steps))
         raw = {"rgb": torch.stack(rgb, dim=1), "depth": torch.stack(depth, dim=1)}  # [B, T, 2, ...]
         raw["instruction"] = torch.arange(b)
         if self.model.cfg.history == "actions":
-            (steps,), (exists,) = history_steps(np.array([len(self.done)]))
-            actions = [*self.done, torch.zeros(b, ACTION_DIM)]
+            (steps,), (exists,) = history_steps(np.array([len(self.past)]))
+            actions = [*self.past, torch.zeros(b, ACTION_DIM)]
             raw["past_actions"] = torch.stack([actions[step] for step in steps[:-1]], dim=1)
             raw["past_mask"] = torch.from_numpy(exists[:-1]).expand(b, -1)  # [B, 4]
         prompts = tokenize(texts, self.tokenizer, self.model.cfg.llm)  # [B, L]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from config import RECORDED_ACTIONS, InputError, TrainConfig
+from config import CHUNK, InputError, TrainConfig
 from data import ActionStats, Frames, check_batch, make_batch
 from decoders import BatchNorm, label_counts
 from flow_head import draw_noise
@@ -74,7 +74,7 @@ def global_counts(batch: dict[str, Tensor], stop: bool, ranks: Ranks) -> dict[st
 def step_noise(cfg: TrainConfig, step: int, ranks: Ranks) -> dict[str, Tensor]:
     """The rank's share of the flow head's noise and times, drawn for the global batch."""
     generator = torch.Generator().manual_seed(cfg.seed * 2**32 + step)
-    noise, t = draw_noise(cfg.batch_size, RECORDED_ACTIONS, generator)
+    noise, t = draw_noise(cfg.batch_size, CHUNK, generator)
     mine = slice(ranks.rank, None, ranks.world)
     return {"noise": noise[mine].to(ranks.device), "t": t[mine].to(ranks.device)}
 

@@ -70,17 +70,17 @@ class RLPolicy:
 
     def reset(self) -> None:
         """Forget the images of the last episode."""
-        self.seen: deque[dict] = deque(maxlen=FRAMES)  # of each frame MS-HAB's sensor_data
+        self.frames: deque[dict] = deque(maxlen=FRAMES)  # of each frame MS-HAB's sensor_data
 
     @torch.no_grad()
     def act(self, obs: dict, instruction: str) -> np.ndarray:
         """Return the next action, float32 [B, 13] in [-1, 1]; the instruction is unused."""
-        self.seen.append(obs["sensor_data"])
-        while len(self.seen) < FRAMES:  # at its start, an episode's first image is repeated
-            self.seen.append(self.seen[0])
+        self.frames.append(obs["sensor_data"])
+        while len(self.frames) < FRAMES:  # at its start, an episode's first image is repeated
+            self.frames.append(self.frames[0])
         pixels = {}  # [B, 3, 128, 128] each
         for key, camera in CAMERAS.items():
-            depth = [sensors[camera]["depth"] for sensors in self.seen]
+            depth = [sensors[camera]["depth"] for sensors in self.frames]
             pixels[key] = rearrange(depth, "t b h w 1 -> b t h w").float()
         state = [flatten_state_dict(obs[part], use_torch=True) for part in ("agent", "extra")]
         action = self.actor({"pixels": pixels, "state": torch.cat(state, dim=1).float()})

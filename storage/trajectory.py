@@ -19,10 +19,10 @@ import numpy as np
 from config import (
     ACTION_DIM,
     CAMERAS,
+    CHUNK,
     IMAGE_SIZE,
     LABELS,
     QPOS_DIM,
-    RECORDED_ACTIONS,
     InputError,
     Range,
 )
@@ -34,8 +34,8 @@ RECORD = np.dtype(
         ("rgb", np.uint8, (*_PICTURE, 3)),
         ("depth", np.int16, _PICTURE),  # mm; 0: the ray hit nothing; negative: wrapped, > 32.767 m
         ("seg", np.uint8, (len(CAMERAS), IMAGE_SIZE**2 // 8)),  # target mask, one bit per pixel
-        ("actions", np.float32, (RECORDED_ACTIONS, ACTION_DIM)),  # in [-1, 1]; 0 past the end
-        ("action_mask", np.uint8, (RECORDED_ACTIONS,)),  # 0 past the end of the episode
+        ("actions", np.float32, (CHUNK, ACTION_DIM)),  # in [-1, 1]; 0 past the end
+        ("action_mask", np.uint8, (CHUNK,)),  # 0 past the end of the episode
         ("pos", np.float32, (2,)),  # base x, y, metres, world frame
         ("grasp", np.float32, ()),  # 1 while the target is held
         ("qpos", np.float32, (QPOS_DIM,)),  # rad (prismatic: m)
@@ -160,7 +160,7 @@ class Trajectory:
         values, out["has"], _ = self.read_labels(first, last)
         for name, value in values.items():
             out[name] = value
-        steps = np.arange(first, last)[:, None] + np.arange(RECORDED_ACTIONS)  # [frames, 8]
+        steps = np.arange(first, last)[:, None] + np.arange(CHUNK)  # [frames, 8]
         out["action_mask"] = steps < count
         out["actions"] = clip(actions)[np.minimum(steps, count - 1)] * out["action_mask"][..., None]
         out["frame"] = np.arange(first, last)

@@ -20,12 +20,12 @@ from config import CAMERAS, LABELS, InputError, model_config
 from data import (
     ActionStats,
     Frames,
-    cameras,
     check_batch,
     make_batch,
     normalize_depth,
     preprocess,
     raw_batch,
+    read_cameras,
 )
 from storage.files import read_json, write_json
 from storage.h5 import Demonstrations, open_h5
@@ -71,7 +71,7 @@ def test_a_live_frame_and_the_recorded_one_give_equal_images(demos):
         }
     obs = {"sensor_data": sensors}
     recorded = raw_batch(source.read([4])[:, None])
-    live = preprocess(*(pictures[:, None] for pictures in cameras(obs)), CFG)
+    live = preprocess(*(pictures[:, None] for pictures in read_cameras(obs)), CFG)
     assert torch.equal(live, preprocess(recorded["rgb"], recorded["depth"], CFG))
     assert live.shape == (1, 4, 3, 64, 64)
 

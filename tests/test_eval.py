@@ -14,7 +14,7 @@ from processes import REPOSITORY, finish, run, start, workers_of
 from tiny_run import write_untrained
 
 from config import InputError
-from eval import EvalConfig, choose, main
+from eval import EvalConfig, fill_defaults, main
 from paper import ROWS
 from policy import check_schema
 from storage.files import (
@@ -151,13 +151,15 @@ def test_a_folder_has_one_writer_and_one_horizon(one_worker):
 def test_without_flags_the_newest_stage_of_the_run_acts(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"no trained stage in runs.*train.py --stage 1"):
-        choose(EvalConfig())
+        fill_defaults(EvalConfig())
     for stage in ("stage1", "stage2"):
         shutil.copytree(trained, tmp_path / "runs/auxvla-all" / stage)
-    cfg = choose(EvalConfig())
+    cfg = fill_defaults(EvalConfig())
     assert cfg.checkpoint == Path("runs/auxvla-all/stage2/step-00000001")
     assert cfg.out == Path("runs/auxvla-all/eval") and cfg.row == "auxvla-all"
-    assert choose(EvalConfig(policy="random", run_name="mine")).out == Path("runs/mine/eval-random")
+    assert fill_defaults(EvalConfig(policy="random", run_name="mine")).out == Path(
+        "runs/mine/eval-random"
+    )
 
 
 def loaded_by(program: str) -> set[str]:
@@ -211,9 +213,9 @@ def test_the_readmes_example_drives_a_step(trained):
 
 def test_default_columns_are_those_that_the_checkpoint_was_trained_on(trained, tmp_path, capsys):
     cfg = EvalConfig(out=tmp_path, checkpoint=trained)
-    assert choose(cfg).names == ("close_drawer",)
+    assert fill_defaults(cfg).names == ("close_drawer",)
     assert "open_fridge, open_drawer, close_fridge; left out" in capsys.readouterr().err
-    assert choose(replace(cfg, columns=("open_fridge",))).names == ("open_fridge",)
+    assert fill_defaults(replace(cfg, columns=("open_fridge",))).names == ("open_fridge",)
     assert "not trained on every instruction of open_fridge; asked" in capsys.readouterr().err
 
 

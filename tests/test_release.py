@@ -12,7 +12,7 @@ from files import write_demos
 from processes import run
 
 from config import LABELS, InputError
-from data import Frames, cameras, normalize_depth
+from data import Frames, normalize_depth, read_cameras
 from storage.files import read_json, write_json
 from storage.h5 import Demonstrations, h5_files
 from storage.pack import open_data, pack, verify
@@ -94,7 +94,9 @@ def test_depth_of_any_integer_type_is_read_and_far_stays_far(kind, farthest, tmp
     images = [torch.from_numpy(Demonstrations(tmp_path).read([3])["depth"].copy())]
     if kind is np.int16:  # as the simulator gives it
         sensor = {"rgb": torch.zeros(1, 128, 128, 3), "depth": torch.from_numpy(depth[3:4])}
-        images.append(cameras({"sensor_data": {"fetch_head": sensor, "fetch_hand": sensor}})[1])
+        images.append(
+            read_cameras({"sensor_data": {"fetch_head": sensor, "fetch_hand": sensor}})[1]
+        )
     expected = torch.tensor([1, 0.999, 1 - np.tanh(0.5), 0, 0, 0], dtype=torch.float32)
     for near in map(normalize_depth, images):
         torch.testing.assert_close(near[0, 1, 0, :6], expected, rtol=0, atol=1e-5)

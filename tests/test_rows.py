@@ -130,14 +130,14 @@ def test_the_policy_sees_the_history_that_it_was_trained_on(history, source):
     for t, record in enumerate(source.read_episode(0)):
         expected = make_batch(frames[np.array([t])], policy.stats, prompts, cfg)
         check_batch(expected, cfg)
-        policy.seen.append([torch.tensor(record[name])[None] for name in ("rgb", "depth")])
-        live = policy.batch(source.instructions[0])
+        policy.frames.append([torch.tensor(record[name])[None] for name in ("rgb", "depth")])
+        live = policy.make_batch(source.instructions[0])
         if history == "actions":  # any action may stand before the start: it is masked
             for batch in (live, expected):
                 batch["past_actions"] *= batch["past_mask"][..., None]
         for key, value in live.items():
             torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-6)
-        policy.done.append(torch.tensor(record["actions"][:1]))
+        policy.past.append(torch.tensor(record["actions"][:1]))
     if history == "frames":
         assert expected["images"].shape[1] == 20
         assert not torch.equal(expected["images"][:, :4], expected["images"][:, 16:])
@@ -152,9 +152,9 @@ def test_the_policy_keeps_its_history_while_it_executes_a_chunk(history):
     actions = [policy.act(obs, "close the fridge") for obs in observations]
     if history == "frames":
         heads = [obs["sensor_data"]["fetch_head"]["rgb"] for obs in observations[1:]]
-        assert all(map(torch.equal, [rgb[:, 0] for rgb, _ in policy.seen], heads))
-        assert len(policy.seen) == 5
-    assert all(np.array_equal(kept, done) for kept, done in zip(policy.done, actions[2:]))
+        assert all(map(torch.equal, [rgb[:, 0] for rgb, _ in policy.frames], heads))
+        assert len(policy.frames) == 5
+    assert all(np.array_equal(kept, done) for kept, done in zip(policy.past, actions[2:]))
 
 
 def test_a_masked_past_action_does_not_reach_the_model():

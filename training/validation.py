@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from config import CAMERAS, RECORDED_ACTIONS, TrainConfig
+from config import CAMERAS, CHUNK, TrainConfig
 from data import ActionStats, Frames, make_batch
 from decoders import label_counts
 from flow_head import draw_noise
@@ -36,7 +36,7 @@ def validate(
     for part in np.array_split(rows, -(-len(rows) // cfg.micro_batch)):
         batch = make_batch(frames[part], stats, prompts, cfg.model)
         counts = label_counts(batch)
-        noise, t = draw_noise(len(batch["images"]), RECORDED_ACTIONS, generator)
+        noise, t = draw_noise(len(batch["images"]), CHUNK, generator)
         batch |= {"noise": noise.to(device), "t": t.to(device)}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             for name, loss in model(batch, cfg.stage).items():
