@@ -149,17 +149,13 @@ def open_data(data: str | Path, truncate: bool | None = None) -> Index:
             f"{command(f'{folder}-again', truncate)}"
         )
     files = {str(path.relative_to(data)): path for path in h5_files(data)}
-    if new := [name for name, path in files.items() if is_newer(path, pack.sources.get(name))]:
+    packed = {name: pack.sources.get(name, {}).items() for name in files}
+    if new := [name for name, path in files.items() if size_and_time(path).items() - packed[name]]:
         raise InputError(
             f"{folder}: {', '.join(new)} in {data} changed since, or came later. Pack again (only "
             f"files with another content are): {command(folder, pack.truncate, data)}"
         )
     return pack
-
-
-def is_newer(path: Path, packed: dict | None) -> bool:
-    """Has an .h5 another size or time than when it was packed?"""
-    return packed is None or any(packed[name] != now for name, now in size_and_time(path).items())
 
 
 def size_and_time(path: Path) -> dict[str, int]:

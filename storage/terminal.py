@@ -61,7 +61,8 @@ def user_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        mend = "Free space or change the permissions" if error.errno in DISK_ERRORS else "Mend it"
+        disk = error.errno in DISK_ERRORS
+        mend = "Free space or change the permissions" if disk else "Mend or move this file"
         raise SystemExit(
             f"error: {error}. Finished files are kept. {mend}, then give the same command again"
         ) from None
