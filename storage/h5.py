@@ -253,7 +253,9 @@ ENTRY = {
 
 
 def refuse(error: OSError) -> None:
-    raise DataError(f"{error.filename}: {error.strerror}. {mend_of(error.filename, error)}")
+    """Raise DataError for a folder that is there and cannot be listed."""
+    if mend := mend_of(Path(error.filename), error):
+        raise DataError(f"{error.filename}: {error.strerror}. {mend}") from error
 
 
 def h5_files(folder: Path) -> list[Path]:

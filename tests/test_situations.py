@@ -273,6 +273,9 @@ DAMAGED = {  # situation: its making, command, words
         lambda folder: (folder / STAGE / "config.json").unlink()
         or (folder / STAGE / "config.json").mkdir(), MORE, "Is a directory",
     ),
+    "no data": (
+        lambda folder: shutil.rmtree(folder / "data"), MORE, "no .h5 demonstrations below it",
+    ),
     "out is a file": (
         lambda folder: (folder / "a").touch(), "data.py pack --out a", "a: File exists. Give",
     ),
