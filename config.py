@@ -34,7 +34,7 @@ HORIZON = 200  # control steps per episode, 20 Hz (MS-HAB: max_episode_steps of 
 HISTORY = 4  # past time steps (Sec. 4.2)
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """A foreseeable mistake in flags, files or folders.
 
     The message says what was found, what was expected and the command that mends it.

@@ -64,8 +64,10 @@ class EvalConfig:
     device: Literal["cpu", "cuda"] | None = None  # for the learned policy; default: cuda if present
 
     def __post_init__(self):
-        if self.checkpoint and (self.policy != "learned" or self.out is None):
-            raise InputError("--checkpoint: expected --out too, and no --policy but learned")
+        if self.checkpoint and self.policy != "learned":
+            raise InputError(f"--policy {self.policy} takes no --checkpoint: drop one of them")
+        if self.checkpoint and self.out is None:
+            raise InputError("--checkpoint without --out: name the folder of the results")
         for name in self.names:
             known = targets(self.task, COLUMNS[name].subtask)
             if not known or COLUMNS[name].target_in(self.task) not in ("all", *known):

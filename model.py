@@ -6,9 +6,9 @@
 
 The batch is a plain dict of tensors. data.py documents the keys; this file imports nothing of data.
 
-Axes: B batch, V views (rgb then depth of each camera, history first), P patches per view, K tokens
-of past actions (0 without that history), L prompt tokens, N = 8 latents, D = 896 LLM width,
-S = L + V*P + K + N prefix length, A = 13 action dimensions, H actions in a chunk.
+Axes: B batch, V views (of each time step head rgb, hand rgb, head depth, hand depth), P patches per
+view, K tokens of past actions (0 without that history), L prompt tokens, N = 8 latents, D = 896 LLM
+width, S = L + V*P + K + N prefix length, A = 13 action dimensions, H actions in a chunk.
 """
 
 import operator

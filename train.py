@@ -185,7 +185,7 @@ def prepare(cfg: TrainConfig, ranks: Ranks) -> Stage:
     )  # fmt: skip
     prompts = tokenize(frames.source.instructions, tokenizer, cfg.model.llm)
     prompts = tuple(each.to(ranks.device) for each in prompts)
-    manifest = describe_run(cfg, frames, stats, pretrained, start)
+    manifest = describe_run(cfg, frames, stats, pretrained, start, num_steps)
     return Stage(
         cfg, frames, held_out, order, stats, prompts, model, ddp, optimizer, manifest,
         tokenizer.to_str(),

@@ -254,7 +254,7 @@ ENTRY = {
 
 def refuse(error: OSError) -> None:
     """Raise DataError for a folder that is there and cannot be listed."""
-    if mend := mend_of(Path(error.filename), error):
+    if not isinstance(error, NotADirectoryError) and (mend := mend_of(Path(error.filename), error)):
         raise DataError(f"{error.filename}: {error.strerror}. {mend}") from error
 
 

@@ -146,7 +146,7 @@ def open_data(data: str | Path, truncate: bool | None = None) -> Index:
         raise InputError(
             f"{folder}: a pack of {KINDS[pack.truncate]}, expected one of {KINDS[truncate]}. "
             f"{'Give' if truncate else 'Drop'} --no-truncate-at-success, or pack again: "
-            f"{command(f'{folder}-again', truncate)}"
+            f"{command(f'{folder}-again', truncate, data if data != folder else None)}"
         )
     files = {str(path.relative_to(data)): path for path in h5_files(data)}
     packed = {name: pack.sources.get(name, {}).items() for name in files}

@@ -73,7 +73,7 @@ def test_folders_are_of_the_run_or_its_row_unless_they_are_given(tmp_path, monke
     assert (first.data, first.out, first.init_from) == ("data", "runs/auxvla-all/stage1", None)
     naive = parse(["--row", "auxvla-naive", "--stage", "2"])
     assert (naive.out, naive.init_from) == ("runs/auxvla-naive/stage2", None)
-    Path("runs/mine/stage1").mkdir(parents=True)
+    Path("runs/mine/stage1/step-00000001").mkdir(parents=True)
     assert parse(["--stage", "2", "--run-name", "mine"]).init_from == "runs/mine/stage1"
     given = parse(["--stage", "2", "--init-from", "A", "--data", "D", "--out", "O"])
     assert (given.data, given.out, given.init_from) == ("D", "O", "A")

@@ -116,7 +116,7 @@ def test_prompts_have_one_length_and_end_at_the_latents():
     assert mask[:, 0].all() and mask[:, -1].all() and mask[0].sum() < mask[1].sum()
     assert not torch.equal(ids[0], ids[1]) and ids.max() < CFG.llm.first_action_id
     assert (ids[mask] > 1).all()  # no unknown word
-    with pytest.raises(ValueError, match="prompt-length"):
+    with pytest.raises(InputError, match="prompt-length"):
         tokenize(["close " * 40], build_tokenizer(CFG.llm), CFG.llm)
 
 

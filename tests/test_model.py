@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from config import BINS, LABELS, model_config
+from config import BINS, LABELS, InputError, model_config
 from decoders import DECODERS
 from model import AuxVLA, actions_to_bins, bins_to_actions
 
@@ -105,7 +105,7 @@ def test_without_latents_and_decoders_it_is_the_bare_vlm_and_still_acts():
     assert bare.vlm.encode(batch).mask.shape == (2, length)
     actions, predictions = bare.act(batch)
     assert actions.shape == (2, 1, 13) and predictions == {}
-    with pytest.raises(ValueError, match="num_latents 0"):
+    with pytest.raises(InputError, match="num_latents 0"):
         replace(CFG, num_latents=0)
 
 

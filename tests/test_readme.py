@@ -76,7 +76,7 @@ def test_the_readme_is_short_and_narrow_and_states_the_lines_of_code():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_parses_with_its_values(command, tmp_path, monkeypatch):
     for stage in ("stage1", "stage2"):  # a later stage starts from the folder of the one before
-        (tmp_path / "runs/auxvla-all" / stage).mkdir(parents=True)
+        (tmp_path / "runs/auxvla-all" / stage / "step-00000001").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     words = shlex.split(command)
     script = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "-m")
@@ -184,5 +184,8 @@ def test_the_figures_of_speed_are_those_in_results():
     assert spread("episode", "ours, 2 processes, per episode", 2) in section
     exact = figures["exact"]["exactness"]
     assert f"{exact['different']} of {exact['tokens']:,} differ" in words(section)
+    for ratio in figures["redesign"]["ratios"].values():
+        low, middle, high = (f"{ratio[key]:.2f}" for key in ("min", "speed of new / old", "max"))
+        assert f"{middle} [{low}, {high}]" in section
     for figure in figures["h200"]["samples/s with clip and Adam"].values():
         assert f"{figure}" in section

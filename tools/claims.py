@@ -170,7 +170,7 @@ ALWAYS = (
     "a few columns of the table, by default those that a tiny model learns",
 )
 TINY = (
-    "a model of 4.6 M parameters with random weights instead of 1.3B pre-trained ones",
+    "a model of 4.2 to 7 M parameters with random weights instead of 1.3B pre-trained ones",
     "64-pixel images in four patches of 32",
     "learning rate 3e-4 (action head 1e-3), batch 32, not a constant 2e-5 and 512",
     "warm-up and cool-down in every stage, of which rows in stages have two and others one",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from config import PRESETS, InputError, TrainConfig
 from paper import DEFAULT_ROW, ROWS, Row
+from storage.checkpoint import steps_in
 from storage.terminal import cli
 
 
@@ -41,7 +42,7 @@ def choose_folders(cfg: TrainConfig) -> TrainConfig:
     naive = "; or --row auxvla-naive for co-training from the start" if cfg.stage == 2 else ""
     if before and not init_from and not cfg.out:
         init_from = str(run / f"stage{before}")
-        if not Path(init_from).is_dir() and not out.is_dir():
+        if not steps_in(Path(init_from)) and not steps_in(out):
             command = f"torchrun --nproc_per_node=8 train.py --stage {before}"
             for flag, value in (("row", cfg.row), ("run-name", cfg.run_name)):
                 command += f" --{flag} {value}" if value else ""

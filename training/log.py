@@ -80,7 +80,8 @@ class Log:
         means = torch.stack(list(self.sums.values())) / self.steps
         means = self.ranks.sum(means) / self.ranks.world
         seconds = time.perf_counter() - self.since
-        losses = dict(zip(self.sums, means.tolist()))
+        # A mean of exactly 0 had no labels.
+        losses = {name: loss for name, loss in zip(self.sums, means.tolist()) if loss}
         speed = {
             "samples_per_s": self.steps * self.cfg.batch_size / seconds,
             "data_wait": self.waited / seconds,

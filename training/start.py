@@ -48,7 +48,13 @@ def choose_start(cfg: TrainConfig, ranks: Ranks) -> Start:
         if not cfg.init_from:
             return Start()
         folder = checkpoint.resolve(cfg.init_from)
-        return Start(folder, checkpoint.read_manifest(folder, moments=False))
+        manifest = checkpoint.read_manifest(folder, moments=False)
+        stage, step, of = manifest["stage"], manifest["step"], manifest.get("steps")
+        if of and step < of:
+            print(f"warning: {folder}: stage {stage} is not finished, step {step} of {of}")
+        if stage not in (cfg.stage - 1, cfg.stage):
+            print(f"warning: {folder} is of stage {stage}, expected {cfg.stage - 1}")
+        return Start(folder, manifest)
 
     return ranks.on_main(choose)  # the others need not verify it too
 
@@ -66,6 +72,8 @@ def settle_config(cfg: TrainConfig, start: Start, frames: Frames, is_main: bool)
         decoders = model_config_of(start.manifest).decoders if default else decoders
         # The weights were trained with these bounds. Older checkpoints had percentiles only.
         bounds = stored.get("action_bounds", "percentiles")
+        if bounds != cfg.action_bounds and is_main:
+            print(f"action bounds: {bounds}, of the checkpoint")
         init_from = stored["init_from"] if start.resumed else cfg.init_from
         cfg = replace(cfg, action_bounds=bounds, init_from=init_from)
     lacking = [name for name in decoders if cfg.stage < 3 and not frames.labelled[name]]
@@ -73,11 +81,11 @@ def settle_config(cfg: TrainConfig, start: Start, frames: Frames, is_main: bool)
         error = f"no training frame of {cfg.data} has a label for: {', '.join(lacking)}"
         mend = label_command(frames.source.episodes[frames.episode_ids[0]], cfg.data)
         if lacking == ["obj"]:
-            mend = "those of pick or place: no other subtask has an object (GAP-8)"
+            mend = "record pick or place; no other subtask has an object (GAP-8)"
         if not default:
             raise InputError(f"{error}. Record labels: {mend}; or train without these decoders")
         if is_main:
-            print(f"warning: {error}. NOT TRAINED: these decoders. To record labels: {mend}")
+            print(f"warning: {error}. These decoders are NOT TRAINED. To train them: {mend}")
     if not start.folder:
         decoders = tuple(name for name in decoders if name not in lacking)
     cfg = replace(cfg, model=replace(cfg.model, decoders=decoders))
@@ -99,6 +107,8 @@ def check_config(cfg: TrainConfig, start: Start) -> None:
         free = ("model.freeze_vision",) + ("model.flow.",) * (start.manifest["stage"] != 3)
         wrong = [name for name in fields if name.startswith("model.") and not name.startswith(free)]
         mend = "Give its --row or its --model flags, or another --init-from"
+    if cfg.preset != start.manifest["config"].get("preset", cfg.preset):
+        mend = f"Give --preset {start.manifest['config']['preset']}"
     if wrong:
         shown = "; ".join(fields[name] for name in wrong[:4]) + "; ..." * (len(wrong) > 4)
         raise InputError(f"{start.folder} was made with another configuration ({shown}). {mend}")
@@ -141,8 +151,9 @@ def prepare_data(cfg: TrainConfig, frames: Frames, start: Start) -> tuple[Action
 
 
 def describe_run(
-    cfg: TrainConfig, frames: Frames, stats: ActionStats, pretrained: dict, start: Start
-) -> dict:
+    cfg: TrainConfig, frames: Frames, stats: ActionStats, pretrained: dict, start: Start,
+    steps: int,
+) -> dict:  # fmt: skip
     """The checkpoints' manifest without step and hashes. InputError if resumed on other data."""
     data = frames.source
     identity = {  # the order of samples and the held-out episodes depend on these
@@ -157,11 +168,13 @@ def describe_run(
     theirs = start.manifest["data"] if start.resumed else {}
     if any(theirs[name] != identity[name] for name in theirs):  # older runs have no content
         raise InputError(
-            f"{start.folder}: was trained on {theirs}, {cfg.data} has {identity}. "
-            "Give the same data, or another --out with --init-from"
+            f"{start.folder}: was trained on {theirs['frames']} frames of {theirs['episodes']} "
+            f"episodes, {cfg.data} has {identity['frames']} of {identity['episodes']}, or others. "
+            "Give the same data, or another --run-name or --out"
         )
     return {
         "stage": cfg.stage,
+        "steps": steps,
         "config": to_json(cfg),
         "action_stats": {"low": stats.low, "high": stats.high},
         "action_schema": data.action_schema,
