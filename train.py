@@ -235,9 +235,10 @@ def train(stage: Stage, ranks: Ranks) -> int:
                 break
         if stopped:
             saver.save(step, *state)
-    gave_up = skipped > 0 and skipped in (cfg.max_skipped, step - order.first)
-    log.close(step, stopped, skipped * gave_up)
-    return STOPPED if stopped else int(gave_up)
+    # A run fails after too many skipped steps in a row, or if it skipped every step.
+    gave_up = skipped if skipped in (cfg.max_skipped, step - order.first) else 0
+    log.close(step, stopped, gave_up)
+    return STOPPED if stopped else int(gave_up > 0)
 
 
 def main(cfg: TrainConfig) -> int:

@@ -196,13 +196,16 @@ def make_html(found: dict) -> str:
     return jinja.get_template("report.html.j2").render(found, rows=rows, names=names)
 
 
+def is_run(folder: Path) -> bool:
+    return any([*folder.glob(part)] for part in ("stage[123]", "eval*/", "table-*.json"))
+
+
 def write_report(run: Path) -> Path:
     """Write the report of RUN, a folder with stage*/ and eval*/; return RUN/report.md."""
-    if not [*run.glob("stage[123]"), *run.glob("eval*/"), *run.glob("table-*.json")]:
-        raise InputError(
-            f"{run}: expected a folder that holds stage1/, eval/ or table-N.json. Of an "
-            f"evaluation: python -m tools.report --run {quoted(run.resolve().parent)}"
-        )
+    if not is_run(run):
+        parent = run.resolve().parent
+        hint = f": python -m tools.report --run {quoted(parent)}" if is_run(parent) else ""
+        raise InputError(f"{run}: expected a folder with stage1/, eval/ or table-N.json{hint}")
     found, file = read_run(run), run / "report.md"
     write(run / "report.html", make_html(found).encode())
     write(file, make_markdown(found).encode())

@@ -127,6 +127,7 @@ class Log:
             )
         how = "stopped by a signal after" if stopped else "ended with"
         saved = f"its checkpoint is in {self.out}" if step else "there is nothing to save yet"
+        saved += "; the same command goes on" * stopped
         print(f"stage {self.cfg.stage} {how} step {step}, {saved}")
 
 

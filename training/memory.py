@@ -93,7 +93,8 @@ def describe_plan(
         return f"{line} of {total / 2**30:.3g}"
     kind = "GPU" if device.type == "cuda" else "machine"
     fit = int((USABLE * total - sum(fixed)) // frame)
-    remedy = f"--micro-batch {fit}" if fit >= 1 else "--shard on more GPUs"
+    larger = "--shard on more GPUs" if device.type == "cuda" else "--preset tiny"
+    remedy = f"--micro-batch {fit}" if fit >= 1 else larger
     if not cfg.recompute:
         remedy += ", or --recompute, for a third more arithmetic"
     raise InputError(f"{line}, but the {kind} has {total / 2**30:.3g}: give {remedy}")

@@ -137,7 +137,7 @@ def build_model(cfg: TrainConfig, start: Start, is_main: bool) -> tuple[AuxVLA, 
             print(f"{'resumed' if start.resumed else 'initialised'} from {start.folder}")
         return model, start.manifest["pretrained"]
     if cfg.stage == 2 and not cfg.row and is_main:
-        print("stage 2 without --init-from RUN/stage1: naive co-training (Table 2)")
+        print("warning: stage 2 without --init-from RUN/stage1: naive co-training (Table 2)")
     return model, load_pretrained(model.vlm, cfg.pretrained) if cfg.pretrained else {}
 
 
