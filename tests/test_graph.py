@@ -8,7 +8,7 @@ from model import AuxVLA
 from policy import Graphs, halve
 
 ZEROS = torch.zeros(4, 13)
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 
 
 @pytest.fixture
@@ -57,7 +57,8 @@ def test_bf16_acts_as_fp32_does_up_to_rounding(model):
     torch.testing.assert_close(rounded[:, :8], prefix.hidden[:, :8], **close)
 
 
-@on_gpu
+@pytest.mark.gpu
+@no_gpu
 @torch.no_grad()
 @pytest.mark.parametrize("chunk", [False, True])
 def test_graphs_give_what_the_model_gives_for_inputs_that_they_have_not_seen(model, chunk):
