@@ -114,8 +114,10 @@ def test_settings_stand_once_or_on_every_line_and_may_not_change(tmp_path):
 
 
 def test_wrong_flags_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no --policy but learned"):
+    with pytest.raises(InputError, match="--policy random takes no --checkpoint"):
         EvalConfig(out=tmp_path, checkpoint=tmp_path, policy="random")
+    with pytest.raises(InputError, match="--checkpoint without --out"):
+        EvalConfig(checkpoint=tmp_path)
     for task, column in (("tidy_house", "open_fridge"), ("set_table", "place:003_cracker_box")):
         with pytest.raises(InputError, match=f"{column}: {task} has none.*only set_table"):
             EvalConfig(out=tmp_path, policy="random", task=task, columns=(column,))

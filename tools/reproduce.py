@@ -215,8 +215,9 @@ def main(cfg: ReproduceConfig):
         with sole_writer(work), sole_writer(out):
             run(cfg)
     table = make_table(out, cfg.table, cfg.names, cell, cfg.preset)
-    if not cfg.rows:
-        write_json(out / f"table-{cfg.table}.json", table)
+    path = out / f"table-{cfg.table}.json"
+    if not (cfg.rows and path.exists()):  # some rows do not replace the whole table
+        write_json(path, table)
     print("\n".join([*to_markdown(table), "", list_differences(table)]))
 
 
