@@ -16,16 +16,7 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-from config import (
-    ACTION_DIM,
-    CAMERAS,
-    CHUNK,
-    IMAGE_SIZE,
-    LABELS,
-    QPOS_DIM,
-    InputError,
-    Range,
-)
+from config import ACTION_DIM, CAMERAS, CHUNK, IMAGE_SIZE, LABELS, QPOS_DIM, InputError, Range
 
 # One frame as recorded, neither normalised nor resized: the unit of packs and raw batches.
 _PICTURE = (len(CAMERAS), IMAGE_SIZE, IMAGE_SIZE)
@@ -62,13 +53,11 @@ SURVEY = np.dtype(
 
 CAMERA_POSE = "obs/sensor_param/fetch_hand/cam2world_gl"  # world frame, OpenGL's axes
 GRIPPER_POSE = "obs/extra/tcp_pose_wrt_base"  # metres and wxyz
-KEYS = {
-    "grasp": "obs/extra/is_grasped", "qpos": "obs/agent/qpos", "obj": "obs/extra/obj_pose_wrt_base",
-}  # fmt: skip
+KEYS = {"pos": "labels/pos", "grasp": "obs/extra/is_grasped", "qpos": "obs/agent/qpos"}
+KEYS["obj"] = "obs/extra/obj_pose_wrt_base"
 # Names of dtypes, as numpy's codes.
 _INT, _FLOAT = np.typecodes["AllInteger"], np.typecodes["Float"]
-KINDS = {"uint8": "B", "integer": _INT, "float": _FLOAT, "bool": "?" + _INT}
-KINDS["number"] = KINDS["bool"] + _FLOAT
+KINDS = dict(uint8="B", integer=_INT, float=_FLOAT, bool="?" + _INT, number="?" + _INT + _FLOAT)
 
 
 class Field(NamedTuple):
@@ -85,7 +74,7 @@ FIELDS = {
     **{f"labels/seg/fetch_{c}": Field("bool", _PICTURE[1:]) for c in CAMERAS},
     KEYS["grasp"]: Field("number", (), ZERO_TO_ONE),
     KEYS["qpos"]: Field("float", (QPOS_DIM,)), KEYS["obj"]: Field("float", (7,)),
-    "labels/pos": Field("float", (2,)), "actions": Field("float", (ACTION_DIM,)),
+    KEYS["pos"]: Field("float", (2,)), "actions": Field("float", (ACTION_DIM,)),
     "success": Field("number", (), ZERO_TO_ONE),
     CAMERA_POSE: Field("float", (4, 4)), GRIPPER_POSE: Field("float", (7,)),
 }  # fmt: skip
@@ -125,8 +114,8 @@ class Trajectory:
                 got = f"{data.dtype} {list(data.shape or ())}" if there else "not there"
                 raise DataError(
                     f"{where}: {key} is {got}, expected {kind} {expected} for {steps} "
-                    "elapsed_steps. Download it again, or record it with MS-HAB's Fetch and "
-                    f"cameras (obs_mode=rgbd, control_mode={CONTROL})"
+                    "elapsed_steps. Download or record it again, with MS-HAB's Fetch and cameras "
+                    f"(obs_mode=rgbd, control_mode={CONTROL})"
                 )
             self.fields[key] = data
 
@@ -170,9 +159,7 @@ class Trajectory:
         """Labels without masks {name: [n, ...]}, flags `has` [n, 5], metres the base rises by."""
         rise, rows = 0.0, (first, last)
         values = {n: self.read(key, *rows) for n, key in KEYS.items() if key in self.fields}
-        if "labels/pos" in self.fields:
-            values["pos"] = self.read("labels/pos", *rows)
-        elif CAMERA_POSE in self.fields and GRIPPER_POSE in self.fields:
+        if "pos" not in values and {CAMERA_POSE, GRIPPER_POSE} <= self.fields.keys():
             poses = (self.read(key, *rows) for key in (CAMERA_POSE, GRIPPER_POSE))
             values["pos"], rise = base_position(*poses, self.where)
         masks = f"labels/seg/fetch_{CAMERAS[0]}"
@@ -195,8 +182,8 @@ class Trajectory:
         values["actions"] = executed
         for name in VECTORS:
             seen = values.get(name, np.zeros(0))
-            out[name][0] = seen.min(0) if len(seen) else np.inf
-            out[name][1] = seen.max(0) if len(seen) else -np.inf
+            out[name][0] = seen.min(0, initial=np.inf)
+            out[name][1] = seen.max(0, initial=-np.inf)
         return out
 
 
@@ -283,8 +270,7 @@ def remarks(surveys: np.ndarray, files: list[str]) -> list[str]:
         if len(speed) and not 0.6 < np.median(speed) < 1.6:
             out.append(
                 f"{file}: the base moves {np.median(speed):.2f} of what action {BASE_FORWARD} "
-                f"commands at {CONTROL_HZ} Hz, expected about 1: another controller, or positions "
-                "of something else"
+                f"commands at {CONTROL_HZ} Hz, expected about 1: another controller or other labels"
             )
     for name in ("pos", "grasp", "qpos", "obj"):
         low, high = surveys[name][:, 0].min(0), surveys[name][:, 1].max(0)
