@@ -71,8 +71,7 @@ def write(
     """
     if bad := [k for k, t in (weights | (moments or {})).items() if not t.isfinite().all()]:
         raise InputError(
-            f"step {step} is not saved: {len(bad)} tensors are not finite, {bad[0]} first. Earlier "
-            f"checkpoints in {out} are as they were; lower --lr"
+            f"{out}: step {step} is not saved: {len(bad)} tensors not finite ({bad[0]}); lower --lr"
         )
     final = out / f"step-{step:08d}"
     partial = out / f".{final.name}.partial"

@@ -119,9 +119,7 @@ class Demonstrations(Index):
         for name in ("action_schema", "qpos_names"):
             theirs, ours = sidecar.get(name), getattr(self, name)
             if ours is not None and theirs is not None and theirs != ours:
-                raise DataError(
-                    f"{path}: its {name} {theirs} differs from that of the files before it, {ours}"
-                )
+                raise DataError(f"{path}: its {name} {theirs} differs from earlier files' {ours}")
             setattr(self, name, ours or theirs)
         with readable(path):
             unnamed = set(open_h5(str(path), os.getpid()))

@@ -49,8 +49,7 @@ class Pack(Index):
             with well_formed(index):
                 episodes = [Episode(**episode) for episode in meta["episodes"]]
                 super().__init__(folder, meta["truncate"], episodes, *(meta[n] for n in ABOUT))
-                # of each .h5: size, time, sha256, and sha256 of its .npy
-                self.sources = {str(file): dict(entry) for file, entry in meta["files"].items()}
+                self.sources = meta["files"]  # {.h5: size, time, sha256, and sha256 of its .npy}
                 # {file: sha256}, by which a resumed run sees that its data changed
                 self.content = {npy_name(f): entry["packed"] for f, entry in self.sources.items()}
                 self.content["summary.npz"] = meta["summary"]

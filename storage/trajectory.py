@@ -113,9 +113,8 @@ class Trajectory:
             if not there or data.shape != tuple(expected) or data.dtype.char not in KINDS[kind]:
                 got = f"{data.dtype} {list(data.shape or ())}" if there else "not there"
                 raise DataError(
-                    f"{where}: {key} is {got}, expected {kind} {expected} for {steps} "
-                    "elapsed_steps. Download or record it again, with MS-HAB's Fetch and cameras "
-                    f"(obs_mode=rgbd, control_mode={CONTROL})"
+                    f"{where}: {key} is {got}, expected {kind} {expected} for {steps} elapsed_steps"
+                    f". Download or record it again (MS-HAB's Fetch, obs_mode=rgbd, {CONTROL})"
                 )
             self.fields[key] = data
 
@@ -264,8 +263,7 @@ def remarks(surveys: np.ndarray, files: list[str]) -> list[str]:
                 f"{file}: {share} of action values clipped to [-1, 1], as the controller does"
             )
         if (rise := rows["rise"].max()) > RISE_WARNED:
-            rise = f"{1000 * rise:.1f} mm"
-            out.append(f"{file}: the derived base rises by up to {rise}, expected under 1")
+            out.append(f"{file}: the derived base rises by up to {1000 * rise:.1f} mm, not under 1")
         speed = rows["speed"][np.isfinite(rows["speed"])]
         if len(speed) and not 0.6 < np.median(speed) < 1.6:
             out.append(

@@ -99,15 +99,15 @@ def describe_plan(
     raise InputError(f"{line}, but the {kind} has {total / 2**30:.3g}: give {remedy}")
 
 
-def check_shared_memory(cfg: TrainConfig, folder: str = "/dev/shm") -> None:
+def check_shared_memory(cfg: TrainConfig) -> None:
     """Raise InputError if the loader processes' batches, two each, do not fit."""
     pictures = sum(RECORD[name].itemsize for name in ("rgb", "depth"))
     frame = RECORD.itemsize + (HISTORY * pictures if cfg.model.history == "frames" else 0)
-    free, need = shutil.disk_usage(folder).free, 2 * cfg.workers * cfg.batch_size * frame
+    free, need = shutil.disk_usage("/dev/shm").free, 2 * cfg.workers * cfg.batch_size * frame
     if free < need:
         size = f"{-(-need // 2**30)}g"
         raise InputError(
-            f"{folder} has {free / 1e9:.1f} GB free, {cfg.workers} loader processes need "
-            f"{need / 1e9:.1f} GB: mount -o remount,size={size} {folder} (or docker run "
+            f"/dev/shm has {free / 1e9:.1f} GB free, {cfg.workers} loader processes need "
+            f"{need / 1e9:.1f} GB: mount -o remount,size={size} /dev/shm (or docker run "
             f"--shm-size={size}), or give --workers 0"
         )
