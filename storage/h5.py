@@ -293,16 +293,15 @@ def load_sidecar(path: Path) -> dict:
             f"{sidecar}: got {error!r}, expected a JSON object with MS-HAB's `episodes`. {again}"
         ) from error
     absent = {"control_mode": kwargs.get("control_mode"), "instruction": "that of its folder"}
-    ids = set()
     for i, entry in enumerate(entries):
         for name, (expected, holds) in ENTRY.items():
             got = (absent | entry).get(name)
             if not holds(got):
                 where = f"{sidecar}, traj_{entry.get('episode_id')} (entry {i})"
                 raise DataError(f"{where}: {name} is {got!r}, expected {expected}. {again}")
-        if entry["episode_id"] in ids:
-            raise DataError(f"{sidecar}: episode_id {entry['episode_id']} is there twice. {again}")
-        ids.add(entry["episode_id"])
+    ids = [entry["episode_id"] for entry in entries]
+    if len(set(ids)) < len(ids):
+        raise DataError(f"{sidecar}: episode_id {max(ids, key=ids.count)} is there twice. {again}")
     if not entries:
         raise DataError(f"{sidecar}: its `episodes` are empty. {again}")
     return content

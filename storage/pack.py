@@ -13,7 +13,7 @@ is written last: a folder that has it is complete.
 """
 
 from bisect import bisect
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
@@ -63,19 +63,17 @@ class Pack(Index):
 
     def _map(self, path: Path, frames: int) -> np.ndarray:
         """A file's records as bytes, [frames, size of RECORD], mapped into memory."""
-        with self._readable(path):
+        with readable(path, again=pack_again(self.folder, [path], self.truncate)):
             records = np.load(path, mmap_mode="r")
             if records.dtype != RECORD or records.shape != (frames,):
                 raise ValueError(f"{records.shape} records, expected {frames} of RECORD")
         return rearrange(records.view(np.ndarray).view(np.uint8), "(n size) -> n size", n=frames)
 
-    def _readable(self, path: Path) -> AbstractContextManager:
-        return readable(path, again=pack_again(self.folder, [path], self.truncate))
-
     def _summary(self, name: str, rows: int) -> np.ndarray:
         """An array of summary.npz, [rows, ...]."""
         path = self.folder / "summary.npz"
-        with self._readable(path), np.load(path) as summary:
+        again = pack_again(self.folder, [path], self.truncate)
+        with readable(path, again=again), np.load(path) as summary:
             if len(summary[name]) != rows:
                 raise ValueError(f"{len(summary[name])} rows of {name}, expected {rows}")
             return summary[name]

@@ -9,7 +9,7 @@
 """
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import NamedTuple
 
@@ -252,26 +252,23 @@ def relative_speed(actions: np.ndarray, pos: np.ndarray) -> float:
     return np.median(moved[steady] / np.abs(commanded[steady])) if steady.any() else np.nan
 
 
-def remarks(surveys: np.ndarray, files: list[str]) -> list[str]:
+def remarks(surveys: np.ndarray, files: list[str]) -> Iterator[str]:
     """Sentences about oddities in episodes, given surveys [n] and the file of each."""
-    out, names = [], np.array(files)
+    names = np.array(files)
     for file in dict.fromkeys(files):
         rows = surveys[names == file]
         if clipped := rows["clipped"].sum():
             share = f"{clipped / (rows['frames'].sum() * ACTION_DIM):.1%}"
-            out.append(
-                f"{file}: {share} of action values clipped to [-1, 1], as the controller does"
-            )
+            yield f"{file}: {share} of action values clipped to [-1, 1], as the controller does"
         if (rise := rows["rise"].max()) > RISE_WARNED:
-            out.append(f"{file}: the derived base rises by up to {1000 * rise:.1f} mm, not under 1")
+            yield f"{file}: the derived base rises by up to {1000 * rise:.1f} mm, expected under 1"
         speed = rows["speed"][np.isfinite(rows["speed"])]
         if len(speed) and not 0.6 < np.median(speed) < 1.6:
-            out.append(
+            yield (
                 f"{file}: the base moves {np.median(speed):.2f} of what action {BASE_FORWARD} "
                 f"commands at {CONTROL_HZ} Hz, expected about 1: another controller or other labels"
             )
     for name in ("pos", "grasp", "qpos", "obj"):
         low, high = surveys[name][:, 0].min(0), surveys[name][:, 1].max(0)
         if (low == high).all():
-            out.append(f"{name} never changes in these episodes: its decoder can only learn {low}")
-    return out
+            yield f"{name} never changes in these episodes: its decoder can only learn {low}"
