@@ -124,10 +124,7 @@ class LLMConfig:
         if self.prompt.count("{}") != 1 or {"{", "}"} & set(self.prompt.replace("{}", "")):
             raise InputError(f"prompt {self.prompt!r}: expected {{}} once, for the instruction")
         if self.vocab < self.first_action_id + BINS:
-            raise InputError(
-                f"vocab {self.vocab}: expected {self.first_action_id + BINS} or more, for {BINS} "
-                f"action ids from first_action_id {self.first_action_id} on"
-            )
+            raise InputError(f"vocab {self.vocab}: expected first_action_id + {BINS} or more")
 
 
 # OpenVLA's LLM and prompt; 29871 is Llama's token of a single space. OpenVLA's config.json names no
@@ -210,10 +207,8 @@ class ModelConfig:
             raise InputError(f"decoders {self.decoders}: expected each of them once")
         if self.decoders and not self.num_latents:
             raise InputError("num_latents 0: decoders need at least 1")
-        if self.latents == "action_states" and self.num_latents > ACTION_DIM:
-            raise InputError(
-                f"num_latents {self.num_latents}: there are {ACTION_DIM} action states"
-            )
+        if self.latents == "action_states" and (n := self.num_latents) > ACTION_DIM:
+            raise InputError(f"num_latents {n}: there are {ACTION_DIM} action states")
         if not 1 <= len(self.decoder.channels) <= 7:
             raise InputError(f"decoder.channels {self.decoder.channels}: expected 1 to 7 numbers")
         multiples = {
@@ -272,8 +267,7 @@ class TrainConfig:
     # auto: continue from the newest whole checkpoint in `out`
     resume: Literal["auto", "never"] = "auto"
     steps: Count | None = None  # optimizer steps of this stage; default: `epochs` of the data
-    # of stages 1, 2, 3 (Sec. 6.3; GAP-14); 0: no stage
-    epochs: tuple[Whole, Whole, Whole] = (3, 7, 10)
+    epochs: tuple[Whole, Whole, Whole] = (3, 7, 10)  # of stages 1-3 (Sec. 6.3; GAP-14); 0: no stage
     batch_size: Count = 512  # frames per step over all GPUs (Sec. 6.1)
     # frames per GPU and backward pass; gradients accumulate up to batch_size (training/memory.py)
     micro_batch: Count = 8
@@ -299,8 +293,7 @@ class TrainConfig:
     log_every: Count = 10  # steps
     save_every: Count = 1000  # steps; one more at the end
     keep: Count = 2  # newest checkpoints to keep
-    # stop after so many steps in a row whose loss or gradient is not finite
-    max_skipped: Count = 10
+    max_skipped: Count = 10  # stop after so many steps in a row with a non-finite loss or gradient
     tracker: Literal["tensorboard", "wandb"] | None = None  # beside log.jsonl
 
 
@@ -309,11 +302,9 @@ _BARE = dict(depth=False, cameras=("head",), num_latents=0, decoders=())
 OPENVLA_MODEL = ModelConfig(llm=LLAMA2_7B, **_BARE)
 
 TINY_MODEL = ModelConfig(
-    image_size=64,
-    patch_size=32,
+    image_size=64, patch_size=32, projector_hidden=384,
     dino=VisionConfig(192, 2, 6, 768, registers=1, layer_scale=1.0),
     siglip=replace(SIGLIP_SO400M, width=192, depth=2, heads=6, mlp=768),
-    projector_hidden=384,
     llm=LLMConfig(
         "words", vocab=512, width=192, depth=4, heads=6, kv_heads=6, mlp=512, rope_theta=1e4,
         init_std=0.06, first_action_id=256,

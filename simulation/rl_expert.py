@@ -26,7 +26,7 @@ from mshab.agents.sac.agent import Agent as SAC
 from torch import Tensor, nn
 
 from config import ACTION_DIM, IMAGE_SIZE, QPOS_DIM, InputError, quoted
-from storage.files import PICKLE_ERRORS, sha256
+from storage.files import READ_ERRORS, sha256
 
 HUB = "arth-shukla/mshab_checkpoints"
 CAMERAS = {"fetch_head_depth": "fetch_head", "fetch_hand_depth": "fetch_hand"}  # by input
@@ -59,7 +59,7 @@ class RLPolicy:
             # A pickle; weights_only builds nothing but tensors and containers.
             state = torch.load(weights, map_location="cpu", weights_only=True)
             agent.load_state_dict(state["agent"])
-        except (*PICKLE_ERRORS, yaml.YAMLError) as error:
+        except (*READ_ERRORS, yaml.YAMLError) as error:
             raise InputError(
                 f"{folder}: no policy of MS-HAB's ({type(error).__name__}: {error}). Get it by "
                 f'`hf download {HUB} --include "rl/{task}/{subtask}/{target}/*" --local-dir '

@@ -71,8 +71,7 @@ def write(
     """
     if bad := [k for k, t in (weights | (moments or {})).items() if not t.isfinite().all()]:
         raise InputError(
-            f"step {step} is not saved: {len(bad)} tensors are not finite, {bad[0]} first. Earlier "
-            f"checkpoints in {out} are as they were; lower --lr"
+            f"{out}: step {step} is not saved: {len(bad)} tensors not finite ({bad[0]}); lower --lr"
         )
     final = out / f"step-{step:08d}"
     partial = out / f".{final.name}.partial"
@@ -82,7 +81,13 @@ def write(
         if moments is not None:
             save_file(moments, partial / MOMENTS)
         (partial / "tokenizer.json").write_bytes(tokenizer.encode())
-        seal(partial, {"format": FORMAT, "step": step} | manifest)
+        sizes, hashes, mode = {}, {}, (partial / "tokenizer.json").stat().st_mode
+        for path in sorted(partial.iterdir()):
+            path.chmod(mode)  # safetensors ignores the umask: only the owner could read its files
+            sync(path)
+            sizes[path.name], hashes[path.name] = path.stat().st_size, sha256(path)
+        manifest = {"format": FORMAT, "step": step} | manifest
+        write_json(partial / "manifest.json", manifest | {"sizes": sizes, "files": hashes})
         if final.exists():
             discard(final)
         os.replace(partial, final)
@@ -96,16 +101,6 @@ def write(
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def seal(folder: Path, manifest: dict) -> None:
-    """Flush the files of a checkpoint to the disk; write the manifest with their hashes."""
-    sizes, hashes, mode = {}, {}, (folder / "tokenizer.json").stat().st_mode
-    for path in sorted(folder.iterdir()):
-        path.chmod(mode)  # safetensors ignores the umask: only the owner could read its files
-        sync(path)
-        sizes[path.name], hashes[path.name] = path.stat().st_size, sha256(path)
-    write_json(folder / "manifest.json", manifest | {"sizes": sizes, "files": hashes})
 
 
 def is_complete(folder: Path) -> bool:
@@ -238,8 +233,7 @@ def load_weights(model: nn.Module, folder: Path, new: tuple[str, ...] = ()) -> N
     missing = [key for key in missing if not key.startswith(new)]
     if missing or unexpected:
         raise InputError(
-            f"{folder}: is of another model or a later stage: lacks {missing[:5]}, has unknown "
-            f"{unexpected[:5]}"
+            f"{folder}: another model or a later stage: lacks {missing[:5]}, has {unexpected[:5]}"
         )
 
 
@@ -247,8 +241,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
     """Load Adam's state. Raises InputError for a checkpoint that was exported without it."""
     if not (folder / MOMENTS).is_file():
         raise InputError(
-            f"{folder}: has no {MOMENTS} to resume with. Give another --out and --init-from "
-            + quoted(folder)
+            f"{folder}: has no {MOMENTS}. Give another --out and --init-from {quoted(folder)}"
         )
     from torch.distributed.tensor import DTensor, distribute_tensor  # here: --help loads faster
 
@@ -265,9 +258,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor of an FSDP shard, gathered on the CPU by all ranks; others unchanged."""
-    from torch.distributed.tensor import DTensor  # here: --help loads faster
-
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
 
 
 def export(checkpoint: Path, out: Path) -> None:

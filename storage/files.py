@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from zipfile import BadZipFile
 
 from config import InputError, quoted
 
@@ -24,10 +25,10 @@ class DamagedError(InputError):
     """A file that is missing, or not as it was written; the message names it."""
 
 
-# torch.load raises these on a file that is cut off or is a foreign pickle.
-PICKLE_ERRORS = (
+# What torch, numpy, h5py and json raise on a file that is cut off or of another kind.
+READ_ERRORS = (
     OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError,
-    pickle.UnpicklingError,
+    OverflowError, BadZipFile, pickle.UnpicklingError,
 )  # fmt: skip
 MENDS = {  # system error: the command after which an undamaged file can be read
     errno.EACCES: "chmod u+r {}  # its owner, or root",
@@ -92,12 +93,8 @@ def well_formed(path: Path) -> Iterator[None]:
     """Raise DamagedError where a JSON file has not the content that the block reads from it."""
     try:
         yield
-    except InputError:
-        raise
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise DamagedError(
-            f"{path}: damaged, or the content of another file ({error!r})"
-        ) from error
+        raise DamagedError(f"{path}: damaged, or another file's content ({error!r})") from error
 
 
 def read_json(path: Path) -> dict:

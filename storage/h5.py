@@ -31,11 +31,12 @@ import numpy as np
 
 from config import IMAGE_SIZE, SUBTASKS, TASKS, InputError, quoted
 from paper import ARTICULATIONS, HUB_DATASETS, OBJECTS, instruction
-from storage.files import mend_of
+from storage.files import READ_ERRORS, mend_of
 from storage.trajectory import CONTROL, RECORD, SURVEY, DataError, Trajectory, clip
 
 SHUFFLE_POOL = 256  # blocks that training.order.StepOrder mixes
 READ_AHEAD = 320  # blocks that a reader caches: 1.4 GB for episodes of 200 steps
+AGAIN = "It is damaged or not MS-HAB's (obs_mode=rgbd). Download or record it again"
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,11 @@ class Index:
         """The first frame of each episode, and the number of all frames, [episodes + 1]."""
         return np.cumsum([0] + [episode.length for episode in self.episodes])
 
-    @property
+    @cached_property
     def content(self) -> dict[str, int]:
         """{file: bytes}, by which a resumed run sees that its data changed."""
         files = dict.fromkeys(episode.file for episode in self.episodes)
         return {file: (self.folder / file).stat().st_size for file in files}
-
-    @cached_property
-    def instruction_rows(self) -> np.ndarray:
-        """The row of `instructions` of each episode, [episodes]."""
-        return np.array([episode.instruction for episode in self.episodes])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -89,7 +85,7 @@ class Index:
         records = [self.read_record(frame) for frame in frames]  # bytes copy faster than fields
         records = np.stack(records).view(RECORD)[:, 0]
         records["episode"], _ = self.place(np.asarray(frames))
-        records["instruction"] = self.instruction_rows[records["episode"]]
+        records["instruction"] = [self.episodes[row].instruction for row in records["episode"]]
         return records
 
 
@@ -123,11 +119,9 @@ class Demonstrations(Index):
         for name in ("action_schema", "qpos_names"):
             theirs, ours = sidecar.get(name), getattr(self, name)
             if ours is not None and theirs is not None and theirs != ours:
-                raise DataError(
-                    f"{path}: its {name} {theirs} differs from that of the files before it, {ours}"
-                )
+                raise DataError(f"{path}: its {name} {theirs} differs from earlier files' {ours}")
             setattr(self, name, ours or theirs)
-        with readable(path, str(path)):
+        with readable(path):
             unnamed = set(open_h5(str(path), os.getpid()))
         if empty := [entry["elapsed_steps"] for entry in sidecar["episodes"]].count(0):
             self.notes.append(f"{path}: {empty} episodes of no steps, skipped")
@@ -200,15 +194,14 @@ class Demonstrations(Index):
 
 
 @contextmanager
-def readable(path: Path, where: str) -> Iterator[None]:
-    """Turn h5py's errors into a DataError that names the place and the remedy."""
+def readable(path: Path, where: str | None = None, again: str = AGAIN) -> Iterator[None]:
+    """Turn the errors of reading a file into a DataError that names the place and the remedy."""
     try:
         yield
-    except (OSError, LookupError, RuntimeError, AttributeError, TypeError) as error:
+    except READ_ERRORS as error:
         mend = mend_of(path, error)
-        damage = "It is damaged or not MS-HAB's (obs_mode=rgbd). Download or record it again"
-        why = f"The file may be intact: {mend}" if mend else damage
-        raise DataError(f"{where}: cannot be read ({error}). {why}") from error
+        why = f"The file may be intact: {mend}" if mend else again
+        raise DataError(f"{where or path}: cannot be read ({error!r}). {why}") from error
 
 
 def first_success(path: Path, trajectory: str, steps: int) -> int:
@@ -236,19 +229,13 @@ def chunk_rows(observations: int) -> int:
 
 # --- Files and their .json ---
 
-ABSENT = object()
 WHOLE = ("a whole number", lambda value: type(value) is int and value >= 0)
 # Fields of an episode in the .json: what is expected, and the test of it.
 ENTRY = {
     "episode_id": WHOLE,
     "elapsed_steps": WHOLE,
     "control_mode": (CONTROL, lambda value: value in (None, CONTROL)),
-    "instruction": (
-        "a sentence, or no such entry",
-        lambda value: (
-            value is ABSENT or (isinstance(value, str) and value.strip() and value.isprintable())
-        ),
-    ),
+    "instruction": ("a sentence", lambda s: isinstance(s, str) and s.strip() and s.isprintable()),
 }
 
 
@@ -292,7 +279,7 @@ def load_sidecar(path: Path) -> dict:
     again = "Download or record it again"
     if not sidecar.is_file():
         raise DataError(f"{path}: no {sidecar.name} beside it. {again}")
-    with readable(sidecar, str(sidecar)):
+    with readable(sidecar):
         text = sidecar.read_bytes()
     try:
         content = json.loads(text)
@@ -301,21 +288,20 @@ def load_sidecar(path: Path) -> dict:
         for name in ("action_schema", "qpos_names"):
             if not isinstance(content.get(name) or [], list):
                 raise TypeError(f"{name} {content[name]!r}, no list")
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except READ_ERRORS as error:
         raise DataError(
             f"{sidecar}: got {error!r}, expected a JSON object with MS-HAB's `episodes`. {again}"
         ) from error
-    ids = set()
+    absent = {"control_mode": kwargs.get("control_mode"), "instruction": "that of its folder"}
     for i, entry in enumerate(entries):
         for name, (expected, holds) in ENTRY.items():
-            got = entry.get(name, kwargs.get(name) if name == "control_mode" else ABSENT)
+            got = (absent | entry).get(name)
             if not holds(got):
-                shown = "not there" if got is ABSENT else repr(got)
                 where = f"{sidecar}, traj_{entry.get('episode_id')} (entry {i})"
-                raise DataError(f"{where}: {name} is {shown}, expected {expected}. {again}")
-        if entry["episode_id"] in ids:
-            raise DataError(f"{sidecar}: episode_id {entry['episode_id']} is there twice. {again}")
-        ids.add(entry["episode_id"])
+                raise DataError(f"{where}: {name} is {got!r}, expected {expected}. {again}")
+    ids = [entry["episode_id"] for entry in entries]
+    if len(set(ids)) < len(ids):
+        raise DataError(f"{sidecar}: episode_id {max(ids, key=ids.count)} is there twice. {again}")
     if not entries:
         raise DataError(f"{sidecar}: its `episodes` are empty. {again}")
     return content

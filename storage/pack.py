@@ -13,11 +13,11 @@ is written last: a folder that has it is complete.
 """
 
 from bisect import bisect
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated
-from zipfile import BadZipFile
 
 import numpy as np
 import tyro
@@ -25,16 +25,8 @@ from einops import rearrange
 from tqdm import tqdm
 
 from config import InputError, quoted
-from storage.files import (
-    DamagedError,
-    read_json,
-    replacing,
-    sha256,
-    sole_writer,
-    well_formed,
-    write_json,
-)
-from storage.h5 import Demonstrations, Episode, Index, h5_files
+from storage.files import read_json, replacing, sha256, sole_writer, well_formed, write_json
+from storage.h5 import Demonstrations, Episode, Index, h5_files, readable
 from storage.trajectory import RECORD, DataError, remarks
 
 FORMAT = f"2 {RECORD.descr}"  # a pack of other records is refused
@@ -53,50 +45,38 @@ class Pack(Index):
         try:
             meta = read_json(index)
             if meta.get("format") != FORMAT:
-                raise DamagedError(f"{index}: other records than this code reads")
+                raise InputError(f"{index}: other records than this code reads")
             with well_formed(index):
                 episodes = [Episode(**episode) for episode in meta["episodes"]]
                 super().__init__(folder, meta["truncate"], episodes, *(meta[n] for n in ABOUT))
-                # of each .h5: size, time, sha256, and sha256 of its .npy
-                self.sources = {str(file): dict(entry) for file, entry in meta["files"].items()}
-                self.hashes = {npy_name(f): entry["packed"] for f, entry in self.sources.items()}
-                self.hashes["summary.npz"] = meta["summary"]
+                self.sources = meta["files"]  # {.h5: size, time, sha256, and sha256 of its .npy}
+                # {file: sha256}, by which a resumed run sees that its data changed
+                self.content = {npy_name(f): entry["packed"] for f, entry in self.sources.items()}
+                self.content["summary.npz"] = meta["summary"]
                 lengths = dict.fromkeys(self.sources, 0)
                 for episode in episodes:
                     lengths[episode.file] += episode.length
-        except DamagedError as error:
-            raise damaged(folder, str(error), [index]) from None
+        except InputError as error:
+            raise DataError(f"{error}. {pack_again(folder, [index])}") from None
         self.files = [self._map(folder / npy_name(f), length) for f, length in lengths.items()]
         self.file_starts = [0, *accumulate(lengths.values())]  # the first frame of each
 
     def _map(self, path: Path, frames: int) -> np.ndarray:
         """A file's records as bytes, [frames, size of RECORD], mapped into memory."""
-        try:
+        with readable(path, again=pack_again(self.folder, [path], self.truncate)):
             records = np.load(path, mmap_mode="r")
             if records.dtype != RECORD or records.shape != (frames,):
                 raise ValueError(f"{records.shape} records, expected {frames} of RECORD")
-        except (OSError, ValueError, OverflowError, EOFError) as error:
-            raise self.damaged(path, error) from None
         return rearrange(records.view(np.ndarray).view(np.uint8), "(n size) -> n size", n=frames)
-
-    def damaged(self, path: Path, error: Exception) -> DataError:
-        return damaged(self.folder, f"{path}: cannot be read ({error})", [path], self.truncate)
 
     def _summary(self, name: str, rows: int) -> np.ndarray:
         """An array of summary.npz, [rows, ...]."""
         path = self.folder / "summary.npz"
-        try:
-            with np.load(path) as summary:
-                if len(summary[name]) != rows:
-                    raise ValueError(f"{len(summary[name])} rows of {name}, expected {rows}")
-                return summary[name]
-        except (OSError, ValueError, LookupError, TypeError, BadZipFile) as error:
-            raise self.damaged(path, error) from None
-
-    @property
-    def content(self) -> dict[str, str]:
-        """{file: sha256}, by which a resumed run sees that its data changed."""
-        return self.hashes
+        again = pack_again(self.folder, [path], self.truncate)
+        with readable(path, again=again), np.load(path) as summary:
+            if len(summary[name]) != rows:
+                raise ValueError(f"{len(summary[name])} rows of {name}, expected {rows}")
+            return summary[name]
 
     def read_record(self, frame: int) -> np.ndarray:
         """One frame as bytes, [size of RECORD]."""
@@ -125,10 +105,10 @@ def command(folder: str | Path, truncate: bool = True, data: str | Path | None =
     return f"python data.py pack {flag}--data {quoted(data)} --out {quoted(folder)}"
 
 
-def damaged(folder: Path, what: str, files: list[Path], truncate: bool = True) -> DataError:
-    """The error that names the command which writes these files of a pack again."""
+def pack_again(folder: Path, files: list[Path], truncate: bool = True) -> str:
+    """What to do about these damaged files of a pack."""
     moves = [f"mv {quoted(file, f'{file}.damaged')}" for file in files if file.exists()]
-    return DataError(f"{what}. Pack again: {' && '.join([*moves, command(folder, truncate)])}")
+    return f"Pack again: {' && '.join([*moves, command(folder, truncate)])}"
 
 
 def open_data(data: str | Path, truncate: bool | None = None) -> Index:
@@ -148,9 +128,8 @@ def open_data(data: str | Path, truncate: bool | None = None) -> Index:
             f"{'Give' if truncate else 'Drop'} --no-truncate-at-success, or pack again: "
             f"{command(f'{folder}-again', truncate, data if data != folder else None)}"
         )
-    files = {str(path.relative_to(data)): path for path in h5_files(data)}
-    packed = {name: pack.sources.get(name, {}).items() for name in files}
-    if new := [name for name, path in files.items() if size_and_time(path).items() - packed[name]]:
+    files = {str(path.relative_to(data)): size_and_time(path) for path in h5_files(data)}
+    if new := [n for n, now in files.items() if now.items() - pack.sources.get(n, {}).items()]:
         raise InputError(
             f"{folder}: {', '.join(new)} in {data} changed since, or came later. Pack again (only "
             f"files with another content are): {command(folder, pack.truncate, data)}"
@@ -200,9 +179,8 @@ def write_pack(source: Demonstrations, folder: Path) -> None:
     final.unlink(missing_ok=True)
     for file in tqdm([file for file in rows if file not in files], "pack", unit="file"):
         path = source.folder / file
-        entry = size_and_time(path) | {"sha256": sha256(path)}
-        entry["packed"] = write_records(folder / npy_name(file), source, rows[file])
-        files[file] = entry
+        files[file] = size_and_time(path) | {"sha256": sha256(path)}
+        files[file]["packed"] = write_records(folder / npy_name(file), source, rows[file])
         write_json(progress, about | {"files": files})
     every = np.arange(len(source.episodes))
     survey = source.survey(every)
@@ -230,37 +208,30 @@ def write_records(path: Path, source: Demonstrations, episodes: list[int]) -> st
 def unchanged(path: Path, about: dict, source: Demonstrations) -> tuple[dict, dict[str, dict]]:
     """A pack's .json, and {file: entry with its present time} of the .h5 whose .npy may stay."""
 
-    def episodes(meta: dict) -> dict[str, list[dict]]:
-        by_file: dict[str, list[dict]] = {}
-        for entry in meta["episodes"]:  # the records do not have the instruction's row
-            by_file.setdefault(entry["file"], []).append(entry | {"instruction": 0})
-        return by_file
+    def episodes(meta: dict, file: str) -> list[dict]:  # a .npy has no instruction's row
+        return [e | {"instruction": 0} for e in meta["episodes"] if e["file"] == file]
 
-    try:
+    with suppress(InputError), well_formed(path):
         meta, kept = read_json(path), {}
-        with well_formed(path):
-            if any(meta[name] != about[name] for name in ("format", "truncate")):
-                return {}, {}
-            before, now = episodes(meta), episodes(about)
-            for file in meta["files"].keys() & now.keys():
-                h5, entry = source.folder / file, meta["files"][file]
-                same = before[file] == now[file] and sha256(h5) == entry["sha256"]
-                if same and (path.parent / npy_name(file)).is_file():
-                    kept[file] = entry | size_and_time(h5)
+        alike = all(meta[name] == about[name] for name in ("format", "truncate"))
+        for file, entry in meta["files"].items():
+            h5, npy = source.folder / file, path.parent / npy_name(file)
+            same = h5.is_file() and npy.is_file() and episodes(meta, file) == episodes(about, file)
+            if alike and same and sha256(h5) == entry["sha256"]:
+                kept[file] = entry | size_and_time(h5)
         return meta, kept
-    except DamagedError:
-        return {}, {}
+    return {}, {}
 
 
 def verify(folder: Annotated[str, tyro.conf.Positional] = "data/pack") -> None:
     """Compare every file of the pack in a folder, or in its pack/, with its sha256."""
     folder = Path(folder)
     pack, wrong = Pack(folder if (folder / "pack.json").exists() else folder / "pack"), []
-    for name, expected in tqdm(pack.hashes.items(), "verify", unit="file"):
+    for name, expected in tqdm(pack.content.items(), "verify", unit="file"):
         path = pack.folder / name
         if not path.is_file() or sha256(path) != expected:
             wrong.append(path)
     if wrong:
         what = f"{', '.join(map(str, wrong))}: missing or damaged, sha256 differs"
-        raise damaged(pack.folder, what, wrong, pack.truncate)
+        raise DataError(f"{what}. {pack_again(pack.folder, wrong, pack.truncate)}")
     print(f"{folder}: {len(pack):,} frames, no file damaged")

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from config import BINS, InputError, ModelConfig, quoted
 from storage import weight_names
 from storage.download import reachable
-from storage.files import PICKLE_ERRORS, read_json, sha256
+from storage.files import READ_ERRORS, read_json, sha256
 
 HUB = {
     "llm": "Qwen/Qwen2.5-0.5B",
@@ -115,7 +115,7 @@ def read_tensors(files: list[Path], headers: bool) -> dict[str, Tensor]:
             continue
         try:
             tensors = read_file(path)
-        except (*PICKLE_ERRORS, SafetensorError) as error:
+        except (*READ_ERRORS, SafetensorError) as error:
             text = f"{path}: cut off or in another format ({error}); download it again"
             raise InputError(text) from error
         if twice := sorted(out.keys() & tensors.keys()):

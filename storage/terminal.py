@@ -30,12 +30,10 @@ def user_errors() -> Iterator[None]:
     reader of stdout has gone (`| head`).
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by `>&-`
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  None: closed by `>&-`
         # Paths print in every locale, and a log file shows each line at once.
-        getattr(sys, name).reconfigure(
-            encoding="utf-8", errors="surrogateescape", line_buffering=True
-        )
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape", line_buffering=True)
+        setattr(sys, name, stream)
     try:
         try:
             for flag, word in zip(sys.argv, sys.argv[1:]):

@@ -9,23 +9,14 @@
 """
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import NamedTuple
 
 import h5py
 import numpy as np
 
-from config import (
-    ACTION_DIM,
-    CAMERAS,
-    CHUNK,
-    IMAGE_SIZE,
-    LABELS,
-    QPOS_DIM,
-    InputError,
-    Range,
-)
+from config import ACTION_DIM, CAMERAS, CHUNK, IMAGE_SIZE, LABELS, QPOS_DIM, InputError, Range
 
 # One frame as recorded, neither normalised nor resized: the unit of packs and raw batches.
 _PICTURE = (len(CAMERAS), IMAGE_SIZE, IMAGE_SIZE)
@@ -62,13 +53,11 @@ SURVEY = np.dtype(
 
 CAMERA_POSE = "obs/sensor_param/fetch_hand/cam2world_gl"  # world frame, OpenGL's axes
 GRIPPER_POSE = "obs/extra/tcp_pose_wrt_base"  # metres and wxyz
-KEYS = {
-    "grasp": "obs/extra/is_grasped", "qpos": "obs/agent/qpos", "obj": "obs/extra/obj_pose_wrt_base",
-}  # fmt: skip
+KEYS = {"pos": "labels/pos", "grasp": "obs/extra/is_grasped", "qpos": "obs/agent/qpos"}
+KEYS["obj"] = "obs/extra/obj_pose_wrt_base"
 # Names of dtypes, as numpy's codes.
 _INT, _FLOAT = np.typecodes["AllInteger"], np.typecodes["Float"]
-KINDS = {"uint8": "B", "integer": _INT, "float": _FLOAT, "bool": "?" + _INT}
-KINDS["number"] = KINDS["bool"] + _FLOAT
+KINDS = dict(uint8="B", integer=_INT, float=_FLOAT, bool="?" + _INT, number="?" + _INT + _FLOAT)
 
 
 class Field(NamedTuple):
@@ -85,7 +74,7 @@ FIELDS = {
     **{f"labels/seg/fetch_{c}": Field("bool", _PICTURE[1:]) for c in CAMERAS},
     KEYS["grasp"]: Field("number", (), ZERO_TO_ONE),
     KEYS["qpos"]: Field("float", (QPOS_DIM,)), KEYS["obj"]: Field("float", (7,)),
-    "labels/pos": Field("float", (2,)), "actions": Field("float", (ACTION_DIM,)),
+    KEYS["pos"]: Field("float", (2,)), "actions": Field("float", (ACTION_DIM,)),
     "success": Field("number", (), ZERO_TO_ONE),
     CAMERA_POSE: Field("float", (4, 4)), GRIPPER_POSE: Field("float", (7,)),
 }  # fmt: skip
@@ -124,9 +113,8 @@ class Trajectory:
             if not there or data.shape != tuple(expected) or data.dtype.char not in KINDS[kind]:
                 got = f"{data.dtype} {list(data.shape or ())}" if there else "not there"
                 raise DataError(
-                    f"{where}: {key} is {got}, expected {kind} {expected} for {steps} "
-                    "elapsed_steps. Download it again, or record it with MS-HAB's Fetch and "
-                    f"cameras (obs_mode=rgbd, control_mode={CONTROL})"
+                    f"{where}: {key} is {got}, expected {kind} {expected} for {steps} elapsed_steps"
+                    f". Download or record it again (MS-HAB's Fetch, obs_mode=rgbd, {CONTROL})"
                 )
             self.fields[key] = data
 
@@ -170,9 +158,7 @@ class Trajectory:
         """Labels without masks {name: [n, ...]}, flags `has` [n, 5], metres the base rises by."""
         rise, rows = 0.0, (first, last)
         values = {n: self.read(key, *rows) for n, key in KEYS.items() if key in self.fields}
-        if "labels/pos" in self.fields:
-            values["pos"] = self.read("labels/pos", *rows)
-        elif CAMERA_POSE in self.fields and GRIPPER_POSE in self.fields:
+        if "pos" not in values and {CAMERA_POSE, GRIPPER_POSE} <= self.fields.keys():
             poses = (self.read(key, *rows) for key in (CAMERA_POSE, GRIPPER_POSE))
             values["pos"], rise = base_position(*poses, self.where)
         masks = f"labels/seg/fetch_{CAMERAS[0]}"
@@ -195,8 +181,8 @@ class Trajectory:
         values["actions"] = executed
         for name in VECTORS:
             seen = values.get(name, np.zeros(0))
-            out[name][0] = seen.min(0) if len(seen) else np.inf
-            out[name][1] = seen.max(0) if len(seen) else -np.inf
+            out[name][0] = seen.min(0, initial=np.inf)
+            out[name][1] = seen.max(0, initial=-np.inf)
         return out
 
 
@@ -266,28 +252,23 @@ def relative_speed(actions: np.ndarray, pos: np.ndarray) -> float:
     return np.median(moved[steady] / np.abs(commanded[steady])) if steady.any() else np.nan
 
 
-def remarks(surveys: np.ndarray, files: list[str]) -> list[str]:
+def remarks(surveys: np.ndarray, files: list[str]) -> Iterator[str]:
     """Sentences about oddities in episodes, given surveys [n] and the file of each."""
-    out, names = [], np.array(files)
+    names = np.array(files)
     for file in dict.fromkeys(files):
         rows = surveys[names == file]
         if clipped := rows["clipped"].sum():
             share = f"{clipped / (rows['frames'].sum() * ACTION_DIM):.1%}"
-            out.append(
-                f"{file}: {share} of action values clipped to [-1, 1], as the controller does"
-            )
+            yield f"{file}: {share} of action values clipped to [-1, 1], as the controller does"
         if (rise := rows["rise"].max()) > RISE_WARNED:
-            rise = f"{1000 * rise:.1f} mm"
-            out.append(f"{file}: the derived base rises by up to {rise}, expected under 1")
+            yield f"{file}: the derived base rises by up to {1000 * rise:.1f} mm, expected under 1"
         speed = rows["speed"][np.isfinite(rows["speed"])]
         if len(speed) and not 0.6 < np.median(speed) < 1.6:
-            out.append(
+            yield (
                 f"{file}: the base moves {np.median(speed):.2f} of what action {BASE_FORWARD} "
-                f"commands at {CONTROL_HZ} Hz, expected about 1: another controller, or positions "
-                "of something else"
+                f"commands at {CONTROL_HZ} Hz, expected about 1: another controller or other labels"
             )
     for name in ("pos", "grasp", "qpos", "obj"):
         low, high = surveys[name][:, 0].min(0), surveys[name][:, 1].max(0)
         if (low == high).all():
-            out.append(f"{name} never changes in these episodes: its decoder can only learn {low}")
-    return out
+            yield f"{name} never changes in these episodes: its decoder can only learn {low}"

@@ -28,7 +28,6 @@ class Log:
         self.clear()
         if not ranks.is_main:
             return
-        self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out / "config.json", checkpoint.to_json(cfg))
         path = self.out / "log.jsonl"
         # Drop lines newer than the checkpoint that the run resumes: those steps run again.

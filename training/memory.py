@@ -85,30 +85,29 @@ def describe_plan(
     parts.append(f"activations of {frames} frames {frames * frame / 2**30:.2g}")
     line = f"memory, GiB per process: {', '.join(parts)}; in all {needed / 2**30:.3g}"
     if device.type == "cuda":
+        kind, larger = "GPU", "--shard on more GPUs"
         total = torch.cuda.get_device_properties(device).total_memory
     else:
+        kind, larger = "machine", "--preset tiny"
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine, by torchrun
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
     if needed <= USABLE * total:
         return f"{line} of {total / 2**30:.3g}"
-    kind = "GPU" if device.type == "cuda" else "machine"
     fit = int((USABLE * total - sum(fixed)) // frame)
-    larger = "--shard on more GPUs" if device.type == "cuda" else "--preset tiny"
     remedy = f"--micro-batch {fit}" if fit >= 1 else larger
-    if not cfg.recompute:
-        remedy += ", or --recompute, for a third more arithmetic"
+    remedy += ", or --recompute, for a third more arithmetic" * (not cfg.recompute)
     raise InputError(f"{line}, but the {kind} has {total / 2**30:.3g}: give {remedy}")
 
 
-def check_shared_memory(cfg: TrainConfig, folder: str = "/dev/shm") -> None:
+def check_shared_memory(cfg: TrainConfig) -> None:
     """Raise InputError if the loader processes' batches, two each, do not fit."""
     pictures = sum(RECORD[name].itemsize for name in ("rgb", "depth"))
     frame = RECORD.itemsize + (HISTORY * pictures if cfg.model.history == "frames" else 0)
-    free, need = shutil.disk_usage(folder).free, 2 * cfg.workers * cfg.batch_size * frame
+    free, need = shutil.disk_usage("/dev/shm").free, 2 * cfg.workers * cfg.batch_size * frame
     if free < need:
         size = f"{-(-need // 2**30)}g"
         raise InputError(
-            f"{folder} has {free / 1e9:.1f} GB free, {cfg.workers} loader processes need "
-            f"{need / 1e9:.1f} GB: mount -o remount,size={size} {folder} (or docker run "
+            f"/dev/shm has {free / 1e9:.1f} GB free, {cfg.workers} loader processes need "
+            f"{need / 1e9:.1f} GB: mount -o remount,size={size} /dev/shm (or docker run "
             f"--shm-size={size}), or give --workers 0"
         )

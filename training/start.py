@@ -99,30 +99,29 @@ def check_config(cfg: TrainConfig, start: Start) -> None:
     # The checkpoint had the defaults of fields that are newer than itself.
     theirs = to_json(TrainConfig()) | start.manifest["config"]
     theirs |= {"model": to_json(model_config_of(start.manifest))}
-    fields = differences(to_json(cfg), theirs)
+    theirs, ours = flat(theirs), flat(to_json(cfg))
+    other = [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]
     if start.resumed:
-        wrong = [name for name in fields if name.split(".")[0] not in RESUME_MAY_CHANGE]
+        wrong = [name for name in other if name.split(".")[0] not in RESUME_MAY_CHANGE]
         mend = "Give the same flags, or another --out"
     else:  # A stage needs the same model; the flow head is new unless stage 3 trained one.
         free = ("model.freeze_vision",) + ("model.flow.",) * (start.manifest["stage"] != 3)
-        wrong = [name for name in fields if name.startswith("model.") and not name.startswith(free)]
+        wrong = [name for name in other if name.startswith("model.") and not name.startswith(free)]
         mend = "Give its --row or its --model flags, or another --init-from"
     if cfg.preset != start.manifest["config"].get("preset", cfg.preset):
         mend = f"Give --preset {start.manifest['config']['preset']}"
     if wrong:
-        shown = "; ".join(fields[name] for name in wrong[:4]) + "; ..." * (len(wrong) > 4)
+        shown = [f"{name}: {ours.get(name)} here, {theirs.get(name)} there" for name in wrong]
+        shown = "; ".join(shown[:4]) + "; ..." * (len(wrong) > 4)
         raise InputError(f"{start.folder} was made with another configuration ({shown}). {mend}")
 
 
-def differences(ours: dict, theirs: dict, prefix: str = "") -> dict[str, str]:
-    """Flatten two nested dicts; return {path: "path: a here, b there"} where they differ."""
+def flat(nested: dict, prefix: str = "") -> dict[str, object]:
+    """{"model": {"depth": True}} -> {"model.depth": True}"""
     out = {}
-    for key in sorted(ours.keys() | theirs.keys()):
-        a, b = ours.get(key), theirs.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            out |= differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            out[f"{prefix}{key}"] = f"{prefix}{key}: {a} here, {b} there"
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        out |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return out
 
 
@@ -156,15 +155,15 @@ def describe_run(
 ) -> dict:  # fmt: skip
     """The checkpoints' manifest without step and hashes. InputError if resumed on other data."""
     data = frames.source
+    content = repr(data.content).encode() + frames.survey["actions"].tobytes()
     identity = {  # the order of samples and the held-out episodes depend on these
         "frames": len(data),
         "episodes": len(data.episodes),
         "packed": data.blocks is None,
         "truncated_at_success": data.truncate,
         "sha256": hashlib.sha256(repr(data.episodes).encode()).hexdigest(),
+        "content": hashlib.sha256(content).hexdigest(),
     }
-    content = repr(data.content).encode() + frames.survey["actions"].tobytes()
-    identity["content"] = hashlib.sha256(content).hexdigest()
     theirs = start.manifest["data"] if start.resumed else {}
     if any(theirs[name] != identity[name] for name in theirs):  # older runs have no content
         raise InputError(
