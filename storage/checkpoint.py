@@ -258,7 +258,9 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor of an FSDP shard, gathered on the CPU by all ranks; others unchanged."""
-    return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
+    from torch.distributed.tensor import DTensor  # here: --help loads faster
+
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
 def export(checkpoint: Path, out: Path) -> None:
