@@ -11,7 +11,6 @@ gripper and can be reached from the front, the apple stands on a block in the fr
 on a table.
 """
 
-import json
 import tempfile
 from functools import cache, partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from config import InputError, Seed, quoted
 from household import furniture as parts
 from household.episodes import Scene, write_clutter, write_set_table
 from household.robot import write_light_fetch
+from storage.files import read_json
 from storage.terminal import cli, user_errors
 
 # The names must be in mani_skill's metadata/scene_configs.json.
@@ -35,7 +35,7 @@ def main(out: Path, seed: Seed = 0) -> None:
     marker = dict(seed=seed, code=VERSION)
     if out.exists() and any(out.iterdir()):
         path = out / "household.json"
-        found = json.loads(path.read_bytes()) if path.is_file() else "other files"
+        found = read_json(path) if path.is_file() else "other files"
         if found != marker:
             raise InputError(
                 f"{out} holds {found}, expected {marker} (code: the generator's version). "

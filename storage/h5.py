@@ -283,7 +283,7 @@ def load_sidecar(path: Path) -> dict:
         text = sidecar.read_bytes()
     try:
         content = json.loads(text)
-        entries = [dict(entry) for entry in content["episodes"]]
+        entries = [{**entry} for entry in content["episodes"]]
         kwargs = dict((content.get("env_info") or {}).get("env_kwargs") or {})
         for name in ("action_schema", "qpos_names"):
             if not isinstance(content.get(name) or [], list):

@@ -56,6 +56,8 @@ class Pack(Index):
                 lengths = dict.fromkeys(self.sources, 0)
                 for episode in episodes:
                     lengths[episode.file] += episode.length
+                    self.instructions[episode.instruction]
+                KINDS[self.truncate]
         except InputError as error:
             raise DataError(f"{error}. {pack_again(folder, [index])}") from None
         self.files = [self._map(folder / npy_name(f), length) for f, length in lengths.items()]
