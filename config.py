@@ -47,7 +47,7 @@ def quoted(*paths: object) -> str:
 
 
 class Range(NamedTuple):
-    """What a flag accepts. It stands in the annotation; terminal.cli checks it."""
+    """What a flag accepts (terminal.cli checks it) or a recorded field (then `holds` an array)."""
 
     text: str
     holds: Callable[[float], bool]  # False for NaN

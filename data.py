@@ -298,7 +298,7 @@ class Frames(Dataset):
         """Sentences about skipped trajectories and oddities in these demonstrations."""
         files = [self.source.episodes[e].file for e in self.episode_ids]
         every = [episode.file for episode in self.source.episodes]
-        single = [file for file in dict.fromkeys(files) if every.count(file) == 1]
+        single = (file for file in dict.fromkeys(files) if every.count(file) == 1)
         alone = [f"{file}: one episode, none is held out" for file in single]
         return [*self.source.notes, *alone, *remarks(self.survey, files)]
 

@@ -73,7 +73,7 @@ class Decoding:
 
     prefix: Encoded  # its hidden states are those of the last pass
     bins: Tensor  # [B, A]
-    right: Tensor  # number of first tokens that the last pass read and predicted
+    settled: Tensor  # how many first tokens are final: the last pass predicted what it had read
     cache: list[KeyValues]  # of prefix and tokens
     table: tuple[Tensor, Tensor]  # RoPE's, of the tokens
     visible: Tensor  # [B, 1, A - 1, S + A - 1]
@@ -275,9 +275,9 @@ class AuxVLA(nn.Module):
         [B, A].
         """
         state = run(self.read_draft, batch | {"draft": draft})
-        while (right := int(state.right)) < NUM_READ:  # the host waits for a GPU once a pass
-            # A CUDA graph has fixed shapes; a CPU need not read again what is right.
-            run(self.read_tokens, {}, state, 0 if state.bins.is_cuda else right)
+        while (settled := int(state.settled)) < NUM_READ:  # the host waits for a GPU once a pass
+            # A CUDA graph has fixed shapes; a CPU need not read settled tokens again.
+            run(self.read_tokens, {}, state, 0 if state.bins.is_cuda else settled)
         return state.prefix, state.bins
 
     def read_draft(self, batch: dict[str, Tensor]) -> Decoding:
@@ -294,14 +294,14 @@ class AuxVLA(nn.Module):
         return Decoding(
             prefix=Encoded(out.hidden, before, out.mask[:, :length]),
             bins=bins,
-            right=count_equal(guess, bins[:, :NUM_READ]),
+            settled=count_equal(guess, bins[:, :NUM_READ]),
             cache=cache,
             table=rope(out.mask.cumsum(-1)[:, length:] - 1, self.cfg.llm),
             visible=causal & rearrange(out.mask, "b s -> b 1 1 s"),
         )
 
     def read_tokens(self, inputs: dict, state: Decoding, begin: int) -> None:
-        """A further pass, over tokens begin..11 of `state`; replaces what follows from them."""
+        """A pass over tokens begin..11; replaces what follows from them. `inputs` is empty."""
         llm, first, now = self.vlm.llm, self.cfg.llm.first_action_id, slice(begin, NUM_READ)
         guess = state.bins[:, now].clone()  # [B, T]
         table = tuple(each[:, :, now] for each in state.table)
@@ -309,7 +309,7 @@ class AuxVLA(nn.Module):
         hidden, _ = llm(llm.embed(first + guess), table, visible, state.cache)  # [B, T, D]
         state.prefix.hidden[:, begin - NUM_READ :] = hidden
         state.bins[:, begin + 1 :] = llm.logits(hidden, first, BINS).argmax(-1)
-        state.right.copy_(begin + count_equal(guess, state.bins[:, now]))
+        state.settled.copy_(begin + count_equal(guess, state.bins[:, now]))
 
     def denoise(self, batch: dict[str, Tensor], prefix: Encoded) -> Tensor:
         """The flow head's chunk [B, H, 13] from `noise`, in [-1, 1]."""

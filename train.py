@@ -115,9 +115,8 @@ def take_step(
     losses = accumulate(ddp, batch, cfg)
     # GAP-24: each part is clipped alone. In stage 1 the decoders' gradients end at the latents
     # (Sec. 5.2), so they should not scale the VLM's step either.
-    limit = cfg.grad_clip or torch.inf
     lengths = [
-        checkpoint.full_tensor(nn.utils.clip_grad_norm_(part["params"], limit))
+        checkpoint.full_tensor(nn.utils.clip_grad_norm_(part["params"], cfg.grad_clip or torch.inf))
         for part in optimizer.param_groups
     ]
     grad_norm = torch.stack([length.to(ranks.device) for length in lengths]).norm()

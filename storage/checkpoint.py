@@ -270,7 +270,7 @@ def export(checkpoint: Path, out: Path) -> None:
         checkpoint: RUN/stageN (its newest) or RUN/stageN/step-NNNNNNNN
         out: a new folder, for --checkpoint and --init-from, in the form of RUN/stageN
     """
-    if out.exists():
+    if out.exists() and any(out.iterdir()):
         raise InputError(f"{out}: is there already; give another --out")
     folder = resolve(checkpoint)
     manifest = read_manifest(folder, moments=False)
@@ -280,12 +280,7 @@ def export(checkpoint: Path, out: Path) -> None:
     }
     tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
     manifest["published_from"] = sha256(folder / "manifest.json")
-    model_config_of(manifest)
-    try:
-        write(out, manifest["step"], weights, None, manifest, tokenizer, keep=1)
-    except InputError:
-        out.rmdir()
-        raise
+    write(out, manifest["step"], weights, None, manifest, tokenizer, keep=1)
     for log in ("config.json", "log.jsonl", "validation.json"):
         with suppress(FileNotFoundError):
             shutil.copyfile(folder.parent / log, out / log)

@@ -133,10 +133,8 @@ def sole_writer(folder: Path, name: str = "") -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            print(
-                f"warning: {folder}: its file system has no locks ({error.strerror}). Start no "
-                "second program that writes there", file=sys.stderr,
-            )  # fmt: skip
+            text = f"{folder}: its file system has no locks ({error.strerror}): start one program"
+            print(f"warning: {text}", file=sys.stderr)
         os.truncate(lock.name, 0)
         lock.write(str(os.getpid()))
         lock.flush()

@@ -36,6 +36,7 @@ from storage.trajectory import CONTROL, RECORD, SURVEY, DataError, Trajectory, c
 
 SHUFFLE_POOL = 256  # blocks that training.order.StepOrder mixes
 READ_AHEAD = 320  # blocks that a reader caches: 1.4 GB for episodes of 200 steps
+H5_ERRORS = (OSError, KeyError, RuntimeError)  # of h5py, on a damaged file
 AGAIN = "It is damaged or not MS-HAB's (obs_mode=rgbd). Download or record it again"
 
 
@@ -194,11 +195,13 @@ class Demonstrations(Index):
 
 
 @contextmanager
-def readable(path: Path, where: str | None = None, again: str = AGAIN) -> Iterator[None]:
-    """Turn the errors of reading a file into a DataError that names the place and the remedy."""
+def readable(
+    path: Path, where: str | None = None, again: str = AGAIN, errors: tuple = H5_ERRORS
+) -> Iterator[None]:
+    """Turn a file's errors, not those of our code, into a DataError with place and remedy."""
     try:
         yield
-    except READ_ERRORS as error:
+    except errors as error:
         mend = mend_of(path, error)
         why = f"The file may be intact: {mend}" if mend else again
         raise DataError(f"{where or path}: cannot be read ({error!r}). {why}") from error
@@ -209,7 +212,7 @@ def first_success(path: Path, trajectory: str, steps: int) -> int:
     where = f"{path}, {trajectory}"
     with readable(path, where):
         group = open_h5(str(path), os.getpid())[trajectory]
-        success = Trajectory(group, steps, where, ["success"]).read("success", 0, steps)
+        success = Trajectory(group, steps, where, only=["success"]).read("success", 0, steps)
     return int(np.argmax(success)) + 1 if success.any() else steps
 
 
@@ -292,6 +295,7 @@ def load_sidecar(path: Path) -> dict:
         raise DataError(
             f"{sidecar}: got {error!r}, expected a JSON object with MS-HAB's `episodes`. {again}"
         ) from error
+    # What stands for a key that an entry lacks. MS-HAB's release has no instructions.
     absent = {"control_mode": kwargs.get("control_mode"), "instruction": "that of its folder"}
     for i, entry in enumerate(entries):
         for name, (expected, holds) in ENTRY.items():

@@ -25,7 +25,15 @@ from einops import rearrange
 from tqdm import tqdm
 
 from config import InputError, quoted
-from storage.files import read_json, replacing, sha256, sole_writer, well_formed, write_json
+from storage.files import (
+    READ_ERRORS,
+    read_json,
+    replacing,
+    sha256,
+    sole_writer,
+    well_formed,
+    write_json,
+)  # fmt: skip
 from storage.h5 import Demonstrations, Episode, Index, h5_files, readable
 from storage.trajectory import RECORD, DataError, remarks
 
@@ -56,8 +64,6 @@ class Pack(Index):
                 lengths = dict.fromkeys(self.sources, 0)
                 for episode in episodes:
                     lengths[episode.file] += episode.length
-                    self.instructions[episode.instruction]
-                KINDS[self.truncate]
         except InputError as error:
             raise DataError(f"{error}. {pack_again(folder, [index])}") from None
         self.files = [self._map(folder / npy_name(f), length) for f, length in lengths.items()]
@@ -65,7 +71,8 @@ class Pack(Index):
 
     def _map(self, path: Path, frames: int) -> np.ndarray:
         """A file's records as bytes, [frames, size of RECORD], mapped into memory."""
-        with readable(path, again=pack_again(self.folder, [path], self.truncate)):
+        again = pack_again(self.folder, [path], self.truncate)
+        with readable(path, again=again, errors=READ_ERRORS):
             records = np.load(path, mmap_mode="r")
             if records.dtype != RECORD or records.shape != (frames,):
                 raise ValueError(f"{records.shape} records, expected {frames} of RECORD")
@@ -75,7 +82,7 @@ class Pack(Index):
         """An array of summary.npz, [rows, ...]."""
         path = self.folder / "summary.npz"
         again = pack_again(self.folder, [path], self.truncate)
-        with readable(path, again=again), np.load(path) as summary:
+        with readable(path, again=again, errors=READ_ERRORS), np.load(path) as summary:
             if len(summary[name]) != rows:
                 raise ValueError(f"{len(summary[name])} rows of {name}, expected {rows}")
             return summary[name]

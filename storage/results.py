@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from config import InputError
 from paper import COLUMNS, PAPER_COLUMNS
-from storage.files import read_json, read_lines, well_formed
+from storage.files import read_json, read_lines
 
 NOT_RUN = "not run"
 # Settings of evaluations that were written before these keys existed.
@@ -27,9 +27,8 @@ def read_episodes(out: Path, mend: bool = False) -> dict[tuple[str, int], dict]:
     settings = IMPLIED | (read_json(config) if config.exists() else {})
     episodes = {}
     for path in sorted(out.glob("episodes*.jsonl")):
-        with well_formed(path):
-            for line in read_lines(path, mend):
-                episodes[line["column"], line["seed"]] = settings | line
+        for line in read_lines(path, mend):
+            episodes[line["column"], line["seed"]] = settings | line
     return episodes
 
 

@@ -9,7 +9,7 @@
 """
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -96,18 +96,20 @@ class DataError(InputError):
 
 
 class Trajectory:
-    """The fields of a trajectory with `steps` actions, all or those of some `keys`.
+    """The fields of a trajectory with `steps` actions, all of FIELDS or `only` some.
 
-    Raises DataError if actions or a picture is missing, and for a field of another type or shape.
+    DataError for a field of another type or shape, or without actions, pictures or one of `only`.
     """
 
-    def __init__(self, group: h5py.Group, steps: int, where: str, keys: Iterable[str] = FIELDS):
+    def __init__(self, group: h5py.Group, steps: int, where: str, only: Sequence[str] = ()):
+        if not isinstance(group, h5py.Group):
+            raise DataError(f"{where} is one array, expected a group. Download or record it again")
         self.fields, self.where, masked = {}, where, "labels/seg" in group
-        for key in keys:
+        for key in only or FIELDS:
             kind, shape, _ = FIELDS[key]
             data, expected = group.get(key), [steps + (key not in PER_ACTION), *shape]
-            needed = key == "actions" or "sensor_data" in key or ("labels/seg" in key and masked)
-            if data is None and not needed and keys is FIELDS:
+            needed = only or key == "actions" or "sensor_data" in key
+            if data is None and not (needed or ("labels/seg" in key and masked)):
                 continue
             there = isinstance(data, h5py.Dataset)
             if not there or data.shape != tuple(expected) or data.dtype.char not in KINDS[kind]:

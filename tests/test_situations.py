@@ -41,6 +41,7 @@ FLAGS = {  # command: exit code, words
     "train.py --val-episodes -0.1": (1, "--val-episodes -0.1: expected 0 or more and less than 1"),
     "train.py --grad-clip -1": (1, "--grad-clip -1.0: expected a number, 0 or more"),
     "train.py --epochs -1 1 1": (1, "--epochs -1: expected 0 or more"),
+    "train.py --log-every 0": (1, "--log-every 0: expected 1 to 2^31 - 1"),
     "train.py --steps 0": (1, "--steps 0: expected 1 to 2^31 - 1"),
     "train.py --val-frames 0": (1, "--val-frames 0: expected 1 to 2^31 - 1"),
     "train.py --workers -1": (1, "--workers -1: expected 0 or more"),
@@ -204,7 +205,7 @@ DAMAGED = {  # situation: its making, command, words
     "success is text": (field("success", ["no"] * 9), TRAIN, "success is object [9], expected"),
     "no success": (field("success", None), TRAIN, "success is not there, expected number [9]"),
     "success is empty": (field("success", h5py.Empty("f")), TRAIN, "success is float32 []"),
-    "a trajectory is a dataset": (field("", 3.0), "data.py pack", "traj_1: cannot be read"),
+    "a trajectory is a dataset": (field("", 3.0), "data.py pack", "traj_1 is one array"),
     "an action is infinite": (
         field("actions", np.full((9, 13), np.inf, np.float32)), TRAIN, "actions[0] is inf",
     ),

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from config import LOSSES, InputError, quoted
 from paper import DEFAULT_ROW, ROWS
-from storage.files import read_json, read_lines, well_formed, write
+from storage.files import read_json, read_lines, write
 from storage.results import NOT_RUN, columns_to_show, success_table
 from storage.terminal import cli, user_errors
 from tools.claims import format_evidence, held_out_table, list_differences, to_markdown
@@ -206,12 +206,9 @@ def write_report(run: Path) -> Path:
         parent = run.resolve().parent
         hint = f": python -m tools.report --run {quoted(parent)}" if is_run(parent) else ""
         raise InputError(f"{run}: expected a folder with stage1/, eval/ or table-N.json{hint}")
-    file = run / "report.md"
-    with well_formed(run):
-        found = read_run(run)
-        page, text = make_html(found), make_markdown(found)
-    write(run / "report.html", page.encode())
-    write(file, text.encode())
+    found, file = read_run(run), run / "report.md"
+    write(run / "report.html", make_html(found).encode())
+    write(file, make_markdown(found).encode())
     print(file.read_text().partition("## Manifests")[0])
     print(f"All of it, with losses and films: {run / 'report.html'}")
     return file

@@ -89,8 +89,8 @@ def describe_plan(
         total = torch.cuda.get_device_properties(device).total_memory
     else:
         kind, larger = "machine", "--preset tiny"
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine, by torchrun
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        total = memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes here
     if needed <= USABLE * total:
         return f"{line} of {total / 2**30:.3g}"
     fit = int((USABLE * total - sum(fixed)) // frame)

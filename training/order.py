@@ -16,11 +16,9 @@ from training.ranks import ignore_signals
 def open_frames(cfg: TrainConfig) -> tuple[Frames, Frames]:
     """Training and held-out frames."""
     data = open_data(cfg.data, cfg.truncate_at_success)
-    frames, held_out = (
-        Frames(data, cfg.val_episodes, train, cfg.model.history, cfg.tasks, cfg.subtasks)
-        for train in (True, False)
-    )
-    held_out.survey  # noqa: B018  reads every label: bad ones end the run now, not at a validation
+    options = cfg.model.history, cfg.tasks, cfg.subtasks
+    frames, held_out = (Frames(data, cfg.val_episodes, train, *options) for train in (True, False))
+    data.survey(held_out.episode_ids)  # reads all labels: bad ones end the run now
     if len(frames) < cfg.batch_size:
         raise InputError(
             f"{cfg.data}: {len(frames)} training and {len(held_out)} held-out frames, expected a "
