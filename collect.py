@@ -8,6 +8,8 @@ writes data/set_table/close/kitchen_counter.h5 and .json in the layout of MS-HAB
     traj_i/labels/pos                     [T + 1, 2] float32      base x, y, world frame, metres
     traj_i/labels/seg/fetch_{head,hand}   [T + 1, 128, 128] bool  the target object, or the handle
 
+With `--after CHECKPOINT` a policy acts first, and the file begins where the expert takes over.
+
 The other labels are MS-HAB observations. `--expert rl` records MS-HAB's released policies in the
 real apartments, `--envs N` N episodes at once on a GPU.
 
@@ -27,7 +29,8 @@ from paper import targets
 from simulation.assets import apartment, plan_files
 from simulation.plans import Job, articulations, check_envs, simulation_backend
 from simulation.workers import Workers
-from storage.files import sole_writer
+from storage.checkpoint import resolve
+from storage.files import sha256, sole_writer
 from storage.recording import Recording
 from storage.results import wilson
 from storage.terminal import cli, user_errors
@@ -44,6 +47,9 @@ class CollectConfig:
     expert: Literal["scripted", "rl"] = "scripted"
     # for rl: `hf download arth-shukla/mshab_checkpoints --local-dir mshab_checkpoints`
     policies: Path = Path("mshab_checkpoints")
+    # a checkpoint that acts first, for a random number of steps; then the scripted expert takes
+    # over, and its part is recorded: corrections, as in DAgger (https://arxiv.org/abs/1011.0686)
+    after: Path | None = None
     # attempts at a target, after which the run gives up; default: 20 + 10 per episode
     max_attempts: Count | None = None
     split: Literal["train", "val"] = "train"  # of MS-HAB's scenes and episodes
@@ -52,6 +58,8 @@ class CollectConfig:
     seed: Seed = 0  # of the first attempt; the next ones have seed + 1, seed + 2, ...
 
     def __post_init__(self):
+        if self.after and self.expert != "scripted":
+            raise InputError(f"--expert {self.expert} takes no --after: drop one of them")
         known = targets(self.task, self.subtask)
         if not known:
             raise InputError(f"--subtask {self.subtask}: {self.task} only picks and places")
@@ -71,6 +79,8 @@ class CollectConfig:
         """Settings that determine an episode, equal for all episodes of a file."""
         recipe = {key: getattr(self, key) for key in ("expert", "split", "seed")}
         recipe["assets"] = apartment()
+        if self.after:
+            recipe["after"] = sha256(resolve(self.after) / "manifest.json")
         if self.envs > 1:
             recipe["simulation"] = simulation_backend(self.envs)
         if self.expert == "rl":

@@ -15,6 +15,7 @@ the arc of a door.
 
 from collections import namedtuple
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import sapien
@@ -63,11 +64,14 @@ class ScriptedExpert:
         self.gripper_link = robot.links.index(sim.agent.tcp._objs[0])
         subtask, target = self.env.episodes[0]["subtask"], self.env.targets[0]
         if subtask in ("pick", "place"):
+            if self.env.elapsed == 0:  # the height at which the object stands
+                self.surface = (self.object if subtask == "pick" else self.goal).pose.sp.p[2]
             self.motion = dict(pick=self.pick, place=self.place)[subtask]()
             return
         self.cupboard = sim.subtask_articulations[0]
         self.joint_index = sim.task_plan[0].articulation_handle_active_joint_idx
         self.joint = self.cupboard._objs[0].active_joints[self.joint_index]  # drawer's or door's
+        self.link = self.cupboard.links[sim.task_plan[0].articulation_handle_link_idx]
         drawer = dict(open=self.open_drawer, close=self.close_drawer)
         fridge = dict(open=self.open_fridge, close=self.close_fridge)
         self.motion = dict(kitchen_counter=drawer, fridge=fridge)[target][subtask]()
@@ -182,10 +186,7 @@ class ScriptedExpert:
 
     def bring(self, arm, point, reach: float, gripper: float, near=0.02, slack=(0, 0)) -> Motion:
         """Shape the arm while driving, until the hand is within `near` metres of `point`."""
-        while (
-            np.abs(arm - self.joints[ARM]).max() > 0.05
-            or np.linalg.norm(self.offset(point, reach, slack)) > near
-        ):
+        while not self.formed(arm) or np.linalg.norm(self.offset(point, reach, slack)) > near:
             yield self.move(arm, gripper, self.drive_to(point, reach, slack=slack))
 
     def retreat(self, point: np.ndarray, distance: float, gripper: float) -> Motion:
@@ -211,39 +212,93 @@ class ScriptedExpert:
             before = self.joints[FINGERS]
             yield self.move(arm, gripper)
 
-    # ---- skills: each ends in `retreat`, which never ends
+    def holds(self, body) -> bool:
+        return bool(self.agent.is_grasping(body))
+
+    def formed(self, arm: np.ndarray) -> bool:
+        """Has the arm the joints `arm`, and the torso its height?"""
+        joints = self.joints
+        return max(np.abs(arm - joints[ARM]).max(), 4 * abs(joints[TORSO] - REST_TORSO)) <= 0.05
+
+    def lower(
+        self, above: np.ndarray, at: np.ndarray, point: np.ndarray, height: float, reach: float,
+        gripper: float, slack=(0, 0),
+    ) -> Motion:  # fmt: skip
+        """Bring the hand over `point`, which needs the arm joints `above`, then down to it.
+
+        A hand lower than `height` leaves first: upwards if it is over the point, otherwise back,
+        so that it clears the edges before the point.
+        """
+        left = np.abs(at - self.joints[ARM]).max()
+        if self.aside(point, slack) > 0.03 or left > np.abs(at - above).max() + 0.05:
+            while self.agent.tcp_pose.sp.p[2] < height - 0.04 and self.aside(point) < 0.35:
+                over = self.aside(point) < 0.12
+                yield self.move(above, gripper) if over else self.move_base(gripper, (-0.3, 0))
+            yield from self.bring(above, point, reach, gripper, slack=slack)
+        # A hand that is blocked tries again from above.
+        yield from islice(self.bring(at, point, reach, gripper, slack=slack), 40)
+
+    def aside(self, point: np.ndarray, slack=(0, 0)) -> float:
+        """Horizontal distance of the hand to `point`, less `slack` [forward, left]; metres."""
+        base = self.agent.base_link.pose.sp.to_transformation_matrix()[:2, :2]
+        away = np.abs(base.T @ (point - self.agent.tcp_pose.sp.p)[:2])
+        return float(np.linalg.norm(np.maximum(away - slack, 0)))
+
+    # ---- skills: each ends in `retreat`, which never ends. A skill starts in any state that a
+    # policy may have left, and leaves out what is done already.
+
+    def grasp(self) -> Iterator[np.ndarray]:
+        """Grasp the object from above, in the fridge obliquely, and lift it; again if it is lost.
+
+        Returns the object's position and the posture.
+        """
+        while True:
+            position = self.object.pose.sp.p
+            held = self.holds(self.object)
+            low = self.surface if held else position[2]
+            # High up the gripper cannot point down; in the fridge the elbow must clear the door.
+            grip, clear = (DOWN, 0.12) if low < 1.0 else (SHELF, 0.08)
+            above, at = (self.solve_arm(grip, low + lift) for lift in (clear, 0.005))
+            if held and position[2] > low + clear - 0.03:
+                return position, grip
+            if not held:
+                turned = self.align_wrist(above), self.align_wrist(at)
+                yield from self.lower(*turned, position, low + clear, grip.reach, OPEN)
+                yield from self.squeeze(turned[1], CLOSE)
+            yield from self.bring(above, position, grip.reach, CLOSE, near=0.1)
+            if self.in_hand(self.object.pose.sp.p):
+                return position, grip
 
     def pick(self) -> Motion:
-        """Grasp from above, in the fridge obliquely; pick a lost object again."""
-        held = False
-        while not held:
-            position = self.object.pose.sp.p
-            # High up the gripper cannot point down; in the fridge the elbow must clear the door.
-            grip, clear = (DOWN, 0.12) if position[2] < 1.0 else (SHELF, 0.08)
-            above, at = (self.solve_arm(grip, position[2] + lift) for lift in (clear, 0.005))
-            yield from self.bring(self.align_wrist(above), position, grip.reach, OPEN)
-            at = self.align_wrist(at)
-            yield from self.bring(at, position, grip.reach, OPEN)
-            yield from self.squeeze(at, CLOSE)
-            yield from self.bring(above, position, grip.reach, CLOSE, near=0.1)
-            held = self.in_hand(self.object.pose.sp.p)
+        position, grip = yield from self.grasp()
         yield from self.retreat(position, grip.reach + 0.2, CLOSE)
 
     def place(self) -> Motion:
         goal, slack = self.goal.pose.sp.p, (0.05, 0.05)  # MS-HAB forgives 0.15 m
-        center = (self.object.pose.sp.p - self.agent.tcp_pose.sp.p)[2]  # height above the tcp
-        above, at = (self.solve_arm(DOWN, goal[2] - center + lift) for lift in (0.12, 0.01))
-        yield from self.bring(above, goal, DOWN.reach, CLOSE, slack=slack)
-        yield from self.bring(at, goal, DOWN.reach, CLOSE, slack=slack)
-        yield from self.squeeze(at, OPEN)
-        yield from self.bring(above, goal, DOWN.reach, OPEN, near=0.1)
+        # At the start it is between the fingers, which do not press yet.
+        held = self.env.elapsed == 0 or self.holds(self.object)
+        if not held and np.linalg.norm(self.object.pose.sp.p - goal) > 0.12:
+            yield from self.grasp()  # it was dropped
+            held = True
+        tcp = self.agent.tcp_pose.sp.p
+        center = (self.object.pose.sp.p - tcp)[2] if held else 0.0  # height above the tcp
+        low = goal[2] - center
+        above, at = (self.solve_arm(DOWN, low + lift) for lift in (0.12, 0.01))
+        if held:
+            yield from self.lower(above, at, goal, low + 0.12, DOWN.reach, CLOSE, slack)
+            yield from self.squeeze(at, OPEN)
+        if self.in_hand(self.object.pose.sp.p):
+            yield from self.bring(above, goal, DOWN.reach, OPEN, near=0.1)
         yield from self.retreat(goal, DOWN.reach, OPEN)
 
     def close_drawer(self) -> Motion:
         """Push the handle with the closed hand, anywhere along the bar."""
         arm, outward, slack = self.solve_arm(PUSH, self.handle[2]), self.axis, (0.11, 0.10)
-        before = self.handle + 0.23 * outward
-        yield from self.bring(arm, before, PUSH.reach, CLOSE, slack=slack)
+        ahead, aside = self.offset(self.handle, PUSH.reach)
+        before = self.formed(arm) and -0.05 < ahead < 0.36 and abs(aside) < 0.12
+        if self.opening > CLOSED and not before:
+            start = self.handle + 0.23 * outward
+            yield from self.bring(arm, start, PUSH.reach, CLOSE, slack=slack)
         while self.opening > CLOSED:
             inside = self.handle - 0.4 * outward
             yield self.move_base(CLOSE, self.drive_to(inside, PUSH.reach, 3.0, slack))
@@ -252,14 +307,16 @@ class ScriptedExpert:
     def open_drawer(self) -> Motion:
         """Grasp the bar from above, one finger behind it, and pull; grasp again if it slips."""
         bar, slack = np.cross(self.axis, [0, 0, 1]), (0.0, 0.08)
-        above, at = (self.solve_arm(HOOK, self.handle[2] + lift) for lift in (0.10, 0.0))
+        low = self.handle[2]
+        above, at = (self.solve_arm(HOOK, low + lift) for lift in (0.10, 0.0))
         while self.opening < OPEN_DRAWER:
-            yield from self.bring(above, self.handle, HOOK.reach, OPEN, slack=slack)
-            yield from self.bring(at, self.handle, HOOK.reach, OPEN, slack=slack)
-            yield from self.squeeze(at, CLOSE)
+            if not self.holds(self.link):
+                yield from self.lower(above, at, self.handle, low + 0.10, HOOK.reach, OPEN, slack)
+                yield from self.squeeze(at, CLOSE)
             while self.opening < OPEN_DRAWER + SPARE and self.in_hand(self.handle, bar):
                 outside = self.handle + 0.2 * self.axis
                 yield self.move(at, CLOSE, self.drive_to(outside, HOOK.reach, 3.0, slack))
+        if self.in_hand(self.handle, bar):
             yield from self.squeeze(at, OPEN)
             yield from self.bring(above, self.handle, HOOK.reach, OPEN, near=0.1, slack=slack)
         yield from self.retreat(self.handle, HOOK.reach + 0.1, CLOSE)  # closed: the way back
@@ -267,7 +324,9 @@ class ScriptedExpert:
     def close_fridge(self) -> Motion:
         """Push the outer side of the door, aiming ahead along its arc."""
         arm = self.solve_arm(REACH, self.handle[2])
-        yield from self.bring(arm, self.on_arc(0.0, 0.7, 0.20), REACH.reach, CLOSE, near=0.05)
+        away = np.linalg.norm(self.offset(self.on_arc(0.0, 0.7, 0.10), REACH.reach))
+        if self.opening > CLOSED and not (self.formed(arm) and away < 0.15):
+            yield from self.bring(arm, self.on_arc(0.0, 0.7, 0.20), REACH.reach, CLOSE, near=0.05)
         while self.opening > CLOSED:
             ahead = self.on_arc(-0.4, 0.7, 0.03)
             yield self.move_base(CLOSE, self.drive_to(ahead, REACH.reach, 3.0))
@@ -277,10 +336,14 @@ class ScriptedExpert:
         """Grasp the bar and pull it along its arc; grasp again if the bar slips."""
         arm = self.solve_arm(FRONT, self.handle[2])
         while self.opening < OPEN_FRIDGE:
-            yield from self.bring(arm, self.on_arc(0.0, outward=0.12), FRONT.reach, OPEN)
-            yield from self.bring(arm, self.handle, FRONT.reach, OPEN)
-            yield from self.squeeze(arm, CLOSE)
+            if not self.holds(self.link):
+                near = np.linalg.norm(self.offset(self.handle, FRONT.reach)) < 0.12
+                if not (self.formed(arm) and near):
+                    yield from self.bring(arm, self.on_arc(0.0, outward=0.12), FRONT.reach, OPEN)
+                yield from self.bring(arm, self.handle, FRONT.reach, OPEN)
+                yield from self.squeeze(arm, CLOSE)
             while self.opening < OPEN_FRIDGE + SPARE and self.in_hand(self.handle):
                 yield self.move(arm, CLOSE, self.drive_to(self.on_arc(0.3), FRONT.reach, 3.0))
+        if self.in_hand(self.handle):
             yield from self.squeeze(arm, OPEN)
         yield from self.retreat(self.handle, FRONT.reach + 0.2, OPEN)

@@ -11,6 +11,7 @@ from mshab.utils.label_dataset import get_episode_label_and_events
 
 from config import HORIZON
 from household.expert import ScriptedExpert
+from policy import Policy
 from simulation.env import SENSORS, SubtaskEnvs
 from simulation.plans import Job, pad_seeds, simulation_backend
 from simulation.rl_expert import RLPolicy
@@ -20,9 +21,15 @@ from storage.recording import encode
 # object was dropped, once or to its goal.
 RELEASED = ("straightforward_success", "placed_in_goal_success", "open_success", "closed_success")
 
+DRIVEN = (10, 150)  # steps that the policy of --after acts before the expert takes over
+
 
 def run_jobs(cfg, jobs: Iterator[Job]) -> Iterator[list[tuple[bool, int, bytes]]]:
     """Attempt each job's seeds. Consecutive jobs of one target share a simulator."""
+    policy = None
+    if cfg.after:
+        policy = Policy.from_checkpoint(cfg.after, "cpu")
+        policy.predict = False
     for target, group in groupby(jobs, attrgetter("column")):
         envs = SubtaskEnvs(
             cfg.task, cfg.subtask, target, cfg.split,
@@ -34,12 +41,33 @@ def run_jobs(cfg, jobs: Iterator[Job]) -> Iterator[list[tuple[bool, int, bytes]]
         else:
             expert = ScriptedExpert(envs)
         for job in group:
-            yield attempt(envs, expert, job.seeds)
+            yield attempt(envs, expert, job.seeds, policy)
         envs.close()
 
 
+def drive(envs: SubtaskEnvs, policy: Policy, seed: int) -> dict:
+    """Start an episode, let the policy act for a number of steps, and return the observation.
+
+    The seed draws the number, which is halved if the policy succeeds sooner. The time and the force
+    that count against the episode then start anew.
+    """
+    steps = int(np.random.default_rng((seed, 1)).integers(*DRIVEN))
+    while True:
+        obs = envs.reset([seed])
+        policy.reset()
+        for _ in range(steps):
+            obs, info = envs.step(policy.act(obs, envs.instructions))
+            if info["success"].item():
+                break
+        else:
+            envs.mshab.subtask_steps_left[:] = HORIZON
+            envs.mshab.robot_cumulative_force[:] = 0
+            return obs
+        steps //= 2
+
+
 def attempt(
-    envs: SubtaskEnvs, expert: ScriptedExpert | RLPolicy, seeds: list[int]
+    envs: SubtaskEnvs, expert: ScriptedExpert | RLPolicy, seeds: list[int], policy: Policy | None
 ) -> list[tuple[bool, int, bytes]]:
     """Let the expert act until each episode succeeded, failed or reached the horizon.
 
@@ -48,8 +76,11 @@ def attempt(
     """
     obs = envs.reset(pad_seeds(seeds, envs.num_envs))
     expert.reset()
+    if policy:
+        obs = drive(envs, policy, seeds[0])
+        expert.reset()
     rows, steps = [[row] for row in frames(envs, obs)], [[] for _ in seeds]
-    running = range(len(seeds))
+    driven, running = envs.elapsed, range(len(seeds))
     while running:
         actions = expert.act(obs, envs.instructions)  # [N, 13]
         obs, info = envs.step(actions)
@@ -61,7 +92,7 @@ def attempt(
         ended = info["success"] | info["fail"]  # [N]
         running = [i for i in running if not ended[i] and len(steps[i]) < HORIZON]
     released = isinstance(expert, RLPolicy)
-    return [encode_attempt(envs, i, rows[i], steps[i], released) for i in range(len(seeds))]
+    return [encode_attempt(envs, i, rows[i], steps[i], released, driven) for i in range(len(seeds))]
 
 
 def frames(envs: SubtaskEnvs, obs: dict) -> list[dict]:
@@ -74,7 +105,7 @@ def frames(envs: SubtaskEnvs, obs: dict) -> list[dict]:
 
 
 def encode_attempt(
-    envs: SubtaskEnvs, i: int, rows: list[dict], steps: list[dict], released: bool
+    envs: SubtaskEnvs, i: int, rows: list[dict], steps: list[dict], released: bool, driven: int
 ) -> tuple[bool, int, bytes]:
     """Return one element of the result of `attempt`, for environment i."""
     taken = {key: np.array([step[key] for step in steps]) for key in steps[0]}  # [T, ...] each
@@ -97,6 +128,7 @@ def encode_attempt(
         "reset_kwargs": {"seed": start["seed"]},
         "control_mode": envs.mshab.control_mode,
         "elapsed_steps": len(steps),
+        "driven": driven,  # steps of a policy before the first frame (collect.py --after)
         "success_once": success,  # an episode ends at its success
         "success_at_end": success,
         "fail": steps[-1]["fail"],

@@ -21,6 +21,7 @@ from storage.recording import Recording, encode
 
 TARGET = ("set_table", "close", "kitchen_counter")
 FILE = Path("set_table/close/kitchen_counter.h5")
+ROOT = Path(__file__).parent.parent
 
 
 def collect(out: Path, workers: int = 1) -> subprocess.Popen:
@@ -101,6 +102,23 @@ def test_a_killed_run_of_two_workers_goes_on_to_what_one_worker_records(recorded
     assert "succeeded in 3/" in finish(process)
     np.testing.assert_equal(contents(tmp_path), contents(recorded))
     assert not parts.exists()
+
+
+def test_a_correction_begins_where_a_policy_stood_and_ends_at_the_experts_success(
+    recorded, tmp_path
+):
+    main(CollectConfig(*TARGET, tmp_path, 1, after=ROOT / "weights/stage2"))
+    entries = [read_json((data / FILE).with_suffix(".json")) for data in (tmp_path, recorded)]
+    assert entries[0]["recipe"].keys() - entries[1]["recipe"].keys() == {"after"}
+    (correction, *_), (whole, *_) = (entry["episodes"] for entry in entries)
+    assert correction["spawn_selection_idx"] == whole["spawn_selection_idx"]
+    assert whole["driven"] == 0 < correction["driven"]
+    with h5py.File(tmp_path / FILE) as file, h5py.File(recorded / FILE) as other:
+        success = file["traj_0/success"][:]
+        assert success.nonzero()[0].tolist() == [len(success) - 1]
+        starts = [each["traj_0/labels/pos"][0] for each in (file, other)]
+        assert np.linalg.norm(starts[0] - starts[1]) > 0.02
+    assert "0 of 0 recorded" in run("-m", "tools.replay", "--data", tmp_path)
 
 
 def test_what_was_recorded_succeeds_again_where_its_plans_are_named(recorded, tmp_path):

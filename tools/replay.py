@@ -31,6 +31,8 @@ def replay(path: Path, episodes: int) -> list[bool]:
     plans = {plan.subtasks[0].uid: i for i, plan in enumerate(env._plans)}
     with h5py.File(path) as file:
         for entry in entries:
+            if entry.get("driven"):
+                continue  # it starts where a policy stood (collect.py --after)
             uid, group = entry["subtask_uid"], file[f"traj_{entry['episode_id']}"]
             if uid not in plans:
                 raise DataError(f"{path}: MS_ASSET_DIR has no subtask {uid}: another apartment")
