@@ -35,6 +35,13 @@ def init_weights(part: nn.Module, std: float) -> None:
             nn.init.zeros_(module.bias)
 
 
+def halve(model: nn.Module) -> None:
+    """Cast the parameters to bf16, in place. Decoders stay fp32: they predict metres."""
+    for name, parameter in model.named_parameters():
+        if not name.startswith("decoders."):
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
 # --- Vision ---
 
 
@@ -181,10 +188,10 @@ class LLMLayer(nn.Module):
         self.down = nn.Linear(mlp, width, bias=False)
 
     def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor,
+        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None,
         past: KeyValues | None = None, tail: int | None = None,
     ) -> tuple[Tensor, KeyValues]:  # fmt: skip
-        """x [B, T, width]; mask [B, 1, T, past + T], True where a query may attend.
+        """x [B, T, width]; mask [B, 1, T, past + T], True where a query may attend; None: causal.
 
         Returns x and the KV cache of past and new tokens. With `tail`, x is of the last `tail`
         tokens only; keys and values are of all.
@@ -199,11 +206,13 @@ class LLMLayer(nn.Module):
             k, v = append_keys(past, KeyValues(k, v), mask.shape[-1])
         key_values = KeyValues(k, v)  # [B, kv heads, past + T, head_dim]
         if tail is not None:
+            if mask is None:  # `is_causal` would align the tail with the first keys
+                mask = q.new_ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()[None, None]
             x, q, mask = x[:, -tail:], q[:, :, -tail:], mask[:, :, -tail:]
         if k.is_cuda:
             k, v = repeat_heads(KeyValues(k, v), heads)
         attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, enable_gqa=heads != k.shape[1]
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != k.shape[1]
         )
         x = x + self.o(rearrange(attended, "b h t d -> b t (h d)"))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)  # each [B, T, mlp]
@@ -224,10 +233,10 @@ class LLM(nn.Module):
             self.head = nn.Linear(cfg.width, cfg.vocab, bias=False)
 
     def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor,
+        self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None,
         past: list[KeyValues] | None = None, tail: int | None = None,
     ) -> tuple[Tensor, list[KeyValues]]:  # fmt: skip
-        """x [B, T, D], table = rope(positions [B, T], cfg), mask [B, 1, T, past + T].
+        """x [B, T, D], table = rope(positions [B, T], cfg), mask [B, 1, T, past + T] or None.
 
         Returns final-norm hidden states [B, T, D] and the KV cache per layer. With `tail` the last
         layer computes the last `tail` tokens only, [B, tail, D]: 8 % less of a tiny training step,

@@ -269,12 +269,15 @@ class TrainConfig:
     steps: Count | None = None  # optimizer steps of this stage; default: `epochs` of the data
     epochs: tuple[Whole, Whole, Whole] = (3, 7, 10)  # of stages 1-3 (Sec. 6.3; GAP-14); 0: no stage
     batch_size: Count = 512  # frames per step over all GPUs (Sec. 6.1)
-    # frames per GPU and backward pass; gradients accumulate up to batch_size (training/memory.py)
-    micro_batch: Count = 8
+    # frames per GPU and backward pass; gradients accumulate up to batch_size. auto: as many as the
+    # memory plan (training/memory.py) allows. Default: auto; where BatchNorm is trained 8, since a
+    # step would depend on the card (GAP-17)
+    micro_batch: Count | Literal["auto"] | None = None
     # FSDP: divide weights, gradients and Adam's moments among the GPUs (training/ranks.py)
     shard: bool = False
     recompute: bool = False  # activation checkpointing: less memory, a third more arithmetic
-    compile: bool = False  # torch.compile every block
+    # torch.compile every block; default: on a GPU, where Triton finds a C compiler
+    compile: bool = False
     lr: Positive = 2e-5  # Adam, constant (Sec. 6.1)
     warmup: Whole = 0  # steps of linear warm-up; the paper has none
     # share of the steps, at the end, during which lr falls linearly to 0; the paper has none
@@ -295,6 +298,10 @@ class TrainConfig:
     keep: Count = 2  # newest checkpoints to keep
     max_skipped: Count = 10  # stop after so many steps in a row with a non-finite loss or gradient
     tracker: Literal["tensorboard", "wandb"] | None = None  # beside log.jsonl
+
+    @property
+    def trains_batchnorm(self) -> bool:
+        return self.stage < 3 and "seg" in self.model.decoders
 
 
 # Table 1's OpenVLA as published: one camera, RGB, neither latents nor decoders.

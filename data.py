@@ -18,7 +18,8 @@ the batch, the contract between data and model (L: prompt length, C: cameras, V:
     images       [B, T*V, 3, H, W]   in [0, 1]; of each step head rgb, hand rgb, head depth,
                                      hand depth
     past_actions [B, 4, 13]          normalised; past_mask [B, 4]
-    prompt_ids   [B, L] int64        first token, padding, the other tokens; prompt_mask [B, L] bool
+    prompt_ids   [B, L] int64        first token, padding, the other tokens
+    prompt_mask  [B, L] bool         absent where no prompt is padded
     actions      [B, 8, 13]          normalised to [-1, 1] by ActionStats (GAP-23)
     action_mask  [B, 8]              0 past the end of the episode
     pos [B, 2] m, world frame        grasp [B] 0 or 1             qpos [B, 12] rad (prismatic: m)
@@ -164,18 +165,15 @@ def raw_batch(records: np.ndarray, history: str = "none") -> dict[str, Tensor]:
 
 
 def make_batch(
-    raw: dict[str, Tensor], stats: ActionStats, prompts: tuple[Tensor, Tensor], cfg: ModelConfig
+    raw: dict[str, Tensor], stats: ActionStats, prompts: tuple[Tensor, ...], cfg: ModelConfig
 ) -> dict[str, Tensor]:
-    """Raw batch -> batch on the device of `prompts`: ids and mask [n, L] of all instructions."""
-    ids, mask = prompts
-    raw = {name: value.to(ids.device, non_blocking=True) for name, value in raw.items()}
+    """Raw batch -> batch on the device of `prompts`, which are tokenize's of all instructions."""
+    device = prompts[0].device
+    raw = {name: value.to(device, non_blocking=True) for name, value in raw.items()}
     chosen = [CAMERAS.index(camera) for camera in cfg.cameras]
     rows = raw["instruction"].long()
-    batch = {
-        "images": preprocess(raw["rgb"], raw["depth"], cfg),
-        "prompt_ids": ids[rows],
-        "prompt_mask": mask[rows],
-    }
+    batch = {"images": preprocess(raw["rgb"], raw["depth"], cfg)}
+    batch |= zip(("prompt_ids", "prompt_mask"), (each[rows] for each in prompts))
     if cfg.history == "actions":
         batch["past_actions"] = stats.normalize(raw["past_actions"])
         batch["past_mask"] = raw["past_mask"]
@@ -222,7 +220,7 @@ def check_batch(batch: dict[str, Tensor], cfg: ModelConfig) -> None:
     length = min(batch["prompt_ids"].shape[-1], cfg.llm.prompt_length)
     for key, shape in batch_shapes(cfg, len(batch["images"]), prompt_length=length).items():
         got = tuple(batch[key].shape) if key in batch else "nothing"
-        if got != shape:
+        if got != shape and (key, got) != ("prompt_mask", "nothing"):
             raise ValueError(f"batch[{key!r}]: got {got}, expected {shape}")
     for key, lowest in (("images", 0), ("actions", -1)):
         low, high = (x.item() for x in batch[key].aminmax())

@@ -30,7 +30,9 @@ from backbone import (
     LLM,
     FusedVision,
     KeyValues,
+    LLMLayer,
     Projector,
+    VisionBlock,
     actions_to_bins,
     bins_to_actions,
     init_weights,
@@ -112,10 +114,11 @@ class VLM(nn.Module):
         In this order: first prompt token, images, past actions, other prompt tokens, queries.
         Prismatic, too, puts the images after the first token.
         """
-        images, prompt_mask = batch["images"], batch["prompt_mask"]  # [B, V, 3, H, W], [B, L]
+        images, ids = batch["images"], batch["prompt_ids"]  # [B, V, 3, H, W], [B, L]
+        prompt_mask = batch.get("prompt_mask", torch.ones_like(ids))
         patches = self.vision(rearrange(images, "b v c h w -> (b v) c h w"))  # [B*V, P, C]
         visual = rearrange(self.projector(patches), "(b v) p d -> b (v p) d", b=len(images))
-        text = self.llm.embed(batch["prompt_ids"])  # [B, L, D]
+        text = self.llm.embed(ids)  # [B, L, D]
         queries = repeat(self.latent_queries, "n d -> b n d", b=len(images))  # [B, N, D]
         parts = [
             (text[:, :1], prompt_mask[:, :1]),
@@ -141,11 +144,13 @@ class VLM(nn.Module):
         if action_ids is not None:
             tail += action_ids.shape[1]
             x = torch.cat([x, self.llm.embed(action_ids).to(x.dtype)], dim=1)  # [B, S + A - 1, D]
-            mask = torch.cat([mask, mask.new_ones(action_ids.shape)], dim=1)
+            mask = F.pad(mask, (0, action_ids.shape[1]), value=True)
         # Positions count real tokens only, so a padded prompt gives the unpadded prompt's result.
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-        visible = rearrange(causal & mask[:, None, :], "b t s -> b 1 t s")
+        visible = None  # causal: nothing is padded
+        if "prompt_mask" in batch or self.cfg.history == "actions":
+            causal = mask.new_ones(x.shape[1], x.shape[1]).tril()
+            visible = rearrange(causal & mask[:, None, :], "b t s -> b 1 t s")
         hidden, cache = self.llm(x, rope(positions, self.cfg.llm), visible, tail=tail)
         return Encoded(hidden, cache, mask)
 
@@ -187,13 +192,12 @@ class AuxVLA(nn.Module):
         return [part for part in parts if part]
 
     def prepare_blocks(self, recompute: bool = False, compile: bool = False) -> None:
-        """Recompute or compile the blocks of encoders and LLM, in place."""
-        vision, llm = self.vlm.vision, self.vlm.llm
-        for block in (*vision.dino.blocks, *vision.siglip.blocks, *llm.layers):
-            if recompute:
+        """Recompute or compile the blocks of encoders, LLM and flow head, in place."""
+        for block in self.modules():
+            if compile and isinstance(block, (VisionBlock, LLMLayer)):
+                block.forward = torch.compile(block.forward, dynamic=False)
+            if recompute and isinstance(block, (VisionBlock, LLMLayer)):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-            if compile:
-                block.compile()
 
     def forward(self, batch: dict[str, Tensor], stage: int) -> dict[str, Tensor]:
         """The unweighted losses of a stage, each a scalar under its name in Eq. 4."""
@@ -207,12 +211,9 @@ class AuxVLA(nn.Module):
             return {"flow": masked_mean(per_action, batch["action_mask"], counts["flow"])}
 
         ids, hidden = self.encode_actions(batch)
-        # The head runs at the 13 label positions only. At all positions and batch 64 the logits
-        # alone would take 42 GB.
-        logits = self.vlm.llm.logits(hidden[:, -ACTION_DIM:])  # [B, A, vocabulary]
-        nll = F.cross_entropy(
-            rearrange(logits, "b a v -> b v a").float(), ids, reduction="none"
-        )  # [B, A]
+        # At all positions, not the 13 labels' only, and batch 64 the logits would take 42 GB.
+        logits = rearrange(self.vlm.llm.logits(hidden[:, -ACTION_DIM:]), "b a v -> b v a").float()
+        nll = F.cross_entropy(logits, ids, reduction="none")  # [B, A]
         per_frame = reduce(nll, "b a -> b", "mean")
         losses = {"action": masked_mean(per_frame, batch["action_mask"][:, 0], counts["action"])}
         for name, output in self.decode_latents(aux_input(hidden, stage)).items():

@@ -22,19 +22,13 @@ from einops import rearrange
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from backbone import halve
 from config import ACTION_DIM, CHUNK, HISTORY, InputError
 from data import ActionStats, history_steps, make_batch, read_cameras
 from model import AuxVLA
 from storage.checkpoint import load_weights, model_config_of, read_manifest, resolve
 from storage.tokenizer import tokenize
 from training.ranks import device_of
-
-
-def halve(model: AuxVLA) -> None:
-    """Cast VLM and flow head to bf16, in place. The decoders stay fp32: they predict metres."""
-    for part in (model.vlm, model.flow_head):
-        for parameter in part.parameters() if part is not None else ():
-            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 class Graphs:

@@ -31,9 +31,16 @@ from storage.terminal import user_errors
 from storage.tokenizer import tokenize
 from training.flags import parse
 from training.log import Log, Saver, check_tracker
-from training.memory import check_shared_memory, describe_plan, memory_plan
+from training.memory import (
+    check_shared_memory,
+    describe_plan,
+    matmul_rate,
+    memory_plan,
+    sample_flop,
+    settle_micro_batch,
+)
 from training.order import StepOrder, loader, open_frames
-from training.ranks import STOPPED, Ranks, join, shard, signals
+from training.ranks import STOPPED, Ranks, autocast, halve_frozen, join, shard, signals
 from training.start import build_model, choose_start, describe_run, prepare_data, settle_config
 from training.validation import validate
 
@@ -92,7 +99,7 @@ def accumulate(ddp: nn.Module, batch: dict[str, Tensor], cfg: TrainConfig) -> di
         # would be full-size.
         if isinstance(ddp, DDP):
             ddp.require_backward_grad_sync = i == len(micros) - 1
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(device):
             losses = ddp(micro | {"counts": counts}, cfg.stage)  # the bare model would not reduce
         # Eq. 4, plus the action loss (Sec. 4.3)
         sum(getattr(cfg.weights, name) * loss for name, loss in losses.items()).backward()
@@ -166,11 +173,16 @@ def prepare(cfg: TrainConfig, ranks: Ranks) -> Stage:
             "or more, or another --out"
         )
     plan = memory_plan(cfg, ranks.world, ranks.device)
+    cfg = settle_micro_batch(plan, cfg, ranks.world, ranks.device)
     line = describe_plan(plan, cfg, ranks.world, ranks.device)
     if ranks.is_main:
         print(*frames.remarks, line, sep="\n")
+    if ranks.is_main and ranks.device.type == "cuda":
+        why = "--no-compile turns it off" if cfg.compile else "--compile needs a C compiler"
+        print(f"blocks are {'' if cfg.compile else 'not '}compiled: {why}")
     stats, tokenizer = prepare_data(cfg, frames, start)
     model, pretrained = build_model(cfg, start, ranks.is_main)
+    halve_frozen(model, cfg, ranks.device)
     model.train_stage(cfg.stage)  # before DDP, which registers what requires a gradient
     model.prepare_blocks(cfg.recompute, cfg.compile)
     ddp = distribute(model, cfg, ranks)
@@ -195,7 +207,7 @@ def train(stage: Stage, ranks: Ranks) -> int:
     """Take the steps; return the exit code: 0, STOPPED by a signal, 1 after too many bad steps."""
     cfg, frames, order, model = stage.cfg, stage.frames, stage.order, stage.model
     step, num_steps, skipped, stopped = order.first, order.last, 0, False
-    log = Log(cfg, step, num_steps, ranks)
+    log = Log(cfg, step, num_steps, ranks, matmul_rate(ranks.device) / sample_flop(cfg))
     log.describe(frames, stage.held_out, model)
     saver = Saver(Path(cfg.out), cfg.keep, ranks.is_main, step)
     state = (model, stage.optimizer, stage.manifest, stage.tokenizer)
@@ -228,7 +240,8 @@ def train(stage: Stage, ranks: Ranks) -> int:
                 saver.save(step, *state)
             if validates_here and (step % cfg.val_every == 0 or step == num_steps):
                 began = time.perf_counter()
-                figures = validate(model, stage.held_out, stage.stats, stage.prompts, cfg)
+                with torch.compiler.set_stance("force_eager"):  # its batches have other sizes
+                    figures = validate(model, stage.held_out, stage.stats, stage.prompts, cfg)
                 log.write_validation(step, *figures, time.perf_counter() - began)
             if last:
                 break

@@ -95,7 +95,7 @@ def check_ranges(values: dict, annotated: Callable, prefix: str = "--") -> None:
         if is_dataclass(value):
             check_ranges(vars(value), type(value), f"{flag}.")
         for each in value if isinstance(value, tuple) else (value,):
-            if limit and each is not None and not limit.holds(each):
+            if limit and isinstance(each, int | float) and not limit.holds(each):
                 raise InputError(f"{flag} {each}: expected {limit.text}")
 
 

@@ -161,11 +161,10 @@ def test_a_tokenizer_of_another_model_is_refused_naming_its_tokens(
 def test_a_prompt_begins_with_the_tokenizers_own_token_and_ends_in_the_configured_ids():
     """As OpenVLA's: Llama's <s>, then the images, the sentence, and id 29871."""
     tokenizer, cfg = build_tokenizer(CFG.llm), replace(CFG.llm, prompt_end=(7, 9))
-    plain, _ = tokenize(["close the fridge"], tokenizer, CFG.llm)
+    (plain,) = tokenize(["close the fridge"], tokenizer, CFG.llm)  # no mask: nothing is padded
     tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
-    ids, mask = tokenize(["close the fridge"], tokenizer, cfg)
-    words = plain[plain > 0].tolist()
-    assert ids[0, 0] == 0 and ids[mask].tolist() == [0, *words, 7, 9] and mask[0, 0]
+    (ids,) = tokenize(["close the fridge"], tokenizer, cfg)
+    assert ids[0].tolist() == [0, *plain[0].tolist(), 7, 9]
 
 
 # --- Batches ---

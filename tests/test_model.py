@@ -185,13 +185,37 @@ def compare_alone_and_together(model, batch, tolerance):
     together = everything_read(model, batch)
     for i, real in enumerate(batch["prompt_mask"]):
         frame = {key: value[i : i + 1] for key, value in batch.items()}
-        frame |= {key: frame[key][:, real] for key in ("prompt_ids", "prompt_mask")}
+        frame["prompt_ids"] = frame["prompt_ids"][:, real]
+        del frame["prompt_mask"]
         for name, alone in everything_read(model, frame).items():
             torch.testing.assert_close(alone[0], together[name][i], rtol=0, atol=tolerance)
 
 
 def test_cached_decoding_equals_one_pass_over_all_tokens(model):
     compare_cached_decoding(model.eval(), make_padded(), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_batch_without_padding_needs_no_mask(stage, model, monkeypatch):
+    attention, masks = F.scaled_dot_product_attention, []
+
+    def spy(*args, attn_mask=None, **options):
+        masks.append(attn_mask)
+        return attention(*args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    model.train_stage(stage)
+    model.eval()
+    batch, losses = make_batch(), []
+    for _ in range(2):
+        model.zero_grad()
+        losses.append(model(batch, stage))
+        sum(losses[-1].values()).backward()
+        losses[-1]["gradient"] = next(p.grad for p in model.parameters() if p.requires_grad)
+        batch.pop("prompt_mask", None)
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    without = masks[len(masks) // 2 :]
+    assert sum(mask is not None for mask in without) == (1 if stage == 1 else 1 + CFG.llm.depth)
 
 
 def test_left_padded_frames_act_alike_alone_and_in_a_batch(model):

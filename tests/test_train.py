@@ -3,6 +3,7 @@
 import re
 import shutil
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -12,6 +13,7 @@ import torch
 from files import flip, write_demos
 from safetensors.torch import load_file
 from tiny_run import (
+    DEVICES,
     compare,
     fingerprint,
     flags,
@@ -22,6 +24,7 @@ from tiny_run import (
     weights,
     write_pack,
 )
+from torch._dynamo.utils import counters
 
 from config import InputError, TrainConfig
 from data import Frames, make_batch
@@ -34,6 +37,7 @@ from storage.terminal import user_errors
 from storage.tokenizer import build_tokenizer, tokenize
 from storage.trajectory import DataError
 from training.flags import parse
+from training.memory import measure
 from training.start import RESUME_MAY_CHANGE
 from training.validation import validate
 
@@ -65,7 +69,8 @@ def test_the_three_stages_follow_each_other_and_stage_3_keeps_the_vlm(data, stag
     assert any(key.startswith("flow_head.") for key in three.keys() - two.keys())
     names = {"action", "pos", "grasp", "qpos", "obj", "seg"}
     assert names <= lines(tmp_path / "stage2")[0].keys() and "flow" in lines(tmp_path / "stage3")[0]
-    assert {"samples_per_s", "data_wait", "lr", "grad_norm"} <= lines(stage1)[0].keys()
+    assert {"samples_per_s", "mfu", "data_wait", "lr", "grad_norm"} <= lines(stage1)[0].keys()
+    assert 0 < lines(stage1)[0]["mfu"] < 1
 
 
 def test_stage_1_moves_the_vlm_bit_for_bit_as_without_decoders(data, tmp_path):
@@ -147,8 +152,9 @@ def test_the_command_that_records_labels_is_of_the_files_that_are_trained_on(tmp
 # --- Resume, and checkpoints that others use ---
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(data, stage1, tmp_path):
-    schedule = dict(stage=3, cooldown=0, warmup=0)
+@DEVICES
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(device, data, stage1, tmp_path):
+    schedule = dict(stage=3, cooldown=0, warmup=0, device=device.type)
     cut, other = tmp_path / "cut", shutil.copytree(stage1, tmp_path / "other")
     run(data, tmp_path / "straight", steps=6, init_from=stage1, **schedule)
     run(data, cut, steps=3, init_from=stage1, **schedule)
@@ -235,6 +241,70 @@ def test_accumulated_micro_batches_take_the_same_step_as_one_batch(data, tmp_pat
     for size in (8, 2):
         run(data, tmp_path / str(size), *decoders, steps=1, stage=2, micro_batch=size)
     compare(tmp_path / "8", tmp_path / "2")
+
+
+def test_auto_is_the_whole_batch_here_and_settled_on_resume_where_batchnorm_is_trained(
+    data, stage1, tmp_path
+):
+    """Where none is, the number may change."""
+    for stage, decoders in ((2, ["seg", "pos"]), (2, ["pos"]), (3, ["seg", "pos"])):
+        out = tmp_path / f"{stage}{decoders[0]}"
+        words = ["--model.decoders", *decoders] if stage == 2 else []
+        start = dict(stage=stage, init_from=stage1) if stage == 3 else dict(stage=2)
+        run(data, out, *words, **start, steps=1, micro_batch=4, cooldown=0)
+        run(data, out, *words, **start, steps=2, micro_batch="auto", cooldown=0)
+        batchnorm = stage == 2 and "seg" in decoders
+        assert manifest_of(out)["config"]["micro_batch"] == (4 if batchnorm else 8)
+        if batchnorm:
+            with pytest.raises(InputError, match="micro_batch: 2 here, 4 there"):
+                run(data, out, *words, **start, steps=3, micro_batch=2, cooldown=0)
+
+
+@pytest.mark.parametrize("recompute", [[], ["--recompute"]])
+def test_each_kind_of_block_is_compiled_once_for_each_size(recompute, data, tmp_path, monkeypatch):
+    """Two sizes of micro-batch, and a validation after each step; with a compiler that is quick."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    settings = dict(batch_size=10, micro_batch=4, val_every=1)
+    run(data, tmp_path, "--compile", *recompute, steps=3, stage=2, **settings)
+    kinds = 4  # blocks of DINOv2 and SigLIP, layers of the LLM, its last layer
+    assert counters["stats"]["unique_graphs"] == 2 * kinds
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_on_a_gpu_two_runs_are_equal_and_a_compiled_one_nearly(stage, data, stage1, tmp_path):
+    for name, flag in (("one", "no-compile"), ("two", "no-compile"), ("compiled", "compile")):
+        settings = dict(stage=stage, steps=10, init_from=stage1, device="cuda")
+        run(data, tmp_path / name, f"--{flag}", **settings)
+    compare(tmp_path / "one", tmp_path / "two")
+    for ours, theirs in zip(lines(tmp_path / "one"), lines(tmp_path / "compiled"), strict=True):
+        for name in {"action", "pos", "qpos", "seg", "flow"} & ours.keys():
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-2, abs=1e-2)
+
+
+def test_stage_3_with_a_bf16_vlm_trains_resumes_and_acts(data, stage1, tmp_path, monkeypatch):
+    """As on a GPU: the frozen VLM has bf16 weights, the flow head fp32 ones, under autocast."""
+    settings = dict(stage=3, init_from=stage1, cooldown=0, warmup=0)
+    run(data, tmp_path / "fp32", steps=2, **settings)
+    monkeypatch.setattr("training.ranks.BF16", {"cpu"})
+    measure.cache_clear()
+    for name, parts in (("straight", [4]), ("cut", [2, 4])):
+        for steps in parts:
+            run(data, tmp_path / name, steps=steps, **settings)
+    measure.cache_clear()
+    assert fingerprint(tmp_path / "straight") == fingerprint(tmp_path / "cut")
+    for name, weight in weights(tmp_path / "cut").items():
+        half = name.startswith("vlm.") and weight.is_floating_point()
+        assert weight.dtype == (torch.bfloat16 if half else weight.dtype), name
+        assert name.startswith("vlm.") or weight.dtype != torch.bfloat16, name
+    for ours, theirs in zip(lines(tmp_path / "fp32"), lines(tmp_path / "cut")):
+        for name in {"flow", "val_flow"} & ours.keys():
+            assert theirs[name] == pytest.approx(ours[name], rel=2e-2)
+    policy = Policy.from_checkpoint(tmp_path / "cut", "cpu")
+    assert np.isfinite(policy.act(observation(0), "close the kitchen drawer")).all()
 
 
 def test_training_learns_the_actions_and_the_labels_of_held_out_frames(data, tmp_path):

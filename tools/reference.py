@@ -108,7 +108,7 @@ class Port(nn.Module):
         visual = self.projector(self.features(batch["images"]))
         queries = repeat(self.latent_queries, "n d -> b n d", b=len(prompt))
         x = torch.cat([embed(prompt[:, :1]), visual, embed(prompt[:, 1:]), queries], dim=1)
-        mask = batch["prompt_mask"]
+        mask = batch.get("prompt_mask", torch.ones_like(prompt, dtype=torch.bool))
         ones = [mask.new_ones(part.shape[:2]) for part in (visual, queries)]
         return x, torch.cat([mask[:, :1], ones[0], mask[:, 1:], ones[1]], dim=1).long()
 

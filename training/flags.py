@@ -8,6 +8,7 @@ from config import PRESETS, InputError, TrainConfig
 from paper import DEFAULT_ROW, ROWS, Row
 from storage.checkpoint import steps_in
 from storage.terminal import cli
+from training.ranks import compiles_by_default
 
 
 def preset_of(row: Row, preset: str) -> str:
@@ -60,12 +61,16 @@ def parse(args: list[str] | None = None, description: str | None = None) -> Trai
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="paper")
     first.add_argument("--row")
+    first.add_argument("--device", choices=("cpu", "cuda"))
     chosen, others = first.parse_known_args(args)  # they set the defaults of the other flags
     row = ROWS.get(chosen.row)
     if chosen.row and not row:
         raise InputError(f"--row {chosen.row}: no such row; the rows are {', '.join(ROWS)}")
     preset = preset_of(row, chosen.preset) if row else chosen.preset
-    default = TrainConfig(preset=preset, row=chosen.row, **PRESETS[preset])
+    compiles = compiles_by_default(chosen.device)
+    default = TrainConfig(
+        preset=preset, row=chosen.row, device=chosen.device, compile=compiles, **PRESETS[preset]
+    )
     if row:
         default = replace(default, model=replace(default.model, **row.model), **row.training)
     cfg = cli(TrainConfig, default=default, args=others, description=description)

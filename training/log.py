@@ -23,7 +23,11 @@ from training.ranks import Ranks
 class Log:
     """Sums of losses and times on every rank; files and terminal on the main one."""
 
-    def __init__(self, cfg: TrainConfig, step: int, num_steps: int, ranks: Ranks):
+    def __init__(
+        self, cfg: TrainConfig, step: int, num_steps: int, ranks: Ranks, limit: float
+    ):  # fmt: skip
+        """`limit`: samples per second of a rank that does nothing but large matrix products."""
+        self.limit = limit
         self.cfg, self.num_steps, self.ranks, self.out = cfg, num_steps, ranks, Path(cfg.out)
         self.clear()
         if not ranks.is_main:
@@ -45,7 +49,8 @@ class Log:
             print(
                 f"stage {self.cfg.stage}: {len(frames):,} frames, {len(held_out):,} held out, "
                 f"{trained:.1f}M trained parameters, {self.num_steps} steps of "
-                f"{self.cfg.batch_size}" + ", gradients are not clipped" * (not self.cfg.grad_clip)
+                f"{self.cfg.batch_size}, {self.cfg.micro_batch} frames at a time"
+                f"{'' if self.cfg.grad_clip else ', gradients are not clipped'}"
             )
 
     def clear(self) -> None:
@@ -81,8 +86,10 @@ class Log:
         seconds = time.perf_counter() - self.since
         # A mean of exactly 0 had no labels.
         losses = {name: loss for name, loss in zip(self.sums, means.tolist()) if loss}
+        samples = self.steps * self.cfg.batch_size / seconds
         speed = {
-            "samples_per_s": self.steps * self.cfg.batch_size / seconds,
+            "samples_per_s": samples,
+            "mfu": samples / (self.ranks.world * self.limit),
             "data_wait": self.waited / seconds,
             "eta_s": (self.num_steps - step) * seconds / self.steps,
         }

@@ -1,102 +1,200 @@
-"""Estimate the GPU memory of a training step before the first one, from a forward pass.
+"""What a training step costs, before the first one: GPU memory and arithmetic.
 
-    plan = memory_plan(cfg, world, device)   # {"weights": bytes, ...} per process
+    plan = memory_plan(cfg, world, device)          # {"weights": bytes, ...} per process
+    sample_flop(cfg) / matmul_rate(device)          # seconds of a frame at full speed
 
-The pass runs on tensors without content (torch's FakeTensorMode) and adds up those that autograd
-keeps. Temporary tensors and the allocator's share are not counted: a tenth of the GPU stays free.
+Both come from steps on tensors without content (torch's FakeTensorMode). The plan is the peak of
+such a step; a tenth of the GPU stays free for the allocator's share.
 """
 
 import os
 import shutil
-from collections.abc import Callable
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from config import HISTORY, InputError, TrainConfig
 from data import batch_shapes
 from model import AuxVLA
 from storage.trajectory import RECORD
+from training.ranks import autocast, halve_frozen
 
 USABLE = 0.9  # share of a device's memory that a plan may take
+FRAMES = 8, 32  # in flight in two dry runs; memory grows in proportion between and beyond them
 
 
-def kept_for_backward(model: nn.Module, run: Callable[[], object]) -> int:
-    """Bytes that a forward pass keeps for the backward pass: each storage once, without weights."""
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, int] = {}
+class Meter(TorchDispatchMode):
+    """The bytes of all tensors that operations make, now and at most; each storage once."""
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
+    def __init__(self, *tensors: Tensor):
+        super().__init__()
+        self.now, self.peak, self.alive = 0, 0, set()
+        self.add(tensors)
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = run()  # noqa: F841  keeps the graph, and with it every storage, alive
-    return sum(kept.values())
+    def add(self, tensors: object) -> None:
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.alive:
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                self.alive.add(key)
+                self.now += size
+                weakref.finalize(storage, self.free, key, size)
+        self.peak = max(self.peak, self.now)
+
+    def free(self, key: int, size: int) -> None:
+        self.alive.remove(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, function: Callable, types, args=(), kwargs=None) -> object:
+        out = function(*args, **(kwargs or {}))
+        self.add(out)
+        return out
 
 
-def memory_plan(cfg: TrainConfig, world: int, device: torch.device) -> dict[str, float]:
-    """Bytes per process: weights, gradients, Adam's moments, tensors kept for the backward pass."""
+@contextmanager
+def dry_run(
+    cfg: TrainConfig, frames: int, device: torch.device
+) -> Iterator[tuple[AuxVLA, Callable[[], None]]]:
+    """A model without content, ready to train, and a forward and backward pass of a micro-batch."""
     with torch.device("meta"):
         model = AuxVLA(cfg.model, flow_head=cfg.stage == 3)
-
-    def kept(frames: int) -> int:
-        kinds = {"prompt_ids": torch.long, "prompt_mask": torch.bool}
+    kinds = {"prompt_ids": torch.long, "prompt_mask": torch.bool}
+    with FakeTensorMode(allow_non_fake_inputs=True), device:
+        model.to_empty(device=device)
+        halve_frozen(model, cfg, device)
+        for parameter in model.train_stage(cfg.stage):
+            parameter.grad = torch.empty_like(parameter)  # of earlier micro-batches
+        model.eval()  # BatchNorm would wait for the other ranks
+        model.prepare_blocks(cfg.recompute)
         batch = {
             name: torch.zeros(shape, dtype=kinds.get(name, torch.float32))
             for name, shape in batch_shapes(cfg.model, frames, noise=True).items()
         }
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return kept_for_backward(model, lambda: model(batch, cfg.stage))
 
-    with FakeTensorMode(allow_non_fake_inputs=True), device:
-        model.to_empty(device=device)
-        trained = sum(p.numel() for p in model.train_stage(cfg.stage))
-        model.eval()  # BatchNorm would wait for the other ranks
-        one, two = kept(1), kept(2)
-        per_frame, constant = two - one, max(0, 2 * one - two)
-        if cfg.recompute:
-            model.prepare_blocks(recompute=True)
-            inputs, vision = kept(2) - kept(1), model.vlm.vision
-            blocks = len(vision.dino.blocks) + len(vision.siglip.blocks) + len(model.vlm.llm.layers)
-            # The backward pass holds the activations of one recomputed block and their gradients.
-            per_frame = inputs + 2 * (per_frame - inputs) / blocks
-    share = 4 / (world if cfg.shard else 1)
+        def step() -> None:
+            with autocast(device):
+                losses = model(batch, cfg.stage)
+            sum(losses.values()).backward()
+
+        yield model, step
+
+
+@lru_cache
+def measure(cfg: TrainConfig, frames: int, device: torch.device) -> tuple[int, int, int]:
+    """Bytes of the weights, of the gradients, and of the rest of a step's peak."""
+    with dry_run(cfg, frames, device) as (model, step):
+        weights = [*model.parameters()]
+        gradients = [p.grad for p in weights if p.grad is not None]
+        with Meter(*weights, *gradients) as meter:
+            held = meter.now
+            step()
+    return sum(p.nbytes for p in weights), sum(g.nbytes for g in gradients), meter.peak - held
+
+
+def memory_plan(cfg: TrainConfig, world: int, device: torch.device) -> dict[str, float]:
+    """Bytes per process: weights, gradients, Adam's moments, and the rest of a step's peak."""
+    cfg = TrainConfig(model=cfg.model, stage=cfg.stage, recompute=cfg.recompute, shard=cfg.shard)
+    (weights, gradients, few), (_, _, many) = (measure(cfg, n, device) for n in FRAMES)
+    per_frame = (many - few) / (FRAMES[1] - FRAMES[0])
+    share = 1 / (world if cfg.shard else 1)
     return {
-        "weights": share * sum(p.numel() for p in model.parameters()),
-        "gradients": share * trained,
-        "Adam's moments": 2 * share * trained,
-        "bf16 copies of the weights": constant,
+        "weights": share * weights,
+        "gradients": share * gradients,
+        "Adam's moments": share * 2 * gradients,
+        "copies of the weights": max(0, few - FRAMES[0] * per_frame),
         "activations of a frame": per_frame,
     }
+
+
+def sample_flop(cfg: TrainConfig) -> float:
+    """Floating-point operations of a frame's forward and backward pass, recomputation left out."""
+    # By the math kernel: torch does not count the operations of a CPU's fused one.
+    with (
+        dry_run(replace(cfg, recompute=False), 1, torch.device("cpu")) as (_, step),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        step()
+    return counter.get_total_flops()
+
+
+def matmul_rate(device: torch.device) -> float:
+    """FLOP per second of a large matrix product, the best of five: bf16 on a GPU, fp32 on a CPU."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (768, torch.float32)
+    a, rates = torch.ones(n, n, dtype=dtype, device=device), []
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for a GPU
+        rates.append(2 * n**3 / (time.perf_counter() - began))
+    return max(rates)
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes that a process may take of its GPU or, without one, of the machine."""
+    if device.type == "cuda":
+        return USABLE * torch.cuda.get_device_properties(device).total_memory
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return USABLE * memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes here
+
+
+def frames_that_fit(plan: dict[str, float], device: torch.device) -> int:
+    *fixed, frame = plan.values()
+    return max(0, int((memory_of(device) - sum(fixed)) // frame))
+
+
+def settle_micro_batch(
+    plan: dict[str, float], cfg: TrainConfig, world: int, device: torch.device
+) -> TrainConfig:
+    """--micro-batch auto: a rank's batch in as few pieces as fit, all of about one size."""
+    if cfg.micro_batch != "auto":
+        return cfg
+    frames = cfg.batch_size // world
+    pieces = -(-frames // max(1, frames_that_fit(plan, device)))
+    return replace(cfg, micro_batch=-(-frames // pieces))
+
+
+def flags_that_fit(cfg: TrainConfig, world: int, device: torch.device) -> str:
+    """The first two sets of flags whose plan fits."""
+    recompute, frames = replace(cfg, recompute=True), min(cfg.micro_batch, cfg.batch_size // world)
+    trials = [("", cfg, world), ("--recompute", recompute, world)]
+    if device.type == "cuda":
+        sharded = replace(recompute, shard=True)
+        trials += [(f"--recompute --shard on {n} GPUs", sharded, n) for n in (2, 4, 8, 16, 32, 64)]
+    fitting = []
+    for flags, trial, gpus in trials:
+        if fit := frames_that_fit(memory_plan(trial, gpus, device), device):
+            fitting.append(flags if fit >= frames else f"--micro-batch {fit} {flags}".strip())
+    return ", or ".join(fitting[:2]) or "--preset tiny"
 
 
 def describe_plan(
     plan: dict[str, float], cfg: TrainConfig, world: int, device: torch.device
 ) -> str:
-    """The plan in a line. InputError, with a flag that helps, if GPU or machine is too small."""
+    """The plan in a line. InputError, with flags that fit, if GPU or machine is too small."""
     *fixed, frame = plan.values()
     frames = min(cfg.micro_batch, cfg.batch_size // world)
-    needed = sum(fixed) + frames * frame
+    needed, usable = sum(fixed) + frames * frame, memory_of(device)
     parts = [f"{name} {size / 2**30:.2g}" for name, size in list(plan.items())[:-1]]
     parts.append(f"activations of {frames} frames {frames * frame / 2**30:.2g}")
     line = f"memory, GiB per process: {', '.join(parts)}; in all {needed / 2**30:.3g}"
-    if device.type == "cuda":
-        kind, larger = "GPU", "--shard on more GPUs"
-        total = torch.cuda.get_device_properties(device).total_memory
-    else:
-        kind, larger = "machine", "--preset tiny"
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        total = memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes here
-    if needed <= USABLE * total:
-        return f"{line} of {total / 2**30:.3g}"
-    fit = int((USABLE * total - sum(fixed)) // frame)
-    remedy = f"--micro-batch {fit}" if fit >= 1 else larger
-    remedy += ", or --recompute, for a third more arithmetic" * (not cfg.recompute)
-    raise InputError(f"{line}, but the {kind} has {total / 2**30:.3g}: give {remedy}")
+    if needed <= usable:
+        return f"{line} of {usable / USABLE / 2**30:.3g}"
+    kind = "GPU" if device.type == "cuda" else "machine"
+    raise InputError(
+        f"{line}, but the {kind} has {usable / USABLE / 2**30:.3g}: give "
+        + flags_that_fit(cfg, world, device)
+    )
 
 
 def check_shared_memory(cfg: TrainConfig) -> None:

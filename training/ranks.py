@@ -9,19 +9,24 @@ ranks.leave()
 import gc
 import hashlib
 import os
+import shutil
 import signal
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from config import InputError
+from backbone import halve
+from config import InputError, TrainConfig
 from model import AuxVLA
 
 # Seconds that ranks wait for each other: at the start; later, when one may be saving.
@@ -29,6 +34,9 @@ JOIN_TIMEOUT, STEP_TIMEOUT = 120.0, 3600.0
 # Ctrl-C, a terminal that closes, and what schedulers send, to the loader processes as well
 STOPS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 75  # exit code of a run that was stopped by a signal and saved (EX_TEMPFAIL)
+
+
+BF16 = {"cuda"}  # kinds of devices that compute in bf16; a CPU gains nothing by it
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,29 @@ def device_of(name: str | None) -> torch.device:
             "--device cuda: torch finds no GPU here; why: python -m tools.doctor --device cuda"
         )
     return torch.device(name or ("cuda" if usable else "cpu"))
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 for what has fp32 weights, on devices that compute in bf16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type in BF16)
+
+
+def halve_frozen(model: AuxVLA, cfg: TrainConfig, device: torch.device) -> None:
+    """Stage 3 only reads the VLM: there it has bf16 weights, and needs no autocast.
+
+    Not with --shard: FSDP2 expects weights of one kind.
+    """
+    if cfg.stage == 3 and device.type in BF16 and not cfg.shard:
+        halve(model.vlm)
+        model.vlm.encode = torch.autocast(device.type, enabled=False)(model.vlm.encode)
+
+
+def compiles_by_default(device: str | None) -> bool:
+    """Is there a GPU, Triton, and what Triton needs: a C compiler and Python's headers?"""
+    gpu = device != "cpu" and torch.cuda.is_available()
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    return bool(gpu and find_spec("triton") and compiler and headers.is_file())
 
 
 def join(device: str | None, timeout: float = JOIN_TIMEOUT) -> Ranks:

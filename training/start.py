@@ -18,12 +18,15 @@ from storage.tokenizer import build_tokenizer
 from training.ranks import Ranks
 
 # Fields of TrainConfig that may differ on resume. None changes an optimizer step, except that steps
-# and epochs shift the cool-down.
+# and epochs shift the cool-down, and that device and compile round differently.
 RESUME_MAY_CHANGE = {
     "data", "out", "run_name", "init_from", "resume", "steps", "epochs", "device", "workers",
     "val_every", "val_frames", "pretrained", "log_every", "save_every", "keep", "max_skipped",
-    "tracker", "shard", "recompute", "action_bounds",
+    "tracker", "shard", "recompute", "compile", "action_bounds",
+    "micro_batch",
 }  # fmt: skip
+
+MICRO_BATCH = 8  # where BatchNorm is trained
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,10 @@ def settle_config(cfg: TrainConfig, start: Start, frames: Frames, is_main: bool)
     if not start.folder:
         decoders = tuple(name for name in decoders if name not in lacking)
     cfg = replace(cfg, model=replace(cfg.model, decoders=decoders))
+    micro_batch = cfg.micro_batch or (MICRO_BATCH if cfg.trains_batchnorm else "auto")
+    if micro_batch == "auto" and cfg.trains_batchnorm and start.resumed:
+        micro_batch = stored["micro_batch"]  # what it was where the run began
+    cfg = replace(cfg, micro_batch=micro_batch)
     if start.folder:
         check_config(cfg, start)
     return cfg
@@ -102,7 +109,8 @@ def check_config(cfg: TrainConfig, start: Start) -> None:
     theirs, ours = flat(theirs), flat(to_json(cfg))
     other = [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]
     if start.resumed:
-        wrong = [name for name in other if name.split(".")[0] not in RESUME_MAY_CHANGE]
+        free = RESUME_MAY_CHANGE - ({"micro_batch"} if cfg.trains_batchnorm else set())  # GAP-17
+        wrong = [name for name in other if name.split(".")[0] not in free]
         mend = "Give the same flags, or another --out"
     else:  # A stage needs the same model; the flow head is new unless stage 3 trained one.
         free = ("model.freeze_vision",) + ("model.flow.",) * (start.manifest["stage"] != 3)

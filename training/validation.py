@@ -16,6 +16,7 @@ from data import ActionStats, Frames, make_batch
 from decoders import label_counts
 from flow_head import draw_noise
 from model import AuxVLA, actions_to_bins
+from training.ranks import autocast
 
 # A metric: the model's, the best constant's, unit, whether higher is better.
 Metric = tuple[float | Tensor, float | Tensor, str, bool]
@@ -23,7 +24,7 @@ Metric = tuple[float | Tensor, float | Tensor, str, bool]
 
 @torch.no_grad()
 def validate(
-    model: AuxVLA, frames: Frames, stats: ActionStats, prompts: tuple[Tensor, Tensor],
+    model: AuxVLA, frames: Frames, stats: ActionStats, prompts: tuple[Tensor, ...],
     cfg: TrainConfig,
 ) -> tuple[dict, dict]:  # fmt: skip
     """Losses {name: mean} and metrics {name: dict} over cfg.val_frames of the held-out frames."""
@@ -38,7 +39,7 @@ def validate(
         counts = label_counts(batch)
         noise, t = draw_noise(len(batch["images"]), CHUNK, generator)
         batch |= {"noise": noise.to(device), "t": t.to(device)}
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(device):
             for name, loss in model(batch, cfg.stage).items():
                 sums[name] += loss.item() * counts[name].item()
                 labels[name] += counts[name].item()
