@@ -29,16 +29,9 @@ from storage import checkpoint
 from storage.files import sole_writer
 from storage.terminal import user_errors
 from storage.tokenizer import tokenize
+from training import memory
 from training.flags import parse
 from training.log import Log, Saver, check_tracker
-from training.memory import (
-    check_shared_memory,
-    describe_plan,
-    matmul_rate,
-    memory_plan,
-    sample_flop,
-    settle_micro_batch,
-)
 from training.order import StepOrder, loader, open_frames
 from training.ranks import STOPPED, Ranks, autocast, halve_frozen, join, shard, signals
 from training.start import build_model, choose_start, describe_run, prepare_data, settle_config
@@ -172,14 +165,14 @@ def prepare(cfg: TrainConfig, ranks: Ranks) -> Stage:
             f"{start.folder} is beyond the {num_steps} steps asked for: give --steps {start.step} "
             "or more, or another --out"
         )
-    plan = memory_plan(cfg, ranks.world, ranks.device)
-    cfg = settle_micro_batch(plan, cfg, ranks.world, ranks.device)
-    line = describe_plan(plan, cfg, ranks.world, ranks.device)
+    # Rank 0 decides: a rank with another number of micro-batches would wait for the others.
+    cfg = ranks.on_main(lambda: memory.settle_micro_batch(cfg, ranks.world, ranks.device))
+    line = memory.describe_plan(cfg, ranks.world, ranks.device)
     if ranks.is_main:
         print(*frames.remarks, line, sep="\n")
     if ranks.is_main and ranks.device.type == "cuda":
-        why = "--no-compile turns it off" if cfg.compile else "--compile needs a C compiler"
-        print(f"blocks are {'' if cfg.compile else 'not '}compiled: {why}")
+        off = "not compiled: that needs Triton, a C compiler and Python.h"
+        print("blocks are", "compiled; --no-compile turns it off" if cfg.compile else off)
     stats, tokenizer = prepare_data(cfg, frames, start)
     model, pretrained = build_model(cfg, start, ranks.is_main)
     halve_frozen(model, cfg, ranks.device)
@@ -207,7 +200,9 @@ def train(stage: Stage, ranks: Ranks) -> int:
     """Take the steps; return the exit code: 0, STOPPED by a signal, 1 after too many bad steps."""
     cfg, frames, order, model = stage.cfg, stage.frames, stage.order, stage.model
     step, num_steps, skipped, stopped = order.first, order.last, 0, False
-    log = Log(cfg, step, num_steps, ranks, matmul_rate(ranks.device) / sample_flop(cfg))
+    log = Log(
+        cfg, step, num_steps, ranks, memory.matmul_rate(ranks.device) / memory.sample_flop(cfg)
+    )
     log.describe(frames, stage.held_out, model)
     saver = Saver(Path(cfg.out), cfg.keep, ranks.is_main, step)
     state = (model, stage.optimizer, stage.manifest, stage.tokenizer)
@@ -254,7 +249,7 @@ def train(stage: Stage, ranks: Ranks) -> int:
 
 
 def main(cfg: TrainConfig) -> int:
-    check_shared_memory(cfg)
+    memory.check_shared_memory(cfg)
     check_tracker(cfg.tracker)
     ranks = join(cfg.device)
     with ExitStack() as lock:  # rank 0 holds it; where it is taken already, every rank ends

@@ -80,10 +80,12 @@ def test_sharding_divides_what_belongs_to_the_weights():
     assert activations == (1, 1) and set(shares.values()) == {1 / 4} and len(shares) == 3
 
 
-def test_the_plan_counts_the_frames_that_a_rank_has_in_flight():
-    sizes, cfg = {"weights": 0.0, "activations": 2.0**30}, replace(TINY, batch_size=32)
-    for world, micro_batch, frames in ((1, 8, 8), (2, 32, 16), (8, 32, 4)):
-        line = describe_plan(sizes, replace(cfg, micro_batch=micro_batch), world, CPU)
+def test_the_plan_counts_the_frames_that_a_rank_has_in_flight(monkeypatch):
+    monkeypatch.setattr(memory, "measure", lambda cfg, frames, device: (0, 0, frames * 2**30))
+    cfg = replace(TINY, batch_size=32)
+    for world, micro_batch, frames in ((1, 2, 2), (2, 32, 16), (8, 32, 4)):
+        monkeypatch.setattr(memory, "memory_of", lambda device: 99e9)
+        line = describe_plan(replace(cfg, micro_batch=micro_batch), world, CPU)
         assert f"activations of {frames} frames {frames}; in all {frames} of" in line
 
 
@@ -104,14 +106,14 @@ def gpu(monkeypatch):
 
 def test_a_gpu_that_is_too_small_is_refused_with_flags_that_fit(gpu):
     cfg = replace(TINY, micro_batch=8, batch_size=64)
-    assert "; in all 22.4 of 27.9" in describe_plan(memory_plan(cfg, 1, CPU), cfg, 1, gpu(27e9))
+    assert "; in all 22.4 of 27.9" in describe_plan(cfg, 1, gpu(27e9))
     too_small = {
         22e9: "--micro-batch 6, or --recompute$", 16.5e9: "--micro-batch 5 --recompute, or .* 2",
         5e9: "--recompute --shard on 4 GPUs, or --recompute --shard on 8 GPUs", 1e7: "tiny$",
     }  # fmt: skip
     for total, flags in too_small.items():
         with pytest.raises(InputError, match=flags) as caught:
-            describe_plan(memory_plan(cfg, 1, CPU), cfg, 1, gpu(total))
+            describe_plan(cfg, 1, gpu(total))
         for given in re.findall(r"--[\w-]+(?: (?:\d+|tiny))?", str(caught.value)):
             parse(["--data", "DATA", "--out", "OUT", *given.split()])
 
@@ -119,8 +121,7 @@ def test_a_gpu_that_is_too_small_is_refused_with_flags_that_fit(gpu):
 def test_auto_takes_a_ranks_batch_in_as_few_equal_pieces_as_fit(gpu):
     cfg = replace(TINY, micro_batch="auto", batch_size=128)
     for total, world, frames in ((29e9, 2, 13), (48e9, 2, 32), (99e9, 2, 64), (1e9, 2, 1)):
-        plan = memory_plan(cfg, world, CPU)
-        assert settle_micro_batch(plan, cfg, world, gpu(total)).micro_batch == frames
+        assert settle_micro_batch(cfg, world, gpu(total)).micro_batch == frames
 
 
 def test_flop_are_those_of_the_products_and_no_recomputation():

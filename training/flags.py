@@ -67,10 +67,8 @@ def parse(args: list[str] | None = None, description: str | None = None) -> Trai
     if chosen.row and not row:
         raise InputError(f"--row {chosen.row}: no such row; the rows are {', '.join(ROWS)}")
     preset = preset_of(row, chosen.preset) if row else chosen.preset
-    compiles = compiles_by_default(chosen.device)
-    default = TrainConfig(
-        preset=preset, row=chosen.row, device=chosen.device, compile=compiles, **PRESETS[preset]
-    )
+    default = TrainConfig(**vars(chosen) | {"preset": preset}, **PRESETS[preset])
+    default = replace(default, compile=compiles_by_default(chosen.device))
     if row:
         default = replace(default, model=replace(default.model, **row.model), **row.training)
     cfg = cli(TrainConfig, default=default, args=others, description=description)

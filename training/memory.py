@@ -148,53 +148,46 @@ def memory_of(device: torch.device) -> float:
     return USABLE * memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes here
 
 
-def frames_that_fit(plan: dict[str, float], device: torch.device) -> int:
-    *fixed, frame = plan.values()
+def frames_that_fit(cfg: TrainConfig, world: int, device: torch.device) -> int:
+    *fixed, frame = memory_plan(cfg, world, device).values()
     return max(0, int((memory_of(device) - sum(fixed)) // frame))
 
 
-def settle_micro_batch(
-    plan: dict[str, float], cfg: TrainConfig, world: int, device: torch.device
-) -> TrainConfig:
+def settle_micro_batch(cfg: TrainConfig, world: int, device: torch.device) -> TrainConfig:
     """--micro-batch auto: a rank's batch in as few pieces as fit, all of about one size."""
     if cfg.micro_batch != "auto":
         return cfg
     frames = cfg.batch_size // world
-    pieces = -(-frames // max(1, frames_that_fit(plan, device)))
+    pieces = -(-frames // max(1, frames_that_fit(cfg, world, device)))
     return replace(cfg, micro_batch=-(-frames // pieces))
 
 
 def flags_that_fit(cfg: TrainConfig, world: int, device: torch.device) -> str:
     """The first two sets of flags whose plan fits."""
     recompute, frames = replace(cfg, recompute=True), min(cfg.micro_batch, cfg.batch_size // world)
+    sharded, sizes = replace(recompute, shard=True), (2, 4, 8, 16, 32, 64)
     trials = [("", cfg, world), ("--recompute", recompute, world)]
-    if device.type == "cuda":
-        sharded = replace(recompute, shard=True)
-        trials += [(f"--recompute --shard on {n} GPUs", sharded, n) for n in (2, 4, 8, 16, 32, 64)]
+    trials += [(f"--recompute --shard on {n} GPUs", sharded, n) for n in sizes]
     fitting = []
-    for flags, trial, gpus in trials:
-        if fit := frames_that_fit(memory_plan(trial, gpus, device), device):
+    for flags, trial, gpus in trials if device.type == "cuda" else trials[:2]:
+        if fit := frames_that_fit(trial, gpus, device):
             fitting.append(flags if fit >= frames else f"--micro-batch {fit} {flags}".strip())
     return ", or ".join(fitting[:2]) or "--preset tiny"
 
 
-def describe_plan(
-    plan: dict[str, float], cfg: TrainConfig, world: int, device: torch.device
-) -> str:
+def describe_plan(cfg: TrainConfig, world: int, device: torch.device) -> str:
     """The plan in a line. InputError, with flags that fit, if GPU or machine is too small."""
-    *fixed, frame = plan.values()
-    frames = min(cfg.micro_batch, cfg.batch_size // world)
-    needed, usable = sum(fixed) + frames * frame, memory_of(device)
-    parts = [f"{name} {size / 2**30:.2g}" for name, size in list(plan.items())[:-1]]
-    parts.append(f"activations of {frames} frames {frames * frame / 2**30:.2g}")
-    line = f"memory, GiB per process: {', '.join(parts)}; in all {needed / 2**30:.3g}"
+    plan, frames = memory_plan(cfg, world, device), min(cfg.micro_batch, cfg.batch_size // world)
+    plan[f"activations of {frames} frames"] = frames * plan.pop("activations of a frame")
+    parts = ", ".join(f"{name} {round(size / 2**30, 3):.2g}" for name, size in plan.items())
+    needed, usable = sum(plan.values()), memory_of(device)
+    line = f"memory, GiB per process: {parts}; in all {needed / 2**30:.3g}"
+    total = f"{usable / USABLE / 2**30:.3g}"
     if needed <= usable:
-        return f"{line} of {usable / USABLE / 2**30:.3g}"
+        return f"{line} of {total}"
     kind = "GPU" if device.type == "cuda" else "machine"
-    raise InputError(
-        f"{line}, but the {kind} has {usable / USABLE / 2**30:.3g}: give "
-        + flags_that_fit(cfg, world, device)
-    )
+    flags = flags_that_fit(cfg, world, device)
+    raise InputError(f"{line}, but the {kind} has {total}: give {flags}")
 
 
 def check_shared_memory(cfg: TrainConfig) -> None:

@@ -22,11 +22,8 @@ from training.ranks import Ranks
 RESUME_MAY_CHANGE = {
     "data", "out", "run_name", "init_from", "resume", "steps", "epochs", "device", "workers",
     "val_every", "val_frames", "pretrained", "log_every", "save_every", "keep", "max_skipped",
-    "tracker", "shard", "recompute", "compile", "action_bounds",
-    "micro_batch",
+    "tracker", "shard", "recompute", "compile", "action_bounds", "micro_batch",
 }  # fmt: skip
-
-MICRO_BATCH = 8  # where BatchNorm is trained
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ def settle_config(cfg: TrainConfig, start: Start, frames: Frames, is_main: bool)
     if not start.folder:
         decoders = tuple(name for name in decoders if name not in lacking)
     cfg = replace(cfg, model=replace(cfg.model, decoders=decoders))
-    micro_batch = cfg.micro_batch or (MICRO_BATCH if cfg.trains_batchnorm else "auto")
+    micro_batch = cfg.micro_batch or (8 if cfg.trains_batchnorm else "auto")
     if micro_batch == "auto" and cfg.trains_batchnorm and start.resumed:
         micro_batch = stored["micro_batch"]  # what it was where the run began
     cfg = replace(cfg, micro_batch=micro_batch)
