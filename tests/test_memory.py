@@ -83,8 +83,8 @@ def test_sharding_divides_what_belongs_to_the_weights():
 def test_the_plan_counts_the_frames_that_a_rank_has_in_flight(monkeypatch):
     monkeypatch.setattr(memory, "measure", lambda cfg, frames, device: (0, 0, frames * 2**30))
     cfg = replace(TINY, batch_size=32)
+    monkeypatch.setattr(memory, "memory_of", lambda device: 99e9)
     for world, micro_batch, frames in ((1, 2, 2), (2, 32, 16), (8, 32, 4)):
-        monkeypatch.setattr(memory, "memory_of", lambda device: 99e9)
         line = describe_plan(replace(cfg, micro_batch=micro_batch), world, CPU)
         assert f"activations of {frames} frames {frames}; in all {frames} of" in line
 

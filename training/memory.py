@@ -94,12 +94,12 @@ def dry_run(
 def measure(cfg: TrainConfig, frames: int, device: torch.device) -> tuple[int, int, int]:
     """Bytes of the weights, of the gradients, and of the rest of a step's peak."""
     with dry_run(cfg, frames, device) as (model, step):
-        weights = [*model.parameters()]
-        gradients = [p.grad for p in weights if p.grad is not None]
-        with Meter(*weights, *gradients) as meter:
-            held = meter.now
+        parameters = [*model.parameters()]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        held = [sum(tensor.nbytes for tensor in each) for each in (parameters, gradients)]
+        with Meter(*parameters, *gradients) as meter:
             step()
-    return sum(p.nbytes for p in weights), sum(g.nbytes for g in gradients), meter.peak - held
+    return *held, meter.peak - sum(held)
 
 
 def memory_plan(cfg: TrainConfig, world: int, device: torch.device) -> dict[str, float]:
