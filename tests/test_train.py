@@ -26,6 +26,7 @@ from tiny_run import (
 )
 from torch._dynamo.utils import counters
 
+from backbone import FusedVision
 from config import InputError, TrainConfig
 from data import Frames, make_batch
 from model import AuxVLA
@@ -161,7 +162,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(device, data, st
     for name in ("resumed", "finished already"):
         run(data, cut, steps=6, init_from=other, run_name=name, **schedule)
     assert {field.name for field in fields(TrainConfig)} >= RESUME_MAY_CHANGE
-    assert fingerprint(tmp_path / "straight") == fingerprint(cut)
+    flows = [
+        [line["flow"] for line in lines(out) if "flow" in line]
+        for out in (tmp_path / "straight", cut)
+    ]
+    assert flows[0] == pytest.approx(flows[1], rel=1e-3)  # a GPU may add up in another order
+    if device.type == "cpu":
+        assert fingerprint(tmp_path / "straight") == fingerprint(cut)
     assert [line["step"] for line in lines(cut) if "flow" in line] == [1, 2, 3, 4, 5, 6]
     for config in (manifest_of(cut)["config"], read_json(cut / "config.json")):
         assert config["init_from"] == str(stage1)  # what its weights began with
@@ -279,22 +286,31 @@ def test_on_a_gpu_two_runs_are_equal_and_a_compiled_one_nearly(stage, data, stag
     for name, flag in (("one", "no-compile"), ("two", "no-compile"), ("compiled", "compile")):
         settings = dict(stage=stage, steps=10, init_from=stage1, device="cuda")
         run(data, tmp_path / name, f"--{flag}", **settings)
-    compare(tmp_path / "one", tmp_path / "two")
-    for ours, theirs in zip(lines(tmp_path / "one"), lines(tmp_path / "compiled"), strict=True):
-        for name in {"action", "pos", "qpos", "seg", "flow"} & ours.keys():
-            assert theirs[name] == pytest.approx(ours[name], rel=1e-2, abs=1e-2)
+    one, *others = (lines(tmp_path / name) for name in ("one", "two", "compiled"))
+    for other, tolerance in zip(others, (1e-3, 1e-2)):
+        for ours, theirs in zip(one, other, strict=True):
+            for name in {"action", "pos", "qpos", "seg", "flow"} & ours.keys():
+                assert theirs[name] == pytest.approx(ours[name], rel=tolerance, abs=tolerance)
 
 
 def test_stage_3_with_a_bf16_vlm_trains_resumes_and_acts(data, stage1, tmp_path, monkeypatch):
     """As on a GPU: the frozen VLM has bf16 weights, the flow head fp32 ones, under autocast."""
     settings = dict(stage=3, init_from=stage1, cooldown=0, warmup=0)
     run(data, tmp_path / "fp32", steps=2, **settings)
+    forward, mixed = FusedVision.forward, []
+
+    def spy(vision, images):
+        mixed.append(torch.is_autocast_enabled("cpu"))
+        return forward(vision, images)
+
+    monkeypatch.setattr(FusedVision, "forward", spy)
     monkeypatch.setattr("training.ranks.BF16", {"cpu"})
     measure.cache_clear()
     for name, parts in (("straight", [4]), ("cut", [2, 4])):
         for steps in parts:
             run(data, tmp_path / name, steps=steps, **settings)
     measure.cache_clear()
+    assert not any(mixed)
     assert fingerprint(tmp_path / "straight") == fingerprint(tmp_path / "cut")
     for name, weight in weights(tmp_path / "cut").items():
         half = name.startswith("vlm.") and weight.is_floating_point()
