@@ -199,9 +199,9 @@ def test_cached_decoding_equals_one_pass_over_all_tokens(model):
 def test_a_batch_without_padding_needs_no_mask(stage, model, monkeypatch):
     attention, masks = F.scaled_dot_product_attention, []
 
-    def spy(*args, attn_mask=None, **options):
+    def spy(q, k, v, attn_mask=None, *args, **options):
         masks.append(attn_mask)
-        return attention(*args, attn_mask=attn_mask, **options)
+        return attention(q, k, v, attn_mask, *args, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     model.train_stage(stage)
