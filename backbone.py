@@ -160,12 +160,15 @@ def repeat_heads(cache: KeyValues, heads: int) -> KeyValues:
 
 
 def append_keys(past: KeyValues, new: KeyValues, length: int) -> KeyValues:
-    """The cache of past and new tokens; in place if `past` has room up to `length` tokens."""
-    new = repeat_heads(new, past.k.shape[1])
+    """The cache of past and new tokens; in place if `past` has room up to `length` tokens.
+
+    In place, `past` may hold repeated heads.
+    """
     if past.k.shape[2] < length:
         return KeyValues(*(torch.cat(pair, dim=2) for pair in zip(past, new)))
     for old, fresh in zip(past, new):
-        old[:, :, length - fresh.shape[2] :] = fresh
+        groups = rearrange(old, "b (h g) s d -> b h g s d", h=fresh.shape[1])
+        groups[..., length - fresh.shape[2] :, :] = fresh[:, :, None]
     return past
 
 
@@ -191,7 +194,7 @@ class LLMLayer(nn.Module):
         self, x: Tensor, table: tuple[Tensor, Tensor], mask: Tensor | None,
         past: KeyValues | None = None, tail: int | None = None,
     ) -> tuple[Tensor, KeyValues]:  # fmt: skip
-        """x [B, T, width]; mask [B, 1, T, past + T], True where a query may attend; None: causal.
+        """x [B, T, width]; mask [B, 1, T, past + T], True or 0 where a query attends; None: causal.
 
         Returns x and the KV cache of past and new tokens. With `tail`, x is of the last `tail`
         tokens only; keys and values are of all.

@@ -62,6 +62,8 @@ class EvalConfig:
     # the paper's row to print beside the results; default: the checkpoint's, else auxvla-all
     row: Literal[tuple(ROWS)] | None = None
     device: Literal["cpu", "cuda"] | None = None  # for the learned policy; default: cuda if present
+    # compile the learned policy's blocks: a minute for each worker and sentence, then faster
+    compile: bool = False
 
     def __post_init__(self):
         if self.checkpoint and self.policy != "learned":
@@ -134,6 +136,7 @@ def settings_of(cfg: EvalConfig) -> dict:
         "checkpoint": sha256(cfg.checkpoint / "manifest.json") if cfg.checkpoint else None,
         "policies": policies,
         "device": device_of(cfg.device).type if cfg.checkpoint else "cpu",  # a GPU acts in bf16
+        "compile": cfg.compile and cfg.checkpoint is not None,  # rounds differently
         "assets": apartment(),
     }
 

@@ -109,8 +109,10 @@ class FlowHead(nn.Module):
             KeyValues(*(F.pad(x, (0, 0, 0, horizon)) for x in repeat_heads(layer, heads)))
             for layer in cache
         ]
-        context = self.chunk_context(prefix_mask, horizon)
+        table, visible = self.chunk_context(prefix_mask, horizon)
+        # As attention adds it: each layer and step would convert a boolean mask.
+        mask = torch.where(visible, 0.0, -torch.inf).to(self.norm.weight.dtype)
         t = 1 - torch.arange(num_steps, device=noise.device) / num_steps
         for embedded_t in time_embedding(t, self.cfg.width).split(1):  # [1, W]
-            x = x - self.velocity(x, embedded_t, cache, *context) / num_steps
+            x = x - self.velocity(x, embedded_t, cache, table, mask) / num_steps
         return x

@@ -78,7 +78,7 @@ class Decoding:
     settled: Tensor  # how many first tokens are final: the last pass predicted what it had read
     cache: list[KeyValues]  # of prefix and tokens
     table: tuple[Tensor, Tensor]  # RoPE's, of the tokens
-    visible: Tensor  # [B, 1, A - 1, S + A - 1]
+    visible: Tensor  # [B, 1, A - 1, S + A - 1]: 0, or -inf where not
 
 
 def count_equal(one: Tensor, other: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class AuxVLA(nn.Module):
 
     def __init__(self, cfg: ModelConfig, flow_head: bool = False, meta: bool = False):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.compiled = cfg, False
         self.vlm = VLM(cfg, meta)
         self.decoders = nn.ModuleDict({name: DECODERS[name][0](cfg) for name in cfg.decoders})
         self.flow_head = FlowHead(cfg) if flow_head else None
@@ -277,8 +277,8 @@ class AuxVLA(nn.Module):
         """
         state = run(self.read_draft, batch | {"draft": draft})
         while (settled := int(state.settled)) < NUM_READ:  # the host waits for a GPU once a pass
-            # A CUDA graph has fixed shapes; a CPU need not read settled tokens again.
-            run(self.read_tokens, {}, state, 0 if state.bins.is_cuda else settled)
+            # CUDA graphs and compiled blocks have fixed shapes; others skip the settled tokens.
+            run(self.read_tokens, {}, state, 0 if state.bins.is_cuda or self.compiled else settled)
         return state.prefix, state.bins
 
     def read_draft(self, batch: dict[str, Tensor]) -> Decoding:
@@ -286,19 +286,19 @@ class AuxVLA(nn.Module):
         llm, first = self.vlm.llm, self.cfg.llm.first_action_id
         guess = actions_to_bins(batch["draft"])[:, :NUM_READ]  # [B, A - 1]
         out = self.vlm.encode(batch, first + guess)
-        length = out.mask.shape[1] - NUM_READ  # S
+        mask, length = out.mask, out.mask.shape[1] - NUM_READ  # [B, S + A - 1], S
         bins = llm.logits(out.hidden[:, -ACTION_DIM:], first, BINS).argmax(-1)  # [B, A]
         heads = llm.cfg.heads if bins.is_cuda else llm.cfg.kv_heads
         cache = [repeat_heads(layer, heads) for layer in out.cache]
         before = [KeyValues(k[:, :, :length], v[:, :, :length]) for k, v in cache]
-        causal = out.mask.new_ones(NUM_READ, length + NUM_READ).tril(length)
+        visible = mask[:, None, None] & mask.new_ones(NUM_READ, mask.shape[1]).tril(length)
         return Decoding(
-            prefix=Encoded(out.hidden, before, out.mask[:, :length]),
+            prefix=Encoded(out.hidden, before, mask[:, :length]),
             bins=bins,
             settled=count_equal(guess, bins[:, :NUM_READ]),
             cache=cache,
-            table=rope(out.mask.cumsum(-1)[:, length:] - 1, self.cfg.llm),
-            visible=causal & rearrange(out.mask, "b s -> b 1 1 s"),
+            table=rope(mask.cumsum(-1)[:, length:] - 1, self.cfg.llm),
+            visible=torch.where(visible, 0.0, -torch.inf).to(out.hidden.dtype),
         )
 
     def read_tokens(self, inputs: dict, state: Decoding, begin: int) -> None:

@@ -28,7 +28,19 @@ from data import ActionStats, history_steps, make_batch, read_cameras
 from model import AuxVLA
 from storage.checkpoint import load_weights, model_config_of, read_manifest, resolve
 from storage.tokenizer import tokenize
-from training.ranks import device_of
+from training.ranks import BF16, device_of
+
+
+def prepare(model: AuxVLA, device: torch.device, compile: bool) -> AuxVLA:
+    """The model as a policy runs it: on a GPU in bf16; compiled: a minute at the first query."""
+    if device.type in BF16:
+        halve(model)
+    if compile:
+        # Each length of prompt has shapes of its own, and torch gives up after 8 of them.
+        torch._dynamo.config.recompile_limit = 64
+        model.prepare_blocks(compile=True)
+        model.compiled = True
+    return model.to(device).eval()
 
 
 class Graphs:
@@ -83,7 +95,9 @@ class Policy:
     obs_mode = "rgb+depth"  # of the simulator
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str | None = None) -> "Policy":
+    def from_checkpoint(
+        cls, path: str | Path, device: str | None = None, compile: bool = False
+    ) -> "Policy":
         """`path`: a checkpoint or a stage's folder. InputError for a bad file or a missing GPU."""
         folder = resolve(path)
         manifest = read_manifest(folder, moments=False)
@@ -92,9 +106,8 @@ class Policy:
         load_weights(model, folder)
         stats = {key: tuple(value) for key, value in manifest["action_stats"].items()}
         tokenizer = Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())
-        if device.type == "cuda":
-            halve(model)
-        policy = cls(model.to(device).eval(), ActionStats(**stats), tokenizer, manifest, device)
+        model = prepare(model, device, compile)
+        policy = cls(model, ActionStats(**stats), tokenizer, manifest, device)
         policy.reset()
         return policy
 

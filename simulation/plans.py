@@ -54,13 +54,15 @@ def check_envs(envs: int, scripted: bool, device: str | None = None) -> None:
     )
     if done.returncode:
         reason = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
-        # torch loads libcuda.so.1, which every driver has.
-        raise InputError(
-            f"PhysX on a GPU: {reason}. If libcuda.so is missing: sudo ln -s "
-            "$(ldconfig -p | grep -om1 '/.*libcuda.so.1$') /usr/lib/libcuda.so; if PhysX's "
-            "library is damaged: mv ~/.sapien/physx ~/.sapien/physx.aside, and SAPIEN downloads it "
-            "from GitHub again; without internet, copy ~/.sapien from a machine that has it"
-        )
+        if "libcuda.so:" in reason:  # torch loads libcuda.so.1, which every driver has
+            mend = "sudo ln -s $(ldconfig -p | grep -om1 '/.*libcuda.so.1$') /usr/lib/libcuda.so"
+        elif any(Path.home().glob(".sapien/physx/*/libPhysXGpu_64.so")):
+            mend = "mv ~/.sapien/physx ~/.sapien/physx.aside  # SAPIEN downloads it again"
+        else:
+            reason = f"no GPU library in ~/.sapien/physx, none from GitHub ({reason.split(':')[0]})"
+            fetch = 'python -c "import sapien.physx as p; p.enable_gpu()"'
+            mend = f"{fetch}  # where there is internet; then copy ~/.sapien here"
+        raise InputError(f"--envs {envs}: SAPIEN cannot load PhysX: {reason}: {mend}")
 
 
 def simulation_backend(envs: int) -> str:

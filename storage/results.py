@@ -15,7 +15,7 @@ from storage.files import read_json, read_lines
 
 NOT_RUN = "not run"
 # Settings of evaluations that were written before these keys existed.
-IMPLIED = {"simulation": "physx_cpu", "device": "cpu"}
+IMPLIED = {"simulation": "physx_cpu", "device": "cpu", "compile": False}
 
 
 def read_episodes(out: Path, mend: bool = False) -> dict[tuple[str, int], dict]:

@@ -1,11 +1,17 @@
-"""Acting on a GPU: bf16 weights are what autocast makes of them, a graph is what it captured."""
+"""Acting on a GPU: bf16 weights are what autocast makes of them, a graph is what it captured.
+
+Compiled blocks, on a CPU too, act as plain ones.
+"""
+
+import operator
 
 import pytest
 import torch
 from test_model import CFG, make_batch, make_padded
 
+from backbone import halve
 from model import AuxVLA
-from policy import Graphs, halve
+from policy import Graphs, prepare
 
 ZEROS = torch.zeros(4, 13)
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
@@ -61,9 +67,10 @@ def test_bf16_acts_as_fp32_does_up_to_rounding(model):
 @no_gpu
 @torch.no_grad()
 @pytest.mark.parametrize("chunk", [False, True])
-def test_graphs_give_what_the_model_gives_for_inputs_that_they_have_not_seen(model, chunk):
+@pytest.mark.parametrize("size", [1, 16])
+def test_graphs_give_what_the_model_gives_for_inputs_that_they_have_not_seen(model, chunk, size):
     halve(model.cuda())
-    frames = [{k: v.cuda() for k, v in make_batch(2, seed=seed).items()} for seed in (0, 1)]
+    frames = [{k: v.cuda() for k, v in make_batch(size, seed=seed).items()} for seed in (0, 1)]
     graphs = Graphs()
     for batch in (*frames, frames[0]):
         noise = batch["noise"] if chunk else None
@@ -72,3 +79,32 @@ def test_graphs_give_what_the_model_gives_for_inputs_that_they_have_not_seen(mod
             got = model.act(batch, noise, draft, run=graphs)
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-2)
     assert len(graphs.captured) == 3  # encode or read_draft, predict, denoise or read_tokens
+
+
+ON_GPU = pytest.param("cuda", 0.05, marks=[pytest.mark.gpu, no_gpu])  # bf16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("device", "close"), [pytest.param("cpu", 1e-5, marks=pytest.mark.slow), ON_GPU]
+)
+def test_compiled_blocks_act_as_plain_ones_whatever_the_draft(model, device, close):
+    device = torch.device(device)
+    batch = {name: value.to(device) for name, value in make_batch(2).items()}
+
+    def act() -> tuple:
+        tokens, _ = model.act(batch)
+        return tokens, model.teacher_forced(batch)[0], model.act(batch, batch["noise"])[0]
+
+    prepare(model, device, compile=False)
+    plain, logits, chunk = act()
+    prepare(model, device, compile=True)
+    tokens, *others = act()
+    torch.testing.assert_close(others, [logits, chunk], rtol=close, atol=close)
+    run = Graphs() if device.type == "cuda" else operator.call
+    for draft in (tokens[:, 0], None, -tokens[:, 0]):
+        assert torch.equal(model.act(batch, draft=draft, run=run)[0], tokens)
+    assert device.type == "cuda" or torch.equal(tokens, plain)  # bf16 may round a token over
+    shapes = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    model.act(batch, draft=tokens[:, 0].flip(1))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == shapes

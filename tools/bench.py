@@ -5,7 +5,8 @@
     python -m tools.bench act --preset tiny --json FILE    # or --checkpoint RUN/stage2 --data DATA
 
 The contestants take turns, one round each, on one CPU thread or one GPU. The table shows median,
-minimum and maximum of the rounds. `train` and `act` compare with tools/reference.py.
+minimum and maximum of the rounds. `train` and `act` compare with tools/reference.py. All figures of
+a GPU at once: tools/gpu_check.py.
 """
 
 import platform
@@ -22,18 +23,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import ACTION_DIM, CAMERAS, PRESETS, Count, ModelConfig, model_config
+from config import ACTION_DIM, CAMERAS, PRESETS, Count, ModelConfig, TrainConfig, model_config
 from data import ActionStats, Frames, batch_shapes
-from policy import Graphs, Policy, halve
-from storage.files import write_json
+from decoders import label_counts
+from model import AuxVLA
+from policy import Graphs, Policy, prepare
+from storage.files import code_commit, write_json
 from storage.h5 import Demonstrations, Episode
 from storage.pack import Pack, open_data, pack
 from storage.terminal import cli, user_errors
 from storage.tokenizer import build_tokenizer
 from storage.trajectory import RECORD
 from tools.reference import build_pair
+from train import take_step
 from training.order import StepOrder
-from training.ranks import device_of
+from training.ranks import Ranks, device_of
 
 SENTENCE = "close the kitchen drawer"
 Preset = Literal[tuple(PRESETS)]
@@ -58,6 +62,14 @@ def in_turns(contestants: dict[str, Callable], inputs: Iterable) -> dict[str, di
     }
 
 
+def about() -> dict[str, str | None]:
+    """This machine and this code."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_initialized() else None
+    device = gpu or platform.processor() or platform.machine()
+    today = time.strftime("%Y-%m-%d")
+    return dict(device=device, torch=torch.__version__, commit=code_commit(), date=today)
+
+
 def report(path: Path | None, unit: str, figures: dict[str, dict], **more) -> None:
     """Print the figures as a table; write the figures and this machine's names as JSON."""
     width = max(map(len, figures))
@@ -67,11 +79,8 @@ def report(path: Path | None, unit: str, figures: dict[str, dict], **more) -> No
     for name, value in more.items():
         print(f"{name}: {value}")
     if path:
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_initialized() else None
-        device = gpu or platform.processor() or platform.machine()
-        about = dict(torch=torch.__version__, device=device, date=time.strftime("%Y-%m-%d"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"about": about, "unit": unit, "figures": figures, **more})
+        write_json(path, {"about": about(), "unit": unit, "figures": figures, **more})
 
 
 # --- Frames per second of the loader ---
@@ -123,7 +132,7 @@ def loader(data: Path, json: Path | None = None, rounds: Count = 5, batch: Count
 def random_batch(cfg: ModelConfig, size: int, device: torch.device) -> dict[str, Tensor]:
     """A batch of data.py's schema with random content and every label."""
     generator = torch.Generator().manual_seed(0)
-    shapes = batch_shapes(cfg, size)
+    shapes = batch_shapes(cfg, size, noise=True)
     batch = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
     batch["prompt_ids"] = torch.randint(2, 60, shapes["prompt_ids"], generator=generator)
     batch["actions"] = 2 * batch["actions"] - 1
@@ -133,19 +142,23 @@ def random_batch(cfg: ModelConfig, size: int, device: torch.device) -> dict[str,
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def build_step(model: nn.Module, batch: dict[str, Tensor], fused: bool) -> Callable[[int], float]:
-    """A training step of stage 2: forward, backward, Adam. A call returns samples per second."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5, fused=fused)
-    kind = batch["images"].device.type
+def train_config(preset: str, stage: int, batch: int) -> TrainConfig:
+    settings = dict(stage=stage, batch_size=batch, micro_batch=batch)
+    return replace(TrainConfig(), **PRESETS[preset] | settings)
+
+
+def build_step(model: nn.Module, cfg: TrainConfig, device: torch.device) -> Callable[[int], float]:
+    """train.py's step on a random batch. A call returns samples per second."""
+    ours = isinstance(model, AuxVLA)
+    parts = model.trained_parts() if ours else [[*model.parameters()]]
+    optimizer = torch.optim.Adam([{"params": part} for part in parts], fused=ours)
+    batch, ranks = random_batch(cfg.model, cfg.batch_size, device), Ranks(0, 1, device)
 
     def step() -> None:
-        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-            loss = sum(model(batch, 2).values())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        batch["counts"] = label_counts(batch)  # take_step removes them
+        take_step(model, optimizer, batch, cfg.lr, cfg, ranks)
 
-    return lambda _: len(batch["images"]) / seconds(step)
+    return lambda _: cfg.batch_size / seconds(step)
 
 
 def train(
@@ -153,40 +166,28 @@ def train(
     batch: Count = 8,
 ) -> None:  # fmt: skip
     """Samples per second of a training step of stage 2, beside the port's."""
-    place = device_of(device)
+    place, cfg = device_of(device), train_config(preset, 2, batch)
     torch.manual_seed(0)
-    port, ours = (model.to(place).train() for model in build_pair(model_config(preset)))
+    port, ours = (model.to(place).train() for model in build_pair(cfg.model))
     ours.train_stage(2)
-    samples = random_batch(ours.cfg, batch, place)
-    steps = {
-        "naive port": build_step(port, samples, fused=False),
-        "ours": build_step(ours, samples, fused=True),
-    }
+    steps = {"naive port": build_step(port, cfg, place), "ours": build_step(ours, cfg, place)}
     report(json, "samples/s", in_turns(steps, range(rounds + 1)))
 
 
 # --- Latency of an action ---
 
 
-def build_policies(
-    cfg: ModelConfig, checkpoint: Path | None, device: torch.device
-) -> tuple[Policy, Policy]:
-    """The port's policy and ours. With a checkpoint ours has its weights, the port random ones."""
-    torch.manual_seed(0)
-    if checkpoint:
-        policy = Policy.from_checkpoint(checkpoint, device.type)
-        port, _ = build_pair(policy.model.cfg)
-    else:
-        port, ours = build_pair(cfg)
-        stats = ActionStats((-1.0,) * ACTION_DIM, (1.0,) * ACTION_DIM)  # normalised actions
-        tokenizer = build_tokenizer(replace(cfg.llm, tokenizer="words"))  # needs no file
-        if device.type == "cuda":
-            halve(ours)
-        policy = Policy(ours.to(device).eval(), stats, tokenizer, {}, device)
-    policy.predict = False
-    naive = replace(policy, model=port.to(device).eval())
+def random_policy(model: AuxVLA, device: torch.device, compile: bool = False) -> Policy:
+    """A policy of a model's random weights."""
+    stats = ActionStats((-1.0,) * ACTION_DIM, (1.0,) * ACTION_DIM)  # normalised actions
+    tokenizer = build_tokenizer(replace(model.cfg.llm, tokenizer="words"))  # needs no file
+    return Policy(prepare(model, device, compile), stats, tokenizer, {}, device, predict=False)
+
+
+def naive_policy(port: nn.Module, policy: Policy) -> Policy:
+    naive = replace(policy, model=port.to(policy.device).eval())
     naive.query = partial(query_port, naive)
-    return naive, policy
+    return naive
 
 
 def query_port(policy: Policy, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
@@ -233,7 +234,12 @@ def act(
         checkpoint: weights of ours; the port keeps random ones
         data: frames, one after the other; default: random pictures
     """
-    naive, policy = build_policies(model_config(preset), checkpoint, device_of(device))
+    place = device_of(device)
+    torch.manual_seed(0)
+    given = Policy.from_checkpoint(checkpoint, place.type) if checkpoint else None
+    port, ours = build_pair(given.model.cfg if given else model_config(preset))
+    policy = replace(given or random_policy(ours, place), predict=False)
+    naive = naive_policy(port, policy)
     without_draft, figures, more = replace(policy, graphs=Graphs()), {}, {}
     runs = {
         "transformers generate": partial(act_first, naive),

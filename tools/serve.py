@@ -46,6 +46,7 @@ class ServeConfig:
     host: str = "127.0.0.1"  # 0.0.0.0 accepts clients from other machines
     port: Annotated[int, Range("1 to 65535", lambda n: 0 < n < 2**16)] = 8000
     device: Literal["cpu", "cuda"] | None = None  # default: cuda if there is one
+    compile: bool = False  # compile the model's blocks: a minute at the first query, then faster
 
 
 def read_images(observation: dict) -> dict:
@@ -68,7 +69,8 @@ class AuxVLAServer(ModelServer):
     """One model for all clients. vla-eval sends the text of an exception to the client."""
 
     def __init__(self, cfg: ServeConfig):
-        self.policy = replace(Policy.from_checkpoint(cfg.checkpoint, cfg.device), predict=False)
+        policy = Policy.from_checkpoint(cfg.checkpoint, cfg.device, cfg.compile)
+        self.policy = replace(policy, predict=False)
         # vla-eval makes a context for each episode: a policy with the history of that episode.
         self.episodes: WeakKeyDictionary = WeakKeyDictionary()
 
