@@ -160,14 +160,11 @@ def repeat_heads(cache: KeyValues, heads: int) -> KeyValues:
 
 
 def append_keys(past: KeyValues, new: KeyValues, length: int) -> KeyValues:
-    """The cache of past and new tokens; in place if `past` has room up to `length` tokens.
-
-    In place, `past` may hold repeated heads.
-    """
+    """The cache of past and new tokens; in place if `past` has room up to `length` tokens."""
     if past.k.shape[2] < length:
         return KeyValues(*(torch.cat(pair, dim=2) for pair in zip(past, new)))
     for old, fresh in zip(past, new):
-        groups = rearrange(old, "b (h g) s d -> b h g s d", h=fresh.shape[1])
+        groups = old.unflatten(1, (fresh.shape[1], -1))  # repeated heads: [B, kv heads, g, ...]
         groups[..., length - fresh.shape[2] :, :] = fresh[:, :, None]
     return past
 
