@@ -108,7 +108,8 @@ def test_settings_stand_once_or_on_every_line_and_may_not_change(tmp_path):
     assert {episode["simulation"] for episode in done.values()} == {"physx_cpu"}
     assert read_episodes(REPOSITORY / "weights/eval")["close_drawer", 0]["horizon"] == 200
     check_settings(tmp_path, done, {"split": "train", "policies": {"place_obj": "a"}})
-    for name, ours in {"split": "val", "device": "cuda", "policies": {"place_obj": "b"}}.items():
+    changed = {"split": "val", "device": "cuda", "compile": True, "policies": {"place_obj": "b"}}
+    for name, ours in changed.items():
         with pytest.raises(InputError, match=f"with {name} = .*, this run has .*{ours}"):
             check_settings(tmp_path, done, {name: ours})
 
