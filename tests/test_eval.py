@@ -14,9 +14,10 @@ from processes import REPOSITORY, finish, run, start, workers_of
 from tiny_run import write_untrained
 
 from config import InputError
-from eval import EvalConfig, fill_defaults, main
+from eval import EvalConfig, fill_defaults, main, settings_of
 from paper import ROWS
 from policy import check_schema
+from storage.checkpoint import resolve
 from storage.files import (
     append,
     code_commit,
@@ -112,6 +113,15 @@ def test_settings_stand_once_or_on_every_line_and_may_not_change(tmp_path):
     for name, ours in changed.items():
         with pytest.raises(InputError, match=f"with {name} = .*, this run has .*{ours}"):
             check_settings(tmp_path, done, {name: ours})
+
+
+def test_compiled_blocks_are_a_setting_of_a_learned_policy(tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.apartment", dict)
+    checkpoint = resolve(REPOSITORY / "weights/stage2")
+    for learned, compile in ((checkpoint, True), (checkpoint, False), (None, True)):
+        policy = "learned" if learned else "random"
+        cfg = EvalConfig(tmp_path, learned, policy=policy, compile=compile)
+        assert settings_of(cfg)["compile"] == bool(learned and compile)
 
 
 def test_wrong_flags_are_refused(tmp_path):

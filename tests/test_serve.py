@@ -53,6 +53,12 @@ class Episode:
         asyncio.run(self.server.on_observation(observation, self))
 
 
+def test_a_server_compiles_on_demand(stage):
+    for compile in (False, True):
+        server = AuxVLAServer(ServeConfig(stage, device="cpu", compile=compile))
+        assert server.policy.model.compiled == compile
+
+
 def test_several_episodes_at_once_each_get_the_policys_actions(stage):
     server = AuxVLAServer(ServeConfig(stage, device="cpu"))
     episodes = {(1, 2): Episode(server), (7, 8): Episode(server)}
