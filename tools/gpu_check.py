@@ -1,7 +1,7 @@
 """What to run first on a machine with a GPU: the tests that need one, then speed and memory.
 
     python -m tools.gpu_check --out FILE.json                # at most 8 minutes on an H100
-    python -m tools.gpu_check --out FILE.json --preset tiny  # on a CPU, too
+    python -m tools.gpu_check --out FILE.json --preset tiny  # a CPU, too: 5 minutes
 
 Weights and frames are random: no data, no network. Prints the table of docs/speed.md.
 """
