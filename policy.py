@@ -28,7 +28,7 @@ from data import ActionStats, history_steps, make_batch, read_cameras
 from model import AuxVLA
 from storage.checkpoint import load_weights, model_config_of, read_manifest, resolve
 from storage.tokenizer import tokenize
-from training.ranks import BF16, device_of
+from training.ranks import BF16, check_compiler, device_of
 
 
 def prepare(model: AuxVLA, device: torch.device, compile: bool) -> AuxVLA:
@@ -36,6 +36,7 @@ def prepare(model: AuxVLA, device: torch.device, compile: bool) -> AuxVLA:
     if device.type in BF16:
         halve(model)
     if compile:
+        check_compiler(device.type)
         # Each length of prompt has shapes of its own, and torch gives up after 8 of them.
         torch._dynamo.config.recompile_limit = 64
         model.prepare_blocks(compile=True)

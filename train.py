@@ -171,7 +171,7 @@ def prepare(cfg: TrainConfig, ranks: Ranks) -> Stage:
     if ranks.is_main:
         print(*frames.remarks, line, sep="\n")
     if ranks.is_main and ranks.device.type == "cuda":
-        off = "not compiled: that needs Triton, a C compiler and Python.h"
+        off = "not compiled; compiling needs Triton, a C compiler and Python.h"
         print("blocks are", "compiled; --no-compile turns it off" if cfg.compile else off)
     stats, tokenizer = prepare_data(cfg, frames, start)
     model, pretrained = build_model(cfg, start, ranks.is_main)
@@ -200,9 +200,8 @@ def train(stage: Stage, ranks: Ranks) -> int:
     """Take the steps; return the exit code: 0, STOPPED by a signal, 1 after too many bad steps."""
     cfg, frames, order, model = stage.cfg, stage.frames, stage.order, stage.model
     step, num_steps, skipped, stopped = order.first, order.last, 0, False
-    log = Log(
-        cfg, step, num_steps, ranks, memory.matmul_rate(ranks.device) / memory.sample_flop(cfg)
-    )
+    limit = memory.matmul_rate(ranks.device) / memory.sample_flop(cfg)
+    log = Log(cfg, step, num_steps, ranks, limit)
     log.describe(frames, stage.held_out, model)
     saver = Saver(Path(cfg.out), cfg.keep, ranks.is_main, step)
     state = (model, stage.optimizer, stage.manifest, stage.tokenizer)

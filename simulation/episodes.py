@@ -44,9 +44,7 @@ POLICIES = dict(learned=Policy, expert=ScriptedExpert, random=RandomPolicy, rl=R
 
 def run_jobs(cfg, jobs: Iterable[Job]) -> Iterator[list[dict]]:
     """Yield each job's records. Consecutive jobs with the same images share a simulator."""
-    learned = None
-    if cfg.checkpoint:
-        learned = Policy.from_checkpoint(cfg.checkpoint, cfg.device, cfg.compile)
+    learned = cfg.checkpoint and Policy.from_checkpoint(cfg.checkpoint, cfg.device, cfg.compile)
     for (column, filmed), group in groupby(jobs, attrgetter("column", "filmed")):
         # The simulator renders only images that the policy or the film reads.
         mode = "rgb+depth+segmentation" if filmed else POLICIES[cfg.policy].obs_mode

@@ -49,9 +49,8 @@ def check_envs(envs: int, scripted: bool, device: str | None = None) -> None:
         raise InputError("--envs: several environments need a GPU; on a CPU use --workers 2")
     load = "import ctypes, sapien.physx as p; ctypes.CDLL('libcuda.so'); p.enable_gpu()"
     # In another process: a damaged library may crash it.
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", load], stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-W", "ignore", "-c", load]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         reason = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
         if "libcuda.so:" in reason:  # torch loads libcuda.so.1, which every driver has

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from processes import run
 
 FOLDER = pytest.StashKey[Path]()
@@ -22,6 +23,11 @@ def pytest_configure(config):
     os.environ["MS_ASSET_DIR"] = str(config.stash[FOLDER] / "assets")
     # A shell's background job ignores Ctrl-C, and so would the programs that the tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
 
 
 def pytest_unconfigure(config):

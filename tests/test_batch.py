@@ -266,7 +266,6 @@ def test_what_a_gpu_simulation_loads_is_looked_for_before_any_worker_starts(tmp_
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="several environments in one simulator need a GPU")
 def test_on_a_gpu_a_column_is_simulated_at_once(assets, tmp_path):
     try:
         plans.check_envs(4, scripted=False)

@@ -1,6 +1,7 @@
 """gpu_check measures everything at tiny size on a CPU, and fails when a GPU test does."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,23 +11,21 @@ from tools import gpu_check
 
 @pytest.fixture
 def check(tmp_path, monkeypatch):
-    """Runs gpu_check on tests of one line, without compiling; returns the JSON and the table."""
+    """Runs gpu_check on a test of one line, without compiling; the figures that it has written."""
     monkeypatch.setattr(gpu_check, "TESTS", tmp_path)
-    out = tmp_path / "figures.json"
+    out = tmp_path / "new/figures.json"
 
-    def run(test: str, capsys) -> tuple[dict, str]:
+    def run(test: str = "pass", raises=None) -> dict:
         (tmp_path / "test_it.py").write_text(f"import pytest\n@pytest.mark.gpu\ndef test(): {test}")
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), raises or nullcontext():
             gpu_check.main(out, preset="tiny", rounds=1)
-        return json.loads(out.read_text()), capsys.readouterr().out
+        return json.loads(out.read_text())["figures"]
 
     return run
 
 
 def test_every_figure_of_the_table_is_measured(check, capsys):
-    result, printed = check("pass", capsys)
-    figures = result["figures"]
-    assert {"device", "torch", "commit", "date"} == result["about"].keys()
+    figures, printed = check(), capsys.readouterr().out
     training = [row for row in figures if row.startswith("training")]
     assert len(training) == 3 and len(figures) == 9
     for row, of in figures.items():
@@ -43,14 +42,25 @@ def test_a_gpu_test_that_fails_and_a_gpu_that_is_too_small_are_told(check, capsy
 
     monkeypatch.setattr(gpu_check, "measure_step", too_large)
     monkeypatch.setattr(gpu_check, "acting", lambda *_: [])
-    with pytest.raises(SystemExit, match="a GPU test failed"):
-        check("assert False", capsys)
+    check("assert False", pytest.raises(SystemExit, match="is written, but pytest ended with 1"))
     assert "| out of memory" in capsys.readouterr().out
 
 
-def test_after_its_time_is_up_nothing_is_measured(check, capsys, monkeypatch):
+def test_killed_out_of_time_and_without_a_compiler_it_leaves_what_it_has(check, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(gpu_check, "acting", killed)
     monkeypatch.setattr(gpu_check, "LIMIT", 0)
-    result, _ = check("pass", capsys)
-    assert {c["missing"] for of in result["figures"].values() for c in of.values()} == {
-        "no time left"
-    }
+    monkeypatch.setattr(gpu_check, "lacks_to_compile", lambda kind: "g++")
+    figures = [*check(raises=pytest.raises(KeyboardInterrupt)).values()]
+    assert [[*of] for of in figures] == [["ours", "transformers"], ["ours"], ["ours"]]
+    assert figures[0]["ours"] == {"missing": "no time left"}
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before_the_tests(tmp_path, monkeypatch):
+    monkeypatch.delattr(gpu_check, "subprocess")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        gpu_check.main(tmp_path / "file/figures.json", preset="tiny")

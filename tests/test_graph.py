@@ -8,13 +8,13 @@ import operator
 import pytest
 import torch
 from test_model import CFG, make_batch, make_padded
+from tiny_run import DEVICES
 
 from backbone import KeyValues, append_keys, halve, repeat_heads
 from model import AuxVLA
 from policy import Graphs, prepare
 
 ZEROS = torch.zeros(4, 13)
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 
 
 @pytest.fixture
@@ -23,14 +23,11 @@ def model():
     return AuxVLA(CFG, flow_head=True).eval()
 
 
-class Spy:
-    """Calls a part and counts the calls."""
-
-    def __init__(self):
-        self.calls = []
+class Spy(list):
+    """Calls the parts; lists the tokens at which passes begin."""
 
     def __call__(self, function, inputs, *state):
-        self.calls.append(function.__name__)
+        self += state[1:]
         return function(inputs, *state)
 
 
@@ -46,7 +43,7 @@ def test_bf16_weights_give_one_answer_with_drafts_right_wrong_and_absent(model):
         tokens, predicted = model.act(batch, draft=draft, run=spy)
         assert torch.equal(tokens, plain)
         torch.testing.assert_close(predicted, predictions, rtol=0.02, atol=0.02)
-        passes.append(spy.calls.count("read_tokens"))
+        passes.append(len(spy))
     assert passes[0] == 0 < min(passes[1:])
     chunk = model.act(batch, batch["noise"])[0]
     assert chunk.isfinite().all() and chunk.shape == (4, 8, 13)
@@ -70,7 +67,6 @@ def test_bf16_acts_as_fp32_does_up_to_rounding(model):
 
 
 @pytest.mark.gpu
-@no_gpu
 @torch.no_grad()
 @pytest.mark.parametrize("chunk", [False, True])
 @pytest.mark.parametrize("size", [1, 16])
@@ -89,25 +85,16 @@ def test_graphs_give_what_the_model_gives_for_inputs_that_they_have_not_seen(mod
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_passes_of_compiled_blocks_have_one_shape(model, compiled):
-    model.compiled, begins = compiled, set()
-
-    def run(part, inputs, *state):
-        begins.update(state[1:])
-        return part(inputs, *state)
-
-    model.act(make_batch(4), run=run)
-    assert (begins == {0}) == compiled
+    model.compiled, spy = compiled, Spy()
+    model.act(make_batch(4), run=spy)
+    assert spy and ({*spy} == {0}) == compiled
 
 
-ON_GPU = pytest.param("cuda", 0.05, marks=[pytest.mark.gpu, no_gpu])  # bf16
-
-
+@pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("device", "close"), [pytest.param("cpu", 1e-5, marks=pytest.mark.slow), ON_GPU]
-)
-def test_compiled_blocks_act_as_plain_ones_whatever_the_draft(model, device, close):
-    device = torch.device(device)
+@DEVICES
+def test_compiled_blocks_act_as_plain_ones_whatever_the_draft(model, device):
+    close = 0.05 if device.type == "cuda" else 1e-5
     batch = {name: value.to(device) for name, value in make_batch(2).items()}
 
     def act() -> tuple:

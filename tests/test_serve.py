@@ -54,9 +54,8 @@ class Episode:
 
 
 def test_a_server_compiles_on_demand(stage):
-    for compile in (False, True):
-        server = AuxVLAServer(ServeConfig(stage, device="cpu", compile=compile))
-        assert server.policy.model.compiled == compile
+    server = AuxVLAServer(ServeConfig(stage, device="cpu", compile=True))
+    assert server.policy.model.compiled
 
 
 def test_several_episodes_at_once_each_get_the_policys_actions(stage):

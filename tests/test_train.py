@@ -162,11 +162,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(device, data, st
     for name in ("resumed", "finished already"):
         run(data, cut, steps=6, init_from=other, run_name=name, **schedule)
     assert {field.name for field in fields(TrainConfig)} >= RESUME_MAY_CHANGE
-    flows = [
-        [line["flow"] for line in lines(out) if "flow" in line]
-        for out in (tmp_path / "straight", cut)
-    ]
-    assert flows[0] == pytest.approx(flows[1], rel=1e-3)  # a GPU may add up in another order
+    steps, again = ([x for x in lines(out) if "flow" in x] for out in (tmp_path / "straight", cut))
+    for ours, theirs in zip(steps, again, strict=True):  # a GPU may add up in another order
+        assert theirs["flow"] == pytest.approx(ours["flow"], rel=1e-3)
     if device.type == "cpu":
         assert fingerprint(tmp_path / "straight") == fingerprint(cut)
     assert [line["step"] for line in lines(cut) if "flow" in line] == [1, 2, 3, 4, 5, 6]
@@ -279,8 +277,23 @@ def test_each_kind_of_block_is_compiled_once_for_each_size(recompute, data, tmp_
     assert counters["stats"]["unique_graphs"] == 2 * kinds
 
 
+def test_blocks_are_compiled_by_default_on_a_gpu_and_never_without_a_compiler(monkeypatch):
+    for name in ("PATH", "CC", "CXX"):
+        monkeypatch.setenv(name, "")
+    words = flags(Path("data"), Path("out"))
+    with pytest.raises(InputError, match=r"--compile needs g\+\+: apt-get install"):
+        parse([*words, "--compile"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("training.ranks.find_spec", lambda name: True)
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    on_gpu = [*words, "--device", "cuda"]
+    assert not parse(on_gpu).compile
+    monkeypatch.setenv("CC", "cc")
+    assert parse(on_gpu).compile and not parse([*on_gpu, "--no-compile"]).compile
+    assert not parse(words).compile
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_on_a_gpu_two_runs_are_equal_and_a_compiled_one_nearly(stage, data, stage1, tmp_path):
     for name, flag in (("one", "no-compile"), ("two", "no-compile"), ("compiled", "compile")):

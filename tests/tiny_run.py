@@ -21,9 +21,8 @@ from storage.tokenizer import build_tokenizer
 from train import main
 from training.flags import parse
 
-no_gpu = mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = mark.parametrize(
-    "device", [torch.device("cpu"), param(torch.device("cuda"), marks=[mark.gpu, no_gpu])], ids=str
+    "device", [torch.device("cpu"), param(torch.device("cuda"), marks=mark.gpu)], ids=str
 )
 SCHEMA = [dict(name=f"joint_{i}", low=-0.1, high=0.1 * i, unit="rad") for i in range(13)]
 

@@ -37,7 +37,7 @@ from storage.trajectory import RECORD
 from tools.reference import build_pair
 from train import take_step
 from training.order import StepOrder
-from training.ranks import Ranks, device_of
+from training.ranks import Ranks, autocast, device_of
 
 SENTENCE = "close the kitchen drawer"
 Preset = Literal[tuple(PRESETS)]
@@ -62,16 +62,15 @@ def in_turns(contestants: dict[str, Callable], inputs: Iterable) -> dict[str, di
     }
 
 
-def about() -> dict[str, str | None]:
-    """This machine and this code."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_initialized() else None
-    device = gpu or platform.processor() or platform.machine()
-    today = time.strftime("%Y-%m-%d")
-    return dict(device=device, torch=torch.__version__, commit=code_commit(), date=today)
+def about(device: torch.device) -> dict[str, str | None]:
+    """The device's name and this code."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    name, today = gpu or platform.processor() or platform.machine(), time.strftime("%Y-%m-%d")
+    return dict(device=name, torch=torch.__version__, commit=code_commit(), date=today)
 
 
 def report(path: Path | None, unit: str, figures: dict[str, dict], **more) -> None:
-    """Print the figures as a table; write the figures and this machine's names as JSON."""
+    """Print the figures as a table; write them as JSON."""
     width = max(map(len, figures))
     for name, figure in figures.items():
         low, high = figure["min"], figure["max"]
@@ -80,7 +79,7 @@ def report(path: Path | None, unit: str, figures: dict[str, dict], **more) -> No
         print(f"{name}: {value}")
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"about": about(), "unit": unit, "figures": figures, **more})
+        write_json(path, {"unit": unit, "figures": figures, **more})
 
 
 # --- Frames per second of the loader ---
@@ -123,7 +122,8 @@ def loader(data: Path, json: Path | None = None, rounds: Count = 5, batch: Count
             "ours, files": lambda _: read_epoch(Demonstrations(data), batch),
             "ours, pack": lambda _: read_epoch(Pack(folder), batch),
         }
-        report(json, "frames/s", in_turns(contestants, range(rounds + 1)), frames=len(source))
+        figures = in_turns(contestants, range(rounds + 1))
+        report(json, "frames/s", figures, frames=len(source), about=about(torch.device("cpu")))
 
 
 # --- Samples per second of a training step ---
@@ -171,7 +171,7 @@ def train(
     port, ours = (model.to(place).train() for model in build_pair(cfg.model))
     ours.train_stage(2)
     steps = {"naive port": build_step(port, cfg, place), "ours": build_step(ours, cfg, place)}
-    report(json, "samples/s", in_turns(steps, range(rounds + 1)))
+    report(json, "samples/s", in_turns(steps, range(rounds + 1)), about=about(place))
 
 
 # --- Latency of an action ---
@@ -192,8 +192,7 @@ def naive_policy(port: nn.Module, policy: Policy) -> Policy:
 
 def query_port(policy: Policy, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
     """The port's actions: its weights are fp32, and a CUDA graph cannot capture `generate`."""
-    kind = policy.device.type
-    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+    with autocast(policy.device):
         return policy.model.act(batch, batch.get("noise"), batch.get("draft"), predict=False)
 
 
@@ -217,10 +216,10 @@ def observations(data: Path | None, size: int, count: int) -> Iterator[dict]:
         yield {"sensor_data": sensors}
 
 
-def act_first(policy: Policy, obs: dict) -> np.ndarray:
+def act_first(policy: Policy, obs: dict, instruction: str = SENTENCE) -> np.ndarray:
     """The first action [B, 13] of an episode: no draft yet, no actions left of a chunk."""
     policy.reset()
-    return policy.act(obs, SENTENCE)
+    return policy.act(obs, instruction)
 
 
 def act(
@@ -261,7 +260,7 @@ def act(
         gaps = np.stack([policy.act(obs, SENTENCE) - act_first(naive, obs) for obs in frames])
         different = int((np.abs(gaps) > 1e-5).sum())  # of [frames, 1, 13]
         more = {"exactness": {"tokens": gaps.size, "different": different}}
-    report(json, "ms", figures, **more)
+    report(json, "ms", figures, **more, about=about(place))
 
 
 VERBS = {"loader": loader, "train": train, "act": act}

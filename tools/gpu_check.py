@@ -26,9 +26,9 @@ from policy import Policy
 from storage.files import write_json
 from storage.terminal import cli, user_errors
 from tools import bench
-from tools.reference import Port, build_originals
+from tools.reference import Port
 from training.memory import matmul_rate, memory_plan, sample_flop
-from training.ranks import device_of, halve_frozen
+from training.ranks import device_of, halve_frozen, lacks_to_compile
 
 TESTS = Path(__file__).parents[1] / "tests"
 FRAMES = {2: (8, 16), 3: (32,)}  # of a training step, by stage
@@ -36,7 +36,7 @@ BATCHES = (1, 16)  # environments that ask for an action at once
 COLUMNS = ("ours", "compiled", "transformers")
 LIMIT = 360  # seconds after which no further measurement begins
 
-Measurements = Iterator[tuple[str, str, Callable[[], dict]]]  # row, column, what measures a figure
+Measurements = Iterator[tuple[str, str, Callable[[], dict]]]  # row, column, what measures
 
 
 def build_model(cfg: TrainConfig, device: torch.device) -> AuxVLA:
@@ -60,7 +60,7 @@ def measure_step(model: nn.Module, cfg: TrainConfig, limit: float, rounds: int) 
     }
 
 
-def training(preset: str, device: torch.device, rounds: int) -> Measurements:
+def training(preset: str, device: torch.device, rounds: int, ways: list[str]) -> Measurements:
     rate = matmul_rate(device)
     print(f"a large matrix product: {rate / 1e12:.3g} TFLOP/s", flush=True)
     for stage, sizes in FRAMES.items():
@@ -69,38 +69,34 @@ def training(preset: str, device: torch.device, rounds: int) -> Measurements:
         limit, model = rate / sample_flop(steps[0]), build_model(steps[0], device)
         halve_frozen(model, steps[0], device)
         model.train_stage(stage)
-        for column in ("ours", "compiled"):
+        for column in ways:
             model.prepare_blocks(compile=column == "compiled")
             for cfg in steps:
                 yield row.format(cfg), column, partial(measure_step, model, cfg, limit, rounds)
         if stage == 2:
-            cfg = steps[0]
-            model = Port(build_originals(cfg.model, cfg.model.image_size), model).to(device).train()
-            yield row.format(cfg), "transformers", partial(measure_step, model, cfg, limit, rounds)
+            run = partial(measure_step, Port(model).to(device).train(), steps[0], limit, rounds)
+            yield row.format(steps[0]), "transformers", run
 
 
 def measure_query(policy: Policy, size: int, draft: bool, rounds: int) -> dict:
     """Milliseconds from the frames of `size` environments, the same in all rounds, to actions."""
-    frames = next(bench.observations(None, size, 1))
     policy.reset()
-
-    def query(_) -> float:
-        if not draft:  # else the action of the round before is the right draft
-            policy.reset()
-        return 1000 * bench.seconds(lambda: policy.act(frames, bench.SENTENCE))
-
-    return bench.in_turns({"": query}, range(rounds + 1))[""]
+    # The action of the round before is the right draft.
+    ask = policy.act if draft else partial(bench.act_first, policy)
+    run = {"": lambda obs: 1000 * bench.seconds(lambda: ask(obs, bench.SENTENCE))}
+    return bench.in_turns(run, [*bench.observations(None, size, 1)] * (rounds + 1))[""]
 
 
-def acting(preset: str, device: torch.device, rounds: int) -> Measurements:
+def acting(preset: str, device: torch.device, rounds: int, ways: list[str]) -> Measurements:
     tokens = {"tokens, right draft": True, "tokens, no draft": False}
     for stage, names in {2: tokens, 3: {"a chunk of the flow head": False}}.items():
         model = build_model(bench.train_config(preset, stage, 1), device)
-        ours = partial(bench.random_policy, model, device)
-        policies = {"ours": ours, "compiled": partial(ours, compile=True)}
+        policies = {
+            way: partial(bench.random_policy, model, device, compile=way == "compiled")
+            for way in ways
+        }
         if stage == 2:
-            port = Port(build_originals(model.cfg, model.cfg.image_size), model)
-            policies["transformers"] = partial(bench.naive_policy, port, ours())
+            policies["transformers"] = partial(bench.naive_policy, Port(model), policies["ours"]())
         for column, build in policies.items():
             policy = build()
             for size, (name, draft) in product(BATCHES, names.items()):
@@ -116,26 +112,34 @@ def cell(figure: dict) -> str:
 
 
 def main(out: Path, preset: Literal["paper", "tiny"] = "paper", rounds: Count = 10) -> None:
-    """The tests marked `gpu`, then medians of `rounds`. Exits with 1 if a test failed."""
+    """The tests marked `gpu`, then medians of `rounds`. Exits with 1 unless all tests passed."""
     began, device = time.perf_counter(), device_of("cuda" if preset == "paper" else None)
+    about, figures, ways = bench.about(device), {}, ["ours", "compiled"]
+    result = {"about": about, "pytest's exit code": None, "figures": figures}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, result)  # a folder that cannot be written to is named now
+    if lacking := lacks_to_compile(device.type):
+        ways.remove("compiled")
+        print(f"nothing will be compiled: this machine lacks {lacking}")
     tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", TESTS])
-    about, figures, each = bench.about(), {}, (preset, device, rounds)
+    result["pytest's exit code"] = tests.returncode
+    each = preset, device, rounds, ways
     for row, column, measure in chain(training(*each), acting(*each)):
+        gc.collect()  # the model before: compiled blocks refer to themselves
+        torch.cuda.empty_cache()
         figure = {"missing": "no time left"}
         try:
             if time.perf_counter() - began < LIMIT:
                 figure = measure()
         except torch.cuda.OutOfMemoryError:
             figure = {"missing": "out of memory"}
-        gc.collect()
-        torch.cuda.empty_cache()
         figures.setdefault(row, {})[column] = figure
+        write_json(out, result)  # what was measured stands there if the next one is killed
         print(f"{row}, {column}: {cell(figure)}", flush=True)
-    write_json(out, {"about": about, "pytest's exit code": tests.returncode, "figures": figures})
     rows = [[row, *(cell(of.get(column, {})) for column in COLUMNS)] for row, of in figures.items()]
     print(tabulate(rows, [", ".join(map(str, about.values())), *COLUMNS], "pipe"))
     if tests.returncode:
-        raise SystemExit(f"{out} is written, but a GPU test failed: see above")
+        raise SystemExit(f"{out} is written, but pytest ended with {tests.returncode}: see above")
 
 
 if __name__ == "__main__":

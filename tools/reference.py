@@ -79,14 +79,15 @@ def build_pair(cfg: ModelConfig) -> tuple["Port", AuxVLA]:
     with TemporaryDirectory() as folder:
         save_originals(originals, Path(folder))
         load_pretrained(ours.vlm, folder)
-    return Port(originals, ours), ours
+    return Port(ours, originals), ours
 
 
 class Port(nn.Module):
     flow_head = None
 
-    def __init__(self, originals: dict[str, nn.Module], ours: AuxVLA):
+    def __init__(self, ours: AuxVLA, originals: dict[str, nn.Module] | None = None):
         super().__init__()
+        originals = originals or build_originals(ours.cfg, ours.cfg.image_size)
         self.cfg, self.llm = ours.cfg, originals["llm"]
         self.towers = nn.ModuleList([originals["dino"], originals["siglip"].vision_model])
         self.projector, self.decoders = deepcopy(ours.vlm.projector), deepcopy(ours.decoders)

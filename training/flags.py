@@ -8,7 +8,7 @@ from config import PRESETS, InputError, TrainConfig
 from paper import DEFAULT_ROW, ROWS, Row
 from storage.checkpoint import steps_in
 from storage.terminal import cli
-from training.ranks import compiles_by_default
+from training.ranks import check_compiler, device_of, lacks_to_compile
 
 
 def preset_of(row: Row, preset: str) -> str:
@@ -68,10 +68,13 @@ def parse(args: list[str] | None = None, description: str | None = None) -> Trai
         raise InputError(f"--row {chosen.row}: no such row; the rows are {', '.join(ROWS)}")
     preset = preset_of(row, chosen.preset) if row else chosen.preset
     default = TrainConfig(**vars(chosen) | {"preset": preset}, **PRESETS[preset])
-    default = replace(default, compile=compiles_by_default(chosen.device))
+    kind = device_of(chosen.device).type
+    default = replace(default, compile=kind == "cuda" and not lacks_to_compile(kind))
     if row:
         default = replace(default, model=replace(default.model, **row.model), **row.training)
     cfg = cli(TrainConfig, default=default, args=others, description=description)
+    if cfg.compile:
+        check_compiler(kind)
     if row:
         check_row(cfg, row)
     elif not cfg.epochs[cfg.stage - 1] and not cfg.steps:

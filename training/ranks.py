@@ -34,8 +34,6 @@ JOIN_TIMEOUT, STEP_TIMEOUT = 120.0, 3600.0
 # Ctrl-C, a terminal that closes, and what schedulers send, to the loader processes as well
 STOPS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 75  # exit code of a run that was stopped by a signal and saved (EX_TEMPFAIL)
-
-
 BF16 = {"cuda"}  # kinds of devices that compute in bf16; a CPU gains nothing by it
 
 
@@ -132,12 +130,20 @@ def halve_frozen(model: AuxVLA, cfg: TrainConfig, device: torch.device) -> None:
         model.vlm.encode = torch.autocast(device.type, enabled=False)(model.vlm.encode)
 
 
-def compiles_by_default(device: str | None) -> bool:
-    """Is there a GPU, Triton, and what Triton needs: a C compiler and Python's headers?"""
-    gpu = device != "cpu" and torch.cuda.is_available()
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
-    return bool(gpu and find_spec("triton") and compiler and headers.is_file())
+def lacks_to_compile(kind: str) -> str:
+    """What torch.compile needs for a kind of device and this machine lacks; empty: nothing."""
+    variable, *compilers = ("CC", "gcc", "clang") if kind == "cuda" else ("CXX", "g++")
+    needed = {
+        "Triton": kind != "cuda" or find_spec("triton"),
+        compilers[0]: os.environ.get(variable) or any(map(shutil.which, compilers)),
+        "Python.h": Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").is_file(),
+    }
+    return ", ".join(name for name, found in needed.items() if not found)
+
+
+def check_compiler(kind: str) -> None:
+    if lacking := lacks_to_compile(kind):
+        raise InputError(f"--compile needs {lacking}: apt-get install build-essential python3-dev")
 
 
 def join(device: str | None, timeout: float = JOIN_TIMEOUT) -> Ranks:
