@@ -270,8 +270,8 @@ class TrainConfig:
     epochs: tuple[Whole, Whole, Whole] = (3, 7, 10)  # of stages 1-3 (Sec. 6.3; GAP-14); 0: no stage
     batch_size: Count = 512  # frames per step over all GPUs (Sec. 6.1)
     # frames per GPU and backward pass; gradients accumulate up to batch_size. auto: as many as the
-    # memory plan (training/memory.py) allows. Default: auto; where BatchNorm is trained 8, since a
-    # step would depend on the card (GAP-17)
+    # memory plan (training/memory.py) allows. Default: auto, but 8 where BatchNorm is trained,
+    # since otherwise a step would depend on the card (GAP-17)
     micro_batch: Count | Literal["auto"] | None = None
     # FSDP: divide weights, gradients and Adam's moments among the GPUs (training/ranks.py)
     shard: bool = False

@@ -110,7 +110,7 @@ class FlowHead(nn.Module):
             for layer in cache
         ]
         table, visible = self.chunk_context(prefix_mask, horizon)
-        # As attention adds it: each layer and step would convert a boolean mask.
+        # A float mask, as attention adds it: each layer and step would convert a boolean one.
         mask = torch.where(visible, 0.0, -torch.inf).to(self.norm.weight.dtype)
         t = 1 - torch.arange(num_steps, device=noise.device) / num_steps
         for embedded_t in time_embedding(t, self.cfg.width).split(1):  # [1, W]

@@ -78,7 +78,7 @@ class Decoding:
     settled: Tensor  # how many first tokens are final: the last pass predicted what it had read
     cache: list[KeyValues]  # of prefix and tokens
     table: tuple[Tensor, Tensor]  # RoPE's, of the tokens
-    visible: Tensor  # [B, 1, A - 1, S + A - 1]: 0, or -inf where not
+    visible: Tensor  # [B, 1, A - 1, S + A - 1]: 0 where a token attends, else -inf
 
 
 def count_equal(one: Tensor, other: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
     plan = memory_plan(cfg, world, device)          # {"weights": bytes, ...} per process
     sample_flop(cfg) / matmul_rate(device)          # seconds of a frame at full speed
 
-Both come from steps on tensors without content (torch's FakeTensorMode). The plan is the peak of
-such a step; a tenth of the GPU stays free for the allocator's share.
+Plan and operations are counted in steps on tensors without content (torch's FakeTensorMode). The
+plan is the peak of such a step; a tenth of the GPU stays free for the allocator's share.
 """
 
 import os
@@ -31,7 +31,7 @@ from storage.trajectory import RECORD
 from training.ranks import autocast, halve_frozen
 
 USABLE = 0.9  # share of a device's memory that a plan may take
-FRAMES = 8, 32  # in flight in two dry runs; memory grows in proportion between and beyond them
+FRAMES = 8, 32  # in flight in two dry runs: the plan is the straight line through their peaks
 
 
 class Meter(TorchDispatchMode):
