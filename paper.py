@@ -59,6 +59,20 @@ PAPER_COLUMNS = tuple(COLUMNS)[:6]
 _OBJECTS = dict.fromkeys(name for names in OBJECTS.values() for name in names)
 COLUMNS |= {f"{sub}:{name}": Column(sub, name) for sub in ("pick", "place") for name in _OBJECTS}
 
+# Beyond the paper (eval.py --chain): SetTable's subtasks in one episode. An episode succeeds in a
+# column when it gets as far as this subtask and does it.
+CHAIN = {
+    "chain_1_open_fridge": Column("open", "fridge"),
+    "chain_2_pick_apple": Column("pick", "013_apple"),
+    "chain_3_place_apple": Column("place", "013_apple"),
+    "chain_4_close_fridge": Column("close", "fridge"),
+    "chain_5_open_drawer": Column("open", "kitchen_counter"),
+    "chain_6_pick_bowl": Column("pick", "024_bowl"),
+    "chain_7_place_bowl": Column("place", "024_bowl"),
+    "chain_8_close_drawer": Column("close", "kitchen_counter"),
+}
+COLUMNS |= CHAIN
+
 
 def targets(task: str, subtask: str) -> tuple[str, ...]:
     """All targets of a subtask, as MS-HAB names its files; empty if the task lacks the subtask."""

@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from operator import attrgetter
 
 import numpy as np
@@ -16,7 +16,10 @@ from mani_skill.utils.common import to_cpu_tensor
 
 from config import ACTION_DIM
 from household.expert import ScriptedExpert
+from household.navigation import navigate
+from paper import CHAIN
 from policy import Policy, check_schema
+from simulation.chain import ChainEnv
 from simulation.env import SubtaskEnvs
 from simulation.plans import Job, pad_seeds, simulation_backend
 from simulation.rl_expert import RLPolicy
@@ -39,6 +42,7 @@ class RandomPolicy:
         return np.stack(actions).astype(np.float32)
 
 
+DRIVE_STEPS = 600  # at most, between two subtasks of a chain; undisturbed it takes about 250
 POLICIES = dict(learned=Policy, expert=ScriptedExpert, random=RandomPolicy, rl=RLPolicy)
 
 
@@ -50,7 +54,7 @@ def run_jobs(cfg, jobs: Iterable[Job]) -> Iterator[list[dict]]:
     for (column, filmed), group in groupby(jobs, attrgetter("column", "filmed")):
         # The simulator renders only images that the policy or the film reads.
         mode = "rgb+depth+segmentation" if filmed else POLICIES[cfg.policy].obs_mode
-        envs = SubtaskEnvs(
+        envs = ChainEnv(cfg.task, cfg.split, mode) if cfg.chain else SubtaskEnvs(
             *cfg.address(column), cfg.split, obs_mode=mode,
             simulation=simulation_backend(cfg.envs), num_envs=1 if filmed else cfg.envs,
         )  # fmt: skip
@@ -66,9 +70,11 @@ def run_jobs(cfg, jobs: Iterable[Job]) -> Iterator[list[dict]]:
             if filmed:
                 from simulation.film import Film  # here: only films need imageio and PIL
 
-                name = f"{column}_{job.seeds[0]}".replace(":", "_")  # scp splits at a colon
+                name = "chain" if cfg.chain else column.replace(":", "_")  # scp splits at a colon
+                name = f"{name}_{job.seeds[0]}"
                 film = Film(envs, learned, cfg.out / "videos", name)
-            records = run_episodes(envs, policy, job.seeds, cfg, film)
+            run = run_chain if cfg.chain else run_episodes
+            records = run(envs, policy, job.seeds, cfg, film)
             yield [{"column": column, **record} for record in records]
         envs.close()
 
@@ -80,10 +86,24 @@ def run_episodes(envs: SubtaskEnvs, policy, seeds: list[int], cfg, film=None) ->
     time.
     """
     torch.manual_seed(seeds[0])  # a policy's samples must not depend on earlier episodes
-    started, policy_seconds = time.perf_counter(), 0.0
+    started = time.perf_counter()
     obs = envs.reset(pad_seeds(seeds, envs.num_envs))
-    policy.reset()
     outcomes = [Outcome(cfg.horizon, cfg.stop_at_success) for _ in seeds]
+    _, policy_seconds = act(envs, policy, obs, outcomes, film)
+    if film is not None:
+        film.save(outcomes[0].success_once)
+    times = {"seconds": time.perf_counter() - started, "policy_seconds": policy_seconds}
+    shares = {name: round(value / len(seeds), 2) for name, value in times.items()}
+    return [
+        episode | {"target": target} | outcome.record() | shares
+        for episode, target, outcome in zip(envs.episodes, envs.targets, outcomes)
+    ]
+
+
+def act(envs: SubtaskEnvs, policy, obs: dict, outcomes: list, film=None) -> tuple[dict, float]:
+    """Step until every outcome has ended. Returns the last observation, the policy's seconds."""
+    policy.reset()
+    policy_seconds = 0.0
     while not all(outcome.ended for outcome in outcomes):
         asked = time.perf_counter()
         actions = policy.act(obs, envs.instructions)  # [N, 13]
@@ -93,14 +113,39 @@ def run_episodes(envs: SubtaskEnvs, policy, seeds: list[int], cfg, film=None) ->
         obs, info = envs.step(actions)
         for outcome, action, success in zip(outcomes, actions, info["success"].tolist()):
             outcome.add(action, success)
+    return obs, policy_seconds
+
+
+def run_chain(envs: ChainEnv, policy, seeds: list[int], cfg, film=None) -> list[dict]:
+    """Run one chain and return a record for each subtask; those after a failed one fail too.
+
+    Before each subtask the scripted expert drives the robot to the subtask's start pose.
+    """
+    torch.manual_seed(seeds[0])
+    obs, driver, records, alive = envs.reset(seeds), ScriptedExpert(envs), [], True
+    for envs.index, column in enumerate(CHAIN):
+        started, policy_seconds = time.perf_counter(), 0.0
+        outcome = Outcome(cfg.horizon, stop_at_success=True)
+        if alive:
+            driver.reset()
+            holding = CHAIN[column].subtask == "place"
+            for action in islice(navigate(driver, envs.start(), holding), DRIVE_STEPS):
+                if film is not None:
+                    film.add(to_cpu_tensor(obs), envs.elapsed, driven=True)
+                obs, _ = envs.step(action[None])
+            envs.begin()
+            obs, policy_seconds = act(envs, policy, obs, [outcome], film)
+        alive = outcome.success_once
+        times = {"seconds": time.perf_counter() - started, "policy_seconds": policy_seconds}
+        records.append(
+            envs.episodes[0]
+            | {"column": column, "subtask": CHAIN[column].subtask, "target": envs.targets[0]}
+            | outcome.record()
+            | {name: round(value, 2) for name, value in times.items()}
+        )
     if film is not None:
-        film.save(outcomes[0].success_once)
-    times = {"seconds": time.perf_counter() - started, "policy_seconds": policy_seconds}
-    shares = {name: round(value / len(seeds), 2) for name, value in times.items()}
-    return [
-        episode | {"target": target} | outcome.record() | shares
-        for episode, target, outcome in zip(envs.episodes, envs.targets, outcomes)
-    ]
+        film.save(alive)
+    return records
 
 
 @dataclass
