@@ -52,8 +52,8 @@ class EvalConfig:
     task: Literal[TASKS] = "set_table"
     # default: the paper's columns that the task has and the checkpoint was trained on
     columns: tuple[Literal[tuple(name for name in COLUMNS if name not in CHAIN)], ...] = ()
-    # instead of columns: all its subtasks in one episode, which ends at the first failure (beyond
-    # the paper; generated apartment only: between subtasks the scripted expert drives the robot)
+    # instead of columns: all its subtasks in one episode, until one fails; the scripted expert
+    # drives the robot in between, in a generated apartment (beyond the paper)
     chain: Literal["set_table"] | None = None
     episodes: Count = 30  # per column (Sec. 6.1)
     split: Literal["train", "val"] = "val"  # GAP-18: the paper names none
@@ -86,7 +86,7 @@ class EvalConfig:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The columns to run, each once; of a chain its subtasks."""
+        """The columns to run, each once, or a chain's."""
         if self.chain:
             return tuple(CHAIN)
         known = [name for name in PAPER_COLUMNS if targets(self.task, COLUMNS[name].subtask)]
@@ -115,8 +115,7 @@ def fill_defaults(cfg: EvalConfig) -> EvalConfig:
     if unseen:
         print(
             f"warning: {folder} was not trained on every instruction of {', '.join(unseen)}; "
-            f"{'asked for by' if cfg.columns or chain else 'left out without'} "
-            f"{'--chain' if chain else '--columns'}",
+            f"{'asked for by' if cfg.columns or chain else 'left out without'} --columns",
             file=sys.stderr,
         )
     if cfg.chain:
@@ -171,12 +170,9 @@ def provenance(cfg: EvalConfig) -> dict:
 
 
 def run(cfg: EvalConfig, done: dict[tuple[str, int], dict]) -> None:
-    """Run the episodes that are not in `done`; append each to OUT/episodes.jsonl as it finishes.
-
-    A chain is one job, named by its last column, and an episode of every column.
-    """
+    """Run the episodes that are not in `done`; append each to OUT/episodes.jsonl as it finishes."""
     missing = []
-    for name in cfg.names[-1:] if cfg.chain else cfg.names:
+    for name in cfg.names[-1:] if cfg.chain else cfg.names:  # a chain gives all its columns
         articulation_of = articulations(cfg.plan_file(name))
         for seed in range(cfg.seed, cfg.seed + cfg.episodes):
             if (name, seed) not in done:
@@ -215,9 +211,8 @@ def main(cfg: EvalConfig) -> None:
     check_envs(cfg.envs, cfg.policy == "expert" or bool(cfg.chain), cfg.device)
     if cfg.chain and not apartment():
         raise InputError(
-            f"--chain: expected a generated apartment, whose way the scripted expert knows, got "
-            f"{asset_folder()}. `python -m household.assets --out assets && export "
-            "MS_ASSET_DIR=$PWD/assets`"
+            f"--chain: {asset_folder()} is no generated apartment. Make one: python -m "
+            "household.assets --out assets && export MS_ASSET_DIR=$PWD/assets"
         )
     cfg = fill_defaults(cfg)
     with sole_writer(cfg.out):

@@ -61,16 +61,9 @@ COLUMNS |= {f"{sub}:{name}": Column(sub, name) for sub in ("pick", "place") for 
 
 # Beyond the paper (eval.py --chain): SetTable's subtasks in one episode. An episode succeeds in a
 # column when it gets as far as this subtask and does it.
-CHAIN = {
-    "chain_1_open_fridge": Column("open", "fridge"),
-    "chain_2_pick_apple": Column("pick", "013_apple"),
-    "chain_3_place_apple": Column("place", "013_apple"),
-    "chain_4_close_fridge": Column("close", "fridge"),
-    "chain_5_open_drawer": Column("open", "kitchen_counter"),
-    "chain_6_pick_bowl": Column("pick", "024_bowl"),
-    "chain_7_place_bowl": Column("place", "024_bowl"),
-    "chain_8_close_drawer": Column("close", "kitchen_counter"),
-}
+_FRIDGE = ("open_fridge", "pick:013_apple", "place:013_apple", "close_fridge")
+_DRAWER = ("open_drawer", "pick:024_bowl", "place:024_bowl", "close_drawer")
+CHAIN = {f"chain_{i}_{name}": COLUMNS[name] for i, name in enumerate(_FRIDGE + _DRAWER, start=1)}
 COLUMNS |= CHAIN
 
 

@@ -25,7 +25,7 @@ from einops import rearrange
 from mani_skill import ASSET_DIR
 from mani_skill.agents.robots.fetch.fetch import Fetch
 from mani_skill.utils import common, sapien_utils
-from mshab.envs.planner import TaskPlan, plan_data_from_file
+from mshab.envs.planner import PlanData, TaskPlan, plan_data_from_file
 
 import paper
 from config import ACTION_DIM, CAMERAS, HORIZON, InputError
@@ -71,7 +71,8 @@ class SubtaskEnvs:
                 f"{ASSET_DIR}: set the variable before the import"
             )
         self._address = dict(task=task, subtask=subtask, target=target, split=split)
-        (self._plans, self._starts, dataset), self.num_envs = self._load(), num_envs
+        plan_data, self._starts = self._load(**self._address)
+        self._plans, self.num_envs = plan_data.plans, num_envs
         # A file without a name, which the system removes even after a kill.
         self._unnamed = tempfile.TemporaryFile()  # noqa: SIM115  open as long as this object lives
         self._start_file = f"/proc/self/fd/{self._unnamed.fileno()}"
@@ -82,8 +83,8 @@ class SubtaskEnvs:
         # plans it was made with, which takes seconds with the real data.
         self.mshab = self._make(
             num_envs=num_envs, obs_mode=obs_mode, sim_backend=simulation,
-            render_backend=render_backend(), task_plans=self._plans[:1], scene_builder_cls=dataset,
-            **MSHAB_ARGUMENTS,
+            render_backend=render_backend(), task_plans=self._plans[:1],
+            scene_builder_cls=plan_data.dataset, **MSHAB_ARGUMENTS,
         ).unwrapped  # fmt: skip
         # The other plans, in the form in which MS-HAB's constructor keeps them.
         self.mshab.base_task_plans = {(plan.subtasks[0].uid,): plan for plan in self._plans}
@@ -95,9 +96,10 @@ class SubtaskEnvs:
         self._scene_of = {plan.init_config_name: plan.build_config_name for plan in self._plans}
         self.episodes, self.elapsed, self.index = [], 0, 0
 
-    def _load(self) -> tuple[list[TaskPlan], dict[str, dict], str]:
-        """Return the plans, the start poses by a subtask's uid, and the scenes' builder."""
-        return load_plans(**self._address)
+    def _load(self, **address: str) -> tuple[PlanData, dict[str, dict]]:
+        """Read the plans, and the start poses by a subtask's uid."""
+        plans, starts = plan_files(**address)
+        return plan_data_from_file(plans), torch.load(starts, map_location="cpu", weights_only=True)
 
     def _make(self, **arguments) -> gymnasium.Env:
         name = f"{self._address['subtask'].capitalize()}SubtaskTrain-v0"
@@ -263,15 +265,6 @@ class SubtaskEnv(SubtaskEnvs):
     instruction = property(lambda self: self.instructions[0])
     target = property(lambda self: self.targets[0])
     pos = property(lambda self: self.positions[0])
-
-
-def load_plans(
-    task: str, subtask: str, target: str, split: str
-) -> tuple[list[TaskPlan], dict[str, dict], str]:
-    """Read MS-HAB's files of a subtask: plans, start poses by uid, name of the scenes' builder."""
-    plan_file, spawn_file = plan_files(task, subtask, target, split)
-    data = plan_data_from_file(plan_file)
-    return data.plans, torch.load(spawn_file, map_location="cpu", weights_only=True), data.dataset
 
 
 def render_backend() -> str:

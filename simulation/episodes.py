@@ -16,10 +16,9 @@ from mani_skill.utils.common import to_cpu_tensor
 
 from config import ACTION_DIM
 from household.expert import ScriptedExpert
-from household.navigation import navigate
 from paper import CHAIN
 from policy import Policy, check_schema
-from simulation.chain import ChainEnv
+from simulation.chain import ChainEnv, navigate
 from simulation.env import SubtaskEnvs
 from simulation.plans import Job, pad_seeds, simulation_backend
 from simulation.rl_expert import RLPolicy
@@ -54,7 +53,7 @@ def run_jobs(cfg, jobs: Iterable[Job]) -> Iterator[list[dict]]:
     for (column, filmed), group in groupby(jobs, attrgetter("column", "filmed")):
         # The simulator renders only images that the policy or the film reads.
         mode = "rgb+depth+segmentation" if filmed else POLICIES[cfg.policy].obs_mode
-        envs = ChainEnv(cfg.task, cfg.split, mode) if cfg.chain else SubtaskEnvs(
+        envs = ChainEnv(*cfg.address(column), cfg.split, mode) if cfg.chain else SubtaskEnvs(
             *cfg.address(column), cfg.split, obs_mode=mode,
             simulation=simulation_backend(cfg.envs), num_envs=1 if filmed else cfg.envs,
         )  # fmt: skip
@@ -70,8 +69,7 @@ def run_jobs(cfg, jobs: Iterable[Job]) -> Iterator[list[dict]]:
             if filmed:
                 from simulation.film import Film  # here: only films need imageio and PIL
 
-                name = "chain" if cfg.chain else column.replace(":", "_")  # scp splits at a colon
-                name = f"{name}_{job.seeds[0]}"
+                name = f"{cfg.chain or column}_{job.seeds[0]}".replace(":", "_")  # scp splits at :
                 film = Film(envs, learned, cfg.out / "videos", name)
             run = run_chain if cfg.chain else run_episodes
             records = run(envs, policy, job.seeds, cfg, film)
@@ -89,7 +87,7 @@ def run_episodes(envs: SubtaskEnvs, policy, seeds: list[int], cfg, film=None) ->
     started = time.perf_counter()
     obs = envs.reset(pad_seeds(seeds, envs.num_envs))
     outcomes = [Outcome(cfg.horizon, cfg.stop_at_success) for _ in seeds]
-    _, policy_seconds = act(envs, policy, obs, outcomes, film)
+    _, policy_seconds = roll_out(envs, policy, obs, outcomes, film)
     if film is not None:
         film.save(outcomes[0].success_once)
     times = {"seconds": time.perf_counter() - started, "policy_seconds": policy_seconds}
@@ -100,7 +98,7 @@ def run_episodes(envs: SubtaskEnvs, policy, seeds: list[int], cfg, film=None) ->
     ]
 
 
-def act(envs: SubtaskEnvs, policy, obs: dict, outcomes: list, film=None) -> tuple[dict, float]:
+def roll_out(envs, policy, obs: dict, outcomes: list, film=None) -> tuple[dict, float]:
     """Step until every outcome has ended. Returns the last observation, the policy's seconds."""
     policy.reset()
     policy_seconds = 0.0
@@ -117,34 +115,29 @@ def act(envs: SubtaskEnvs, policy, obs: dict, outcomes: list, film=None) -> tupl
 
 
 def run_chain(envs: ChainEnv, policy, seeds: list[int], cfg, film=None) -> list[dict]:
-    """Run one chain and return a record for each subtask; those after a failed one fail too.
+    """Run one chain and return a record for each subtask; after a failed one all fail.
 
-    Before each subtask the scripted expert drives the robot to the subtask's start pose.
+    The scripted expert drives the robot to the start pose of each subtask.
     """
     torch.manual_seed(seeds[0])
-    obs, driver, records, alive = envs.reset(seeds), ScriptedExpert(envs), [], True
-    for envs.index, column in enumerate(CHAIN):
-        started, policy_seconds = time.perf_counter(), 0.0
-        outcome = Outcome(cfg.horizon, stop_at_success=True)
-        if alive:
+    obs, driver, records, reached = envs.reset(seeds), ScriptedExpert(envs), [], True
+    for envs.index, (column, kind) in enumerate(CHAIN.items()):
+        started, policy_seconds, outcome = time.perf_counter(), 0.0, Outcome(cfg.horizon, True)
+        if reached:
             driver.reset()
-            holding = CHAIN[column].subtask == "place"
-            for action in islice(navigate(driver, envs.start(), holding), DRIVE_STEPS):
+            for action in islice(navigate(driver, envs), DRIVE_STEPS):
                 if film is not None:
-                    film.add(to_cpu_tensor(obs), envs.elapsed, driven=True)
+                    film.add(to_cpu_tensor(obs), None)
                 obs, _ = envs.step(action[None])
             envs.begin()
-            obs, policy_seconds = act(envs, policy, obs, [outcome], film)
-        alive = outcome.success_once
-        times = {"seconds": time.perf_counter() - started, "policy_seconds": policy_seconds}
-        records.append(
-            envs.episodes[0]
-            | {"column": column, "subtask": CHAIN[column].subtask, "target": envs.targets[0]}
-            | outcome.record()
-            | {name: round(value, 2) for name, value in times.items()}
-        )
+            obs, policy_seconds = roll_out(envs, policy, obs, [outcome], film)
+        reached = outcome.success_once
+        named = {"column": column, "subtask": kind.subtask, "target": envs.targets[0]}
+        seconds = round(time.perf_counter() - started, 2)
+        times = {"seconds": seconds, "policy_seconds": round(policy_seconds, 2)}
+        records.append(envs.episodes[0] | named | outcome.record() | times)
     if film is not None:
-        film.save(alive)
+        film.save(reached)
     return records
 
 
