@@ -137,7 +137,7 @@ class SubtaskEnvs:
             for i, (seed, (plan, spawn)) in enumerate(zip(seeds, chosen, strict=True))
         ]  # fmt: skip
         if self.num_envs == 1:
-            self._place_video_camera()
+            self.place_video_camera()
         # A GPU may have rendered the images of a simulation on the CPU.
         return common.to_tensor(obs, device=self.mshab.device)
 
@@ -152,7 +152,7 @@ class SubtaskEnvs:
         uids = [plan.subtasks[0].uid for plan in plans]
         torch.save({uid: self._starts[uid] for uid in uids}, self._start_file)
 
-    def _place_video_camera(self) -> None:
+    def place_video_camera(self) -> None:
         base = self.mshab.agent.base_link.pose.sp
         eye, look_at = (base * sapien.Pose(p) for p in (VIDEO_EYE, VIDEO_LOOK_AT))
         camera = self.mshab.scene.human_render_cameras["render_camera"].camera

@@ -127,6 +127,7 @@ def run_chain(envs: ChainEnv, policy, seeds: list[int], cfg, film=None) -> list[
             driver.reset()
             for action in islice(navigate(driver, envs), DRIVE_STEPS):
                 if film is not None:
+                    envs.place_video_camera()
                     film.add(to_cpu_tensor(obs), None)
                 obs, _ = envs.step(action[None])
             envs.begin()
