@@ -115,7 +115,7 @@ def fill_defaults(cfg: EvalConfig) -> EvalConfig:
     if unseen:
         print(
             f"warning: {folder} was not trained on every instruction of {', '.join(unseen)}; "
-            f"{'asked for by' if cfg.columns or chain else 'left out without'} --columns",
+            f"{'asked for' if cfg.columns or chain else 'left out without --columns'}",
             file=sys.stderr,
         )
     if cfg.chain:

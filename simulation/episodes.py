@@ -41,7 +41,7 @@ class RandomPolicy:
         return np.stack(actions).astype(np.float32)
 
 
-DRIVE_STEPS = 600  # at most, between two subtasks of a chain; undisturbed it takes about 250
+DRIVE_STEPS = 600  # at most, between two subtasks of a chain; undisturbed it takes about 190
 POLICIES = dict(learned=Policy, expert=ScriptedExpert, random=RandomPolicy, rl=RLPolicy)
 
 
