@@ -6,6 +6,7 @@
     python eval.py --policy rl --policies mshab_checkpoints            # MS-HAB's own policies
     python eval.py --checkpoint RUN/stage2 --workers 8 --out RUN/eval  # the GPUs in turn
     python eval.py --checkpoint RUN/stage2 --envs 16 --out RUN/eval    # simulated on a GPU
+    python eval.py --checkpoint RUN/stage2 --chain set_table --out RUN/eval-chain
 
 Each finished episode is one line of OUT/episodes.jsonl; the table is computed from this file. After
 a kill, the same command runs the missing episodes. OUT/results.json has the columns and their
@@ -23,7 +24,7 @@ from typing import Annotated, Literal
 import tyro
 
 from config import HORIZON, TASKS, Count, InputError, Seed, Whole
-from paper import COLUMNS, DEFAULT_ROW, OBJECTS, PAPER_COLUMNS, ROWS, sentences, targets
+from paper import CHAIN, COLUMNS, DEFAULT_ROW, OBJECTS, PAPER_COLUMNS, ROWS, sentences, targets
 from simulation.assets import apartment, asset_folder, plan_files
 from simulation.plans import articulations, batches, check_envs, count_scenes, simulation_backend
 from simulation.workers import Workers
@@ -50,7 +51,10 @@ class EvalConfig:
     policies: Path = Path("mshab_checkpoints")
     task: Literal[TASKS] = "set_table"
     # default: the paper's columns that the task has and the checkpoint was trained on
-    columns: tuple[Literal[tuple(COLUMNS)], ...] = ()
+    columns: tuple[Literal[tuple(name for name in COLUMNS if name not in CHAIN)], ...] = ()
+    # instead of columns: all its subtasks in one episode, until one fails; the scripted expert
+    # drives the robot in between, in a generated apartment (beyond the paper)
+    chain: Literal["set_table"] | None = None
     episodes: Count = 30  # per column (Sec. 6.1)
     split: Literal["train", "val"] = "val"  # GAP-18: the paper names none
     seed: Seed = 0  # of the first episode; the next ones have seed + 1, seed + 2, ...
@@ -70,6 +74,8 @@ class EvalConfig:
             raise InputError(f"--policy {self.policy} takes no --checkpoint: drop one of them")
         if self.checkpoint and self.out is None:
             raise InputError("--checkpoint without --out: name the folder of the results")
+        if self.chain and (self.task != self.chain or self.columns or self.policy == "rl"):
+            raise InputError("--chain set_table takes no --task, --columns or --policy rl")
         for name in self.names:
             known = targets(self.task, COLUMNS[name].subtask)
             if not known or COLUMNS[name].target_in(self.task) not in ("all", *known):
@@ -80,7 +86,9 @@ class EvalConfig:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The columns to run, each once."""
+        """The columns to run, each once, or a chain's."""
+        if self.chain:
+            return tuple(CHAIN)
         known = [name for name in PAPER_COLUMNS if targets(self.task, COLUMNS[name].subtask)]
         return tuple(dict.fromkeys(self.columns or known))
 
@@ -94,21 +102,24 @@ class EvalConfig:
 
 def fill_defaults(cfg: EvalConfig) -> EvalConfig:
     """Fill in the default folders, checkpoint, row and columns."""
-    run = Path("runs", cfg.run_name or cfg.row or DEFAULT_ROW)
+    run, chain = Path("runs", cfg.run_name or cfg.row or DEFAULT_ROW), "-chain" * bool(cfg.chain)
     if cfg.policy != "learned":
-        return replace(cfg, out=cfg.out or run / f"eval-{cfg.policy}", row=cfg.row or DEFAULT_ROW)
+        out = cfg.out or run / f"eval-{cfg.policy}{chain}"
+        return replace(cfg, out=out, row=cfg.row or DEFAULT_ROW)
     folder = resolve(cfg.checkpoint or newest_stage(run))  # fixed, even if training goes on
     manifest = read_manifest(folder, verify=False, moments=False)  # the workers verify it
     row = cfg.row or manifest["config"].get("row") or DEFAULT_ROW
-    cfg = replace(cfg, out=cfg.out or run / "eval", checkpoint=folder, row=row)
+    cfg = replace(cfg, out=cfg.out or run / f"eval{chain}", checkpoint=folder, row=row)
     trained = set(manifest["instructions"])
     unseen = [name for name in cfg.names if not sentences(cfg.task, name) <= trained]
     if unseen:
         print(
             f"warning: {folder} was not trained on every instruction of {', '.join(unseen)}; "
-            f"{'asked for by' if cfg.columns else 'left out without'} --columns",
+            f"{'asked for' if cfg.columns or chain else 'left out without --columns'}",
             file=sys.stderr,
         )
+    if cfg.chain:
+        return cfg
     known = tuple(name for name in cfg.names if name not in unseen)
     return replace(cfg, columns=cfg.columns or known or cfg.names)
 
@@ -125,7 +136,7 @@ def newest_stage(run: Path) -> Path:
 
 def settings_of(cfg: EvalConfig) -> dict:
     """Settings that determine an episode, equal for all episodes of a results folder."""
-    copied = ("task", "split", "policy", "horizon", "stop_at_success")
+    copied = ("task", "chain", "split", "policy", "horizon", "stop_at_success")
     policies = None
     if cfg.policy == "rl":
         from simulation.rl_expert import RLPolicy  # here: it imports the simulator
@@ -161,20 +172,22 @@ def provenance(cfg: EvalConfig) -> dict:
 def run(cfg: EvalConfig, done: dict[tuple[str, int], dict]) -> None:
     """Run the episodes that are not in `done`; append each to OUT/episodes.jsonl as it finishes."""
     missing = []
-    for name in cfg.names:
+    for name in cfg.names[-1:] if cfg.chain else cfg.names:  # a chain gives all its columns
         articulation_of = articulations(cfg.plan_file(name))
         for seed in range(cfg.seed, cfg.seed + cfg.episodes):
             if (name, seed) not in done:
                 filmed = seed < cfg.seed + cfg.video
                 missing.append((name, seed, filmed, articulation_of(seed)))
-    waiting, total = iter(batches(missing, cfg.envs)), len(missing)
+    waiting, count = iter(batches(missing, cfg.envs)), 0
+    total = len(missing) * (len(CHAIN) if cfg.chain else 1)
     workers = Workers(cfg.workers, "simulation.episodes", cfg)
-    results = workers.run(lambda running: next(waiting, None))
-    for i, episode in enumerate((each for _, episodes in results for each in episodes), start=1):
-        append(cfg.out / "episodes.jsonl", episode)
-        outcome = "success" if episode["success_once"] else "fail"
-        name = f"{i}/{total}  {episode['column']}, seed {episode['seed']}"
-        print(f"{name:32} {outcome:8} {episode['seconds']:6.1f} s", flush=True)
+    for _, episodes in workers.run(lambda running: next(waiting, None)):
+        append(cfg.out / "episodes.jsonl", *episodes)
+        for episode in episodes:
+            count += 1
+            outcome = "success" if episode["success_once"] else "fail"
+            name = f"{count}/{total}  {episode['column']}, seed {episode['seed']}"
+            print(f"{name:32} {outcome:8} {episode['seconds']:6.1f} s", flush=True)
 
 
 def write_results(cfg: EvalConfig, settings: dict) -> None:
@@ -195,7 +208,12 @@ def write_results(cfg: EvalConfig, settings: dict) -> None:
 
 
 def main(cfg: EvalConfig) -> None:
-    check_envs(cfg.envs, cfg.policy == "expert", cfg.device)
+    check_envs(cfg.envs, cfg.policy == "expert" or bool(cfg.chain), cfg.device)
+    if cfg.chain and not apartment():
+        raise InputError(
+            f"--chain: {asset_folder()} is no generated apartment. Make one: python -m "
+            "household.assets --out assets && export MS_ASSET_DIR=$PWD/assets"
+        )
     cfg = fill_defaults(cfg)
     with sole_writer(cfg.out):
         done = read_episodes(cfg.out, mend=True)

@@ -59,6 +59,13 @@ PAPER_COLUMNS = tuple(COLUMNS)[:6]
 _OBJECTS = dict.fromkeys(name for names in OBJECTS.values() for name in names)
 COLUMNS |= {f"{sub}:{name}": Column(sub, name) for sub in ("pick", "place") for name in _OBJECTS}
 
+# Beyond the paper (eval.py --chain): SetTable's subtasks in one episode. An episode succeeds in a
+# column when it gets as far as this subtask and does it.
+_FRIDGE = ("open_fridge", "pick:013_apple", "place:013_apple", "close_fridge")
+_DRAWER = ("open_drawer", "pick:024_bowl", "place:024_bowl", "close_drawer")
+CHAIN = {f"chain_{i}_{name}": COLUMNS[name] for i, name in enumerate(_FRIDGE + _DRAWER, start=1)}
+COLUMNS |= CHAIN
+
 
 def targets(task: str, subtask: str) -> tuple[str, ...]:
     """All targets of a subtask, as MS-HAB names its files; empty if the task lacks the subtask."""

@@ -57,21 +57,21 @@ class ScriptedExpert:
 
     def reset(self) -> None:
         """Start the skill of the environment's current episode."""
-        sim = self.env.mshab
-        self.agent, self.object, self.goal = sim.agent, sim.subtask_objs[0], sim.subtask_goals[0]
+        sim, i = self.env.mshab, self.env.index
+        self.agent, self.object, self.goal = sim.agent, sim.subtask_objs[i], sim.subtask_goals[i]
         robot = sim.agent.robot._objs[0]
         self.model = robot.create_pinocchio_model()
         self.gripper_link = robot.links.index(sim.agent.tcp._objs[0])
-        subtask, target = self.env.episodes[0]["subtask"], self.env.targets[0]
+        subtask, target = sim.task_plan[i].type, self.env.targets[0]
         if subtask in ("pick", "place"):
             if self.env.elapsed == 0:  # the height at which the object stands
                 self.surface = (self.object if subtask == "pick" else self.goal).pose.sp.p[2]
             self.motion = dict(pick=self.pick, place=self.place)[subtask]()
             return
-        self.cupboard = sim.subtask_articulations[0]
-        self.joint_index = sim.task_plan[0].articulation_handle_active_joint_idx
+        self.cupboard = sim.subtask_articulations[i]
+        self.joint_index = sim.task_plan[i].articulation_handle_active_joint_idx
         self.joint = self.cupboard._objs[0].active_joints[self.joint_index]  # drawer's or door's
-        self.link = self.cupboard.links[sim.task_plan[0].articulation_handle_link_idx]
+        self.link = self.cupboard.links[sim.task_plan[i].articulation_handle_link_idx]
         drawer = dict(open=self.open_drawer, close=self.close_drawer)
         fridge = dict(open=self.open_fridge, close=self.close_fridge)
         self.motion = dict(kitchen_counter=drawer, fridge=fridge)[target][subtask]()
@@ -87,7 +87,7 @@ class ScriptedExpert:
 
     @property
     def handle(self) -> np.ndarray:
-        return self.env.mshab.handle_world_poses[0].sp.p  # [3]
+        return self.env.mshab.handle_world_poses[self.env.index].sp.p  # [3]
 
     @property
     def opening(self) -> float:

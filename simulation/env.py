@@ -25,7 +25,7 @@ from einops import rearrange
 from mani_skill import ASSET_DIR
 from mani_skill.agents.robots.fetch.fetch import Fetch
 from mani_skill.utils import common, sapien_utils
-from mshab.envs.planner import TaskPlan, plan_data_from_file
+from mshab.envs.planner import PlanData, TaskPlan, plan_data_from_file
 
 import paper
 from config import ACTION_DIM, CAMERAS, HORIZON, InputError
@@ -57,7 +57,8 @@ class SubtaskEnvs:
     of a batch have one articulation (plans.articulations).
 
     `mshab` is the unwrapped MS-HAB environment, `episodes` describes each environment's episode,
-    `elapsed` counts its steps. Observations are on the simulation's device.
+    `elapsed` counts its steps, `index` is the subtask's place in its plan (simulation/chain.py).
+    Observations are on the simulation's device.
     """
 
     def __init__(
@@ -69,11 +70,9 @@ class SubtaskEnvs:
                 f"MS_ASSET_DIR={asset_folder()} was set after mani_skill was imported, which uses "
                 f"{ASSET_DIR}: set the variable before the import"
             )
-        plan_file, spawn_file = plan_files(task, subtask, target, split)
         self._address = dict(task=task, subtask=subtask, target=target, split=split)
-        plan_data = plan_data_from_file(plan_file)
+        plan_data, self._starts = self._load(**self._address)
         self._plans, self.num_envs = plan_data.plans, num_envs
-        self._starts = torch.load(spawn_file, map_location="cpu", weights_only=True)
         # A file without a name, which the system removes even after a kill.
         self._unnamed = tempfile.TemporaryFile()  # noqa: SIM115  open as long as this object lives
         self._start_file = f"/proc/self/fd/{self._unnamed.fileno()}"
@@ -82,10 +81,10 @@ class SubtaskEnvs:
         Fetch.urdf_path = str(LIGHT_FETCH_URDF) if apartment() else REAL_FETCH_URDF
         # One plan only: at each reset MS-HAB reads the episode files and start poses of all the
         # plans it was made with, which takes seconds with the real data.
-        self.mshab = gymnasium.make(
-            f"{subtask.capitalize()}SubtaskTrain-v0", num_envs=num_envs, obs_mode=obs_mode,
-            sim_backend=simulation, render_backend=render_backend(), task_plans=self._plans[:1],
-            scene_builder_cls=plan_data.dataset, spawn_data_fp=self._start_file, **MSHAB_ARGUMENTS,
+        self.mshab = self._make(
+            num_envs=num_envs, obs_mode=obs_mode, sim_backend=simulation,
+            render_backend=render_backend(), task_plans=self._plans[:1],
+            scene_builder_cls=plan_data.dataset, **MSHAB_ARGUMENTS,
         ).unwrapped  # fmt: skip
         # The other plans, in the form in which MS-HAB's constructor keeps them.
         self.mshab.base_task_plans = {(plan.subtasks[0].uid,): plan for plan in self._plans}
@@ -95,7 +94,16 @@ class SubtaskEnvs:
         # A set, as in MS-HAB: its order decides init_config_idx and the order of the objects.
         self._episode_files = {plan.init_config_name for plan in self._plans}
         self._scene_of = {plan.init_config_name: plan.build_config_name for plan in self._plans}
-        self.episodes, self.elapsed = [], 0
+        self.episodes, self.elapsed, self.index = [], 0, 0
+
+    def _load(self, **address: str) -> tuple[PlanData, dict[str, dict]]:
+        """Read the plans, and the start poses by a subtask's uid."""
+        plans, starts = plan_files(**address)
+        return plan_data_from_file(plans), torch.load(starts, map_location="cpu", weights_only=True)
+
+    def _make(self, **arguments) -> gymnasium.Env:
+        name = f"{self._address['subtask'].capitalize()}SubtaskTrain-v0"
+        return gymnasium.make(name, spawn_data_fp=self._start_file, **arguments)
 
     def reset(self, seeds: Sequence[int]) -> dict:
         """Start the episode of each seed, one for each environment (`choose`)."""
@@ -129,7 +137,7 @@ class SubtaskEnvs:
             for i, (seed, (plan, spawn)) in enumerate(zip(seeds, chosen, strict=True))
         ]  # fmt: skip
         if self.num_envs == 1:
-            self._place_video_camera()
+            self.place_video_camera()
         # A GPU may have rendered the images of a simulation on the CPU.
         return common.to_tensor(obs, device=self.mshab.device)
 
@@ -144,7 +152,7 @@ class SubtaskEnvs:
         uids = [plan.subtasks[0].uid for plan in plans]
         torch.save({uid: self._starts[uid] for uid in uids}, self._start_file)
 
-    def _place_video_camera(self) -> None:
+    def place_video_camera(self) -> None:
         base = self.mshab.agent.base_link.pose.sp
         eye, look_at = (base * sapien.Pose(p) for p in (VIDEO_EYE, VIDEO_LOOK_AT))
         camera = self.mshab.scene.human_render_cameras["render_camera"].camera
@@ -166,13 +174,15 @@ class SubtaskEnvs:
     @property
     def instructions(self) -> list[str]:
         """Each episode's instruction, which names its own target."""
-        return [paper.instruction(self._address["subtask"], target) for target in self.targets]
+        subtask = self.mshab.task_plan[self.index].type
+        return [paper.instruction(subtask, target) for target in self.targets]
 
     @property
     def targets(self) -> list[str]:
         """Each episode's object (`013_apple`) or articulation (`fridge`), as MS-HAB names it."""
-        subtasks = [self._plans[episode["plan"]].subtasks[0] for episode in self.episodes]
-        if self._address["subtask"] in ("open", "close"):
+        plans = [self._plans[episode["plan"]] for episode in self.episodes]
+        subtasks = [plan.subtasks[self.index] for plan in plans]
+        if subtasks[0].type in ("open", "close"):
             return [subtask.articulation_type for subtask in subtasks]
         return [subtask.obj_id.rpartition("-")[0] for subtask in subtasks]  # 013_apple-0
 
@@ -189,12 +199,12 @@ class SubtaskEnvs:
 
         Returns bool [N, 2, 128, 128], head camera then hand camera.
         """
-        subtask = self.mshab.task_plan[0]
-        if self._address["subtask"] in ("open", "close"):
-            links = self.mshab.subtask_articulations[0].links
+        subtask = self.mshab.task_plan[self.index]
+        if subtask.type in ("open", "close"):
+            links = self.mshab.subtask_articulations[self.index].links
             target = links[subtask.articulation_handle_link_idx]
         else:
-            target = self.mshab.subtask_objs[0]
+            target = self.mshab.subtask_objs[self.index]
         images = [obs["sensor_data"][camera]["segmentation"] for camera in SENSORS]
         ids = rearrange(images, "c n h w 1 -> n c h w")
         target_ids = rearrange(target.per_scene_id, "n -> n 1 1 1")

@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from operator import attrgetter
 
 import numpy as np
@@ -16,7 +16,9 @@ from mani_skill.utils.common import to_cpu_tensor
 
 from config import ACTION_DIM
 from household.expert import ScriptedExpert
+from paper import CHAIN
 from policy import Policy, check_schema
+from simulation.chain import ChainEnv, navigate
 from simulation.env import SubtaskEnvs
 from simulation.plans import Job, pad_seeds, simulation_backend
 from simulation.rl_expert import RLPolicy
@@ -39,6 +41,7 @@ class RandomPolicy:
         return np.stack(actions).astype(np.float32)
 
 
+DRIVE_STEPS = 600  # at most, between two subtasks of a chain; undisturbed it takes about 190
 POLICIES = dict(learned=Policy, expert=ScriptedExpert, random=RandomPolicy, rl=RLPolicy)
 
 
@@ -48,7 +51,7 @@ def run_jobs(cfg, jobs: Iterable[Job]) -> Iterator[list[dict]]:
     for (column, filmed), group in groupby(jobs, attrgetter("column", "filmed")):
         # The simulator renders only images that the policy or the film reads.
         mode = "rgb+depth+segmentation" if filmed else POLICIES[cfg.policy].obs_mode
-        envs = SubtaskEnvs(
+        envs = ChainEnv(*cfg.address(column), cfg.split, mode) if cfg.chain else SubtaskEnvs(
             *cfg.address(column), cfg.split, obs_mode=mode,
             simulation=simulation_backend(cfg.envs), num_envs=1 if filmed else cfg.envs,
         )  # fmt: skip
@@ -64,9 +67,10 @@ def run_jobs(cfg, jobs: Iterable[Job]) -> Iterator[list[dict]]:
             if filmed:
                 from simulation.film import Film  # here: only films need imageio and PIL
 
-                name = f"{column}_{job.seeds[0]}".replace(":", "_")  # scp splits at a colon
+                name = f"{cfg.chain or column}_{job.seeds[0]}".replace(":", "_")  # scp splits at :
                 film = Film(envs, learned, cfg.out / "videos", name)
-            records = run_episodes(envs, policy, job.seeds, cfg, film)
+            run = run_chain if cfg.chain else run_episodes
+            records = run(envs, policy, job.seeds, cfg, film)
             yield [{"column": column, **record} for record in records]
         envs.close()
 
@@ -78,10 +82,24 @@ def run_episodes(envs: SubtaskEnvs, policy, seeds: list[int], cfg, film=None) ->
     time.
     """
     torch.manual_seed(seeds[0])  # a policy's samples must not depend on earlier episodes
-    started, policy_seconds = time.perf_counter(), 0.0
+    started = time.perf_counter()
     obs = envs.reset(pad_seeds(seeds, envs.num_envs))
-    policy.reset()
     outcomes = [Outcome(cfg.horizon, cfg.stop_at_success) for _ in seeds]
+    _, policy_seconds = roll_out(envs, policy, obs, outcomes, film)
+    if film is not None:
+        film.save(outcomes[0].success_once)
+    times = {"seconds": time.perf_counter() - started, "policy_seconds": policy_seconds}
+    shares = {name: round(value / len(seeds), 2) for name, value in times.items()}
+    return [
+        episode | {"target": target} | outcome.record() | shares
+        for episode, target, outcome in zip(envs.episodes, envs.targets, outcomes)
+    ]
+
+
+def roll_out(envs, policy, obs: dict, outcomes: list, film=None) -> tuple[dict, float]:
+    """Step until every outcome has ended. Returns the last observation, the policy's seconds."""
+    policy.reset()
+    policy_seconds = 0.0
     while not all(outcome.ended for outcome in outcomes):
         asked = time.perf_counter()
         actions = policy.act(obs, envs.instructions)  # [N, 13]
@@ -91,14 +109,35 @@ def run_episodes(envs: SubtaskEnvs, policy, seeds: list[int], cfg, film=None) ->
         obs, info = envs.step(actions)
         for outcome, action, success in zip(outcomes, actions, info["success"].tolist()):
             outcome.add(action, success)
+    return obs, policy_seconds
+
+
+def run_chain(envs: ChainEnv, policy, seeds: list[int], cfg, film=None) -> list[dict]:
+    """Run one chain and return a record for each subtask; after a failed one all fail.
+
+    The scripted expert drives the robot to the start pose of each subtask.
+    """
+    torch.manual_seed(seeds[0])
+    obs, driver, records, reached = envs.reset(seeds), ScriptedExpert(envs), [], True
+    for envs.index, (column, kind) in enumerate(CHAIN.items()):
+        started, policy_seconds, outcome = time.perf_counter(), 0.0, Outcome(cfg.horizon, True)
+        if reached:
+            driver.reset()
+            for action in islice(navigate(driver, envs), DRIVE_STEPS):
+                if film is not None:
+                    envs.place_video_camera()
+                    film.add(to_cpu_tensor(obs), None)
+                obs, _ = envs.step(action[None])
+            envs.begin()
+            obs, policy_seconds = roll_out(envs, policy, obs, [outcome], film)
+        reached = outcome.success_once
+        named = {"column": column, "subtask": kind.subtask, "target": envs.targets[0]}
+        seconds = round(time.perf_counter() - started, 2)
+        times = {"seconds": seconds, "policy_seconds": round(policy_seconds, 2)}
+        records.append(envs.episodes[0] | named | outcome.record() | times)
     if film is not None:
-        film.save(outcomes[0].success_once)
-    times = {"seconds": time.perf_counter() - started, "policy_seconds": policy_seconds}
-    shares = {name: round(value / len(seeds), 2) for name, value in times.items()}
-    return [
-        episode | {"target": target} | outcome.record() | shares
-        for episode, target, outcome in zip(envs.episodes, envs.targets, outcomes)
-    ]
+        film.save(reached)
+    return records
 
 
 @dataclass

@@ -52,8 +52,8 @@ class Film:
         self.unfinished = folder / f"{name}.part.mp4"
         self.writer = imageio.get_writer(self.unfinished, fps=FPS, codec="libx264", quality=7)
 
-    def add(self, obs: dict, step: int) -> None:
-        """Append the frame of one observation; call `policy.act` on the observation before."""
+    def add(self, obs: dict, step: int | None) -> None:
+        """Append an observation's frame, after `policy.act` on it. Step None: the expert drives."""
         self.writer.append_data(self.draw(obs, step))
 
     def save(self, success: bool) -> None:
@@ -62,10 +62,10 @@ class Film:
         result = "success" if success else "fail"
         self.unfinished.replace(self.folder / f"{self.name}_{result}.mp4")
 
-    def draw(self, obs: dict, step: int) -> np.ndarray:
+    def draw(self, obs: dict, step: int | None) -> np.ndarray:
         """Compose uint8 [VIEW, VIEW + INSET + PANEL, 3]."""
         # A policy predicts once per chunk of actions: until the next chunk these stay the same.
-        predictions = {} if self.policy is None else self.policy.predictions
+        predictions = {} if None in (step, self.policy) else self.policy.predictions
         canvas = np.zeros((VIEW, VIEW + INSET + PANEL, 3), np.uint8)
         canvas[:, :VIEW] = Image.fromarray(self.envs.third_person()).resize((VIEW, VIEW))
         canvas[:, VIEW : VIEW + INSET] = np.concatenate(self.insets(obs, predictions))
@@ -95,14 +95,15 @@ class Film:
         obj = np.asarray(obs["extra"]["obj_pose_wrt_base"][0, :3])
         return values | ({"obj": obj} if obj.any() else {})  # MS-HAB: zeros without an object
 
-    def lines(self, step: int, true: dict, predictions: dict) -> list[tuple[str, tuple]]:
+    def lines(self, step: int | None, true: dict, predictions: dict) -> list[tuple[str, tuple]]:
         """Return the panel's lines and their colours: each prediction above its true value."""
 
         def add(values: Sequence[float], kind: str, colour: tuple) -> None:
             numbers = " ".join(f"{value:.2f}" for value in values)
             lines.append((f"  {numbers}  {kind}", colour))
 
-        lines = [(self.envs.instructions[0], WHITE), (f"step {step}", WHITE), ("", WHITE)]
+        title = "the expert drives" if step is None else f"step {step}"
+        lines = [(self.envs.instructions[0], WHITE), (title, WHITE), ("", WHITE)]
         for key, values in true.items():
             lines.append((CAPTIONS[key], WHITE))
             if key in predictions:

@@ -141,9 +141,9 @@ def sole_writer(folder: Path, name: str = "") -> Iterator[None]:
         yield
 
 
-def append(path: Path, line: dict) -> None:
+def append(path: Path, *lines: dict) -> None:
     with open(path, "a", encoding="utf-8") as file:
-        file.write(dumps(line) + "\n")
+        file.write("".join(dumps(line) + "\n" for line in lines))
     sync(path)
 
 

@@ -8,15 +8,20 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from processes import REPOSITORY, finish, run, start, workers_of
 from tiny_run import write_untrained
 
 from config import InputError
 from eval import EvalConfig, fill_defaults, main, settings_of
-from paper import ROWS
+from household.expert import ScriptedExpert
+from paper import CHAIN, ROWS
 from policy import check_schema
+from simulation.chain import ChainEnv
+from simulation.episodes import run_chain
 from storage.checkpoint import resolve
 from storage.files import (
     append,
@@ -28,6 +33,7 @@ from storage.files import (
     write_json,
 )
 from storage.results import check_settings, read_episodes, success_table, table, wilson
+from tools.report import write_report
 
 DRAWER = ("set_table", "close", "kitchen_counter", "val")
 EXPERT = "--policy expert --columns close_drawer pick_all --episodes 3 --horizon 40"
@@ -264,3 +270,45 @@ def test_results_name_the_commit_and_whether_a_program_differs_from_it(tmp_path,
     assert re.fullmatch("[0-9a-f]{40}", commit) and code_commit() == commit
     (tmp_path / "eval.py").write_text("2")
     assert code_commit() == f"{commit}-dirty"
+
+
+class OpensTheFridge(ScriptedExpert):
+    def act(self, obs: dict, instructions: list[str]) -> np.ndarray:
+        self.heard = instructions
+        return np.zeros((1, 13)) if self.env.index else super().act(obs, instructions)
+
+
+def test_the_expert_does_a_whole_chain(assets, tmp_path):
+    main(EvalConfig(tmp_path, policy="expert", chain="set_table", episodes=1, seed=10000))
+    done = read_episodes(tmp_path).items()
+    assert {key: each["success_once"] for key, each in done} == {(c, 10000): True for c in CHAIN}
+
+
+def test_a_failure_ends_a_chain_and_counts_in_every_later_subtask(assets):
+    env = ChainEnv(task="set_table", subtask="", target="", split="val", obs_mode="state_dict")
+    episodes = run_chain(env, policy := OpensTheFridge(env), [0], SimpleNamespace(horizon=150))
+    assert policy.heard == ["pick up the apple"]
+    assert [episode["success_once"] for episode in episodes] == [True] + 7 * [False]
+    assert [episode["length"] for episode in episodes[1:]] == [150] + 6 * [0]
+    env.index = 1  # the robot stands where the expert drove it
+    assert np.abs(env.positions[0] - env.start()["robot_pos"][:2]).max() < 0.05
+
+
+def test_a_kill_repeats_a_chain_as_a_whole_and_the_report_has_its_columns(assets, tmp_path):
+    cfg = EvalConfig(tmp_path / "eval", policy="random", chain="set_table", episodes=2, horizon=2)
+    main(cfg)
+    before, file = outcomes(cfg.out), cfg.out / "episodes.jsonl"
+    file.write_text("\n".join([*file.read_text().splitlines()[:11], '{"torn']))
+    main(cfg)
+    assert outcomes(cfg.out) == before and len(read_lines(file)) == 11 + 8
+    assert "chain_8_close_drawer" in write_report(tmp_path).read_text()
+    with pytest.raises(InputError, match="episodes with chain = 'set_table', this run has None"):
+        main(EvalConfig(cfg.out, policy="random", horizon=2))
+
+
+def test_a_chain_refuses_columns_and_a_real_apartment(assets, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="--chain set_table takes no --task, --columns"):
+        EvalConfig(policy="random", chain="set_table", columns=("open_fridge",))
+    monkeypatch.setattr("eval.apartment", lambda: None)
+    with pytest.raises(InputError, match="is no generated apartment"):
+        main(EvalConfig(tmp_path, policy="random", chain="set_table"))

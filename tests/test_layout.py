@@ -25,6 +25,7 @@ LAYERS = (
     "simulation/assets simulation/plans simulation/workers simulation/film simulation/rl_expert",
     "simulation/env",
     "household/furniture household/robot household/episodes household/expert",
+    "simulation/chain",
     "simulation/episodes simulation/demonstrations household/assets",
     "train eval collect",
     "tools/*",
