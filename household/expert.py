@@ -244,6 +244,11 @@ class ScriptedExpert:
         away = np.abs(base.T @ (point - self.agent.tcp_pose.sp.p)[:2])
         return float(np.linalg.norm(np.maximum(away - slack, 0)))
 
+    def past(self, point: np.ndarray) -> float:
+        """How far the hand has gone past `point`, straight ahead; metres."""
+        base = self.agent.base_link.pose.sp.inv()
+        return float((base * self.agent.tcp_pose.sp).p[0] - (base * sapien.Pose(point)).p[0])
+
     # ---- skills: each ends in `retreat`, which never ends. A skill starts in any state that a
     # policy may have left, and leaves out what is done already.
 
@@ -339,6 +344,8 @@ class ScriptedExpert:
             if not self.holds(self.link):
                 near = np.linalg.norm(self.offset(self.handle, FRONT.reach)) < 0.12
                 if not (self.formed(arm) and near):
+                    while self.past(self.handle) > -0.08:  # beside the bar: back to its front
+                        yield self.move_base(OPEN, (-0.3, 0))
                     yield from self.bring(arm, self.on_arc(0.0, outward=0.12), FRONT.reach, OPEN)
                 yield from self.bring(arm, self.handle, FRONT.reach, OPEN)
                 yield from self.squeeze(arm, CLOSE)

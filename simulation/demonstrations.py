@@ -67,12 +67,14 @@ def drive(envs: SubtaskEnvs, policy: Policy, seed: int) -> dict:
 
 
 def attempt(
-    envs: SubtaskEnvs, expert: ScriptedExpert | RLPolicy, seeds: list[int], policy: Policy | None
-) -> list[tuple[bool, int, bytes]]:
+    envs: SubtaskEnvs, expert: ScriptedExpert | RLPolicy, seeds: list[int],
+    policy: Policy | None = None,
+) -> list[tuple[bool, int, bytes]]:  # fmt: skip
     """Let the expert act until each episode succeeded, failed or reached the horizon.
 
     Returns for each seed whether to keep the episode, its steps, and its h5 (recording.encode). An
-    RL policy's success is kept if MS-HAB's release would keep it.
+    RL policy's success is kept if MS-HAB's release would keep it. From a `policy`, which drives
+    first, the expert takes over.
     """
     obs = envs.reset(pad_seeds(seeds, envs.num_envs))
     expert.reset()

@@ -132,7 +132,9 @@ def sample_flop(cfg: TrainConfig) -> float:
 def matmul_rate(device: torch.device) -> float:
     """FLOP per second of a large matrix product, the best of five: bf16 on a GPU, fp32 on a CPU."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (768, torch.float32)
-    a, rates = torch.ones(n, n, dtype=dtype, device=device), []
+    generator = torch.Generator(device).manual_seed(0)  # training's own stream stays as it is
+    a = torch.randn(n, n, generator=generator, dtype=dtype, device=device)
+    rates = []
     for _ in range(5):
         began = time.perf_counter()
         (a @ a)[0, 0].item()  # waits for a GPU
