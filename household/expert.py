@@ -212,9 +212,6 @@ class ScriptedExpert:
             before = self.joints[FINGERS]
             yield self.move(arm, gripper)
 
-    def holds(self, body) -> bool:
-        return bool(self.agent.is_grasping(body))
-
     def formed(self, arm: np.ndarray) -> bool:
         """Has the arm the joints `arm`, and the torso its height?"""
         joints = self.joints
@@ -226,8 +223,7 @@ class ScriptedExpert:
     ) -> Motion:  # fmt: skip
         """Bring the hand over `point`, which needs the arm joints `above`, then down to it.
 
-        A hand lower than `height` leaves first: upwards if it is over the point, otherwise back,
-        so that it clears the edges before the point.
+        A hand lower than `height` leaves first: up if it is over the point, otherwise back.
         """
         left = np.abs(at - self.joints[ARM]).max()
         if self.aside(point, slack) > 0.03 or left > np.abs(at - above).max() + 0.05:
@@ -238,16 +234,14 @@ class ScriptedExpert:
         # A hand that is blocked tries again from above.
         yield from islice(self.bring(at, point, reach, gripper, slack=slack), 40)
 
-    def aside(self, point: np.ndarray, slack=(0, 0)) -> float:
-        """Horizontal distance of the hand to `point`, less `slack` [forward, left]; metres."""
+    def beyond(self, point: np.ndarray) -> np.ndarray:
+        """How far the hand is beyond `point`; [forward, left] metres."""
         base = self.agent.base_link.pose.sp.to_transformation_matrix()[:2, :2]
-        away = np.abs(base.T @ (point - self.agent.tcp_pose.sp.p)[:2])
-        return float(np.linalg.norm(np.maximum(away - slack, 0)))
+        return base.T @ (self.agent.tcp_pose.sp.p - point)[:2]
 
-    def past(self, point: np.ndarray) -> float:
-        """How far the hand has gone past `point`, straight ahead; metres."""
-        base = self.agent.base_link.pose.sp.inv()
-        return float((base * self.agent.tcp_pose.sp).p[0] - (base * sapien.Pose(point)).p[0])
+    def aside(self, point: np.ndarray, slack=(0, 0)) -> float:
+        """Horizontal distance of the hand to `point`, less `slack`; metres."""
+        return float(np.linalg.norm(np.maximum(np.abs(self.beyond(point)) - slack, 0)))
 
     # ---- skills: each ends in `retreat`, which never ends. A skill starts in any state that a
     # policy may have left, and leaves out what is done already.
@@ -259,7 +253,7 @@ class ScriptedExpert:
         """
         while True:
             position = self.object.pose.sp.p
-            held = self.holds(self.object)
+            held = self.agent.is_grasping(self.object)
             low = self.surface if held else position[2]
             # High up the gripper cannot point down; in the fridge the elbow must clear the door.
             grip, clear = (DOWN, 0.12) if low < 1.0 else (SHELF, 0.08)
@@ -281,7 +275,7 @@ class ScriptedExpert:
     def place(self) -> Motion:
         goal, slack = self.goal.pose.sp.p, (0.05, 0.05)  # MS-HAB forgives 0.15 m
         # At the start it is between the fingers, which do not press yet.
-        held = self.env.elapsed == 0 or self.holds(self.object)
+        held = self.env.elapsed == 0 or self.agent.is_grasping(self.object)
         if not held and np.linalg.norm(self.object.pose.sp.p - goal) > 0.12:
             yield from self.grasp()  # it was dropped
             held = True
@@ -315,7 +309,7 @@ class ScriptedExpert:
         low = self.handle[2]
         above, at = (self.solve_arm(HOOK, low + lift) for lift in (0.10, 0.0))
         while self.opening < OPEN_DRAWER:
-            if not self.holds(self.link):
+            if not self.agent.is_grasping(self.link):
                 yield from self.lower(above, at, self.handle, low + 0.10, HOOK.reach, OPEN, slack)
                 yield from self.squeeze(at, CLOSE)
             while self.opening < OPEN_DRAWER + SPARE and self.in_hand(self.handle, bar):
@@ -341,10 +335,10 @@ class ScriptedExpert:
         """Grasp the bar and pull it along its arc; grasp again if the bar slips."""
         arm = self.solve_arm(FRONT, self.handle[2])
         while self.opening < OPEN_FRIDGE:
-            if not self.holds(self.link):
+            if not self.agent.is_grasping(self.link):
                 near = np.linalg.norm(self.offset(self.handle, FRONT.reach)) < 0.12
                 if not (self.formed(arm) and near):
-                    while self.past(self.handle) > -0.08:  # beside the bar: back to its front
+                    while self.beyond(self.handle)[0] > -0.08:  # back to the bar's front
                         yield self.move_base(OPEN, (-0.3, 0))
                     yield from self.bring(arm, self.on_arc(0.0, outward=0.12), FRONT.reach, OPEN)
                 yield from self.bring(arm, self.handle, FRONT.reach, OPEN)
