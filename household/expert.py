@@ -214,8 +214,8 @@ class ScriptedExpert:
 
     def formed(self, arm: np.ndarray) -> bool:
         """Has the arm the joints `arm`, and the torso its height?"""
-        joints = self.joints
-        return max(np.abs(arm - joints[ARM]).max(), 4 * abs(joints[TORSO] - REST_TORSO)) <= 0.05
+        errors = np.append(arm - self.joints[ARM], self.joints[TORSO] - REST_TORSO)  # rad, metres
+        return np.abs(errors).max() <= 0.05
 
     def lower(
         self, above: np.ndarray, at: np.ndarray, point: np.ndarray, height: float, reach: float,
