@@ -211,7 +211,7 @@ class AuxVLA(nn.Module):
             return {"flow": masked_mean(per_action, batch["action_mask"], counts["flow"])}
 
         ids, hidden = self.encode_actions(batch)
-        # At all positions, not the 13 labels' only, and batch 64 the logits would take 42 GB.
+        # At the 13 labels only: at all positions the logits of 64 frames would take 42 GB.
         logits = rearrange(self.vlm.llm.logits(hidden[:, -ACTION_DIM:]), "b a v -> b v a").float()
         nll = F.cross_entropy(logits, ids, reduction="none")  # [B, A]
         per_frame = reduce(nll, "b a -> b", "mean")

@@ -294,8 +294,8 @@ class ScriptedExpert:
         """Push the handle with the closed hand, anywhere along the bar."""
         arm, outward, slack = self.solve_arm(PUSH, self.handle[2]), self.axis, (0.11, 0.10)
         ahead, aside = self.offset(self.handle, PUSH.reach)
-        before = self.formed(arm) and -0.05 < ahead < 0.36 and abs(aside) < 0.12
-        if self.opening > CLOSED and not before:
+        in_front = self.formed(arm) and -0.05 < ahead < 0.36 and abs(aside) < 0.12
+        if self.opening > CLOSED and not in_front:
             start = self.handle + 0.23 * outward
             yield from self.bring(arm, start, PUSH.reach, CLOSE, slack=slack)
         while self.opening > CLOSED:

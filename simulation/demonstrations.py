@@ -45,15 +45,14 @@ def run_jobs(cfg, jobs: Iterator[Job]) -> Iterator[list[tuple[bool, int, bytes]]
         envs.close()
 
 
-def drive(envs: SubtaskEnvs, policy: Policy, seed: int) -> dict:
-    """Start an episode, let the policy act for a number of steps, and return the observation.
+def drive(envs: SubtaskEnvs, policy: Policy, obs: dict, seed: int) -> dict:
+    """From the start `obs`, let the policy act for a number of steps; return the observation.
 
-    The seed draws the number, which is halved if the policy succeeds sooner. The time and the force
-    that count against the episode then start anew.
+    The seed draws the number. If the policy succeeds sooner, the episode starts again with half of
+    it. The time and the force that count against the episode then start anew.
     """
     steps = int(np.random.default_rng((seed, 1)).integers(*DRIVEN))
     while True:
-        obs = envs.reset([seed])
         policy.reset()
         for _ in range(steps):
             obs, info = envs.step(policy.act(obs, envs.instructions))
@@ -63,7 +62,7 @@ def drive(envs: SubtaskEnvs, policy: Policy, seed: int) -> dict:
             envs.mshab.subtask_steps_left[:] = HORIZON
             envs.mshab.robot_cumulative_force[:] = 0
             return obs
-        steps //= 2
+        obs, steps = envs.reset([seed]), steps // 2
 
 
 def attempt(
@@ -79,7 +78,7 @@ def attempt(
     obs = envs.reset(pad_seeds(seeds, envs.num_envs))
     expert.reset()
     if policy:
-        obs = drive(envs, policy, seeds[0])
+        obs = drive(envs, policy, obs, seeds[0])
         expert.reset()
     rows, steps = [[row] for row in frames(envs, obs)], [[] for _ in seeds]
     driven, running = envs.elapsed, range(len(seeds))

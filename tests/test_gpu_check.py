@@ -53,7 +53,7 @@ def test_killed_out_of_time_and_without_a_compiler_it_leaves_what_it_has(check, 
 
     monkeypatch.setattr(gpu_check, "acting", killed)
     monkeypatch.setattr(gpu_check, "LIMIT", 0)
-    monkeypatch.setattr(gpu_check, "lacks_to_compile", lambda kind: "g++")
+    monkeypatch.setattr(gpu_check, "missing_to_compile", lambda kind: "g++")
     figures = [*check(raises=pytest.raises(KeyboardInterrupt)).values()]
     assert [[*of] for of in figures] == [["ours", "transformers"], ["ours"], ["ours"]]
     assert figures[0]["ours"] == {"missing": "no time left"}

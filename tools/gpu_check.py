@@ -28,7 +28,7 @@ from storage.terminal import cli, user_errors
 from tools import bench
 from tools.reference import Port
 from training.memory import matmul_rate, memory_plan, sample_flop
-from training.ranks import device_of, halve_frozen, lacks_to_compile
+from training.ranks import device_of, halve_frozen, missing_to_compile
 
 TESTS = Path(__file__).parents[1] / "tests"
 FRAMES = {2: (8, 16), 3: (32,)}  # of a training step, by stage
@@ -118,7 +118,7 @@ def main(out: Path, preset: Literal["paper", "tiny"] = "paper", rounds: Count = 
     result = {"about": about, "pytest's exit code": None, "figures": figures}
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, result)  # a folder that cannot be written to is named now
-    if lacking := lacks_to_compile(device.type):
+    if lacking := missing_to_compile(device.type):
         ways.remove("compiled")
         print(f"nothing will be compiled: this machine lacks {lacking}")
     tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", TESTS])

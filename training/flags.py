@@ -8,7 +8,7 @@ from config import PRESETS, InputError, TrainConfig
 from paper import DEFAULT_ROW, ROWS, Row
 from storage.checkpoint import steps_in
 from storage.terminal import cli
-from training.ranks import check_compiler, device_of, lacks_to_compile
+from training.ranks import check_compiler, device_of, missing_to_compile
 
 
 def preset_of(row: Row, preset: str) -> str:
@@ -69,7 +69,7 @@ def parse(args: list[str] | None = None, description: str | None = None) -> Trai
     preset = preset_of(row, chosen.preset) if row else chosen.preset
     default = TrainConfig(**vars(chosen) | {"preset": preset}, **PRESETS[preset])
     kind = device_of(chosen.device).type
-    default = replace(default, compile=kind == "cuda" and not lacks_to_compile(kind))
+    default = replace(default, compile=kind == "cuda" and not missing_to_compile(kind))
     if row:
         default = replace(default, model=replace(default.model, **row.model), **row.training)
     cfg = cli(TrainConfig, default=default, args=others, description=description)

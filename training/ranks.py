@@ -130,7 +130,7 @@ def halve_frozen(model: AuxVLA, cfg: TrainConfig, device: torch.device) -> None:
         model.vlm.encode = torch.autocast(device.type, enabled=False)(model.vlm.encode)
 
 
-def lacks_to_compile(kind: str) -> str:
+def missing_to_compile(kind: str) -> str:
     """What torch.compile needs for a kind of device and this machine lacks; empty: nothing."""
     variable, *compilers = ("CC", "gcc", "clang") if kind == "cuda" else ("CXX", "g++")
     needed = {
@@ -142,7 +142,7 @@ def lacks_to_compile(kind: str) -> str:
 
 
 def check_compiler(kind: str) -> None:
-    if lacking := lacks_to_compile(kind):
+    if lacking := missing_to_compile(kind):
         raise InputError(f"--compile needs {lacking}: apt-get install build-essential python3-dev")
 
 
