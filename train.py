@@ -165,9 +165,9 @@ def prepare(cfg: TrainConfig, ranks: Ranks) -> Stage:
             f"{start.folder} is beyond the {num_steps} steps asked for: give --steps {start.step} "
             "or more, or another --out"
         )
-    # Rank 0 decides: a rank with another number of micro-batches would wait for the others.
+    # Rank 0 plans: a rank with another number of micro-batches would wait for the others.
     cfg = ranks.on_main(lambda: memory.settle_micro_batch(cfg, ranks.world, ranks.device))
-    line = memory.describe_plan(cfg, ranks.world, ranks.device)
+    line = ranks.on_main(lambda: memory.describe_plan(cfg, ranks.world, ranks.device))
     if ranks.is_main:
         print(*frames.remarks, line, sep="\n")
     if ranks.is_main and ranks.device.type == "cuda":
@@ -200,7 +200,7 @@ def train(stage: Stage, ranks: Ranks) -> int:
     """Take the steps; return the exit code: 0, STOPPED by a signal, 1 after too many bad steps."""
     cfg, frames, order, model = stage.cfg, stage.frames, stage.order, stage.model
     step, num_steps, skipped, stopped = order.first, order.last, 0, False
-    limit = memory.matmul_rate(ranks.device) / memory.sample_flop(cfg)
+    limit = ranks.on_main(lambda: memory.matmul_rate(ranks.device) / memory.sample_flop(cfg))
     log = Log(cfg, step, num_steps, ranks, limit)
     log.describe(frames, stage.held_out, model)
     saver = Saver(Path(cfg.out), cfg.keep, ranks.is_main, step)
