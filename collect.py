@@ -8,17 +8,17 @@ writes data/set_table/close/kitchen_counter.h5 and .json in the layout of MS-HAB
     traj_i/labels/pos                     [T + 1, 2] float32      base x, y, world frame, metres
     traj_i/labels/seg/fetch_{head,hand}   [T + 1, 128, 128] bool  the target object, or the handle
 
-With `--after CHECKPOINT` a policy acts first, and the file begins where the expert takes over.
+With `--after CHECKPOINT` a policy acts first; each episode begins where the expert takes over.
 
 The other labels are MS-HAB observations. `--expert rl` records MS-HAB's released policies in the
 real apartments, `--envs N` N episodes at once on a GPU.
 
-A seed determines an episode. The file has the lowest seeds at which the expert succeeds, for any
-number of workers. Each finished attempt is kept in <target>.parts: after a kill the same command
-continues, and a larger --episodes adds to the file.
+A seed determines an episode (with `--after`, seed and checkpoint do). The file has the lowest seeds
+at which the expert succeeds, for any number of workers. Each finished attempt is kept in
+<target>.parts: after a kill the same command continues, and a larger --episodes adds to the file.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -47,8 +47,8 @@ class CollectConfig:
     expert: Literal["scripted", "rl"] = "scripted"
     # for rl: `hf download arth-shukla/mshab_checkpoints --local-dir mshab_checkpoints`
     policies: Path = Path("mshab_checkpoints")
-    # a checkpoint that acts first, for a random number of steps; then the scripted expert takes
-    # over, and its part is recorded: corrections, as in DAgger (https://arxiv.org/abs/1011.0686)
+    # a checkpoint that acts first for 10 to 149 steps, on the CPU; the scripted expert's part after
+    # it is recorded (DAgger, https://arxiv.org/abs/1011.0686). Choose a --seed of no demonstration
     after: Path | None = None
     # attempts at a target, after which the run gives up; default: 20 + 10 per episode
     max_attempts: Count | None = None
@@ -77,10 +77,9 @@ class CollectConfig:
 
     def recipe(self, target: str) -> dict:
         """Settings that determine an episode, equal for all episodes of a file."""
-        recipe = {key: getattr(self, key) for key in ("expert", "split", "seed")}
-        recipe["assets"] = apartment()
+        recipe = dict(expert=self.expert, split=self.split, seed=self.seed, assets=apartment())
         if self.after:
-            recipe["after"] = sha256(resolve(self.after) / "manifest.json")
+            recipe["after"] = sha256(self.after / "manifest.json")
         if self.envs > 1:
             recipe["simulation"] = simulation_backend(self.envs)
         if self.expert == "rl":
@@ -122,6 +121,7 @@ def collect(cfg: CollectConfig, recording: Recording, target: str, workers: Work
 
 def main(cfg: CollectConfig) -> None:
     check_envs(cfg.envs, cfg.expert == "scripted")
+    cfg = replace(cfg, after=cfg.after and resolve(cfg.after))  # fixed, even if training goes on
     folder = cfg.out / cfg.task / cfg.subtask
     workers = Workers(cfg.workers, "simulation.demonstrations", cfg)
     # All recipes first: a missing file is refused before a worker starts.

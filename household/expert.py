@@ -48,7 +48,7 @@ FRONT = Posture(0.90, 0.8, 0.0, (-0.371, -0.656, 1.154, 0.941, -1.199, 0.991, 0.
 
 
 class ScriptedExpert:
-    """Acts in one environment after its reset and `reset()`; after the motion it rests."""
+    """Acts in one environment; `reset()` follows its reset. After the motion the robot rests."""
 
     obs_mode = "state_dict"  # no images
 
@@ -66,15 +66,13 @@ class ScriptedExpert:
         if subtask in ("pick", "place"):
             if self.env.elapsed == 0:  # the height at which the object stands
                 self.surface = (self.object if subtask == "pick" else self.goal).pose.sp.p[2]
-            self.motion = dict(pick=self.pick, place=self.place)[subtask]()
-            return
-        self.cupboard = sim.subtask_articulations[i]
-        self.joint_index = sim.task_plan[i].articulation_handle_active_joint_idx
-        self.joint = self.cupboard._objs[0].active_joints[self.joint_index]  # drawer's or door's
-        self.link = self.cupboard.links[sim.task_plan[i].articulation_handle_link_idx]
-        drawer = dict(open=self.open_drawer, close=self.close_drawer)
-        fridge = dict(open=self.open_fridge, close=self.close_fridge)
-        self.motion = dict(kitchen_counter=drawer, fridge=fridge)[target][subtask]()
+        else:
+            self.cupboard = sim.subtask_articulations[i]
+            self.joint_index = sim.task_plan[i].articulation_handle_active_joint_idx
+            self.joint = self.cupboard._objs[0].active_joints[self.joint_index]
+            self.link = self.cupboard.links[sim.task_plan[i].articulation_handle_link_idx]
+        cupboard = dict(kitchen_counter="_drawer", fridge="_fridge").get(target, "")
+        self.motion = getattr(self, subtask + cupboard)()
 
     def act(self, obs: dict, instruction: str) -> np.ndarray:
         """Return the next action, float32 [1, 13]; both arguments are unused."""
@@ -198,8 +196,8 @@ class ScriptedExpert:
     def back_off(self, point: np.ndarray, distance: float) -> Motion:
         """Drive back to `distance` metres from `point`, then retreat; the hand is open.
 
-        The open hand, and the arm that folds only here, tell a learner the way back from the way
-        in: otherwise the images would differ only in the door or drawer.
+        The way back looks like the way in. The open hand, and the arm that folds only here, tell
+        them apart.
         """
         while np.linalg.norm(self.offset(point, reach=0.0)) < distance:
             yield self.move_base(OPEN, (-FULL_SPEED, 0))
@@ -217,10 +215,7 @@ class ScriptedExpert:
         errors = np.append(arm - self.joints[ARM], self.joints[TORSO] - REST_TORSO)  # rad, metres
         return np.abs(errors).max() <= 0.05
 
-    def lower(
-        self, above: np.ndarray, at: np.ndarray, point: np.ndarray, height: float, reach: float,
-        gripper: float, slack=(0, 0),
-    ) -> Motion:  # fmt: skip
+    def lower(self, above, at, point, height, reach, gripper: float, slack=(0, 0)) -> Motion:
         """Bring the hand over `point`, which needs the arm joints `above`, then down to it.
 
         A hand lower than `height` leaves first: up if it is over the point, otherwise back.
@@ -246,11 +241,8 @@ class ScriptedExpert:
     # ---- skills: each ends in `retreat`, which never ends. A skill starts in any state that a
     # policy may have left, and leaves out what is done already.
 
-    def grasp(self) -> Iterator[np.ndarray]:
-        """Grasp the object from above, in the fridge obliquely, and lift it; again if it is lost.
-
-        Returns the object's position and the posture.
-        """
+    def grasp(self) -> Motion:
+        """Grasp and lift the object, again if it is lost; return its position and the posture."""
         while True:
             position = self.object.pose.sp.p
             held = self.agent.is_grasping(self.object)
@@ -265,7 +257,7 @@ class ScriptedExpert:
                 yield from self.lower(*turned, position, low + clear, grip.reach, OPEN)
                 yield from self.squeeze(turned[1], CLOSE)
             yield from self.bring(above, position, grip.reach, CLOSE, near=0.1)
-            if self.in_hand(self.object.pose.sp.p):
+            if self.agent.is_grasping(self.object) or self.in_hand(self.object.pose.sp.p):
                 return position, grip
 
     def pick(self) -> Motion:
@@ -275,7 +267,8 @@ class ScriptedExpert:
     def place(self) -> Motion:
         goal, slack = self.goal.pose.sp.p, (0.05, 0.05)  # MS-HAB forgives 0.15 m
         # At the start it is between the fingers, which do not press yet.
-        held = self.env.elapsed == 0 or self.agent.is_grasping(self.object)
+        at_start = self.env.elapsed == 0 and self.in_hand(self.object.pose.sp.p)
+        held = at_start or self.agent.is_grasping(self.object)
         if not held and np.linalg.norm(self.object.pose.sp.p - goal) > 0.12:
             yield from self.grasp()  # it was dropped
             held = True
@@ -309,7 +302,7 @@ class ScriptedExpert:
         low = self.handle[2]
         above, at = (self.solve_arm(HOOK, low + lift) for lift in (0.10, 0.0))
         while self.opening < OPEN_DRAWER:
-            if not self.agent.is_grasping(self.link):
+            if not (self.in_hand(self.handle, bar) and self.agent.is_grasping(self.link)):
                 yield from self.lower(above, at, self.handle, low + 0.10, HOOK.reach, OPEN, slack)
                 yield from self.squeeze(at, CLOSE)
             while self.opening < OPEN_DRAWER + SPARE and self.in_hand(self.handle, bar):
@@ -335,7 +328,7 @@ class ScriptedExpert:
         """Grasp the bar and pull it along its arc; grasp again if the bar slips."""
         arm = self.solve_arm(FRONT, self.handle[2])
         while self.opening < OPEN_FRIDGE:
-            if not self.agent.is_grasping(self.link):
+            if not (self.in_hand(self.handle) and self.agent.is_grasping(self.link)):
                 near = np.linalg.norm(self.offset(self.handle, FRONT.reach)) < 0.12
                 if not (self.formed(arm) and near):
                     while self.beyond(self.handle)[0] > -0.08:  # back to the bar's front

@@ -1,7 +1,7 @@
 """SetTable's eight subtasks in one episode of MS-HAB's sequential task, for eval.py --chain.
 
-MS-HAB decides when a subtask is done, and whether what was placed still stands there. Left out: its
-Navigate subtasks, which succeed anywhere within 2 m, farther away than a policy starts.
+MS-HAB decides when a subtask is done, and whether what was placed still stands there. Its Navigate
+subtasks are left out: they succeed anywhere within 2 m, and a policy starts nearer.
 """
 
 import gymnasium
@@ -15,14 +15,14 @@ from simulation.env import SubtaskEnvs
 
 HEAD = [4, 6]  # pan and tilt, in the simulator's 15 joints
 REST_GRIPPER = -1 / 6  # action: 15 mm, as wide as at every start without an object in the hand
-BACK_OFF, DRIVE_UP = 0.5, 0.5  # metres from the furniture, where the arm turns clear of it
+BACK_OFF, DRIVE_UP = 0.5, 0.5  # metres that the robot drives back first, and straight ahead last
 
 
 class ChainEnv(SubtaskEnvs):
     """One environment, whose `index` is the subtask in progress.
 
-    A seed determines the plan and each subtask's start pose. Plans of equal episodes are joined,
-    unless their two goals coincide, as those of single subtasks may.
+    A seed determines the plan and each subtask's start pose. The plans of one episode are joined;
+    an episode whose two goals are closer than 25 cm is left out.
     """
 
     def _load(self, **address: str) -> tuple[PlanData, dict[str, dict]]:
@@ -36,7 +36,7 @@ class ChainEnv(SubtaskEnvs):
                 joined.setdefault(name, TaskPlan([], plan.build_config_name, name))
                 joined[name].subtasks += plan.subtasks
         for name, plan in [*joined.items()]:
-            plan.subtasks[-1].remove_obj_id = None  # the bowl, which would be gone from the start
+            plan.subtasks[-1].remove_obj_id = None  # MS-HAB would remove the bowl at the reset
             goals = [subtask.goal_pos for subtask in plan.subtasks if subtask.type == "place"]
             if np.linalg.norm(np.subtract(*goals)) < 0.25:
                 del joined[name]
@@ -48,8 +48,8 @@ class ChainEnv(SubtaskEnvs):
     def start(self) -> dict[str, np.ndarray]:
         """The start pose of the current subtask: robot_pos [3], robot_qpos [15] and others.
 
-        Of eight that are drawn, a pick has the one farthest beside the opened handle: a fridge
-        counts as open at 0.75 of its range, and the poses are for a fridge open at 0.97.
+        Eight are drawn, the first is used. A pick uses the one farthest beside the handle: its
+        poses are for a fridge open at 0.97 of its range, and here 0.75 counts as open.
         """
         episode, subtask = self.episodes[0], self.mshab.task_plan[self.index]
         poses = self._starts[subtask.composite_subtask_uids[0]]
@@ -63,7 +63,7 @@ class ChainEnv(SubtaskEnvs):
     def begin(self) -> None:
         """Start the subtask: its steps and MS-HAB's sum of forces count from here."""
         self.elapsed = 0
-        self.mshab.subtask_pointer[:] = self.index  # the drive has done no subtask
+        self.mshab.subtask_pointer[:] = self.index  # what the drive did does not count
         self.mshab.subtask_steps_left[:] = HORIZON
         self.mshab.robot_cumulative_force[:] = 0
 

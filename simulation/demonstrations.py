@@ -11,7 +11,7 @@ from mshab.utils.label_dataset import get_episode_label_and_events
 
 from config import HORIZON
 from household.expert import ScriptedExpert
-from policy import Policy
+from policy import Policy, check_schema
 from simulation.env import SENSORS, SubtaskEnvs
 from simulation.plans import Job, pad_seeds, simulation_backend
 from simulation.rl_expert import RLPolicy
@@ -21,7 +21,7 @@ from storage.recording import encode
 # object was dropped, once or to its goal.
 RELEASED = ("straightforward_success", "placed_in_goal_success", "open_success", "closed_success")
 
-DRIVEN = (10, 150)  # steps that the policy of --after acts before the expert takes over
+DRIVEN = (10, 150)  # steps of --after's policy: at least 10, below 150
 
 
 def run_jobs(cfg, jobs: Iterator[Job]) -> Iterator[list[tuple[bool, int, bytes]]]:
@@ -35,6 +35,8 @@ def run_jobs(cfg, jobs: Iterator[Job]) -> Iterator[list[tuple[bool, int, bytes]]
             cfg.task, cfg.subtask, target, cfg.split,
             simulation=simulation_backend(cfg.envs), num_envs=cfg.envs,
         )  # fmt: skip
+        if policy:
+            check_schema(envs, policy.manifest)
         if cfg.expert == "rl":
             address = cfg.task, cfg.subtask, target
             expert = RLPolicy.load(cfg.policies, *address, envs.mshab.device)
@@ -46,10 +48,10 @@ def run_jobs(cfg, jobs: Iterator[Job]) -> Iterator[list[tuple[bool, int, bytes]]
 
 
 def drive(envs: SubtaskEnvs, policy: Policy, obs: dict, seed: int) -> dict:
-    """From the start `obs`, let the policy act for a number of steps; return the observation.
+    """Let the policy act for a number of steps that the seed draws; return the last observation.
 
-    The seed draws the number. If the policy succeeds sooner, the episode starts again with half of
-    it. The time and the force that count against the episode then start anew.
+    If the policy succeeds before, the episode starts again with half the number. Afterwards
+    MS-HAB's limits of steps and force start anew.
     """
     steps = int(np.random.default_rng((seed, 1)).integers(*DRIVEN))
     while True:
@@ -72,11 +74,11 @@ def attempt(
     """Let the expert act until each episode succeeded, failed or reached the horizon.
 
     Returns for each seed whether to keep the episode, its steps, and its h5 (recording.encode). An
-    RL policy's success is kept if MS-HAB's release would keep it. From a `policy`, which drives
-    first, the expert takes over.
+    RL policy's success is kept if MS-HAB's release would keep it. A `policy` acts first; only the
+    expert's part is recorded.
     """
     obs = envs.reset(pad_seeds(seeds, envs.num_envs))
-    expert.reset()
+    expert.reset()  # it notes the height of the surface, before a policy moves the object
     if policy:
         obs = drive(envs, policy, obs, seeds[0])
         expert.reset()
@@ -109,6 +111,8 @@ def encode_attempt(
     envs: SubtaskEnvs, i: int, rows: list[dict], steps: list[dict], released: bool, driven: int
 ) -> tuple[bool, int, bytes]:
     """Return one element of the result of `attempt`, for environment i."""
+    if len(steps) == 1:  # the policy had all but succeeded; MS-HAB's labels need two steps
+        return False, 1, b""
     taken = {key: np.array([step[key] for step in steps]) for key in steps[0]}  # [T, ...] each
     trajectory = {
         "obs": [each["obs"] for each in rows],
@@ -137,7 +141,7 @@ def encode_attempt(
         "events": events,
     }
     kept = label in RELEASED if released else success
-    return kept, len(steps), encode(trajectory, header(envs), episode)
+    return kept, len(steps), encode(trajectory, header(envs), episode) if kept else b""
 
 
 def header(envs: SubtaskEnvs) -> dict:

@@ -113,7 +113,7 @@ def roll_out(envs, policy, obs: dict, outcomes: list, film=None) -> tuple[dict, 
 
 
 def run_chain(envs: ChainEnv, policy, seeds: list[int], cfg, film=None) -> list[dict]:
-    """Run one chain and return a record for each subtask; after a failed one all fail.
+    """Run one chain and return a record for each subtask; after a failure the later ones fail.
 
     The scripted expert drives the robot to the start pose of each subtask.
     """

@@ -245,6 +245,8 @@ def base_position(camera: np.ndarray, gripper: np.ndarray, where: str) -> tuple[
 
 def relative_speed(actions: np.ndarray, pos: np.ndarray) -> float:
     """Median ratio of the base's displacement to the commanded one; NaN without a command."""
+    if len(actions) == 1:
+        return np.nan
     commanded = actions[:-1, BASE_FORWARD] / CONTROL_HZ  # [T - 1] metres
     # The base needs some steps to reach its speed: use steps that end SETTLED in one direction.
     forth, back = commanded > 0.2 / CONTROL_HZ, commanded < -0.2 / CONTROL_HZ

@@ -75,6 +75,13 @@ def test_the_arm_is_still_while_the_base_pushes_and_backs_off(episodes):
         assert (push[:, :7] == 0).all() and (back[:, :7] == 0).all()
 
 
+@pytest.mark.parametrize("target", ["fridge", "kitchen_counter"])
+def test_it_tries_again_if_the_handle_slips_in_its_grip(target, simulator, monkeypatch):
+    monkeypatch.setattr(ScriptedExpert, "in_hand", lambda *_: False)
+    _, successes = run(simulator("set_table", "open", target, "val"), seed=0)
+    assert len(successes) == HORIZON  # an action at every step
+
+
 def test_one_seed_is_one_motion(drawer):
     first, second = (run(drawer, seed=3)[0] for _ in range(2))
     np.testing.assert_array_equal(first, second)

@@ -22,7 +22,11 @@ from storage.trajectory import KEYS, DataError, Trajectory, clip
 
 def replay(path: Path, episodes: int) -> list[bool]:
     """Replay and print each demonstration; return the successes of those that were successful."""
-    entries, succeeded = load_sidecar(path)["episodes"][:episodes], []
+    entries = [each for each in load_sidecar(path)["episodes"] if not each.get("driven")]
+    if not entries:
+        print(f"{path}: not replayed, it has only corrections (collect.py --after)")
+        return []
+    entries, succeeded = entries[:episodes], []
     uid = str(entries[0].get("subtask_uid"))
     task, subtask, split, *_ = (*uid.split("-"), "", "")
     if task not in TASKS or subtask not in SUBTASKS:
@@ -31,8 +35,6 @@ def replay(path: Path, episodes: int) -> list[bool]:
     plans = {plan.subtasks[0].uid: i for i, plan in enumerate(env._plans)}
     with h5py.File(path) as file:
         for entry in entries:
-            if entry.get("driven"):
-                continue  # it starts where a policy stood (collect.py --after)
             uid, group = entry["subtask_uid"], file[f"traj_{entry['episode_id']}"]
             if uid not in plans:
                 raise DataError(f"{path}: MS_ASSET_DIR has no subtask {uid}: another apartment")
