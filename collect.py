@@ -47,8 +47,8 @@ class CollectConfig:
     expert: Literal["scripted", "rl"] = "scripted"
     # for rl: `hf download arth-shukla/mshab_checkpoints --local-dir mshab_checkpoints`
     policies: Path = Path("mshab_checkpoints")
-    # a checkpoint that acts first for 10 to 149 steps, on the CPU; the scripted expert's part after
-    # it is recorded (DAgger, https://arxiv.org/abs/1011.0686). Choose a --seed of no demonstration
+    # a checkpoint that acts first, for 10 to 149 steps on the CPU; then the scripted expert acts and
+    # is recorded (DAgger, https://arxiv.org/abs/1011.0686). Give seeds that no demonstration has
     after: Path | None = None
     # attempts at a target, after which the run gives up; default: 20 + 10 per episode
     max_attempts: Count | None = None
