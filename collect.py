@@ -8,10 +8,9 @@ writes data/set_table/close/kitchen_counter.h5 and .json in the layout of MS-HAB
     traj_i/labels/pos                     [T + 1, 2] float32      base x, y, world frame, metres
     traj_i/labels/seg/fetch_{head,hand}   [T + 1, 128, 128] bool  the target object, or the handle
 
-With `--after CHECKPOINT` a policy acts first; each episode begins where the expert takes over.
-
 The other labels are MS-HAB observations. `--expert rl` records MS-HAB's released policies in the
-real apartments, `--envs N` N episodes at once on a GPU.
+real apartments, `--envs N` N episodes at once on a GPU. With `--after CHECKPOINT` a policy acts
+first; each episode begins where the expert takes over.
 
 A seed determines an episode (with `--after`, seed and checkpoint do). The file has the lowest seeds
 at which the expert succeeds, for any number of workers. Each finished attempt is kept in
@@ -47,8 +46,8 @@ class CollectConfig:
     expert: Literal["scripted", "rl"] = "scripted"
     # for rl: `hf download arth-shukla/mshab_checkpoints --local-dir mshab_checkpoints`
     policies: Path = Path("mshab_checkpoints")
-    # a checkpoint that acts first, for 10 to 149 steps on the CPU; then the scripted expert acts and
-    # is recorded (DAgger, https://arxiv.org/abs/1011.0686). Give seeds that no demonstration has
+    # a checkpoint that acts first, for up to 149 steps, on the CPU; then the scripted expert acts
+    # and is recorded (DAgger, https://arxiv.org/abs/1011.0686). Give seeds of no demonstration
     after: Path | None = None
     # attempts at a target, after which the run gives up; default: 20 + 10 per episode
     max_attempts: Count | None = None

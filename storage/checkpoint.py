@@ -204,7 +204,9 @@ def resolve(path: str | Path) -> Path:
         raise InputError(f"{path} is a run; give one of its stages: {quoted(*stages)}")
     if path.exists():
         raise InputError(f"{path}: no undamaged checkpoint in it; expected RUN/stageN")
-    raise InputError(f"{path}: not there; train it: python train.py --stage 1 --out {quoted(path)}")
+    stage = path.name[5:] if path.name in ("stage2", "stage3") else 1
+    command = f"python train.py --stage {stage} --out {quoted(path)}"
+    raise InputError(f"{path}: not there; train it: {command}")
 
 
 # --- Loading ---

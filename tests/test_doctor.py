@@ -131,8 +131,11 @@ def check_changed(folder: Path, data: Path, silent: str | None = None, **manifes
 
 
 def test_a_fault_of_a_checkpoint_is_named(recorded, tmp_path):
-    with pytest.raises(InputError, match=r"not there; train it: python train.py --stage 1"):
-        check_policy(tmp_path / "stage1", device="cpu")
+    for stage in (1, 2):
+        with pytest.raises(
+            InputError, match=rf"not there; train it: python train.py --stage {stage}"
+        ):
+            check_policy(tmp_path / f"stage{stage}", device="cpu")
     with pytest.raises(InputError, match=r"black and white images: equal logits.*pip install -r"):
         check_changed(tmp_path / "silent", recorded, "vlm.projector.")
     schema = read_json(steps_in(TRAINED)[-1] / "manifest.json")["action_schema"]
