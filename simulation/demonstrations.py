@@ -141,7 +141,7 @@ def encode_attempt(
         "events": events,
     }
     kept = label in RELEASED if released else success
-    return kept, len(steps), encode(trajectory, header(envs), episode) if kept else b""
+    return kept, len(steps), encode(trajectory, header(envs), episode)
 
 
 def header(envs: SubtaskEnvs) -> dict:
