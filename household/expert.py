@@ -4,9 +4,9 @@
 
 The expert reads the simulator's state (object, handle and joint poses) and acts through the robot's
 13 action dimensions. A learner can learn its motions from images: each grasp has one arm posture,
-so equal situations get equal actions; the joints move together at the controller's full speed and
-slow down smoothly; a phase ends at a distance, never after a number of steps; no action is random
-and no step idle.
+so equal situations get equal actions; joints and base arrive together; a phase ends at a distance,
+never after a number of steps; no step is idle. Near an object the hand first arrives beside it and
+then moves slowly, so that many frames show how an offset is corrected.
 
 With the arm in its posture, the hand is a point `reach` metres ahead of the base. Driving and
 turning move that point in any direction, so the base alone brings the hand to an object or along
@@ -29,10 +29,17 @@ REST_TORSO = 0.386
 REST_ARM = np.array([-0.370, -1.032, 0.695, 0.955, -0.1, 2.077, 0.0])  # Fetch's rest keyframe
 OPEN, CLOSE = 1.0, -1.0  # gripper: an absolute target
 Motion = Iterator[np.ndarray]  # actions [13]
-FULL_SPEED = 0.5  # m/s of the hand point when it is driven
-GRID = 0.05  # arm and torso actions are its multiples: finer digits are noise to a learner
-# Fractions of the joint's range; MS-HAB's limits (sequential_task.py) are 0.01, 0.9 and 0.75.
-CLOSED, OPEN_DRAWER, OPEN_FRIDGE, SPARE = 0.005, 0.91, 0.76, 0.05
+FULL_SPEED, ARM_SPEED = 0.5, 0.78  # m/s of the driven hand point; rad/s of a joint
+CENTRING = 0.06  # m/s of the hand point near what it grasps
+# Arm and base actions are multiples: finer digits are noise to a learner.
+GRID, DRIVE_GRID, TURN_GRID = 0.05, 0.05, 0.01
+LIFT = 0.2  # torso action, always: the torso stays at its stop, of which MS-HAB allows 1 cm
+# The way to an object ends at most SHORT metres before or behind it, and leaves UNSEEN [forward,
+# left] metres uncorrected until the hand camera shows the object.
+SHORT, UNSEEN = 0.05, (0.0, 0.10)
+# Fractions of the joint's range; MS-HAB's limits (sequential_task.py) are 0.01, 0.9 and 0.75. An
+# expert that opens less than the first fraction opens as far as the second.
+CLOSED, OPEN_DRAWER, OPEN_FRIDGE = 0.005, (0.91, 0.99), (0.76, 0.92)
 
 
 # The gripper is `reach` metres ahead of the base, pitched down and rolled by angles in rad. Inverse
@@ -63,6 +70,8 @@ class ScriptedExpert:
         self.model = robot.create_pinocchio_model()
         self.gripper_link = robot.links.index(sim.agent.tcp._objs[0])
         subtask, target = sim.task_plan[i].type, self.env.targets[0]
+        seed = self.env.episodes[0]["seed"]
+        self.short = np.random.default_rng(seed).uniform(-SHORT, SHORT)
         if subtask in ("pick", "place"):
             if self.env.elapsed == 0:  # the height at which the object stands
                 self.surface = (self.object if subtask == "pick" else self.goal).pose.sp.p[2]
@@ -145,16 +154,18 @@ class ScriptedExpert:
         turn = (turn + np.pi / 2) % np.pi - np.pi / 2  # the fingers may change places
         return arm - turn * np.eye(7)[6]
 
-    def move(self, arm: np.ndarray, gripper: float, drive=(0.0, 0.0)) -> np.ndarray:
+    def move(self, arm: np.ndarray, gripper: float, drive=(0.0, 0.0), pace=1.0) -> np.ndarray:
         """Return the action [13] that moves the arm toward the joints `arm` and drives the base.
 
-        All joints arrive together. `drive` is the base's velocity (m/s, rad/s).
+        All joints arrive together, at `pace` of their full speed and slower over the last 0.1 rad.
+        `drive` is the base's velocity (m/s, rad/s).
         """
-        joints = self.joints
-        delta = np.append(arm - joints[ARM], REST_TORSO - joints[TORSO])
-        delta = delta / max(np.abs(delta).max(), 0.1)  # full speed, slower over the last 0.1 rad
-        *arm_delta, torso_delta = np.round(delta / GRID) * GRID
-        action = [*arm_delta, gripper, 0, 0, torso_delta, drive[0], drive[1] / np.pi]
+        delta = arm - self.joints[ARM]
+        left = np.abs(delta).max()
+        delta = delta * (pace if left > 0.1 else 1.0) / max(left, 0.1)
+        forward, turn = drive[0] / DRIVE_GRID, drive[1] / np.pi / TURN_GRID
+        base = np.round(forward) * DRIVE_GRID, np.round(turn) * TURN_GRID
+        action = [*np.round(delta / GRID) * GRID, gripper, 0, 0, LIFT, *base]
         return np.clip(np.array(action, np.float32), -1, 1)
 
     def move_base(self, gripper: float, drive) -> np.ndarray:
@@ -171,27 +182,41 @@ class ScriptedExpert:
         away = in_base.p[:2] - [reach, 0]
         return np.sign(away) * np.maximum(np.abs(away) - slack, 0)
 
-    def drive_to(self, point, reach: float, gain=1.5, slack=(0.0, 0.0)) -> tuple[float, float]:
-        """Return the forward and turning velocity that bring the hand point to `point`.
+    def drive_to(self, point, reach: float, slack=(0.0, 0.0), pace=1.0) -> tuple[float, float]:
+        """Return the forward and turning velocity that push or pull the hand point to `point`.
 
-        The default gain corrects an offset as slowly as the arm unfolds: many frames show how.
         `slack` is the offset that the task forgives. It stays uncorrected, since a learner that
         cannot see it would meet states without a demonstration.
         """
-        velocity = gain * self.offset(point, reach, slack)
-        velocity *= min(1.0, FULL_SPEED / max(np.linalg.norm(velocity), 1e-6))
+        velocity = 3.0 * self.offset(point, reach, slack)
+        velocity *= pace * min(1.0, FULL_SPEED / max(np.linalg.norm(velocity), 1e-6))
         return velocity[0], velocity[1] / reach
 
-    def bring(self, arm, point, reach: float, gripper: float, near=0.02, slack=(0, 0)) -> Motion:
-        """Shape the arm while driving, until the hand is within `near` metres of `point`."""
-        while not self.formed(arm) or np.linalg.norm(self.offset(point, reach, slack)) > near:
-            yield self.move(arm, gripper, self.drive_to(point, reach, slack=slack))
+    def bring(
+        self, arm, point, reach: float, gripper: float, near=0.02, slack=(0, 0), speed=FULL_SPEED
+    ) -> Motion:
+        """Drive until the hand is within `near` metres of `point`; the arm arrives with the base.
+
+        A learner cannot see how long an arm has to wait, so neither waits for the other.
+        """
+        while True:
+            away, left = self.offset(point, reach, slack), np.abs(arm - self.joints[ARM]).max()
+            gap = np.linalg.norm(away)
+            if self.formed(arm) and gap <= near:
+                return
+            seconds = max(left / ARM_SPEED, gap / speed, 0.2)
+            drive = away[0] / seconds, away[1] / seconds / reach
+            yield self.move(arm, gripper, drive, pace=left / ARM_SPEED / seconds)
 
     def retreat(self, point: np.ndarray, distance: float, gripper: float) -> Motion:
-        """Fold the arm and back off to `distance` metres from `point`; then keep still forever."""
+        """Fold the arm and back off to `distance` metres from `point`; then keep still forever.
+
+        Once the arm is folded the base stays: a learner must not back off for ever.
+        """
         while True:
-            gap = np.linalg.norm(self.offset(point, reach=0.0))
-            yield self.move(REST_ARM, gripper, (np.clip(3 * (gap - distance), -FULL_SPEED, 0), 0))
+            gap = np.linalg.norm(self.offset(point, reach=0.0)) - distance
+            speed = 0.0 if self.formed(REST_ARM) else np.clip(3 * gap, -FULL_SPEED, 0)
+            yield self.move(REST_ARM, gripper, (speed, 0))
 
     def back_off(self, point: np.ndarray, distance: float) -> Motion:
         """Drive back to `distance` metres from `point`, then retreat; the hand is open.
@@ -203,12 +228,23 @@ class ScriptedExpert:
             yield self.move_base(OPEN, (-FULL_SPEED, 0))
         yield from self.retreat(point, distance, OPEN)
 
-    def squeeze(self, arm: np.ndarray, gripper: float) -> Motion:
-        """Move the fingers until they stop; the arm holds."""
+    def grip(self, arm: np.ndarray, thing) -> Motion:
+        """Close the fingers until they hold `thing` or stop; the arm holds."""
         before = np.inf
         while np.abs(before - self.joints[FINGERS]).max() > 0.001:
             before = self.joints[FINGERS]
-            yield self.move(arm, gripper)
+            yield self.move(arm, CLOSE)
+            if self.agent.is_grasping(thing):
+                return
+
+    def release(self, arm: np.ndarray) -> Motion:
+        """Open the fingers by 1 cm each, or until they stop; the arm holds."""
+        start, before = self.joints[FINGERS], np.inf
+        while np.abs(before - self.joints[FINGERS]).max() > 0.001:
+            before = self.joints[FINGERS]
+            yield self.move(arm, OPEN)
+            if (self.joints[FINGERS] - start).min() > 0.01:
+                return
 
     def formed(self, arm: np.ndarray) -> bool:
         """Has the arm the joints `arm`, and the torso its height?"""
@@ -221,13 +257,16 @@ class ScriptedExpert:
         A hand lower than `height` leaves first: up if it is over the point, otherwise back.
         """
         left = np.abs(at - self.joints[ARM]).max()
+        seen_late = not any(slack)  # only the hand camera shows so small an offset
         if self.aside(point, slack) > 0.03 or left > np.abs(at - above).max() + 0.05:
             while self.agent.tcp_pose.sp.p[2] < height - 0.04 and self.aside(point) < 0.35:
                 over = self.aside(point) < 0.12
                 yield self.move(above, gripper) if over else self.move_base(gripper, (-0.3, 0))
-            yield from self.bring(above, point, reach, gripper, slack=slack)
+            far, short = (UNSEEN, self.short) if seen_late else (slack, 0.0)
+            yield from self.bring(above, point, reach + short, gripper, slack=far)
+            yield from self.bring(above, point, reach, gripper, 0.01, slack, CENTRING)
         # A hand that is blocked tries again from above.
-        yield from islice(self.bring(at, point, reach, gripper, slack=slack), 40)
+        yield from islice(self.bring(at, point, reach, gripper, 0.02, slack, CENTRING), 40)
 
     def beyond(self, point: np.ndarray) -> np.ndarray:
         """How far the hand is beyond `point`; [forward, left] metres."""
@@ -255,7 +294,7 @@ class ScriptedExpert:
             if not held:
                 turned = self.align_wrist(above), self.align_wrist(at)
                 yield from self.lower(*turned, position, low + clear, grip.reach, OPEN)
-                yield from self.squeeze(turned[1], CLOSE)
+                yield from self.grip(turned[1], self.object)
             yield from self.bring(above, position, grip.reach, CLOSE, near=0.1)
             if self.agent.is_grasping(self.object) or self.in_hand(self.object.pose.sp.p):
                 return position, grip
@@ -278,9 +317,9 @@ class ScriptedExpert:
         above, at = (self.solve_arm(DOWN, low + lift) for lift in (0.12, 0.01))
         if held:
             yield from self.lower(above, at, goal, low + 0.12, DOWN.reach, CLOSE, slack)
-            yield from self.squeeze(at, OPEN)
-        if self.in_hand(self.object.pose.sp.p):
-            yield from self.bring(above, goal, DOWN.reach, OPEN, near=0.1)
+            yield from self.release(at)
+        while self.aside(self.object.pose.sp.p) < 0.15:  # not up: the way up looks like the way down
+            yield self.move_base(OPEN, (-FULL_SPEED, 0))
         yield from self.retreat(goal, DOWN.reach, OPEN)
 
     def close_drawer(self) -> Motion:
@@ -293,23 +332,23 @@ class ScriptedExpert:
             yield from self.bring(arm, start, PUSH.reach, CLOSE, slack=slack)
         while self.opening > CLOSED:
             inside = self.handle - 0.4 * outward
-            yield self.move_base(CLOSE, self.drive_to(inside, PUSH.reach, 3.0, slack))
+            yield self.move_base(CLOSE, self.drive_to(inside, PUSH.reach, slack))
         yield from self.back_off(self.handle, PUSH.reach + 0.4)
 
     def open_drawer(self) -> Motion:
         """Grasp the bar from above, one finger behind it, and pull; grasp again if it slips."""
-        bar, slack = np.cross(self.axis, [0, 0, 1]), (0.0, 0.08)
+        bar, slack = np.cross(self.axis, [0, 0, 1]), (0.0, 0.05)
         low = self.handle[2]
         above, at = (self.solve_arm(HOOK, low + lift) for lift in (0.10, 0.0))
-        while self.opening < OPEN_DRAWER:
+        while self.opening < OPEN_DRAWER[0]:
             if not (self.in_hand(self.handle, bar) and self.agent.is_grasping(self.link)):
                 yield from self.lower(above, at, self.handle, low + 0.10, HOOK.reach, OPEN, slack)
-                yield from self.squeeze(at, CLOSE)
-            while self.opening < OPEN_DRAWER + SPARE and self.in_hand(self.handle, bar):
+                yield from self.grip(at, self.link)
+            while self.opening < OPEN_DRAWER[1] and self.in_hand(self.handle, bar):
                 outside = self.handle + 0.2 * self.axis
-                yield self.move(at, CLOSE, self.drive_to(outside, HOOK.reach, 3.0, slack))
+                yield self.move(at, CLOSE, self.drive_to(outside, HOOK.reach, slack))
         if self.in_hand(self.handle, bar):
-            yield from self.squeeze(at, OPEN)
+            yield from self.release(at)
             yield from self.bring(above, self.handle, HOOK.reach, OPEN, near=0.1, slack=slack)
         yield from self.retreat(self.handle, HOOK.reach + 0.1, CLOSE)  # closed: the way back
 
@@ -321,23 +360,26 @@ class ScriptedExpert:
             yield from self.bring(arm, self.on_arc(0.0, 0.7, 0.20), REACH.reach, CLOSE, near=0.05)
         while self.opening > CLOSED:
             ahead = self.on_arc(-0.4, 0.7, 0.03)
-            yield self.move_base(CLOSE, self.drive_to(ahead, REACH.reach, 3.0))
+            pace = 1.0 if self.opening > 0.12 else 0.4  # many frames show the last centimetres
+            yield self.move_base(CLOSE, self.drive_to(ahead, REACH.reach, pace=pace))
         yield from self.back_off(self.handle, REACH.reach + 0.3)
 
     def open_fridge(self) -> Motion:
         """Grasp the bar and pull it along its arc; grasp again if the bar slips."""
         arm = self.solve_arm(FRONT, self.handle[2])
-        while self.opening < OPEN_FRIDGE:
+        while self.opening < OPEN_FRIDGE[0]:
             if not (self.in_hand(self.handle) and self.agent.is_grasping(self.link)):
                 near = np.linalg.norm(self.offset(self.handle, FRONT.reach)) < 0.12
                 if not (self.formed(arm) and near):
                     while self.beyond(self.handle)[0] > -0.08:  # back to the bar's front
                         yield self.move_base(OPEN, (-0.3, 0))
-                    yield from self.bring(arm, self.on_arc(0.0, outward=0.12), FRONT.reach, OPEN)
-                yield from self.bring(arm, self.handle, FRONT.reach, OPEN)
-                yield from self.squeeze(arm, CLOSE)
-            while self.opening < OPEN_FRIDGE + SPARE and self.in_hand(self.handle):
-                yield self.move(arm, CLOSE, self.drive_to(self.on_arc(0.3), FRONT.reach, 3.0))
+                    front = self.on_arc(0.0, outward=0.12)
+                    yield from self.bring(arm, front, FRONT.reach, OPEN, slack=UNSEEN)
+                    yield from self.bring(arm, front, FRONT.reach, OPEN, speed=2 * CENTRING)
+                yield from self.bring(arm, self.handle, FRONT.reach, OPEN, speed=2 * CENTRING)
+                yield from self.grip(arm, self.link)
+            while self.opening < OPEN_FRIDGE[1] and self.in_hand(self.handle):
+                yield self.move(arm, CLOSE, self.drive_to(self.on_arc(0.3), FRONT.reach))
         if self.in_hand(self.handle):
-            yield from self.squeeze(arm, OPEN)
+            yield from self.release(arm)
         yield from self.retreat(self.handle, FRONT.reach + 0.2, OPEN)
