@@ -4,13 +4,12 @@
 
 The expert reads the simulator's state (object, handle and joint poses) and acts through the robot's
 13 action dimensions. A learner can learn its motions from images: each grasp has one arm posture,
-so equal situations get equal actions; joints and base arrive together; a phase ends at a distance,
-never after a number of steps; no step is idle. Near an object the hand first arrives beside it and
-then moves slowly, so that many frames show how an offset is corrected.
+so equal situations get equal actions; joints and base arrive together, and no step is idle; a phase
+ends at a distance, never after a number of steps. The hand arrives beside an object and then moves
+slowly, so that many frames show how an offset is corrected.
 
 With the arm in its posture, the hand is a point `reach` metres ahead of the base. Driving and
-turning move that point in any direction, so the base alone brings the hand to an object or along
-the arc of a door.
+turning move that point in any direction: to an object, or along the arc of a door.
 """
 
 from collections import namedtuple
@@ -24,15 +23,14 @@ from transforms3d.euler import euler2quat
 from simulation.env import SubtaskEnvs
 
 ARM = [5, 7, 8, 9, 10, 11, 12]  # in the simulator's 15 joints, in the order of action[0:7]
-TORSO, FINGERS = 3, [13, 14]
-REST_TORSO = 0.386
+TORSO, REST_TORSO, FINGERS = 3, 0.386, [13, 14]
 REST_ARM = np.array([-0.370, -1.032, 0.695, 0.955, -0.1, 2.077, 0.0])  # Fetch's rest keyframe
 OPEN, CLOSE = 1.0, -1.0  # gripper: an absolute target
 Motion = Iterator[np.ndarray]  # actions [13]
 FULL_SPEED, ARM_SPEED = 0.5, 0.78  # m/s of the driven hand point; rad/s of a joint
 CENTRING = 0.06  # m/s of the hand point near what it grasps
-# Arm and base actions are multiples: finer digits are noise to a learner.
-GRID, DRIVE_GRID, TURN_GRID = 0.05, 0.05, 0.01
+# Actions of arm and base (forward, turning) are multiples: finer digits are noise to a learner.
+GRID, BASE_GRID = 0.05, np.array([0.05, 0.01])
 LIFT = 0.2  # torso action, always: the torso stays at its stop, of which MS-HAB allows 1 cm
 # The way to an object ends at most SHORT metres before or behind it, and leaves UNSEEN [forward,
 # left] metres uncorrected until the hand camera shows the object.
@@ -41,10 +39,8 @@ SHORT, UNSEEN = 0.05, (0.0, 0.10)
 # expert that opens less than the first fraction opens as far as the second.
 CLOSED, OPEN_DRAWER, OPEN_FRIDGE = 0.005, (0.91, 0.99), (0.76, 0.92)
 
-
 # The gripper is `reach` metres ahead of the base, pitched down and rolled by angles in rad. Inverse
-# kinematics starts at the arm joints `seed`, the solution nearest to the rest posture: no joint
-# moves by more than about 1.1 rad, 30 steps. A gripper that points ahead would cost 2.5 rad.
+# kinematics starts at the arm joints `seed`, the solution nearest to the rest posture.
 Posture = namedtuple("Posture", "reach pitch roll seed")
 DOWN = Posture(0.70, np.pi / 2, 0.0, (-0.186, -0.404, 0.424, 1.198, -0.512, 0.880, 0.102))
 SHELF = Posture(0.80, 1.3, 0.0, (-0.150, -0.750, 0.470, 0.750, -0.390, 1.370, 0.170))
@@ -70,8 +66,7 @@ class ScriptedExpert:
         self.model = robot.create_pinocchio_model()
         self.gripper_link = robot.links.index(sim.agent.tcp._objs[0])
         subtask, target = sim.task_plan[i].type, self.env.targets[0]
-        seed = self.env.episodes[0]["seed"]
-        self.short = np.random.default_rng(seed).uniform(-SHORT, SHORT)
+        self.short = np.random.default_rng(self.env.episodes[0]["seed"]).uniform(-SHORT, SHORT)
         if subtask in ("pick", "place"):
             if self.env.elapsed == 0:  # the height at which the object stands
                 self.surface = (self.object if subtask == "pick" else self.goal).pose.sp.p[2]
@@ -108,11 +103,8 @@ class ScriptedExpert:
         return self.joint.global_pose.to_transformation_matrix()[:3, 0]
 
     def on_arc(self, angle: float, fraction: float = 1.0, outward: float = 0.0) -> np.ndarray:
-        """Return the handle's position [3] after the door opens by `angle` rad.
-
-        The point is moved to `fraction` of its distance from the hinge and `outward` metres off
-        the door.
-        """
+        """Return the handle's position [3] after the door opens by `angle` rad, at `fraction` of
+        its distance from the hinge and `outward` metres off the door."""
         hinge, axis = self.joint.global_pose.p, self.axis
         arm = self.handle - hinge
         arm = arm - axis * (axis @ arm)
@@ -131,8 +123,7 @@ class ScriptedExpert:
         rotation = euler2quat(posture.roll, posture.pitch, 0)  # about x first
         target = sapien.Pose([posture.reach, 0, above_root], rotation)
         start, free = self.joints, np.zeros(15, int)
-        start[:3] = 0  # the base
-        start[TORSO] = REST_TORSO
+        start[: TORSO + 1] = 0, 0, 0, REST_TORSO  # base and torso
         start[ARM], free[ARM] = posture.seed, 1
         solution, _, _ = self.model.compute_inverse_kinematics(
             self.gripper_link, target, start, free, eps=1e-3, max_iterations=200, dt=0.2, damp=1e-3
@@ -163,16 +154,14 @@ class ScriptedExpert:
         delta = arm - self.joints[ARM]
         left = np.abs(delta).max()
         delta = delta * (pace if left > 0.1 else 1.0) / max(left, 0.1)
-        forward, turn = drive[0] / DRIVE_GRID, drive[1] / np.pi / TURN_GRID
-        base = np.round(forward) * DRIVE_GRID, np.round(turn) * TURN_GRID
+        base = np.round(np.array([drive[0], drive[1] / np.pi]) / BASE_GRID) * BASE_GRID
         action = [*np.round(delta / GRID) * GRID, gripper, 0, 0, LIFT, *base]
         return np.clip(np.array(action, np.float32), -1, 1)
 
     def move_base(self, gripper: float, drive) -> np.ndarray:
-        """Return the action [13] that moves the base and sends the arm no correction.
+        """Return the action [13] that moves the base alone.
 
-        Action tokens are decoded arm before base: a learner would read the phase of the motion in
-        small corrections of the arm instead of in the images.
+        Tokens of the arm come first: a learner would read the phase in their small corrections.
         """
         return self.move(self.joints[ARM], gripper, drive)
 
@@ -185,71 +174,52 @@ class ScriptedExpert:
     def drive_to(self, point, reach: float, slack=(0.0, 0.0), pace=1.0) -> tuple[float, float]:
         """Return the forward and turning velocity that push or pull the hand point to `point`.
 
-        `slack` is the offset that the task forgives. It stays uncorrected, since a learner that
-        cannot see it would meet states without a demonstration.
+        `slack` is the offset that the task forgives: uncorrected, since a learner cannot see it.
         """
         velocity = 3.0 * self.offset(point, reach, slack)
         velocity *= pace * min(1.0, FULL_SPEED / max(np.linalg.norm(velocity), 1e-6))
         return velocity[0], velocity[1] / reach
 
-    def bring(
-        self, arm, point, reach: float, gripper: float, near=0.02, slack=(0, 0), speed=FULL_SPEED
-    ) -> Motion:
+    def bring(self, arm, point, reach, gripper, near=0.02, slack=0.0, speed=FULL_SPEED) -> Motion:
         """Drive until the hand is within `near` metres of `point`; the arm arrives with the base.
 
-        A learner cannot see how long an arm has to wait, so neither waits for the other.
+        An arm that waits for the base would teach a learner to wait.
         """
-        while True:
+        while not self.formed(arm) or np.linalg.norm(self.offset(point, reach, slack)) > near:
             away, left = self.offset(point, reach, slack), np.abs(arm - self.joints[ARM]).max()
-            gap = np.linalg.norm(away)
-            if self.formed(arm) and gap <= near:
-                return
-            seconds = max(left / ARM_SPEED, gap / speed, 0.2)
+            seconds = max(left / ARM_SPEED, np.linalg.norm(away) / speed, 0.2)
             drive = away[0] / seconds, away[1] / seconds / reach
             yield self.move(arm, gripper, drive, pace=left / ARM_SPEED / seconds)
 
     def retreat(self, point: np.ndarray, distance: float, gripper: float) -> Motion:
-        """Fold the arm and back off to `distance` metres from `point`; then keep still forever.
-
-        Once the arm is folded the base stays: a learner must not back off for ever.
-        """
+        """Fold the arm and back off, at most to `distance` metres from `point`; then keep still."""
         while True:
             gap = np.linalg.norm(self.offset(point, reach=0.0)) - distance
-            speed = 0.0 if self.formed(REST_ARM) else np.clip(3 * gap, -FULL_SPEED, 0)
+            speed = np.clip(3 * gap, -FULL_SPEED, 0) * (not self.formed(REST_ARM))
             yield self.move(REST_ARM, gripper, (speed, 0))
 
     def back_off(self, point: np.ndarray, distance: float) -> Motion:
-        """Drive back to `distance` metres from `point`, then retreat; the hand is open.
+        """Drive back to `distance` metres from `point`, then retreat.
 
-        The way back looks like the way in. The open hand, and the arm that folds only here, tell
-        them apart.
+        The way back looks like the way in; the open hand tells them apart.
         """
         while np.linalg.norm(self.offset(point, reach=0.0)) < distance:
             yield self.move_base(OPEN, (-FULL_SPEED, 0))
         yield from self.retreat(point, distance, OPEN)
 
-    def grip(self, arm: np.ndarray, thing) -> Motion:
-        """Close the fingers until they hold `thing` or stop; the arm holds."""
-        before = np.inf
-        while np.abs(before - self.joints[FINGERS]).max() > 0.001:
-            before = self.joints[FINGERS]
-            yield self.move(arm, CLOSE)
-            if self.agent.is_grasping(thing):
-                return
-
-    def release(self, arm: np.ndarray) -> Motion:
-        """Open the fingers by 1 cm each, or until they stop; the arm holds."""
+    def squeeze(self, arm: np.ndarray, gripper: float, thing) -> Motion:
+        """Move the fingers until they hold `thing`, opened by 1 cm each, or stop; the arm holds."""
         start, before = self.joints[FINGERS], np.inf
         while np.abs(before - self.joints[FINGERS]).max() > 0.001:
             before = self.joints[FINGERS]
-            yield self.move(arm, OPEN)
-            if (self.joints[FINGERS] - start).min() > 0.01:
+            yield self.move(arm, gripper)
+            opened = (self.joints[FINGERS] - start).min() > 0.01
+            if opened or (gripper == CLOSE and self.agent.is_grasping(thing)):
                 return
 
     def formed(self, arm: np.ndarray) -> bool:
         """Has the arm the joints `arm`, and the torso its height?"""
-        errors = np.append(arm - self.joints[ARM], self.joints[TORSO] - REST_TORSO)  # rad, metres
-        return np.abs(errors).max() <= 0.05
+        return np.abs(np.append(arm, REST_TORSO) - self.joints[[*ARM, TORSO]]).max() <= 0.05
 
     def lower(self, above, at, point, height, reach, gripper: float, slack=(0, 0)) -> Motion:
         """Bring the hand over `point`, which needs the arm joints `above`, then down to it.
@@ -257,12 +227,11 @@ class ScriptedExpert:
         A hand lower than `height` leaves first: up if it is over the point, otherwise back.
         """
         left = np.abs(at - self.joints[ARM]).max()
-        seen_late = not any(slack)  # only the hand camera shows so small an offset
         if self.aside(point, slack) > 0.03 or left > np.abs(at - above).max() + 0.05:
             while self.agent.tcp_pose.sp.p[2] < height - 0.04 and self.aside(point) < 0.35:
                 over = self.aside(point) < 0.12
                 yield self.move(above, gripper) if over else self.move_base(gripper, (-0.3, 0))
-            far, short = (UNSEEN, self.short) if seen_late else (slack, 0.0)
+            far, short = (slack, 0.0) if any(slack) else (UNSEEN, self.short)
             yield from self.bring(above, point, reach + short, gripper, slack=far)
             yield from self.bring(above, point, reach, gripper, 0.01, slack, CENTRING)
         # A hand that is blocked tries again from above.
@@ -294,7 +263,7 @@ class ScriptedExpert:
             if not held:
                 turned = self.align_wrist(above), self.align_wrist(at)
                 yield from self.lower(*turned, position, low + clear, grip.reach, OPEN)
-                yield from self.grip(turned[1], self.object)
+                yield from self.squeeze(turned[1], CLOSE, self.object)
             yield from self.bring(above, position, grip.reach, CLOSE, near=0.1)
             if self.agent.is_grasping(self.object) or self.in_hand(self.object.pose.sp.p):
                 return position, grip
@@ -311,14 +280,12 @@ class ScriptedExpert:
         if not held and np.linalg.norm(self.object.pose.sp.p - goal) > 0.12:
             yield from self.grasp()  # it was dropped
             held = True
-        tcp = self.agent.tcp_pose.sp.p
-        center = (self.object.pose.sp.p - tcp)[2] if held else 0.0  # height above the tcp
-        low = goal[2] - center
+        low = goal[2] + (self.agent.tcp_pose.sp.p - self.object.pose.sp.p)[2]  # of the hand
         above, at = (self.solve_arm(DOWN, low + lift) for lift in (0.12, 0.01))
         if held:
             yield from self.lower(above, at, goal, low + 0.12, DOWN.reach, CLOSE, slack)
-            yield from self.release(at)
-        while self.aside(self.object.pose.sp.p) < 0.15:  # not up: the way up looks like the way down
+            yield from self.squeeze(at, OPEN, self.object)
+        while self.aside(self.object.pose.sp.p) < 0.15:  # not up, which looks like the way down
             yield self.move_base(OPEN, (-FULL_SPEED, 0))
         yield from self.retreat(goal, DOWN.reach, OPEN)
 
@@ -337,18 +304,17 @@ class ScriptedExpert:
 
     def open_drawer(self) -> Motion:
         """Grasp the bar from above, one finger behind it, and pull; grasp again if it slips."""
-        bar, slack = np.cross(self.axis, [0, 0, 1]), (0.0, 0.05)
-        low = self.handle[2]
+        bar, low, slack = np.cross(self.axis, [0, 0, 1]), self.handle[2], (0.0, 0.05)
         above, at = (self.solve_arm(HOOK, low + lift) for lift in (0.10, 0.0))
         while self.opening < OPEN_DRAWER[0]:
             if not (self.in_hand(self.handle, bar) and self.agent.is_grasping(self.link)):
                 yield from self.lower(above, at, self.handle, low + 0.10, HOOK.reach, OPEN, slack)
-                yield from self.grip(at, self.link)
+                yield from self.squeeze(at, CLOSE, self.link)
             while self.opening < OPEN_DRAWER[1] and self.in_hand(self.handle, bar):
                 outside = self.handle + 0.2 * self.axis
                 yield self.move(at, CLOSE, self.drive_to(outside, HOOK.reach, slack))
         if self.in_hand(self.handle, bar):
-            yield from self.release(at)
+            yield from self.squeeze(at, OPEN, self.link)
             yield from self.bring(above, self.handle, HOOK.reach, OPEN, near=0.1, slack=slack)
         yield from self.retreat(self.handle, HOOK.reach + 0.1, CLOSE)  # closed: the way back
 
@@ -359,9 +325,9 @@ class ScriptedExpert:
         if self.opening > CLOSED and not (self.formed(arm) and away < 0.15):
             yield from self.bring(arm, self.on_arc(0.0, 0.7, 0.20), REACH.reach, CLOSE, near=0.05)
         while self.opening > CLOSED:
-            ahead = self.on_arc(-0.4, 0.7, 0.03)
             pace = 1.0 if self.opening > 0.12 else 0.4  # many frames show the last centimetres
-            yield self.move_base(CLOSE, self.drive_to(ahead, REACH.reach, pace=pace))
+            drive = self.drive_to(self.on_arc(-0.4, 0.7, 0.03), REACH.reach, pace=pace)
+            yield self.move_base(CLOSE, drive)
         yield from self.back_off(self.handle, REACH.reach + 0.3)
 
     def open_fridge(self) -> Motion:
@@ -369,17 +335,16 @@ class ScriptedExpert:
         arm = self.solve_arm(FRONT, self.handle[2])
         while self.opening < OPEN_FRIDGE[0]:
             if not (self.in_hand(self.handle) and self.agent.is_grasping(self.link)):
-                near = np.linalg.norm(self.offset(self.handle, FRONT.reach)) < 0.12
-                if not (self.formed(arm) and near):
+                if not self.formed(arm) or self.aside(self.handle) > 0.12:
                     while self.beyond(self.handle)[0] > -0.08:  # back to the bar's front
                         yield self.move_base(OPEN, (-0.3, 0))
                     front = self.on_arc(0.0, outward=0.12)
                     yield from self.bring(arm, front, FRONT.reach, OPEN, slack=UNSEEN)
                     yield from self.bring(arm, front, FRONT.reach, OPEN, speed=2 * CENTRING)
                 yield from self.bring(arm, self.handle, FRONT.reach, OPEN, speed=2 * CENTRING)
-                yield from self.grip(arm, self.link)
+                yield from self.squeeze(arm, CLOSE, self.link)
             while self.opening < OPEN_FRIDGE[1] and self.in_hand(self.handle):
                 yield self.move(arm, CLOSE, self.drive_to(self.on_arc(0.3), FRONT.reach))
         if self.in_hand(self.handle):
-            yield from self.release(arm)
+            yield from self.squeeze(arm, OPEN, self.link)
         yield from self.retreat(self.handle, FRONT.reach + 0.2, OPEN)

@@ -2,7 +2,7 @@
 
     python -m tools.report --run RUN     # RUN/report.md: the tables; RUN/report.html: all of it
 
-It reads RUN/eval*/results.json (one folder per policy), RUN/stage[123]/log.jsonl and
+It reads RUN/eval*/results.json (one folder per policy), RUN/stage*/log.jsonl and
 validation.json, and RUN/table-N.json of tools/reproduce.py; absent parts are "not run". report.html
 (its template: report.html.j2) is one file with charts and films, without scripts.
 """
@@ -32,7 +32,7 @@ Success at any step of an episode, with the Wilson 95 % interval: two intervals 
 overlap do not separate two policies. The paper's rates are of the real apartments. In
 parentheses: the paper's rate; of held-out figures, the best constant's."""
 BLUE, RED = "#4a7fc4", "#d23f31"  # in charts: our rates, the paper's
-STAGES = {"stage1": BLUE, "stage2": "#e07b1a", "stage3": "#2a9d5c"}
+STAGES = {"stage1": BLUE, "stage1-more": "#8a5fc4", "stage2": "#e07b1a", "stage3": "#2a9d5c"}
 rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 rcParams["svg.fonttype"] = "none"  # text stays text, in the browser's font
 
@@ -42,7 +42,7 @@ rcParams["svg.fonttype"] = "none"  # text stays text, in the browser's font
 def read_curves(run: Path) -> dict[str, list[tuple[str, str, tuple, tuple]]]:
     """Return {loss: [("stage1", "train", steps, values), ...]}, stages end to end."""
     curves, start = {}, 0
-    for log in sorted(run.glob("stage[123]/log.jsonl")):
+    for log in (log for name in STAGES for log in run.glob(f"{name}/log.jsonl")):
         lines = read_lines(log)
         for loss, (which, prefix) in product(LOSSES, (("train", ""), ("val", "val_"))):
             key = prefix + loss
@@ -83,7 +83,7 @@ def read_run(run: Path) -> dict:
     manifests = {heading: results["manifest"] for heading, results in evaluations.items()}
     learned = [each for each in manifests.values() if each["policy"] == "learned"]
     rows = {(each["row"], each["task"]) for each in learned} or {(DEFAULT_ROW, "set_table")}
-    files = sorted(run.glob("stage[123]/validation.json"))
+    files = [path for name in STAGES for path in run.glob(f"{name}/validation.json")]
     validation = [{"label": path.parent.name} | read_json(path) for path in files]
     tables = [read_json(path) for path in sorted(run.glob("table-*.json"))]
     columns = {heading: {} for heading in ("ours", "random", "expert")}
@@ -197,7 +197,7 @@ def make_html(found: dict) -> str:
 
 
 def is_run(folder: Path) -> bool:
-    return any([*folder.glob(part)] for part in ("stage[123]", "eval*/", "table-*.json"))
+    return any([*folder.glob(part)] for part in ("stage*/", "eval*/", "table-*.json"))
 
 
 def write_report(run: Path) -> Path:
