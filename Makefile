@@ -74,14 +74,14 @@ DEMONSTRATIONS = pick:024_bowl:220 pick:013_apple:180 place:all:140 open:fridge:
 # After stage 1, since the losses of position, grasp and joints slow grasping down in stage 2.
 CORRECTIONS = pick:024_bowl:90 pick:013_apple:50 place:all:30 open:fridge:30 \
 	open:kitchen_counter:40 close:fridge:20 close:kitchen_counter:20
-STEPS1 = 5000
-STEPS2 = 7000
+STEPS1 = 4000
+STEPS2 = 5000
 STEPS3 = 3000
 LR1 = 1e-3
 LR2 = 5e-4
 TRIALS = 60
 TRIALS_OTHERS = 60
-TRIALS_FLOW = 60
+TRIALS_FLOW = 20
 TRIALS_RANDOM = 60
 TRIALS_BOUNDS = 60
 FLOW_COLUMNS = $(COLUMNS)
@@ -109,10 +109,10 @@ shipped: $(RUN)/.shipped
 workflow: $(RUN)/.evaluated
 	$(PY) -m tools.report --run $(RUN)
 
-# A film to look at before the long work: the policy of weights/ drives.
+# Films to look at before the long work: the policy of weights/ drives, once in each column.
 $(RUN)/.shipped: assets/household.json
 	$(EVAL) --checkpoint weights/stage2 --out $(RUN)/eval-shipped \
-		--columns close_drawer close_fridge --episodes 2 --video 1
+		--columns $(COLUMNS) --episodes 1 --video 1
 	@echo "The trained policy of weights/ drove: films in $(RUN)/eval-shipped/videos"
 	@touch $@
 
@@ -147,8 +147,8 @@ $(RUN)/.corrected-more: $(RUN)/.stage1-more
 STAGE1 = $(if $(CORRECTIONS),stage1-more,stage1)
 $(RUN)/.trained: $(RUN)/$(if $(CORRECTIONS),.corrected-more,.stage1)
 	$(TRAIN) --stage 2 --steps $(STEPS2) --lr $(LR2) --init-from $(RUN)/$(STAGE1)
-	$(PY) -m storage.checkpoint export --checkpoint $(RUN)/stage2 --out $(RUN)/policy
 	$(TRAIN) --stage 3 --steps $(STEPS3) --lr $(LR3)
+	$(PY) -m storage.checkpoint export --checkpoint $(RUN)/stage2 --out $(RUN)/policy
 	@touch $@
 
 $(RUN)/.evaluated: $(RUN)/.trained

@@ -7,6 +7,7 @@ from config import InputError
 from eval import EvalConfig, main
 from paper import OBJECTS
 from storage.files import append, read_lines
+from storage.results import read_episodes
 from tools.compare import Pairs, compare
 
 LEARN = REPOSITORY / "results/learn"
@@ -47,31 +48,29 @@ def test_two_evaluations_are_compared_column_by_column_without_a_simulator():
     shown = run("-X", "importtime", "-m", "tools.compare", *folders)
     rows = [[cell.strip() for cell in line.split("|")] for line in shown.splitlines()]
     table = {row[1]: row[2:-1] for row in rows if len(row) > 1}
-    assert table["open_drawer"][:6] == ["20", "0.00", "0.35", "+0.35 [+0.12, +0.57]", "0", "7"]
-    assert table["overall"][:3] == ["120", "0.00", "0.60"]
+    assert table["open_drawer"][:6] == ["60", "0.00", "0.78", "+0.78 [+0.65, +0.87]", "0", "47"]
+    assert table["overall"][:3] == ["360", "0.00", "0.88"]
     assert not any(f" {name}\n" in shown for name in ("sapien", "mani_skill", "torch"))
 
 
-def test_only_what_both_have_is_counted():
-    table = compare(LEARN / "eval", LEARN / "eval-flow")
-    assert "20 episodes that both have, 100 of A and 0 of B left out" in table
-    assert "overall" not in table and "-0.15 [-0.36, +0.04] | 3 " in table
+def test_only_what_both_have_is_counted(tmp_path):
+    append(tmp_path / "episodes.jsonl", read_episodes(LEARN / "eval-random")["pick_all", 10003])
+    assert "1 episodes that both have, 359 of A and 0 of B" in compare(LEARN / "eval", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"split": "train"}, "seed 0 of close_drawer: split is 'val' in A, 'train' in B"),
+        ({"split": "train"}, "seed 10000 of close_drawer: split is 'val' in A, 'train' in B"),
         ({"simulation": "physx_cuda"}, "simulation is 'physx_cpu' in A, 'physx_cuda' in B"),
-        ({"spawn": -1}, "seed 0 of close_drawer: spawn is 20 in A, -1 in B"),
+        ({"spawn": -1}, "seed 10000 of close_drawer: spawn is 16 in A, -1 in B"),
         ({"seed": 1000}, "no column and seed in common: python eval.py with equal --columns"),
     ],
 )
 def test_evaluations_of_other_episodes_are_not_compared(change, message, tmp_path):
     with pytest.raises(InputError, match=f"{tmp_path} 0, with no column.*python eval.py"):
         compare(LEARN / "eval", tmp_path)
-    lines = read_lines(LEARN / "eval-flow/episodes.jsonl")
-    (line,) = [line for line in lines if line["seed"] == 0]
+    line = read_episodes(LEARN / "eval-random")["close_drawer", 10000]
     append(tmp_path / "episodes.jsonl", line | change)
     with pytest.raises(InputError, match=message):
         compare(LEARN / "eval", tmp_path)

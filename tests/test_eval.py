@@ -113,7 +113,7 @@ def test_settings_stand_once_or_on_every_line_and_may_not_change(tmp_path):
     done = read_episodes(tmp_path)
     assert sorted(done) == [("place_obj", 0), ("place_obj", 1)]
     assert {episode["simulation"] for episode in done.values()} == {"physx_cpu"}
-    assert read_episodes(REPOSITORY / "weights/eval")["close_drawer", 0]["horizon"] == 200
+    assert read_episodes(REPOSITORY / "results/learn/eval")["close_drawer", 10000]["horizon"] == 200
     check_settings(tmp_path, done, {"split": "train", "policies": {"place_obj": "a"}})
     changed = {"split": "val", "device": "cuda", "compile": True, "policies": {"place_obj": "b"}}
     for name, ours in changed.items():

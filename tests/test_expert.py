@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from config import HORIZON
-from household.expert import GRID, ScriptedExpert
+from household.expert import GRID, OPEN, ScriptedExpert
 from paper import COLUMNS, PAPER_COLUMNS
 from simulation.env import SubtaskEnvs
 
@@ -82,9 +82,19 @@ def test_it_tries_again_if_the_handle_slips_in_its_grip(target, simulator, monke
     assert len(successes) == HORIZON  # an action at every step
 
 
-def test_one_seed_is_one_motion(drawer):
-    first, second = (run(drawer, seed=3)[0] for _ in range(2))
-    np.testing.assert_array_equal(first, second)
+def test_the_hand_arrives_on_every_side_of_the_bowl_and_grasps_it_centred(simulator):
+    env, arrivals, grasps = simulator("set_table", "pick", "024_bowl", "val"), [], []
+    for seed in range(12):
+        expert, obs, over = ScriptedExpert(env), env.reset([seed]), []
+        expert.reset()
+        while (action := expert.act(obs, env.instructions))[0, 7] == OPEN:
+            beyond = expert.beyond(expert.object.pose.sp.p)  # [forward, left] metres
+            over += [beyond] if np.abs(action[0, :7]).max() < 0.1 else []  # the arm is still
+            obs, _ = env.step(action)
+        arrivals.append(over[0])
+        grasps.append(beyond)
+    assert (np.min(arrivals, 0) < -0.03).all() and (np.max(arrivals, 0) > 0.03).all()
+    assert np.abs(grasps).max() < 0.015
 
 
 @pytest.mark.parametrize("push", [(), range(10, 16)])  # 0.3 s: states that a learner got into
