@@ -338,10 +338,10 @@ class ScriptedExpert:
                 if not self.formed(arm) or self.aside(self.handle) > 0.12:
                     while self.beyond(self.handle)[0] > -0.08:  # back to the bar's front
                         yield self.move_base(OPEN, (-0.3, 0))
-                    front = self.on_arc(0.0, outward=0.12)
+                    front = self.on_arc(0.0, outward=0.10)
                     yield from self.bring(arm, front, FRONT.reach, OPEN, slack=UNSEEN)
                     yield from self.bring(arm, front, FRONT.reach, OPEN, speed=2 * CENTRING)
-                yield from self.bring(arm, self.handle, FRONT.reach, OPEN, speed=2 * CENTRING)
+                yield from self.bring(arm, self.handle, FRONT.reach, OPEN, speed=0.3)
                 yield from self.squeeze(arm, CLOSE, self.link)
             while self.opening < OPEN_FRIDGE[1] and self.in_hand(self.handle):
                 yield self.move(arm, CLOSE, self.drive_to(self.on_arc(0.3), FRONT.reach))

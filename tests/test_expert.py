@@ -10,7 +10,7 @@ from household.expert import GRID, OPEN, ScriptedExpert
 from paper import COLUMNS, PAPER_COLUMNS
 from simulation.env import SubtaskEnvs
 
-LONGEST = 160  # no column takes much over 150 steps: HORIZON leaves a learner time for mistakes
+LONGEST = 140  # no column takes much over 125 steps: HORIZON leaves a learner time for mistakes
 MOVING = [0, 1, 2, 3, 4, 5, 6, 11, 12]  # arm, base; the torso always presses against its stop
 
 
@@ -37,8 +37,8 @@ def episodes(request, simulator) -> list[np.ndarray]:
     """The actions [T, 13] of one column's episodes, which succeed at step T."""
     column = COLUMNS[request.param]
     env = simulator("set_table", column.subtask, column.target_in("set_table"), "val")
-    episodes = [run(env, seed) for seed in (0, 1)]
-    assert all(successes[-1] for _, successes in episodes)
+    episodes = [run(env, seed) for seed in (0, 1, 0)]
+    assert all(done[-1] for _, done in episodes) and np.array_equal(episodes[0][0], episodes[2][0])
     return [actions for actions, _ in episodes]
 
 
