@@ -132,8 +132,8 @@ def test_success_of_the_policy_in_weights_is_counted_from_its_episodes(page):
         columns = table(read_lines(ROOT / f"results/learn/{folder}/episodes.jsonl"), {})
         for name, column in columns.items():
             (row,) = re.findall(rf"^\| {name.replace('_', ' ')} \|.* [\d.]+ \|$", PAGES[page], re.M)
-            figure, shown = format_rate(column).split(", at the end")[0], row.split("|")[cell].strip()
-            assert column["n"] == 60 and shown in (figure, re.sub(r" = [\d.]+", "", figure))
+            rate, shown = format_rate(column).split(", at the end")[0], row.split("|")[cell].strip()
+            assert column["n"] == 60 and shown in (rate, re.sub(r" = [\d.]+", "", rate))
 
 
 def test_the_miniature_tables_their_metrics_and_verdicts_are_those_in_results():
