@@ -231,7 +231,7 @@ class ScriptedExpert:
             while self.agent.tcp_pose.sp.p[2] < height - 0.04 and self.aside(point) < 0.35:
                 over = self.aside(point) < 0.12
                 yield self.move(above, gripper) if over else self.move_base(gripper, (-0.3, 0))
-            far, short = (slack, 0.0) if any(slack) else (UNSEEN, self.short)
+            far, short = (slack, 0.0) if slack[0] else (UNSEEN, self.short)
             yield from self.bring(above, point, reach + short, gripper, slack=far)
             yield from self.bring(above, point, reach, gripper, 0.01, slack, CENTRING)
         # A hand that is blocked tries again from above.
@@ -304,7 +304,7 @@ class ScriptedExpert:
 
     def open_drawer(self) -> Motion:
         """Grasp the bar from above, one finger behind it, and pull; grasp again if it slips."""
-        bar, low, slack = np.cross(self.axis, [0, 0, 1]), self.handle[2], (0.0, 0.05)
+        bar, low, slack = np.cross(self.axis, [0, 0, 1]), self.handle[2], (0.0, 0.03)
         above, at = (self.solve_arm(HOOK, low + lift) for lift in (0.10, 0.0))
         while self.opening < OPEN_DRAWER[0]:
             if not (self.in_hand(self.handle, bar) and self.agent.is_grasping(self.link)):
