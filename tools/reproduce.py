@@ -24,7 +24,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from config import Count, InputError, quoted
+from config import TASKS, Count, InputError, quoted
 from paper import COLUMNS, PAPER_COLUMNS, ROWS, Row
 from storage.files import read_json, sole_writer, write_json
 from storage.results import read_episodes
@@ -44,8 +44,10 @@ class ReproduceConfig:
     episodes: Count = 60  # of each column and seed; the same ones for every row
     # default: close_fridge close_drawer; of Table 3: pick_all place_all
     columns: tuple[Literal[PAPER_COLUMNS], ...] = ()
+    tasks: tuple[Literal[TASKS], ...] = ()  # default: the rows' tasks
     demonstrations: Count = 80  # of each column and task
     steps_per_epoch: Count = 120  # optimizer steps for each epoch that the paper trains a stage
+    train: str = ""  # more flags of train.py in stages 1 and 2: "--lr 1e-3 --batch-size 64"
     preset: Literal["tiny", "paper"] = "tiny"
     jobs: Count = 2  # trainings or evaluations at once; one per core, on a GPU as many as fit
     device: Literal["cpu", "cuda"] = "cpu"  # of training and of the policy
@@ -58,8 +60,9 @@ class ReproduceConfig:
         return self.rows or tuple(name for name in ROWS if ROWS[name].table == self.table)
 
     @property
-    def tasks(self) -> tuple[str, ...]:
-        return ROWS[self.names[0]].tasks  # all rows of a table have the same ones
+    def suite(self) -> tuple[str, ...]:
+        """The tasks to train on and evaluate; all rows of a table have the same ones."""
+        return self.tasks or ROWS[self.names[0]].tasks
 
     @property
     def evaluated(self) -> tuple[str, ...]:
@@ -117,7 +120,7 @@ class Runner:
         cfg, log, data = self.cfg, self.work / "collect.log", self.work / "data"
         if (self.work / "pack/pack.json").exists():
             return
-        for task in cfg.tasks:
+        for task in cfg.suite:
             for column in map(COLUMNS.__getitem__, cfg.evaluated):
                 self.command(
                     log, "collect.py", expert="scripted", task=task, split="train",
@@ -137,11 +140,10 @@ class Runner:
         if cfg.preset == "tiny":
             flags["action_bounds"] = "percentiles"  # GAP-23, as in results/set_table
             flags |= {"lr": 1e-3} if stage == 3 else {}
-            flags |= {"model.history": "frames"} if row.history != "none" else {}  # GAP-5, likewise
         out, kept = self.work / where / f"stage{stage}", self.out / where / f"stage{stage}"
         with self.locks[name, stage, seed]:
             self.command(
-                self.work / where / "log.txt", "train.py", row=name,
+                self.work / where / "log.txt", f"train.py {cfg.train * (stage < 3)}", row=name,
                 preset=preset_of(row, cfg.preset), stage=stage, data=self.work / "pack",
                 steps=row.epochs[stage - 1] * cfg.steps_per_epoch, val_episodes=0.1, workers=1,
                 seed=seed, device=cfg.device, out=out, **flags,
@@ -156,7 +158,7 @@ class Runner:
         """Return the tasks of which OUT lacks episodes of a cell."""
         wanted = {*product(self.cfg.evaluated, range(self.cfg.episodes))}
         folder = self.out / name / f"seed-{seed}"
-        return [t for t in self.cfg.tasks if wanted - read_episodes(folder / t).keys()]
+        return [t for t in self.cfg.suite if wanted - read_episodes(folder / t).keys()]
 
     def run_cell(self, name: str, seed: int):
         """Train a row, or take the random policy or the expert, and run the episodes OUT lacks."""
@@ -175,8 +177,8 @@ class Runner:
 
 def check_recipe(cfg: ReproduceConfig, folder: Path):
     """Raise InputError if OUT or WORK was made with other settings, or has nothing to show."""
-    ours = {name: getattr(cfg, name) for name in ("demonstrations", "steps_per_epoch", "preset")}
-    ours["columns"] = list(cfg.evaluated)
+    ours = {n: getattr(cfg, n) for n in ("demonstrations", "steps_per_epoch", "train", "preset")}
+    ours |= {"columns": list(cfg.evaluated), "tasks": list(cfg.suite)}
     path = folder / "recipe.json"
     if not path.exists():
         if not cfg.run:
