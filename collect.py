@@ -49,7 +49,7 @@ class CollectConfig:
     # a checkpoint that acts first, for up to 99 steps, on the CPU; then the scripted expert acts
     # and is recorded (DAgger, https://arxiv.org/abs/1011.0686). Give seeds of no demonstration
     after: Path | None = None
-    # attempts at a target, after which the run gives up; default: 20 + 10 per episode
+    # attempts at a target, after which the run gives up; unset: 20 + 10 per episode
     max_attempts: Count | None = None
     split: Literal["train", "val"] = "train"  # of MS-HAB's scenes and episodes
     workers: Count = 1  # processes, a simulator each; one per core is best

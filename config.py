@@ -241,9 +241,9 @@ class LossWeights:
 class TrainConfig:
     # folder of demonstrations (MS-HAB's layout) or of their pack; DATA/pack is preferred
     data: str = "data"
-    # folder of this stage: config.json, log.jsonl, step-NNNNNNNN/, last; default: runs/RUN/stageN
+    # folder of this stage: config.json, log.jsonl, step-NNNNNNNN/, last; unset: runs/RUN/stageN
     out: str = ""
-    # name of the run in runs/; default: the row, or auxvla-all. Under torchrun write --run-name:
+    # name of the run in runs/; unset: the row, or auxvla-all. Under torchrun write --run-name:
     # torchrun reads --run as its own --run-path
     run_name: Annotated[str, tyro.conf.arg(aliases=["--run"])] = ""
     # 1: decoders on detached latents, 2: joint, 3: flow head on the frozen VLM (Sec. 5.2-5.3)
@@ -251,8 +251,8 @@ class TrainConfig:
     # sets the defaults of other flags: see PRESETS in config.py
     preset: Literal["paper", "openvla", "tiny", "tiny-openvla"] = "paper"
     row: str | None = None  # a row of Tables 1-4 (python paper.py); fixes inputs, data and epochs
-    tasks: tuple[Literal[TASKS], ...] = ()  # tasks to train on; default: all in the data
-    subtasks: tuple[Literal[SUBTASKS], ...] = ()  # subtasks to train on; default: all in the data
+    tasks: tuple[Literal[TASKS], ...] = ()  # tasks to train on; unset: all in the data
+    subtasks: tuple[Literal[SUBTASKS], ...] = ()  # subtasks to train on; unset: all in the data
     # GAP-25 (Sec. 6.1): cut each demonstration at its first success; MS-HAB's go on to step 200
     # without moving. For a pack, give it to data.py pack
     truncate_at_success: bool = True
@@ -262,21 +262,21 @@ class TrainConfig:
     # public weights of the VLM: folder or hub name of a Prismatic checkpoint or of openvla-7b, a
     # folder of the folders of DINOv2, SigLIP and Qwen2.5, or "hub"; unused with --init-from
     pretrained: str | None = "Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b"
-    # folder of an earlier stage, or of a checkpoint in it; default: the run's stage before this one
+    # folder of an earlier stage, or of a checkpoint in it; unset: the run's stage before this one
     init_from: str | None = None
     # auto: continue from the newest whole checkpoint in `out`
     resume: Literal["auto", "never"] = "auto"
-    steps: Count | None = None  # optimizer steps of this stage; default: `epochs` of the data
+    steps: Count | None = None  # optimizer steps of this stage; unset: `epochs` of the data
     epochs: tuple[Whole, Whole, Whole] = (3, 7, 10)  # of stages 1-3 (Sec. 6.3; GAP-14); 0: no stage
     batch_size: Count = 512  # frames per step over all GPUs (Sec. 6.1)
     # frames per GPU and backward pass; gradients accumulate up to batch_size. auto: as many as the
-    # memory plan (training/memory.py) allows. Default: auto, but 8 where BatchNorm is trained,
+    # memory plan (training/memory.py) allows. Unset: auto, but 8 where BatchNorm is trained,
     # since otherwise a step would depend on the card (GAP-17)
     micro_batch: Count | Literal["auto"] | None = None
     # FSDP: divide weights, gradients and Adam's moments among the GPUs (training/ranks.py)
     shard: bool = False
     recompute: bool = False  # activation checkpointing: less memory, a third more arithmetic
-    # torch.compile every block; default: on a GPU, where Triton finds a C compiler
+    # torch.compile every block; unset: on a GPU, where Triton finds a C compiler
     compile: bool = False
     lr: Positive = 2e-5  # Adam, constant (Sec. 6.1)
     warmup: Whole = 0  # steps of linear warm-up; the paper has none
@@ -287,7 +287,7 @@ class TrainConfig:
     weights: LossWeights = LossWeights()  # Eq. 4
     model: ModelConfig = ModelConfig()
     seed: Seed = 0  # weights, order of samples, flow noise
-    device: Literal["cpu", "cuda"] | None = None  # default: a GPU if there is one
+    device: Literal["cpu", "cuda"] | None = None  # unset: a GPU if there is one
     workers: Whole = 4  # loader processes per GPU
     # share of each file's episodes that is held out: at least one, unless the file has one only
     val_episodes: Share = 0.02

@@ -39,18 +39,18 @@ LIBRARIES = ("torch", "mani_skill", "praxis-mshab", "sapien", "numpy")
 
 @dataclass(frozen=True)
 class EvalConfig:
-    # folder of the results; default: runs/RUN/eval, or runs/RUN/eval-POLICY if not learned
+    # folder of the results; unset: runs/RUN/eval, or runs/RUN/eval-POLICY if not learned
     out: Path | None = None
-    # RUN/stageN (its newest) or RUN/stageN/step-NNNNNNNN; default: the newest stage of runs/RUN
+    # RUN/stageN (its newest) or RUN/stageN/step-NNNNNNNN; unset: the newest stage of runs/RUN
     checkpoint: Path | None = None
-    # a folder in runs/; default: the row
+    # a folder in runs/; unset: the row
     run_name: Annotated[str | None, tyro.conf.arg(aliases=["--run"])] = None
     # only learned takes a checkpoint; rl: MS-HAB's policy for each column's target
     policy: Literal["learned", "expert", "random", "rl"] = "learned"
     # for rl: `hf download arth-shukla/mshab_checkpoints --local-dir mshab_checkpoints`
     policies: Path = Path("mshab_checkpoints")
     task: Literal[TASKS] = "set_table"
-    # default: the paper's columns that the task has and the checkpoint was trained on
+    # unset: the paper's columns that the task has and the checkpoint was trained on
     columns: tuple[Literal[tuple(name for name in COLUMNS if name not in CHAIN)], ...] = ()
     # instead of columns: all its subtasks in one episode, until one fails; the scripted expert
     # drives the robot in between, in a generated apartment (beyond the paper)
@@ -63,9 +63,9 @@ class EvalConfig:
     workers: Count = 1  # processes, one core and simulator each; the number does not change results
     envs: Count = 1  # environments that each worker simulates at once on a GPU; not for the expert
     video: Whole = 0  # film the first N episodes of each column, if they are not finished yet
-    # the paper's row to print beside the results; default: the checkpoint's, else auxvla-all
+    # the paper's row to print beside the results; unset: the checkpoint's, else auxvla-all
     row: Literal[tuple(ROWS)] | None = None
-    device: Literal["cpu", "cuda"] | None = None  # for the learned policy; default: cuda if present
+    device: Literal["cpu", "cuda"] | None = None  # for the learned policy; unset: cuda if present
     # compile the learned policy's blocks: a minute for each worker and sentence, then faster
     compile: bool = False
 

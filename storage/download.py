@@ -35,7 +35,7 @@ def download(
 
     Args:
         out: the files are OUT/<task>/<subtask>/<target>.h5 and .json
-        targets: objects and articulations, as MS-HAB names them; default: all
+        targets: objects and articulations, as MS-HAB names them; unset: all
         workers: files fetched at a time; a kill loses only those
         dry_run: show the sizes and end
     """

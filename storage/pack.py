@@ -157,7 +157,7 @@ def pack(data: str = "data", out: str | None = None, truncate_at_success: bool =
 
     Args:
         data: folder of demonstrations
-        out: folder of the pack; default: DATA/pack
+        out: folder of the pack; unset: DATA/pack
         truncate_at_success: end each demonstration at its first success (GAP-25)
     """
     source, folder = Demonstrations(data, truncate_at_success), Path(out or Path(data) / "pack")

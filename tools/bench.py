@@ -231,7 +231,7 @@ def act(
 
     Args:
         checkpoint: weights of ours; the port keeps random ones
-        data: frames, one after the other; default: random pictures
+        data: frames, one after the other; unset: random pictures
     """
     place = device_of(device)
     torch.manual_seed(0)

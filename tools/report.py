@@ -210,7 +210,7 @@ def write_report(run: Path) -> Path:
     write(run / "report.html", make_html(found).encode())
     write(file, make_markdown(found).encode())
     print(file.read_text().partition("## Manifests")[0])
-    print(f"All of it, with losses and films: {run / 'report.html'}")
+    print(f"In full, with charts: {run / 'report.html'}")
     return file
 
 

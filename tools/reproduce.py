@@ -39,20 +39,20 @@ BOUNDS = ("random", "expert")
 @dataclass(frozen=True)
 class ReproduceConfig:
     table: Literal[1, 2, 3, 4]
-    rows: tuple[Literal[tuple(ROWS)], ...] = ()  # default: all of the table
+    rows: tuple[Literal[tuple(ROWS)], ...] = ()  # unset: all of the table
     seeds: Count = 3  # trainings of each row
     episodes: Count = 60  # of each column and seed; the same ones for every row
-    # default: close_fridge close_drawer; of Table 3: pick_all place_all
+    # unset: close_fridge close_drawer; of Table 3: pick_all place_all
     columns: tuple[Literal[PAPER_COLUMNS], ...] = ()
-    tasks: tuple[Literal[TASKS], ...] = ()  # default: the rows' tasks
+    tasks: tuple[Literal[TASKS], ...] = ()  # unset: the rows' tasks
     demonstrations: Count = 80  # of each column and task
     steps_per_epoch: Count = 120  # optimizer steps for each epoch that the paper trains a stage
     train: str = ""  # more flags of train.py in stages 1 and 2: "--lr 1e-3 --batch-size 64"
     preset: Literal["tiny", "paper"] = "tiny"
     jobs: Count = 2  # trainings or evaluations at once; one per core, on a GPU as many as fit
     device: Literal["cpu", "cuda"] = "cpu"  # of training and of the policy
-    out: Path | None = None  # results; default: results/set_table, of Table 3 results/pick_place
-    work: Path | None = None  # recordings and checkpoints; default: the same under runs/
+    out: Path | None = None  # results; unset: results/set_table, of Table 3 results/pick_place
+    work: Path | None = None  # recordings and checkpoints; unset: the same under runs/
     run: bool = True  # --no-run: only the table, from the episodes in --out
 
     @property

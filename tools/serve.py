@@ -45,7 +45,7 @@ class ServeConfig:
     checkpoint: Path  # RUN/stageN (its newest) or RUN/stageN/step-NNNNNNNN
     host: str = "127.0.0.1"  # 0.0.0.0 accepts clients from other machines
     port: Annotated[int, Range("1 to 65535", lambda n: 0 < n < 2**16)] = 8000
-    device: Literal["cpu", "cuda"] | None = None  # default: cuda if there is one
+    device: Literal["cpu", "cuda"] | None = None  # unset: cuda if there is one
     compile: bool = False  # compile the model's blocks: a minute at the first query, then faster
 
 
