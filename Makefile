@@ -17,7 +17,7 @@ PY = .venv/bin/python
 
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
-# Threads that wait must sleep: spinning, they slow torch tenfold when another program runs.
+# Threads that wait must sleep: spinning, they slow torch 3 to 9 times when another program runs.
 export OMP_WAIT_POLICY = passive
 # Threads of Mesa's renderer, per simulator.
 export LP_NUM_THREADS = 1
