@@ -197,7 +197,7 @@ def test_logs_in_out_stay_those_of_the_training_that_ran_the_episodes(tmp_path):
 def test_a_stopped_run_goes_on_and_repeats_nothing(assets, tmp_path):
     flags = "--table 2 --rows auxvla-all --columns close_drawer --seeds 1 --episodes 1"
     flags += f" --demonstrations 2 --steps-per-epoch 1 --out {tmp_path}/out --work {tmp_path}/work"
-    command = ["-m", "tools.reproduce", *flags.split()]
+    command = ["-m", "tools.reproduce", *flags.split(), "--train=--lr 5e-4"]
     first = start(*command)
     while not (tmp_path / "out/auxvla-all/seed-0/stage1/validation.json").exists():
         assert first.poll() is None
@@ -209,6 +209,7 @@ def test_a_stopped_run_goes_on_and_repeats_nothing(assets, tmp_path):
     for row in ("auxvla-all", "random", "expert"):
         assert table["rows"][row]["cells"]["set_table/close_drawer"]["n"] == 1
     assert "base_position_error" in table["rows"]["auxvla-all"]["metrics"]
+    assert read_json(tmp_path / "out/auxvla-all/seed-0/stage2/config.json")["lr"] == 5e-4
     before = {path: path.read_text() for path in (tmp_path / "work").rglob("log.txt")}
     run(*command)
     assert before == {path: path.read_text() for path in (tmp_path / "work").rglob("log.txt")}

@@ -47,7 +47,7 @@ class ReproduceConfig:
     tasks: tuple[Literal[TASKS], ...] = ()  # unset: the rows' tasks
     demonstrations: Count = 80  # of each column and task
     steps_per_epoch: Count = 120  # optimizer steps for each epoch that the paper trains a stage
-    train: str = ""  # more flags of train.py in stages 1 and 2: "--lr 1e-3 --batch-size 64"
+    train: str = ""  # more flags of stages 1 and 2: --train="--lr 1e-3 --batch-size 64"
     preset: Literal["tiny", "paper"] = "tiny"
     jobs: Count = 2  # trainings or evaluations at once; one per core, on a GPU as many as fit
     device: Literal["cpu", "cuda"] = "cpu"  # of training and of the policy
