@@ -75,7 +75,7 @@ DEMONSTRATIONS = pick:024_bowl:220 pick:013_apple:180 place:all:140 open:fridge:
 CORRECTIONS = pick:024_bowl:90 pick:013_apple:50 place:all:30 open:fridge:30 \
 	open:kitchen_counter:40 close:fridge:20 close:kitchen_counter:20
 STEPS1 = 4000
-STEPS2 = 5000
+STEPS2 = 4000
 STEPS3 = 3000
 LR1 = 1e-3
 LR2 = 5e-4
