@@ -46,7 +46,7 @@ class CollectConfig:
     expert: Literal["scripted", "rl"] = "scripted"
     # for rl: `hf download arth-shukla/mshab_checkpoints --local-dir mshab_checkpoints`
     policies: Path = Path("mshab_checkpoints")
-    # a checkpoint that acts first, for up to 99 steps, on the CPU; then the scripted expert acts
+    # a checkpoint that acts first, for up to 149 steps, on the CPU; then the scripted expert acts
     # and is recorded (DAgger, https://arxiv.org/abs/1011.0686). Give seeds of no demonstration
     after: Path | None = None
     # attempts at a target, after which the run gives up; unset: 20 + 10 per episode

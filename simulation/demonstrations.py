@@ -21,7 +21,7 @@ from storage.recording import encode
 # object was dropped, once or to its goal.
 RELEASED = ("straightforward_success", "placed_in_goal_success", "open_success", "closed_success")
 
-DRIVEN = (5, 100)  # steps of --after's policy: at least 5, below 100
+DRIVEN = (5, 150)  # steps of --after's policy: at least 5, below 150
 
 
 def run_jobs(cfg, jobs: Iterator[Job]) -> Iterator[list[tuple[bool, int, bytes]]]:
