@@ -73,7 +73,7 @@ DEMONSTRATIONS = pick:024_bowl:220 pick:013_apple:180 place:all:140 open:fridge:
 # The policy of stage 1 drives, the expert takes over: twice, with stage 1 again after the first.
 # After stage 1, since the losses of position, grasp and joints slow grasping down in stage 2.
 CORRECTIONS = pick:024_bowl:90 pick:013_apple:50 place:all:30 open:fridge:30 \
-	open:kitchen_counter:40 close:fridge:40 close:kitchen_counter:20
+	open:kitchen_counter:40 close:fridge:60 close:kitchen_counter:20
 STEPS1 = 4000
 STEPS2 = 4000
 STEPS3 = 3000

@@ -287,11 +287,6 @@ class Frames(Dataset):
         return self.source.survey(self.episode_ids)
 
     @property
-    def labelled(self) -> dict[str, int]:
-        """{label: number of these frames that have it}."""
-        return dict(zip(LABELS, self.survey["labelled"].sum(0).tolist()))
-
-    @property
     def remarks(self) -> list[str]:
         """Sentences about skipped trajectories and oddities in these demonstrations."""
         files = [self.source.episodes[e].file for e in self.episode_ids]

@@ -133,15 +133,13 @@ class Policy:
             self.frames.append(read_cameras(obs))
         if not self.queue:
             cfg, batch = self.model.cfg, self.make_batch(instruction)
-            b = len(batch["images"])
+            noise = None
             if self.model.flow_head:
                 noise = torch.randn(1, CHUNK, ACTION_DIM, generator=self.noise)
                 # Every environment gets the noise that it would get alone.
-                batch["noise"] = noise.expand(b, -1, -1).to(self.device)
-            else:
-                start = batch["images"].new_zeros(b, ACTION_DIM)
-                batch["draft"] = start if self.draft is None else self.draft
-            actions, predictions = self.query(batch)  # [B, H, 13]
+                noise = noise.expand(len(batch["images"]), -1, -1).to(self.device)  # [B, 8, 13]
+            run = self.graphs if self.device.type == "cuda" else operator.call  # CUDA graphs
+            actions, predictions = self.model.act(batch, noise, self.draft, self.predict, run)
             self.draft = actions[:, 0].clone()  # the next step's tokens are often the same
             self.predictions = {name: value.cpu().numpy() for name, value in predictions.items()}
             actions = self.stats.denormalize(actions).clamp(-1, 1).cpu().numpy()
@@ -149,11 +147,6 @@ class Policy:
         action = self.queue.popleft()
         self.past.append(torch.from_numpy(action))
         return action
-
-    def query(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """model.act, on a GPU by CUDA graphs."""
-        run = self.graphs if self.device.type == "cuda" else operator.call
-        return self.model.act(batch, batch.get("noise"), batch.get("draft"), self.predict, run)
 
     def make_batch(self, instruction: str | Sequence[str]) -> dict[str, Tensor]:
         """The batch of the frames in `frames`, made as training makes it from recorded frames."""

@@ -30,15 +30,13 @@ def run_jobs(cfg, jobs: Iterator[Job]) -> Iterator[list[tuple[bool, int, bytes]]
     if cfg.after:
         policy = Policy.from_checkpoint(cfg.after, "cpu")
         policy.predict = False
+    backend = simulation_backend(cfg.envs)
     for target, group in groupby(jobs, attrgetter("column")):
-        envs = SubtaskEnvs(
-            cfg.task, cfg.subtask, target, cfg.split,
-            simulation=simulation_backend(cfg.envs), num_envs=cfg.envs,
-        )  # fmt: skip
+        address = cfg.task, cfg.subtask, target
+        envs = SubtaskEnvs(*address, cfg.split, simulation=backend, num_envs=cfg.envs)
         if policy:
             check_schema(envs, policy.manifest)
         if cfg.expert == "rl":
-            address = cfg.task, cfg.subtask, target
             expert = RLPolicy.load(cfg.policies, *address, envs.mshab.device)
         else:
             expert = ScriptedExpert(envs)

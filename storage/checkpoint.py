@@ -117,12 +117,6 @@ def discard(folder: Path) -> None:
     shutil.rmtree(trash)
 
 
-def tidy(out: Path) -> None:
-    """Remove the remains of killed saves. The caller must be the only writer of `out`."""
-    for remains in out.glob(".step-*"):
-        shutil.rmtree(remains)
-
-
 # --- Finding ---
 
 
@@ -175,7 +169,8 @@ def resumable(out: Path, resume: str) -> Path | None:
     checkpoints newer than the returned one are renamed, so that later saves can take their names.
     Raises InputError if all checkpoints are damaged, or if one is not and `resume` is "never".
     """
-    tidy(out)
+    for remains in out.glob(".step-*"):
+        shutil.rmtree(remains)
     steps, found = steps_in(out), newest(out)
     if steps and not found:
         raise InputError(

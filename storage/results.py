@@ -1,8 +1,7 @@
 """The files of an evaluation and its table of success rates.
 
 OUT/episodes.jsonl has one line for each finished episode, OUT/config.json the settings of all of
-them. Older evaluations have the settings on every line and may have a file episodes.RANK.jsonl for
-each process.
+them. Older evaluations have the settings on every line.
 """
 
 from pathlib import Path
@@ -25,11 +24,8 @@ def read_episodes(out: Path, mend: bool = False) -> dict[tuple[str, int], dict]:
     """
     config = out / "config.json"
     settings = IMPLIED | (read_json(config) if config.exists() else {})
-    episodes = {}
-    for path in sorted(out.glob("episodes*.jsonl")):
-        for line in read_lines(path, mend):
-            episodes[line["column"], line["seed"]] = settings | line
-    return episodes
+    lines = read_lines(out / "episodes.jsonl", mend)
+    return {(line["column"], line["seed"]): settings | line for line in lines}
 
 
 def check_settings(out: Path, episodes: dict[tuple[str, int], dict], settings: dict) -> None:

@@ -224,7 +224,7 @@ def faults(work: Path) -> dict:
             step = int(load_file(survivor / "model.safetensors")["weight"][0])
             assert survivor.name == f"step-{step:08d}", f"{survivor}: of step {step} after {at}"
             with sole_writer(out):  # the next run
-                checkpoint.tidy(out)
+                checkpoint.resumable(out, "auto")
                 save(out, 3)
             assert checkpoint.newest(out).name == "step-00000003", f"{out}: next save after {at}"
             assert not [*out.glob(".step-*")], f"{out}: remains after {at}"

@@ -107,8 +107,7 @@ def test_a_torn_last_line_is_dropped_and_another_damaged_line_named_with_its_men
 
 def test_settings_stand_once_or_on_every_line_and_may_not_change(tmp_path):
     line = {"column": "place_obj", "seed": 0, "split": "train"}
-    append(tmp_path / "episodes.jsonl", line)  # as old evaluations
-    append(tmp_path / "episodes.1.jsonl", line | {"seed": 1})
+    append(tmp_path / "episodes.jsonl", line, line | {"seed": 1})  # as old evaluations
     write_json(tmp_path / "config.json", {"policies": {"place_obj": "a"}})
     done = read_episodes(tmp_path)
     assert sorted(done) == [("place_obj", 0), ("place_obj", 1)]

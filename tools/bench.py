@@ -185,15 +185,9 @@ def random_policy(model: AuxVLA, device: torch.device, compile: bool = False) ->
 
 
 def naive_policy(port: nn.Module, policy: Policy) -> Policy:
-    naive = replace(policy, model=port.to(policy.device).eval())
-    naive.query = partial(query_port, naive)
-    return naive
-
-
-def query_port(policy: Policy, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
-    """The port's actions: its weights are fp32, and a CUDA graph cannot capture `generate`."""
-    with autocast(policy.device):
-        return policy.model.act(batch, batch.get("noise"), batch.get("draft"), predict=False)
+    """The port as a policy: its weights are fp32, and it takes no graphs."""
+    port.act = autocast(policy.device)(port.act)
+    return replace(policy, model=port.to(policy.device).eval())
 
 
 def observations(data: Path | None, size: int, count: int) -> Iterator[dict]:

@@ -39,7 +39,7 @@ from storage.pack import open_data
 from storage.pretrained import load_pretrained
 from storage.terminal import cli, user_errors
 from storage.tokenizer import build_tokenizer, tokenize
-from training.ranks import join
+from training.ranks import autocast, join
 
 ROOT = Path(__file__).parents[1]
 PIP = f"{quoted(sys.executable)} -m pip install"
@@ -203,8 +203,7 @@ def check_policy(path: str, data: str | None = None, device: str | None = None) 
 
     if source.action_schema:  # collect.py's files name their actions and joints
         check_schema(source, manifest)
-    on_gpu = policy.device.type == "cuda"
-    with torch.no_grad(), torch.autocast(policy.device.type, torch.bfloat16, enabled=on_gpu):
+    with torch.no_grad(), autocast(policy.device):
         inputs, tokens = compare_inputs(policy, frames, predict), compare_tokens(frames, predict)
     return "\n".join([line, *compare_statistics(policy, frames), inputs, *tokens])
 

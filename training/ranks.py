@@ -42,7 +42,6 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
-    grouped: bool = False  # there is a process group: torchrun started this process
 
     @property
     def is_main(self) -> bool:
@@ -71,7 +70,7 @@ class Ranks:
 
     def leave(self) -> None:
         """Wait for all ranks, then close the process group. The caller must have dropped DDP."""
-        if self.grouped:
+        if dist.is_initialized():
             gc.collect()  # frees DDP's reducer: if it outlived the group, gloo could hang (1 in 20)
             dist.barrier()
             dist.destroy_process_group()
@@ -158,7 +157,7 @@ def join(device: str | None, timeout: float = JOIN_TIMEOUT) -> Ranks:
     store = gather(store, rank, world, timeout)
     limit = timedelta(seconds=STEP_TIMEOUT)
     dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
-    return Ranks(rank, world, own, grouped=True)
+    return Ranks(rank, world, own)
 
 
 @contextmanager

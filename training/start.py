@@ -76,7 +76,8 @@ def settle_config(cfg: TrainConfig, start: Start, frames: Frames, is_main: bool)
             print(f"action bounds: {bounds}, of the checkpoint")
         init_from = stored["init_from"] if start.resumed else cfg.init_from
         cfg = replace(cfg, action_bounds=bounds, init_from=init_from)
-    lacking = [name for name in decoders if cfg.stage < 3 and not frames.labelled[name]]
+    labelled = dict(zip(LABELS, frames.survey["labelled"].sum(0)))  # frames that have the label
+    lacking = [name for name in decoders if cfg.stage < 3 and not labelled[name]]
     if lacking:
         error = f"no training frame of {cfg.data} has a label for: {', '.join(lacking)}"
         mend = label_command(frames.source.episodes[frames.episode_ids[0]], cfg.data)
