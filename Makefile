@@ -1,7 +1,7 @@
 # The whole method on generated apartments, in the real ManiSkill-HAB environments:
 #
 #   make demo    the workflow below, small: 20 minutes on two cores -> runs/demo/report.md
-#   make learn   one policy for six columns: 3 hours                -> runs/learn/report.md
+#   make learn   one policy for six columns: 3.5 hours              -> runs/learn/report.md
 #   make test    the fast tests
 #   make clean   remove both runs; assets, which may hold a download, stays
 #
