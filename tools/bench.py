@@ -185,7 +185,7 @@ def random_policy(model: AuxVLA, device: torch.device, compile: bool = False) ->
 
 
 def naive_policy(port: nn.Module, policy: Policy) -> Policy:
-    """The port as a policy: its weights are fp32, and it takes no graphs."""
+    """The port as a policy, in autocast; CUDA graphs cannot capture its `generate`."""
     port.act = autocast(policy.device)(port.act)
     return replace(policy, model=port.to(policy.device).eval())
 
