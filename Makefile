@@ -70,8 +70,9 @@ FLOW_COLUMNS = close_drawer
 else
 DEMONSTRATIONS = pick:024_bowl:220 pick:013_apple:180 place:all:140 open:fridge:140 \
 	open:kitchen_counter:150 close:fridge:90 close:kitchen_counter:80
-# The policy of stage 1 drives, the expert takes over: twice, with stage 1 again after the first.
-# After stage 1, since the losses of position, grasp and joints slow grasping down in stage 2.
+# Corrections: the policy of stage 1 drives, then the expert takes over (collect.py --after); twice,
+# with more training of stage 1 in between. Not after stage 2, since there the losses of position,
+# grasp and joints slow grasping down.
 CORRECTIONS = pick:024_bowl:90 pick:013_apple:50 place:all:30 open:fridge:30 \
 	open:kitchen_counter:40 close:fridge:60 close:kitchen_counter:20
 STEPS1 = 4000

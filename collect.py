@@ -6,10 +6,10 @@ writes data/set_table/close/kitchen_counter.h5 and .json in the layout of MS-HAB
 (envs/wrappers/record.py): T actions, T + 1 observations, depth in int16 millimetres; and adds
 
     traj_i/labels/pos                     [T + 1, 2] float32      base x, y, world frame, metres
-    traj_i/labels/seg/fetch_{head,hand}   [T + 1, 128, 128] bool  the target object, or the handle
+    traj_i/labels/seg/fetch_{head,hand}   [T + 1, 128, 128] bool  the object, door or drawer
 
 The other labels are MS-HAB observations. `--expert rl` records MS-HAB's released policies in the
-real apartments, `--envs N` N episodes at once on a GPU. With `--after CHECKPOINT` a policy acts
+real apartments, N episodes at once on a GPU by `--envs N`. With `--after CHECKPOINT` a policy acts
 first; each episode begins where the expert takes over.
 
 A seed determines an episode (with `--after`, seed and checkpoint do). The file has the lowest seeds
@@ -39,7 +39,7 @@ from storage.terminal import cli, user_errors
 class CollectConfig:
     task: Literal[TASKS]
     subtask: Literal[SUBTASKS]
-    target: str  # object or articulation, as MS-HAB names it; all: a file for each of the task's
+    target: str  # object or articulation, as MS-HAB names it; all: one file per target
     out: Path = Path("data")  # the files are OUT/<task>/<subtask>/<target>.h5 and .json
     episodes: Count = 20  # successful episodes in all files together, divided evenly
     # scripted knows the generated apartment, rl are MS-HAB's policies for the real ones
@@ -47,7 +47,7 @@ class CollectConfig:
     # for rl: `hf download arth-shukla/mshab_checkpoints --local-dir mshab_checkpoints`
     policies: Path = Path("mshab_checkpoints")
     # a checkpoint that acts first, for up to 149 steps, on the CPU; then the scripted expert acts
-    # and is recorded (DAgger, https://arxiv.org/abs/1011.0686). Give seeds of no demonstration
+    # and is recorded (DAgger, https://arxiv.org/abs/1011.0686). Give unused seeds with --seed
     after: Path | None = None
     # attempts at a target, after which the run gives up; unset: 20 + 10 per episode
     max_attempts: Count | None = None
@@ -111,7 +111,7 @@ def collect(cfg: CollectConfig, recording: Recording, target: str, workers: Work
         if len(recording.done) >= limit and recording.successes < episodes:
             raise SystemExit(
                 f"{target}: stopped, {recording.successes} of {len(recording.done)} attempts of "
-                f"the {cfg.expert} expert succeeded, {episodes} were wanted. They are kept in "
+                f"the {cfg.expert} expert succeeded, {episodes} were wanted. Attempts are kept in "
                 f"{recording.parts}; a larger --max-attempts continues"
             )
     bar.close()

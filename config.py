@@ -4,7 +4,7 @@
     python train.py --help      # the comment beside or above a field is its help text
 
 The preset `paper` is Sec. 4-6 of the paper, 1.3B parameters, on MiniVLA's Prismatic VLM. `openvla`
-is the 7B baseline of Table 1. `tiny` trains on two CPU cores. Presets differ in numbers only.
+is the 7B baseline of Table 1. `tiny` trains on two CPU cores. Presets differ in values only.
 """
 
 import shlex
@@ -47,7 +47,7 @@ def quoted(*paths: object) -> str:
 
 
 class Range(NamedTuple):
-    """What a flag accepts (terminal.cli checks it) or a recorded field (then `holds` an array)."""
+    """What a flag accepts (terminal.cli checks it) or a recorded field (`holds` gets an array)."""
 
     text: str
     holds: Callable[[float], bool]  # False for NaN
@@ -81,8 +81,8 @@ class VisionConfig:
         return int(self.cls_token) + self.registers
 
 
-DINOV2_L = VisionConfig()  # DINOv2-L/14 with four registers (Sec. 4.1)
-SIGLIP_SO400M = VisionConfig(  # SigLIP-so400m/14 (Sec. 4.1)
+DINOV2_L = VisionConfig()  # DINOv2 (Sec. 4.1); L/14 with four registers is Prismatic's
+SIGLIP_SO400M = VisionConfig(  # SigLIP (Sec. 4.1); so400m/14 is Prismatic's
     1152, 27, 16, 4304, registers=0, cls_token=False, layer_scale=None,
     mean=(0.5,) * 3, std=(0.5,) * 3,
 )  # fmt: skip
@@ -144,7 +144,7 @@ class DecoderConfig:
     layers: Count = 2  # qpos transformer
     heads: Count = 8  # qpos transformer
     mlp: Count = 2048  # qpos transformer; Table 5 leaves it open
-    channels: tuple[Count, ...] = (64, 32, 16, 8)  # into each of the mask decoder's 4 upsamplings
+    channels: tuple[Count, ...] = (64, 32, 16, 8)  # inputs of the mask decoder's upsamplings
 
     @property
     def grid(self) -> int:
@@ -218,6 +218,8 @@ class ModelConfig:
             "llm.width, twice llm.heads": (self.llm.width, 2 * self.llm.heads),  # RoPE: even
             "llm.heads, llm.kv_heads": (self.llm.heads, self.llm.kv_heads),
             "decoder.width, decoder.heads": (self.decoder.width, self.decoder.heads),
+            "decoder.width": (self.decoder.width, 4),  # the MLPs divide it by 4
+            "flow.width": (self.flow.width, 2),  # sine and cosine
         }
         for names, (whole, part) in multiples.items():
             if not part or whole % part:
@@ -253,8 +255,8 @@ class TrainConfig:
     row: str | None = None  # a row of Tables 1-4 (python paper.py); fixes inputs, data and epochs
     tasks: tuple[Literal[TASKS], ...] = ()  # tasks to train on; unset: all in the data
     subtasks: tuple[Literal[SUBTASKS], ...] = ()  # subtasks to train on; unset: all in the data
-    # GAP-25 (Sec. 6.1): cut each demonstration at its first success; MS-HAB's go on to step 200
-    # without moving. For a pack, give it to data.py pack
+    # GAP-25 (Sec. 3): cut each demonstration at its first success; MS-HAB's go on to step 200
+    # without moving. For a pack, give the flag to data.py pack
     truncate_at_success: bool = True
     # GAP-23: actions are scaled to [-1, 1] from the controller's bounds, or from the 1st and 99th
     # percentile of the data

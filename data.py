@@ -144,8 +144,7 @@ class ActionStats:
 @lru_cache(maxsize=8)
 def bounds_on(stats: ActionStats, device: torch.device) -> tuple[Tensor, Tensor]:
     """Lower and upper bounds [13] on a device."""
-    low, high = torch.tensor([stats.low, stats.high], device=device)
-    return low, high
+    return torch.tensor([stats.low, stats.high], device=device).unbind()
 
 
 # --- Batch ---
@@ -167,7 +166,7 @@ def raw_batch(records: np.ndarray, history: str = "none") -> dict[str, Tensor]:
 def make_batch(
     raw: dict[str, Tensor], stats: ActionStats, prompts: tuple[Tensor, ...], cfg: ModelConfig
 ) -> dict[str, Tensor]:
-    """Raw batch -> batch on the device of `prompts`, which are tokenize's of all instructions."""
+    """Raw batch -> batch on the device of `prompts`, tokenize's result for all instructions."""
     device = prompts[0].device
     raw = {name: value.to(device, non_blocking=True) for name, value in raw.items()}
     chosen = [CAMERAS.index(camera) for camera in cfg.cameras]
@@ -249,10 +248,9 @@ class Frames(Dataset):
             for e in source.episodes
         ]
         if not any(wanted):
-            which, files = "/".join((*tasks, *subtasks)), sorted({e.file for e in source.episodes})
-            raise InputError(
-                f"{source.folder}: no demonstrations of {which}; it has {', '.join(files)}"
-            )
+            which = " / ".join(" or ".join(each) for each in (tasks, subtasks) if each)
+            files = ", ".join(sorted({e.file for e in source.episodes}))
+            raise InputError(f"{source.folder}: no demonstrations of {which}; it has {files}")
         keep = np.array(wanted) & (last_episodes(source.episodes, held_out) != train)
         self.episode_ids = np.flatnonzero(keep)
         # int32: the index of the paper's 8 million frames takes 32 MB.
@@ -269,7 +267,7 @@ class Frames(Dataset):
 
     @property
     def blocks(self) -> np.ndarray | None:
-        """The block of each frame (h5.py); None in a pack."""
+        """The block of each frame (storage/h5.py); None in a pack."""
         starts = self.source.blocks
         return None if starts is None else np.searchsorted(starts, self.frames, side="right") - 1
 
@@ -310,7 +308,7 @@ class Frames(Dataset):
 
 
 def last_episodes(episodes: list[Episode], share: float) -> np.ndarray:
-    """Whether each episode is in the last `share` of its file; at least one is, never all; [n]."""
+    """Whether each episode [n] is held out: the last `share` of its file, at least one, not all."""
     files = np.array([episode.file for episode in episodes])
     out = np.zeros(len(files), bool)
     for file in np.unique(files):

@@ -40,8 +40,8 @@ class MLPDecoder(nn.Module):
         )  # fmt: skip
 
     def forward(self, latents: Tensor) -> Tensor:
-        # GAP-11 (Table 5): the paper gives neither the place of the pooling nor the activation.
-        # Here the projected latents are pooled before the MLP; GELU, as in the mask decoder.
+        # GAP-11 (Table 5): the pooling is listed last, even after the quaternion's normalisation,
+        # and no activation is named. Here: pooling before the MLP; GELU, as in the mask decoder.
         pooled = reduce(self.feature_proj(latents), "b n d -> b d", "mean")  # [B, 512]
         return self.mlp(pooled)  # [B, out_dim]
 
@@ -231,11 +231,7 @@ DECODERS = {
 
 
 def label_counts(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The number of values that each loss averages over: labelled frames; for flow, valid actions.
-
-    train.py replaces them by the global batch's counts, averaged over ranks. The gradient is then
-    that of one mean over all labelled frames, for any number of GPUs and micro-batches.
-    """
+    """Labelled frames (for flow, valid actions) per loss; train.global_counts: over all ranks."""
     counts = {name: batch[f"has_{name}"].sum() for name in DECODERS if f"has_{name}" in batch}
     return counts | {"action": batch["action_mask"][:, 0].sum(), "flow": batch["action_mask"].sum()}
 

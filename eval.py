@@ -1,6 +1,6 @@
 """Evaluate a policy in ManiSkill-HAB: the paper's table, with intervals (Sec. 6.1).
 
-    python eval.py                          # the newest stage of runs/auxvla-all, paper's columns
+    python eval.py                          # the highest stage of runs/auxvla-all, paper's columns
     python eval.py --checkpoint RUN/stage2 --task set_table --episodes 30 --video 3 --out RUN/eval
     python eval.py --policy random          # or expert: the bounds, by the same code
     python eval.py --policy rl --policies mshab_checkpoints            # MS-HAB's own policies
@@ -26,7 +26,7 @@ import tyro
 from config import HORIZON, TASKS, Count, InputError, Seed, Whole
 from paper import CHAIN, COLUMNS, DEFAULT_ROW, OBJECTS, PAPER_COLUMNS, ROWS, sentences, targets
 from simulation.assets import apartment, asset_folder, plan_files
-from simulation.plans import articulations, batches, check_envs, count_scenes, simulation_backend
+from simulation.plans import articulations, batches, check_envs, simulation_backend
 from simulation.workers import Workers
 from storage.checkpoint import read_manifest, resolve
 from storage.files import append, code_commit, read_json, sha256, sole_writer, write_json
@@ -41,7 +41,7 @@ LIBRARIES = ("torch", "mani_skill", "praxis-mshab", "sapien", "numpy")
 class EvalConfig:
     # folder of the results; unset: runs/RUN/eval, or runs/RUN/eval-POLICY if not learned
     out: Path | None = None
-    # RUN/stageN (its newest) or RUN/stageN/step-NNNNNNNN; unset: the newest stage of runs/RUN
+    # RUN/stageN (its newest) or RUN/stageN/step-NNNNNNNN; unset: the highest stage of runs/RUN
     checkpoint: Path | None = None
     # a folder in runs/; unset: the row
     run_name: Annotated[str | None, tyro.conf.arg(aliases=["--run"])] = None
@@ -111,23 +111,20 @@ def fill_defaults(cfg: EvalConfig) -> EvalConfig:
     row = cfg.row or manifest["config"].get("row") or DEFAULT_ROW
     cfg = replace(cfg, out=cfg.out or run / f"eval{chain}", checkpoint=folder, row=row)
     trained = set(manifest["instructions"])
-    unseen = [name for name in cfg.names if not sentences(cfg.task, name) <= trained]
-    if unseen:
+    known = tuple(name for name in cfg.names if sentences(cfg.task, name) <= trained)
+    if unseen := [name for name in cfg.names if name not in known]:
+        fate = "left out without --columns" if known else "run, since the policy knows no column"
         print(
             f"warning: {folder} was not trained on every instruction of {', '.join(unseen)}; "
-            f"{'asked for' if cfg.columns or chain else 'left out without --columns'}",
+            f"{'asked for' if cfg.columns or chain else fate}",
             file=sys.stderr,
         )
-    if cfg.chain:
-        return cfg
-    known = tuple(name for name in cfg.names if name not in unseen)
-    return replace(cfg, columns=cfg.columns or known or cfg.names)
+    return cfg if cfg.chain else replace(cfg, columns=cfg.columns or known or cfg.names)
 
 
 def newest_stage(run: Path) -> Path:
-    for stage in (3, 2, 1):
-        if (run / f"stage{stage}/last").exists():
-            return run / f"stage{stage}"
+    if stages := sorted(run.glob("stage[123]/last")):
+        return stages[-1].parent
     raise InputError(
         f"no trained stage in {run}: torchrun --nproc_per_node=8 train.py --stage 1 trains the "
         "first; or give --run-name NAME, --checkpoint RUN/stageN, or --policy random"
@@ -197,7 +194,8 @@ def write_results(cfg: EvalConfig, settings: dict) -> None:
     columns = table(episodes, paper)
     for name in columns:
         reached = {episode["scene"] for episode in episodes if episode["column"] == name}
-        scenes[name] = {"reached": len(reached), "of": count_scenes(cfg.plan_file(name))}
+        every = {plan["build_config_name"] for plan in read_json(cfg.plan_file(name))["plans"]}
+        scenes[name] = {"reached": len(reached), "of": len(every)}
     seeds = sorted({episode["seed"] for episode in episodes})
     manifest = settings | provenance(cfg) | {"seeds": seeds}
     results = {"columns": columns, "scenes": scenes, "manifest": manifest}

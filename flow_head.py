@@ -79,8 +79,8 @@ class FlowHead(nn.Module):
         embedded_t [B or 1, W] is time_embedding(t); table and mask are chunk_context's.
         """
         embedded_t = embedded_t[:, None].expand(*x_t.shape[:2], -1)  # [B, H, W]
-        # Under autocast the weights and with them the residual stream are fp32, like the VLM's; a
-        # policy on a GPU has bf16 weights.
+        # Under autocast the weights, and with them the residual stream, are fp32; a policy on a GPU
+        # has bf16 weights.
         dtype = self.norm.weight.dtype
         x = torch.cat([self.action_in(x_t.to(dtype)), embedded_t.to(dtype)], dim=-1)
         x = self.action_time_out(F.silu(self.action_time_in(x))).to(dtype)  # [B, H, W]
@@ -91,7 +91,7 @@ class FlowHead(nn.Module):
     def loss(
         self, actions: Tensor, noise: Tensor, t: Tensor, cache: list[KeyValues], prefix_mask: Tensor
     ) -> Tensor:
-        """Squared error of the velocity per action [B, H], of normalised actions [B, H, 13]."""
+        """Mean squared error of the velocity, [B, H], for normalised actions [B, H, 13]."""
         weight = rearrange(t, "b -> b 1 1")
         x_t = weight * noise + (1 - weight) * actions
         target = noise - actions  # dx_t / dt

@@ -146,7 +146,7 @@ class VLM(nn.Module):
             x = torch.cat([x, self.llm.embed(action_ids).to(x.dtype)], dim=1)  # [B, S + A - 1, D]
             mask = F.pad(mask, (0, action_ids.shape[1]), value=True)
         # Positions count real tokens only, so a padded prompt gives the unpadded prompt's result.
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        positions = mask.cumsum(-1) - 1
         visible = None  # causal: nothing is padded
         if "prompt_mask" in batch or self.cfg.history == "actions":
             causal = mask.new_ones(x.shape[1], x.shape[1]).tril()
@@ -200,7 +200,7 @@ class AuxVLA(nn.Module):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     def forward(self, batch: dict[str, Tensor], stage: int) -> dict[str, Tensor]:
-        """The unweighted losses of a stage, each a scalar under its name in Eq. 4."""
+        """The unweighted losses of a stage, each a scalar under its name in config.LOSSES."""
         counts = batch.get("counts") or label_counts(batch)
         if stage == 3:
             with torch.no_grad():
@@ -302,7 +302,7 @@ class AuxVLA(nn.Module):
         )
 
     def read_tokens(self, inputs: dict, state: Decoding, begin: int) -> None:
-        """A pass over tokens begin..11; replaces what follows from them. `inputs` is empty."""
+        """A pass over tokens begin..11 writes their states and the next bins. `inputs` is empty."""
         llm, first, now = self.vlm.llm, self.cfg.llm.first_action_id, slice(begin, NUM_READ)
         guess = state.bins[:, now].clone()  # [B, T]
         table = tuple(each[:, :, now] for each in state.table)

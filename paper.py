@@ -55,7 +55,7 @@ COLUMNS = {
     "place_obj": Column("place", "obj"),
 }
 PAPER_COLUMNS = tuple(COLUMNS)[:6]
-# One more column for each object, such as pick:013_apple.
+# Two more columns for each object, such as pick:013_apple and place:013_apple.
 _OBJECTS = dict.fromkeys(name for names in OBJECTS.values() for name in names)
 COLUMNS |= {f"{sub}:{name}": Column(sub, name) for sub in ("pick", "place") for name in _OBJECTS}
 
@@ -183,7 +183,7 @@ ROWS = {
     "auxvla-action-head": Row(
         4, "AuxVLA + action head", FLOW, (0.27, 0.80, 0.76, 0.60, 0.76, 0.97), ALL),
 }  # fmt: skip
-DEFAULT_ROW = "auxvla-all"  # names the run, and the paper's rates beside ours, without --row
+DEFAULT_ROW = "auxvla-all"  # without --row: the run's name, and the row printed beside ours
 
 
 def describe(name: str) -> str:

@@ -32,7 +32,7 @@ from training.ranks import BF16, check_compiler, device_of
 
 
 def prepare(model: AuxVLA, device: torch.device, compile: bool) -> AuxVLA:
-    """The model as a policy runs it: in bf16 on a GPU. Compiling takes a minute, when it acts."""
+    """The model as a policy runs it: in bf16 on a GPU. Compiling takes a minute, at first use."""
     if device.type in BF16:
         halve(model)
     if compile:

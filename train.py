@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from config import CHUNK, InputError, TrainConfig
 from data import ActionStats, Frames, check_batch, make_batch
-from decoders import BatchNorm, label_counts
+from decoders import label_counts
 from flow_head import draw_noise
 from model import AuxVLA
 from storage import checkpoint
@@ -109,9 +109,8 @@ def take_step(
 
     If a loss or gradient of any rank is not finite: None, and the model stays as it was.
     """
-    norms = [module for module in ddp.modules() if isinstance(module, BatchNorm)]
-    buffers = [buffer for norm in norms if norm.training for buffer in norm.buffers()]
-    before = [buffer.clone() for buffer in buffers]  # the forward pass updates them
+    buffers = [*ddp.buffers()]
+    before = [buffer.clone() for buffer in buffers]  # the forward pass updates BatchNorm's
     losses = accumulate(ddp, batch, cfg)
     # GAP-24: each part is clipped alone. In stage 1 the decoders' gradients end at the latents
     # (Sec. 5.2), so they should not scale the VLM's step either.
@@ -144,7 +143,7 @@ class Stage:
     held_out: Frames
     order: StepOrder
     stats: ActionStats
-    prompts: tuple[Tensor, Tensor]  # ids and mask of all instructions, each [n, L]
+    prompts: tuple[Tensor, ...]  # tokenize's: ids and, if some are padded, mask, each [n, L]
     model: AuxVLA
     ddp: nn.Module  # the forward pass goes through it
     optimizer: torch.optim.Optimizer
@@ -157,6 +156,7 @@ def prepare(cfg: TrainConfig, ranks: Ranks) -> Stage:
     if cfg.batch_size % ranks.world:
         raise InputError(f"--batch-size {cfg.batch_size}: no multiple of {ranks.world} processes")
     frames, held_out = open_frames(cfg)
+    memory.check_shared_memory(cfg, frames)
     start = choose_start(cfg, ranks)
     cfg = settle_config(cfg, start, frames, ranks.is_main)
     num_steps = cfg.steps or cfg.epochs[cfg.stage - 1] * (len(frames) // cfg.batch_size)
@@ -248,7 +248,6 @@ def train(stage: Stage, ranks: Ranks) -> int:
 
 
 def main(cfg: TrainConfig) -> int:
-    memory.check_shared_memory(cfg)
     check_tracker(cfg.tracker)
     ranks = join(cfg.device)
     with ExitStack() as lock:  # rank 0 holds it; where it is taken already, every rank ends

@@ -3,7 +3,7 @@
     python -m household.assets --out assets [--seed 0]       # then: MS_ASSET_DIR=assets
 
 ManiSkill-HAB's unpatched classes load it: SetTable, TidyHouse and PrepareGroceries, train and val.
-The three scenes of a seed share colours and handles, and differ in furniture positions and walls.
+The three scenes of a seed share cupboards; positions and the colours of room and table differ.
 Val has the scenes of train, with other episodes and start poses; another seed gives new scenes.
 
 The real apartments differ: here is one room, furniture consists of boxes, objects fit into the

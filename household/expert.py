@@ -5,8 +5,8 @@
 The expert reads the simulator's state (object, handle and joint poses) and acts through the robot's
 13 action dimensions. A learner can learn its motions from images: each grasp has one arm posture,
 so equal situations get equal actions; joints and base arrive together, and no step is idle; a phase
-ends at a distance, never after a number of steps. The hand arrives beside an object and then moves
-slowly, so that many frames show how an offset is corrected.
+ends at a distance, not after a number of steps, unless the hand is blocked. The hand arrives beside
+an object and then moves slowly, so that many frames show how an offset is corrected.
 
 With the arm in its posture, the hand is a point `reach` metres ahead of the base. Driving and
 turning move that point in any direction: to an object, or along the arc of a door.
@@ -29,14 +29,14 @@ OPEN, CLOSE = 1.0, -1.0  # gripper: an absolute target
 Motion = Iterator[np.ndarray]  # actions [13]
 FULL_SPEED, ARM_SPEED = 0.5, 0.78  # m/s of the driven hand point; rad/s of a joint
 CENTRING = 0.06  # m/s of the hand point near what it grasps
-# Actions of arm and base (forward, turning) are multiples: finer digits are noise to a learner.
+# Steps of the actions of arm and base (forward, turning): finer digits are noise to a learner.
 GRID, BASE_GRID = 0.05, np.array([0.05, 0.01])
-LIFT = 0.2  # torso action, always: the torso stays at its stop, of which MS-HAB allows 1 cm
+LIFT = 0.2  # torso action, always: it holds the torso at its stop; MS-HAB allows 1 cm less
 # The way to an object ends at most SHORT metres before or behind it, and leaves UNSEEN [forward,
 # left] metres uncorrected until the hand camera shows the object.
 SHORT, UNSEEN = 0.05, (0.0, 0.10)
-# Fractions of the joint's range; MS-HAB's limits (sequential_task.py) are 0.01, 0.9 and 0.75. An
-# expert that opens less than the first fraction opens as far as the second.
+# Fractions of the joint's range; MS-HAB's limits (sequential_task.py) are 0.01, 0.9 and 0.75. What
+# is open by less than the first fraction is opened to the second.
 CLOSED, OPEN_DRAWER, OPEN_FRIDGE = 0.005, (0.91, 0.99), (0.76, 0.92)
 
 # The gripper is `reach` metres ahead of the base, pitched down and rolled by angles in rad. Inverse
@@ -51,7 +51,7 @@ FRONT = Posture(0.90, 0.8, 0.0, (-0.371, -0.656, 1.154, 0.941, -1.199, 0.991, 0.
 
 
 class ScriptedExpert:
-    """Acts in one environment; `reset()` follows its reset. After the motion the robot rests."""
+    """Acts in one environment; call `reset()` after the environment's. The robot ends at rest."""
 
     obs_mode = "state_dict"  # no images
 
@@ -161,7 +161,7 @@ class ScriptedExpert:
     def move_base(self, gripper: float, drive) -> np.ndarray:
         """Return the action [13] that moves the base alone.
 
-        Tokens of the arm come first: a learner would read the phase in their small corrections.
+        The arm's tokens are decoded first: a learner would read the phase in small arm actions.
         """
         return self.move(self.joints[ARM], gripper, drive)
 
@@ -208,7 +208,7 @@ class ScriptedExpert:
         yield from self.retreat(point, distance, OPEN)
 
     def squeeze(self, arm: np.ndarray, gripper: float, thing) -> Motion:
-        """Move the fingers until they hold `thing`, opened by 1 cm each, or stop; the arm holds."""
+        """Move the fingers until they hold `thing`, have opened by 1 cm, or stop; the arm holds."""
         start, before = self.joints[FINGERS], np.inf
         while np.abs(before - self.joints[FINGERS]).max() > 0.001:
             before = self.joints[FINGERS]
@@ -218,7 +218,7 @@ class ScriptedExpert:
                 return
 
     def formed(self, arm: np.ndarray) -> bool:
-        """Has the arm the joints `arm`, and the torso its height?"""
+        """Are the arm's joints at `arm`, and the torso at its height?"""
         return np.abs(np.append(arm, REST_TORSO) - self.joints[[*ARM, TORSO]]).max() <= 0.05
 
     def lower(self, above, at, point, height, reach, gripper: float, slack=(0, 0)) -> Motion:
@@ -246,8 +246,8 @@ class ScriptedExpert:
         """Horizontal distance of the hand to `point`, less `slack`; metres."""
         return float(np.linalg.norm(np.maximum(np.abs(self.beyond(point)) - slack, 0)))
 
-    # ---- skills: each ends in `retreat`, which never ends. A skill starts in any state that a
-    # policy may have left, and leaves out what is done already.
+    # ---- skills: each but `grasp` ends in `retreat`, which never ends. A skill starts in any state
+    # that a policy may have left, and leaves out what is done already.
 
     def grasp(self) -> Motion:
         """Grasp and lift the object, again if it is lost; return its position and the posture."""
@@ -316,7 +316,7 @@ class ScriptedExpert:
         if self.in_hand(self.handle, bar):
             yield from self.squeeze(at, OPEN, self.link)
             yield from self.bring(above, self.handle, HOOK.reach, OPEN, near=0.1, slack=slack)
-        yield from self.retreat(self.handle, HOOK.reach + 0.1, CLOSE)  # closed: the way back
+        yield from self.retreat(self.handle, HOOK.reach + 0.1, CLOSE)  # closed: not the way in
 
     def close_fridge(self) -> Motion:
         """Push the outer side of the door, aiming ahead along its arc."""

@@ -105,7 +105,7 @@ def command_for(root: Path, path: Path) -> str:
         seed = json.loads(marker.read_bytes())["seed"]
         again = f"python -m household.assets --out {quoted(root)} --seed {seed}"
         return f"mv -T {quoted(root)} {quoted(root)}-aside && {again}"
-    if "rearrange" in path.parts or YCB.name in path.parts:
+    if "rearrange" in path.relative_to(root).parts or YCB.name in path.parts:
         name = "ycb" if YCB.name in path.parts else "ReplicaCADRearrange"
         download = f"python -m mani_skill.utils.download_asset -y {name}"
         return f"MS_ASSET_DIR={quoted(root)} {download}"

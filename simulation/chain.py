@@ -48,8 +48,8 @@ class ChainEnv(SubtaskEnvs):
     def start(self) -> dict[str, np.ndarray]:
         """The start pose of the current subtask: robot_pos [3], robot_qpos [15] and others.
 
-        Eight poses are drawn; the first is used. A pick uses the one farthest beside the handle:
-        its poses are for a fridge open at 0.97 of its range, and here 0.75 counts as open.
+        Of eight drawn poses, a pick uses the one farthest beside the handle, since they are for a
+        fridge open at 0.97 of its range and here 0.75 counts as open; others use the first.
         """
         episode, subtask = self.episodes[0], self.mshab.task_plan[self.index]
         poses = self._starts[subtask.composite_subtask_uids[0]]

@@ -17,18 +17,17 @@ from simulation.plans import Job, pad_seeds, simulation_backend
 from simulation.rl_expert import RLPolicy
 from storage.recording import encode
 
-# Labels of the episodes that MS-HAB released (utils/gen/gen_data.py). In its other successes the
-# object was dropped, once or to its goal.
+# Labels of the episodes that MS-HAB released (utils/gen/gen_data.py), less one that needs steps
+# after the success. Not released: successes after a detour, or by dropping the object to its goal.
 RELEASED = ("straightforward_success", "placed_in_goal_success", "open_success", "closed_success")
 
-DRIVEN = (5, 150)  # steps of --after's policy: at least 5, below 150
+DRIVEN = (5, 150)  # --after's policy acts for 5 to 149 steps; `drive` may halve them
 
 
 def run_jobs(cfg, jobs: Iterator[Job]) -> Iterator[list[tuple[bool, int, bytes]]]:
     """Attempt each job's seeds. Consecutive jobs of one target share a simulator."""
-    policy = None
-    if cfg.after:
-        policy = Policy.from_checkpoint(cfg.after, "cpu")
+    policy = cfg.after and Policy.from_checkpoint(cfg.after, "cpu")
+    if policy:
         policy.predict = False
     backend = simulation_backend(cfg.envs)
     for target, group in groupby(jobs, attrgetter("column")):
@@ -72,7 +71,7 @@ def attempt(
     """Let the expert act until each episode succeeded, failed or reached the horizon.
 
     Returns for each seed whether to keep the episode, its steps, and its h5 (recording.encode). An
-    RL policy's success is kept if MS-HAB's release would keep it. A `policy` acts first; only the
+    RL policy's success is kept if its label is one of RELEASED. A `policy` acts first; only the
     expert's part is recorded.
     """
     obs = envs.reset(pad_seeds(seeds, envs.num_envs))

@@ -1,4 +1,4 @@
-"""MS-HAB's subtasks in the unpatched ManiSkill-HAB classes; a seed determines an episode.
+"""ManiSkill-HAB's (MS-HAB's) own subtask environments; a seed determines an episode.
 
     envs = SubtaskEnvs("set_table", "close", "kitchen_counter", split="val", num_envs=1)
     obs = envs.reset([7])                    # MS-HAB's dict of tensors, [N, ...]
@@ -39,7 +39,7 @@ BASE_JOINTS = 3  # MS-HAB's qpos leaves out the virtual joints of the base (sequ
 # The video camera, in the robot's frame at reset, metres: behind its left shoulder, looking ahead.
 VIDEO_EYE, VIDEO_LOOK_AT = (-0.9, 1.3, 2.1), (0.8, -0.1, 0.8)
 VIDEO_CAMERA = dict(mount=None, width=384, height=384, fov=1.1, shader_pack="minimal")
-# As in mshab/envs/make.py, without its wrappers (they drop RGB) and gymnasium's time limit.
+# As in mshab/envs/make.py, without its wrappers, which drop RGB; `unwrapped` drops the time limit.
 MSHAB_ARGUMENTS = dict(
     robot_uids="fetch", control_mode="pd_joint_delta_pos", reward_mode="normalized_dense",
     render_mode="rgb_array", max_episode_steps=HORIZON, add_event_tracker_info=True,
@@ -57,8 +57,8 @@ class SubtaskEnvs:
     of a batch have one articulation (plans.articulations).
 
     `mshab` is the unwrapped MS-HAB environment, `episodes` describes each environment's episode,
-    `elapsed` counts its steps, `index` is the subtask's place in its plan (simulation/chain.py).
-    Observations are on the simulation's device.
+    `elapsed` counts the steps since the reset, `index` is the subtask's place in its plan
+    (simulation/chain.py). Observations are on the simulation's device.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class SubtaskEnvs:
             render_backend=render_backend(), task_plans=self._plans[:1],
             scene_builder_cls=plan_data.dataset, **MSHAB_ARGUMENTS,
         ).unwrapped  # fmt: skip
-        # The other plans, in the form in which MS-HAB's constructor keeps them.
+        # All plans, in the form in which MS-HAB's constructor keeps them.
         self.mshab.base_task_plans = {(plan.subtasks[0].uid,): plan for plan in self._plans}
         self.mshab.bc_to_task_plans = defaultdict(list)
         for plan in self._plans:
@@ -112,8 +112,8 @@ class SubtaskEnvs:
         scenes = [plan.build_config_name for plan in plans]
         in_scene, names = self.mshab.bc_to_task_plans, self.mshab.scene_builder.build_configs
         options = dict(
-            # Rebuild the scene at every reset: without, one environment only builds its first
-            # scene, and a few pixels of the first image still show the previous episode.
+            # Rebuild the scene at every reset: otherwise one environment keeps its first scene, and
+            # a few pixels of the first image still show the previous episode.
             reconfigure=True,
             build_config_idxs=[names.index(scene) for scene in scenes],
             task_plan_idxs=torch.tensor([in_scene[p.build_config_name].index(p) for p in plans]),
@@ -261,10 +261,7 @@ class SubtaskEnv(SubtaskEnvs):
         obs, info = super().step(np.asarray(action)[None])
         return obs, {key: value[0].item() for key, value in info.items()}
 
-    episode = property(lambda self: self.episodes[0])
     instruction = property(lambda self: self.instructions[0])
-    target = property(lambda self: self.targets[0])
-    pos = property(lambda self: self.positions[0])
 
 
 def render_backend() -> str:

@@ -13,7 +13,7 @@ from config import CAMERAS
 from data import normalize_depth
 
 FPS = 20  # the control rate: films run in real time
-VIEW, INSET, PANEL = 512, 128, 208  # pixels; h264 needs a frame's width to be a multiple of 16
+VIEW, INSET, PANEL = 512, 128, 208  # pixels; imageio resizes sides that are no multiples of 16
 PREDICTED, TRUE = (255, 110, 0), (0, 255, 90)  # colours of masks and of text
 WHITE = (255, 255, 255)
 FONT = ImageFont.load_default(13)

@@ -1,4 +1,4 @@
-"""A seed's plan, scene and articulation; batches of seeds. Imports no simulator."""
+"""The plan that a seed draws, jobs of several seeds, checks of --envs. Imports no simulator."""
 
 import json
 import subprocess
@@ -20,19 +20,11 @@ def draw_plan(seed: int, count: int) -> tuple[int, np.random.Generator]:
 
 
 def articulations(plan_file: Path) -> Callable[[int], str]:
-    """Return a function from a seed to what its episode opens, closes or picks from (`fridge`).
-
-    The function returns "" for an episode without an articulation.
-    """
+    """Return a function from a seed to its episode's articulation, such as `fridge`; "": none."""
     subtasks = [plan["subtasks"][0] for plan in json.loads(plan_file.read_bytes())["plans"]]
     owners = [subtask.get("articulation_config") or subtask for subtask in subtasks]
     names = [owner.get("articulation_type") or "" for owner in owners]
     return lambda seed: names[draw_plan(seed, len(names))[0]]
-
-
-def count_scenes(plan_file: Path) -> int:
-    plans = json.loads(plan_file.read_bytes())["plans"]
-    return len({plan["build_config_name"] for plan in plans})
 
 
 def check_envs(envs: int, scripted: bool, device: str | None = None) -> None:
@@ -61,7 +53,7 @@ def check_envs(envs: int, scripted: bool, device: str | None = None) -> None:
             reason = f"no GPU library in ~/.sapien/physx, none from GitHub ({reason.split(':')[0]})"
             fetch = 'python -c "import sapien.physx as p; p.enable_gpu()"'
             mend = f"{fetch}  # where there is internet; then copy ~/.sapien here"
-        raise InputError(f"--envs {envs}: SAPIEN cannot load PhysX: {reason}: {mend}")
+        raise InputError(f"--envs {envs}: SAPIEN cannot load PhysX: {reason}. {mend}")
 
 
 def simulation_backend(envs: int) -> str:

@@ -51,7 +51,7 @@ class RLPolicy:
 
         Raises InputError when a file is missing, damaged, or not of MS-HAB's layout.
         """
-        folder = Path(root) / "rl" / task / subtask / target
+        folder = root / "rl" / task / subtask / target
         weights = folder / "policy.pt"
         try:
             config = yaml.load((folder / "config.yml").read_bytes(), PlainLoader)

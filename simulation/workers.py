@@ -41,7 +41,7 @@ class Workers:
     """At most `count` processes, each started when there is a job for it."""
 
     def __init__(self, count: int, module: str, cfg: object):
-        # The workers inherit: one thread, so that any number of workers gives the same sums; one
+        # For the workers: one thread each, so that any number of them gives the same sums; one
         # hash seed, since the simulator builds objects in the order of a set (init_config_idx).
         os.environ.update(OMP_NUM_THREADS="1", LP_NUM_THREADS="1", PYTHONHASHSEED="0")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -104,7 +104,7 @@ def write(
 
 
 def is_complete(folder: Path) -> bool:
-    """Compare sizes only: hashing takes a minute for each save of the paper's model."""
+    """Are all files there, by size? Hashing takes a minute for each save of the paper's model."""
     with suppress(InputError):
         return bool(read_manifest(folder, verify=False))
     return False
@@ -147,7 +147,7 @@ def read_manifest(folder: Path, verify: bool = True, moments: bool = True) -> di
                 continue
             same = path.is_file() and path.stat().st_size == sizes.get(name, path.stat().st_size)
             if not same or (verify and sha256(path) != expected):
-                raise DamagedError(f"{path}: missing or damaged, the manifest has another sha256")
+                raise DamagedError(f"{path}: missing or damaged, not what the manifest describes")
     return manifest
 
 
@@ -167,7 +167,7 @@ def resumable(out: Path, resume: str) -> Path | None:
 
     The caller must be the only writer of `out`: remains of killed saves are removed, and damaged
     checkpoints newer than the returned one are renamed, so that later saves can take their names.
-    Raises InputError if all checkpoints are damaged, or if one is not and `resume` is "never".
+    Raises InputError if every checkpoint is damaged, or if `resume` is "never" and one is not.
     """
     for remains in out.glob(".step-*"):
         shutil.rmtree(remains)
@@ -189,7 +189,7 @@ def resumable(out: Path, resume: str) -> Path | None:
 
 
 def resolve(path: str | Path) -> Path:
-    """The checkpoint in its own folder, or the newest of a stage's. InputError says what to run."""
+    """`path` if it is a checkpoint, else the newest one in it. The InputError says what to run."""
     path = Path(path)
     if (path / "manifest.json").is_file():
         return path
@@ -199,8 +199,10 @@ def resolve(path: str | Path) -> Path:
         raise InputError(f"{path} is a run; give one of its stages: {quoted(*stages)}")
     if path.exists():
         raise InputError(f"{path}: no undamaged checkpoint in it; expected RUN/stageN")
-    stage = path.name[5:] if path.name in ("stage2", "stage3") else 1
+    stage = int(path.name[5:]) if path.name in ("stage2", "stage3") else 1
     command = f"python train.py --stage {stage} --out {quoted(path)}"
+    if stage > 1:
+        command += f" --init-from {quoted(path.with_name(f'stage{stage - 1}'))}"
     raise InputError(f"{path}: not there; train it: {command}")
 
 
@@ -254,7 +256,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The full tensor of an FSDP shard, gathered on the CPU by all ranks; others unchanged."""
+    """The full tensor, on the CPU, of an FSDP shard (collective); any other tensor unchanged."""
     from torch.distributed.tensor import DTensor  # here: --help loads faster
 
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor

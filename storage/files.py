@@ -1,7 +1,7 @@
 """Files that are complete or absent, even after a kill or on a full disk.
 
 write(path, content); write_json(path, {...})  # written beside, fsynced, renamed over `path`
-append(path, {...}); read_lines(path)          # JSON lines, each fsynced before the next
+append(path, {...}); read_lines(path)          # JSON lines; a kill can cut off the last one only
 with sole_writer(folder): ...                  # no other process writes to the folder
 """
 
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,7 +91,7 @@ def write_json(path: Path, content: dict) -> None:
 
 @contextmanager
 def well_formed(path: Path) -> Iterator[None]:
-    """Raise DamagedError where a JSON file has not the content that the block reads from it."""
+    """Raise DamagedError where a JSON file lacks the content that the block reads."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -98,7 +99,7 @@ def well_formed(path: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object. Raises DamagedError if the file is missing or anything else."""
+    """Read a JSON object. Raises DamagedError if the file is missing or holds anything else."""
     if not path.exists():
         raise DamagedError(f"{path}: not there")
     with well_formed(path):
@@ -110,7 +111,7 @@ def read_json(path: Path) -> dict:
 
 @contextmanager
 def sole_writer(folder: Path, name: str = "") -> Iterator[None]:
-    """Hold the lock of a folder, or of the file `name` in it. Raises InputError if another has it.
+    """Hold the lock of a folder, or of the file `name` in it; InputError if another process does.
 
     The operating system releases the lock when the process ends, even after kill -9. lockf, not
     filelock's flock: forked loader processes would inherit a flock and keep it after a kill.
@@ -172,9 +173,11 @@ def read_lines(path: Path, mend: bool = False) -> list[dict]:
 
 def code_commit() -> str | None:
     """The commit of this code, with "-dirty" if a .py file differs; None outside of git."""
+    if not shutil.which("git"):
+        return None
     git = ["git", "-C", Path(__file__).parent]
     head = subprocess.run([*git, "rev-parse", "-q", "--verify", "HEAD"], capture_output=True)
     if not (commit := head.stdout.decode().strip()):
         return None
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/*.py"])
-    return commit + "-dirty" * changed.returncode
+    return commit + "-dirty" * bool(changed.returncode)

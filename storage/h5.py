@@ -8,11 +8,11 @@
 
 An h5 holds T + 1 observations and T actions per trajectory (MS-HAB: envs/wrappers/record.py); our
 frame t is observation t with actions t, t+1, ..., t+7. MS-HAB's release, MS-HAB's recorder and
-collect.py write this layout. An unreadable frame is a DataError that names file and trajectory.
+collect.py write this layout. An unreadable frame is an InputError that names file and trajectory.
 
-`frame` numbers all frames of a folder, `step` the frames of one episode. A block is the frames of
-one episode that share chunks of the h5 (26 frames for 200 steps). HDF5 inflates whole chunks, so
-blocks are read and cached as a whole.
+`frame` numbers all frames of a folder; `step`, RECORD's field "frame", those of one episode. A
+block is the frames of one episode that share chunks of the h5 (26 frames for 200 steps). HDF5
+inflates whole chunks, so blocks are read and cached as a whole.
 """
 
 import io
@@ -32,7 +32,7 @@ import numpy as np
 from config import IMAGE_SIZE, SUBTASKS, TASKS, InputError, quoted
 from paper import ARTICULATIONS, HUB_DATASETS, OBJECTS, instruction
 from storage.files import READ_ERRORS, mend_of
-from storage.trajectory import CONTROL, RECORD, SURVEY, DataError, Trajectory, clip
+from storage.trajectory import CONTROL, RECORD, SURVEY, Trajectory, clip
 
 SHUFFLE_POOL = 256  # blocks that training.order.StepOrder mixes
 READ_AHEAD = 320  # blocks that a reader caches: 1.4 GB for episodes of 200 steps
@@ -46,7 +46,7 @@ class Episode:
     task: str  # MS-HAB's name; "" where the folders do not say
     subtask: str
     trajectory: str  # "traj_3"
-    length: int  # actions = frames, up to the first success where it was truncated there
+    length: int  # number of actions and of frames; if truncated, up to the first success
     instruction: int  # row of `instructions`
 
 
@@ -69,7 +69,7 @@ class Index:
 
     @cached_property
     def content(self) -> dict[str, int]:
-        """{file: bytes}, by which a resumed run sees that its data changed."""
+        """{file: size in bytes}, by which a resumed run sees that its data changed."""
         files = dict.fromkeys(episode.file for episode in self.episodes)
         return {file: (self.folder / file).stat().st_size for file in files}
 
@@ -120,7 +120,7 @@ class Demonstrations(Index):
         for name in ("action_schema", "qpos_names"):
             theirs, ours = sidecar.get(name), getattr(self, name)
             if ours is not None and theirs is not None and theirs != ours:
-                raise DataError(f"{path}: its {name} {theirs} differs from earlier files' {ours}")
+                raise InputError(f"{path}: its {name} {theirs} differs from earlier files' {ours}")
             setattr(self, name, ours or theirs)
         with readable(path):
             unnamed = set(open_h5(str(path), os.getpid()))
@@ -198,13 +198,13 @@ class Demonstrations(Index):
 def readable(
     path: Path, where: str | None = None, again: str = AGAIN, errors: tuple = H5_ERRORS
 ) -> Iterator[None]:
-    """Turn a file's errors, not those of our code, into a DataError with place and remedy."""
+    """Turn an error of reading a file into an InputError with place and remedy."""
     try:
         yield
     except errors as error:
         mend = mend_of(path, error)
         why = f"The file may be intact: {mend}" if mend else again
-        raise DataError(f"{where or path}: cannot be read ({error!r}). {why}") from error
+        raise InputError(f"{where or path}: cannot be read ({error!r}). {why}") from error
 
 
 def first_success(path: Path, trajectory: str, steps: int) -> int:
@@ -243,9 +243,9 @@ ENTRY = {
 
 
 def refuse(error: OSError) -> None:
-    """Raise DataError for a folder that is there and cannot be listed."""
+    """Raise InputError for a folder that is there and cannot be listed."""
     if not isinstance(error, NotADirectoryError) and (mend := mend_of(Path(error.filename), error)):
-        raise DataError(f"{error.filename}: {error.strerror}. {mend}") from error
+        raise InputError(f"{error.filename}: {error.strerror}. {mend}") from error
 
 
 def h5_files(folder: Path) -> list[Path]:
@@ -263,13 +263,13 @@ def h5_files(folder: Path) -> list[Path]:
         folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))
         for path in (Path(place, name) for name in names if name[0] != "."):
             if not path.is_file() and (path.is_symlink() or path.suffix == ".h5"):
-                raise DataError(f"{path}: a link that leads nowhere, or no regular file; move it")
+                raise InputError(f"{path}: a link that leads nowhere, or no regular file; move it")
             found += [path] * (path.suffix == ".h5")
     return sorted(found)
 
 
 def task_and_subtask(path: Path) -> tuple[str, str]:
-    """Of <task>/<subtask>/<target>.h5; the task's folder may have the name of its hub dataset."""
+    """Task and subtask of a path; the task's folder may have the name of its hub dataset."""
     task, subtask = ("", "", *path.absolute().parts)[-3:-1]
     hub = {Path(name).name: task for task, name in HUB_DATASETS.items()}  # MS-HAB-SetTable
     task = hub.get(task, task)
@@ -277,11 +277,11 @@ def task_and_subtask(path: Path) -> tuple[str, str]:
 
 
 def load_sidecar(path: Path) -> dict:
-    """The .json beside an .h5. Raises DataError unless it is MS-HAB's."""
+    """The .json beside an .h5. Raises InputError unless it is MS-HAB's."""
     sidecar = path.with_suffix(".json")
     again = "Download or record it again"
     if not sidecar.is_file():
-        raise DataError(f"{path}: no {sidecar.name} beside it. {again}")
+        raise InputError(f"{path}: no {sidecar.name} beside it. {again}")
     with readable(sidecar):
         text = sidecar.read_bytes()
     try:
@@ -292,7 +292,7 @@ def load_sidecar(path: Path) -> dict:
             if not isinstance(content.get(name) or [], list):
                 raise TypeError(f"{name} {content[name]!r}, no list")
     except READ_ERRORS as error:
-        raise DataError(
+        raise InputError(
             f"{sidecar}: got {error!r}, expected a JSON object with MS-HAB's `episodes`. {again}"
         ) from error
     # What stands for a key that an entry lacks. MS-HAB's release has no instructions.
@@ -302,22 +302,22 @@ def load_sidecar(path: Path) -> dict:
             got = (absent | entry).get(name)
             if not holds(got):
                 where = f"{sidecar}, traj_{entry.get('episode_id')} (entry {i})"
-                raise DataError(f"{where}: {name} is {got!r}, expected {expected}. {again}")
+                raise InputError(f"{where}: {name} is {got!r}, expected {expected}. {again}")
     ids = [entry["episode_id"] for entry in entries]
     if len(set(ids)) < len(ids):
-        raise DataError(f"{sidecar}: episode_id {max(ids, key=ids.count)} is there twice. {again}")
+        raise InputError(f"{sidecar}: episode_id {max(ids, key=ids.count)} is there twice. {again}")
     if not entries:
-        raise DataError(f"{sidecar}: its `episodes` are empty. {again}")
+        raise InputError(f"{sidecar}: its `episodes` are empty. {again}")
     return content
 
 
 def instruction_of(path: Path, entry: dict) -> str:
-    """The recorded sentence of an episode, or the one of its <subtask>/<target>.h5."""
+    """The recorded sentence of an episode, else the one for its <subtask>/<target>.h5."""
     subtask, target = path.parent.name, path.stem
     if "instruction" in entry:
         return entry["instruction"]
     if subtask not in SUBTASKS or target not in chain(ARTICULATIONS, *OBJECTS.values()):
-        raise DataError(
+        raise InputError(
             f"{path}: no instruction in its .json, and {subtask}/{target} names no subtask of "
             f"{SUBTASKS} and its object or articulation; expected <task>/<subtask>/<target>.h5"
         )

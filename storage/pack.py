@@ -35,7 +35,7 @@ from storage.files import (
     write_json,
 )  # fmt: skip
 from storage.h5 import Demonstrations, Episode, Index, h5_files, readable
-from storage.trajectory import RECORD, DataError, remarks
+from storage.trajectory import RECORD, remarks
 
 FORMAT = f"2 {RECORD.descr}"  # a pack of other records is refused
 ABOUT = ("instructions", "action_schema", "qpos_names")
@@ -57,7 +57,7 @@ class Pack(Index):
             with well_formed(index):
                 episodes = [Episode(**episode) for episode in meta["episodes"]]
                 super().__init__(folder, meta["truncate"], episodes, *(meta[n] for n in ABOUT))
-                self.sources = meta["files"]  # {.h5: size, time, sha256, and sha256 of its .npy}
+                self.sources = meta["files"]  # {.h5: sizes_and_times, sha256, its .npy's sha256}
                 # {file: sha256}, by which a resumed run sees that its data changed
                 self.content = {npy_name(f): entry["packed"] for f, entry in self.sources.items()}
                 self.content["summary.npz"] = meta["summary"]
@@ -65,7 +65,7 @@ class Pack(Index):
                 for episode in episodes:
                     lengths[episode.file] += episode.length
         except InputError as error:
-            raise DataError(f"{error}. {pack_again(folder, [index])}") from None
+            raise InputError(f"{error}. {pack_again(folder, [index])}") from None
         self.files = [self._map(folder / npy_name(f), length) for f, length in lengths.items()]
         self.file_starts = [0, *accumulate(lengths.values())]  # the first frame of each
 
@@ -124,7 +124,7 @@ def open_data(data: str | Path, truncate: bool | None = None) -> Index:
     """The pack in a folder or in its subfolder pack/, else the demonstrations below it.
 
     `truncate` ends demonstrations at their success; None accepts either kind of pack. Raises
-    InputError if there is no data, or if the pack is of the other kind or older than an .h5.
+    InputError if there is no data, if the pack is of the other kind, or if a recording has changed.
     """
     data = Path(data)
     folder = data if (data / "pack.json").is_file() else data / "pack"
@@ -137,7 +137,7 @@ def open_data(data: str | Path, truncate: bool | None = None) -> Index:
             f"{'Give' if truncate else 'Drop'} --no-truncate-at-success, or pack again: "
             f"{command(f'{folder}-again', truncate, data if data != folder else None)}"
         )
-    files = {str(path.relative_to(data)): size_and_time(path) for path in h5_files(data)}
+    files = {str(path.relative_to(data)): sizes_and_times(path) for path in h5_files(data)}
     if new := [n for n, now in files.items() if now.items() - pack.sources.get(n, {}).items()]:
         raise InputError(
             f"{folder}: {', '.join(new)} in {data} changed since, or came later. Pack again (only "
@@ -146,14 +146,16 @@ def open_data(data: str | Path, truncate: bool | None = None) -> Index:
     return pack
 
 
-def size_and_time(path: Path) -> dict[str, int]:
-    return {"size": path.stat().st_size, "time": path.stat().st_mtime_ns}
+def sizes_and_times(path: Path) -> dict[str, str]:
+    """Of an .h5 and of its .json, which has the instructions: {".h5": "size time", ...}."""
+    files = [each for each in (path, path.with_suffix(".json")) if each.exists()]
+    return {each.suffix: f"{each.stat().st_size} {each.stat().st_mtime_ns}" for each in files}
 
 
 def pack(data: str = "data", out: str | None = None, truncate_at_success: bool = True) -> None:
     """Write every frame below --data into --out once, so that training reads at memory speed.
 
-    Resumable: a finished file is written again only if its .h5 has another sha256 by now.
+    Resumable: a finished file is written again only if its .h5 or its episodes changed.
 
     Args:
         data: folder of demonstrations
@@ -188,7 +190,7 @@ def write_pack(source: Demonstrations, folder: Path) -> None:
     final.unlink(missing_ok=True)
     for file in tqdm([file for file in rows if file not in files], "pack", unit="file"):
         path = source.folder / file
-        files[file] = size_and_time(path) | {"sha256": sha256(path)}
+        files[file] = sizes_and_times(path) | {"sha256": sha256(path)}
         files[file]["packed"] = write_records(folder / npy_name(file), source, rows[file])
         write_json(progress, about | {"files": files})
     every = np.arange(len(source.episodes))
@@ -217,7 +219,7 @@ def write_records(path: Path, source: Demonstrations, episodes: list[int]) -> st
 def unchanged(path: Path, about: dict, source: Demonstrations) -> tuple[dict, dict[str, dict]]:
     """A pack's .json, and {file: entry with its present time} of the .h5 whose .npy may stay."""
 
-    def episodes(meta: dict, file: str) -> list[dict]:  # a .npy has no instruction's row
+    def episodes(meta: dict, file: str) -> list[dict]:  # `instruction` is 0 in every .npy
         return [e | {"instruction": 0} for e in meta["episodes"] if e["file"] == file]
 
     with suppress(InputError), well_formed(path):
@@ -227,7 +229,7 @@ def unchanged(path: Path, about: dict, source: Demonstrations) -> tuple[dict, di
             h5, npy = source.folder / file, path.parent / npy_name(file)
             same = h5.is_file() and npy.is_file() and episodes(meta, file) == episodes(about, file)
             if alike and same and sha256(h5) == entry["sha256"]:
-                kept[file] = entry | size_and_time(h5)
+                kept[file] = entry | sizes_and_times(h5)
         return meta, kept
     return {}, {}
 
@@ -242,5 +244,5 @@ def verify(folder: Annotated[str, tyro.conf.Positional] = "data/pack") -> None:
             wrong.append(path)
     if wrong:
         what = f"{', '.join(map(str, wrong))}: missing or damaged, sha256 differs"
-        raise DataError(f"{what}. {pack_again(pack.folder, wrong, pack.truncate)}")
+        raise InputError(f"{what}. {pack_again(pack.folder, wrong, pack.truncate)}")
     print(f"{folder}: {len(pack):,} frames, no file damaged")

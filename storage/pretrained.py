@@ -99,7 +99,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a Prismatic .pt file as component/key, mapped."""
+    """The tensors of a .safetensors file or, named component/key, of a Prismatic .pt file."""
     if path.suffix == ".safetensors":
         return load_file(path)
     # Prismatic's format is a pickle. weights_only builds tensors and containers alone.
@@ -180,11 +180,10 @@ def reverse_actions(llm: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tenso
     In Prismatic's ActionTokenizer a larger action has a smaller id, here a larger one.
     """
     first, end = cfg.llm.first_action_id, cfg.llm.first_action_id + BINS
-    tables = ("model.embed_tokens.weight", "lm_head.weight")  # [vocabulary, width]
+    tables = {"model.embed_tokens.weight", "lm_head.weight"} & llm.keys()  # [vocabulary, width]
     return llm | {
         key: torch.cat([llm[key][:first], llm[key][first:end].flip(0), llm[key][end:]])
         for key in tables
-        if key in llm
     }
 
 

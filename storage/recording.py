@@ -37,7 +37,7 @@ def encode(trajectory: dict, header: dict, episode: dict) -> bytes:
 
 
 def write_tree(group: h5py.Group, tree: dict) -> None:
-    """Write a tree of arrays; a list of equal trees becomes one tree of stacked arrays."""
+    """Write a tree of arrays; a list of trees with equal keys becomes one of stacked arrays."""
     for key, value in tree.items():
         if isinstance(value, list) and isinstance(value[0], dict):
             value = {name: [row[name] for row in value] for name in value[0]}
@@ -66,8 +66,9 @@ class Recording:
                 h5py.File(self.h5).close()
                 sidecar = json.loads(self.json.read_bytes())
             except (OSError, ValueError) as error:
-                if mend := mend_of(self.json, error):
-                    raise InputError(f"{error}. {self.json} may be intact: {mend}") from error
+                path = getattr(error, "filename", None) or self.h5  # h5py's errors have none
+                if mend := mend_of(path, error):
+                    raise InputError(f"{error}. {path} may be intact: {mend}") from error
                 raise self.incomplete(error) from error
             self.check_recipe(self.json, sidecar)
             self.episodes = sidecar["episodes"]

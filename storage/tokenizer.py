@@ -9,6 +9,7 @@ from torch import Tensor
 
 from config import BINS, SUBTASKS, InputError, LLMConfig, quoted
 from paper import ARTICULATIONS, OBJECTS, instruction
+from storage.files import read_json
 
 
 def build_tokenizer(cfg: LLMConfig) -> Tokenizer:
@@ -29,6 +30,7 @@ def build_tokenizer(cfg: LLMConfig) -> Tokenizer:
     )
     with reachable(name, remedy):
         found = file if file.is_file() else hf_hub_download(name, file.name)
+    read_json(Path(found))  # raises DamagedError where Tokenizer would raise a bare Exception
     tokenizer = Tokenizer.from_file(str(found))
     check_tokenizer(tokenizer, cfg)
     return tokenizer

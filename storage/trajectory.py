@@ -5,7 +5,7 @@
     records = trajectory.read_frames(actions, 0, 26)       # [26] of RECORD
     summary = trajectory.survey(actions)                   # counts and ranges; reads no picture
 
-`where` names file and trajectory and begins the message of every DataError.
+`where` names file and trajectory and begins the message of every InputError.
 """
 
 import zlib
@@ -34,7 +34,7 @@ RECORD = np.dtype(
         ("has", np.uint8, (len(LABELS),)),  # which of config.LABELS this frame has
         ("instruction", np.int32, ()),  # row of `instructions`
         ("episode", np.int32, ()),  # row of `episodes`
-        ("frame", np.int32, ()),  # row inside the episode
+        ("frame", np.int32, ()),  # step of the episode
     ]
 )
 
@@ -91,19 +91,15 @@ BASE_FORWARD, CONTROL_HZ = 11, 20  # action 11 is the base's forward velocity, -
 SETTLED = 8  # steps in one direction, after which the base has the commanded velocity
 
 
-class DataError(InputError):
-    """Demonstrations that cannot be used; the message names file, trajectory and frame."""
-
-
 class Trajectory:
     """The fields of a trajectory with `steps` actions, all of FIELDS or `only` some.
 
-    DataError for a field of another type or shape, or without actions, pictures or one of `only`.
+    InputError for a field of another type or shape; for missing actions, pictures or one of `only`.
     """
 
     def __init__(self, group: h5py.Group, steps: int, where: str, only: Sequence[str] = ()):
         if not isinstance(group, h5py.Group):
-            raise DataError(f"{where} is one array, expected a group. Download or record it again")
+            raise InputError(f"{where} is one array, expected a group. Download or record it again")
         self.fields, self.where, masked = {}, where, "labels/seg" in group
         for key in only or FIELDS:
             kind, shape, _ = FIELDS[key]
@@ -114,18 +110,18 @@ class Trajectory:
             there = isinstance(data, h5py.Dataset)
             if not there or data.shape != tuple(expected) or data.dtype.char not in KINDS[kind]:
                 got = f"{data.dtype} {list(data.shape or ())}" if there else "not there"
-                raise DataError(
+                raise InputError(
                     f"{where}: {key} is {got}, expected {kind} {expected} for {steps} elapsed_steps"
                     f". Download or record it again (MS-HAB's Fetch, obs_mode=rgbd, {CONTROL})"
                 )
             self.fields[key] = data
 
     def read(self, key: str, first: int, last: int) -> np.ndarray:
-        """Rows first..last-1 of a field of numbers, as float32. DataError outside their range."""
+        """Rows first..last-1 of a field of numbers, as float32. InputError outside their range."""
         values, limit = self.fields[key][first:last].astype(np.float32), FIELDS[key].limit
         if not (good := limit.holds(values)).all():
             row, *index = np.argwhere(~good)[0].tolist()
-            raise DataError(
+            raise InputError(
                 f"{self.where}, frame {first + row}: {key}{index or ''} is "
                 f"{values[row, *index]}, expected {limit.text}. Download or record it again"
             )
@@ -157,7 +153,7 @@ class Trajectory:
         return out
 
     def read_labels(self, first: int, last: int) -> tuple[dict[str, np.ndarray], np.ndarray, float]:
-        """Labels without masks {name: [n, ...]}, flags `has` [n, 5], metres the base rises by."""
+        """Labels except masks {name: [n, ...]}, flags `has` [n, 5], metres the base rises by."""
         rise, rows = 0.0, (first, last)
         values = {n: self.read(key, *rows) for n, key in KEYS.items() if key in self.fields}
         if "pos" not in values and {CAMERA_POSE, GRIPPER_POSE} <= self.fields.keys():
@@ -214,7 +210,7 @@ def read_rows(pictures: h5py.Dataset, first: int, last: int) -> np.ndarray:
 
 
 def clip(actions: np.ndarray) -> np.ndarray:
-    """GAP-26 (Sec. 6.1): MS-HAB's released open and close actions reach from -5 to 12.
+    """GAP-26 (Sec. 3): MS-HAB's released open and close actions reach from -5 to 12.
 
     They are unbounded means of PPO policies (mshab issue 56). The controller executed them clipped
     to [-1, 1].
@@ -227,7 +223,7 @@ def base_position(camera: np.ndarray, gripper: np.ndarray, where: str) -> tuple[
 
     `camera` [n, 4, 4] is the hand camera's pose in the world, `gripper` [n, 7] the gripper's in the
     base frame. The camera is fixed to the gripper, so both together give the base's pose in the
-    world, exact to float32. Raises DataError if the base would rise by 2 cm or more.
+    world, exact to float32. Raises InputError if the base would rise by 2 cm or more.
     """
     position, w, axis = gripper[:, :3], gripper[:, 3:4], -gripper[:, 4:]  # the inverse rotation
     turn = 2 * np.cross(axis, position)
@@ -236,7 +232,7 @@ def base_position(camera: np.ndarray, gripper: np.ndarray, where: str) -> tuple[
     base = camera[:, :3, 3] - np.einsum("nij,nj->ni", camera[:, :3, :3], from_base)  # [n, 3]
     rise = float(np.ptp(base[:, 2]))
     if rise >= RISE_REFUSED:
-        raise DataError(
+        raise InputError(
             f"{where}: base x, y cannot be derived from {CAMERA_POSE} and {GRIPPER_POSE}: the base "
             f"would rise by {rise:.3f} m. Record with MS-HAB's own Fetch, or write labels/pos"
         )
@@ -248,7 +244,7 @@ def relative_speed(actions: np.ndarray, pos: np.ndarray) -> float:
     if len(actions) == 1:
         return np.nan
     commanded = actions[:-1, BASE_FORWARD] / CONTROL_HZ  # [T - 1] metres
-    # The base needs some steps to reach its speed: use steps that end SETTLED in one direction.
+    # The base needs some steps to reach its speed: use steps whose last SETTLED commands agree.
     forth, back = commanded > 0.2 / CONTROL_HZ, commanded < -0.2 / CONTROL_HZ
     steps = [np.convolve(each, np.ones(SETTLED))[: len(each)] for each in (forth, back)]
     steady = np.maximum(*steps) == SETTLED

@@ -55,7 +55,7 @@ LLM_HF = {
     r"lm_head\.weight": "",  # tied: equal to the embedding, stored twice
 }
 LLM_HF_UNTIED = LLM_HF | {r"lm_head\.weight": "head.weight"}  # Llama 2
-# A whole VLM's names -> part/name: the LLM's names are then the hub model's, the towers' timm's.
+# A whole VLM's names -> part/name. The LLM's names are then transformers', the encoders' timm's.
 PRISMATIC = {
     r"projector/projector\.(.*)": r"projector/\1",
     r"llm_backbone/llm\.(.*)": r"llm/\1",

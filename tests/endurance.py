@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from processes import start as launch
+from processes import wait_for
 from safetensors.torch import load_file
 from tiny_run import command, fingerprint, flags, lines
 
@@ -47,14 +48,6 @@ def start(data: Path, out: Path, processes: int, restarts: int = 0, **settings) 
 def finish(process: subprocess.Popen, out: Path) -> None:
     got = process.wait(timeout=900)
     assert got == 0, f"{out}: ended with {got}; its output is in {out}.txt"
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds=300) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, f"{process.args}: ended early"
-        assert time.monotonic() < deadline, f"{process.args}: nothing happened in {seconds} s"
-        time.sleep(0.02)
 
 
 def processes_of(out: Path, what: str = "train.py") -> list[int]:
@@ -293,7 +286,7 @@ def write_large_index(folder: Path, episodes: int, length: int) -> None:
     np.lib.format.open_memmap(path, "w+", RECORD, (episodes * length,))
     np.savez(folder / "summary.npz", survey=np.zeros(episodes, SURVEY))
     about = {"instructions": [""], "action_schema": None, "qpos_names": None, "truncate": True}
-    files = {file: {"size": 0, "time": 0, "sha256": "", "packed": ""}}
+    files = {file: {"sha256": "", "packed": ""}}
     content = {"format": FORMAT, "files": files, "summary": "", "episodes": entries}
     write_json(folder / "pack.json", content | about)
 

@@ -28,10 +28,10 @@ def replay(env: SubtaskEnv, seed: int, actions: np.ndarray) -> tuple[list[int], 
     env.mshab.last_reset_kwargs = {"seed": seed}  # the options are tensors, which are no json
     rest = np.zeros((REST, actions.shape[1]), np.float32)
     rest[:, 7] = actions[-1, 7]  # the gripper's action is a position
-    positions, success = [env.pos.tolist()], []
+    positions, success = [env.positions[0].tolist()], []
     for action in [*actions, *rest]:
         success.append(env.step(action)[1]["success"])
-        positions.append(env.pos.tolist())
+        positions.append(env.positions[0].tolist())
     return np.flatnonzero(success[: len(actions)]).tolist(), positions
 
 

@@ -3,8 +3,11 @@
 import multiprocessing
 import os
 import runpy
+import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -34,6 +37,21 @@ def finish(process: subprocess.Popen, code: int = 0, seconds: float = 600) -> st
 
 def run(*command, code: int = 0, **options) -> str:
     return finish(start(*command, **options), code)
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen, seconds=600) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"{process.args}: ended early: {process.communicate()}"
+        assert time.monotonic() < deadline, f"{process.args}: nothing happened in {seconds} s"
+        time.sleep(0.02)
+
+
+def smaller(line: str, flags: dict[str, str]) -> list[str]:
+    """A printed command for two processes, with further flags of each program that it names."""
+    program, *words = shlex.split(line.replace("=8", "=2"))
+    launcher = ["-m", "torch.distributed.run"] if program == "torchrun" else []
+    return [*launcher, *words, *(flag for word in words for flag in flags.get(word, "").split())]
 
 
 def workers_of(process: subprocess.Popen) -> list[int]:

@@ -155,7 +155,7 @@ def test_who_succeeds_early_keeps_the_record_while_the_others_go_on(simulator):
     assert all(e["success_once"] and e["success_at_end"] is None for e in together)
 
 
-def test_an_episode_goes_on_after_its_success_unless_told_to_stop():
+def test_an_episode_goes_on_after_its_success_to_the_horizon_and_not_beyond():
     outcome, action = Outcome(horizon=3, stop_at_success=False), np.zeros(13)
     for success in (True, False, False, True):  # the last one is beyond the horizon
         outcome.add(action, success)

@@ -1,21 +1,19 @@
-"""The card's lines, with no folder named: demonstrations, pack, stages 1 to 3, evaluation."""
+"""The README's commands, with no folder named: pack, stages 1 to 3, evaluation."""
 
 import json
-import os
-import subprocess
-import sys
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from processes import REPOSITORY, run, smaller
 from torch.distributed.run import get_args_parser
 
+from collect import CollectConfig
 from config import InputError, TrainConfig
 from training.flags import parse
 
-ROOT = Path(__file__).parents[1]
 LINES = """
-python collect.py --task set_table --subtask close --target kitchen_counter --episodes 3
 python data.py pack
 torchrun --nproc_per_node=8 train.py --stage 1
 torchrun --nproc_per_node=8 train.py --stage 2
@@ -28,21 +26,14 @@ SMALLER = {
 }
 
 
-def run(line: str, folder: Path) -> str:
-    program, *words = line.replace("=8", "=2").split()
-    module = ["-m", "torch.distributed.run"] if program == "torchrun" else []
-    smaller = [flag for name in words for flag in SMALLER.get(name, "").split()]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *module, *words, *smaller]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-    return done.stdout
-
-
-def test_the_cards_lines_lead_from_nothing_to_the_table(assets, tmp_path):
-    for path in ROOT.glob("*.py"):
+def test_the_readmes_commands_lead_from_demonstrations_to_the_table(recorded, tmp_path):
+    assert CollectConfig("set_table", "close", "fridge").out == Path("data")
+    shutil.copytree(recorded, tmp_path / "data")
+    for path in REPOSITORY.glob("*.py"):
         (tmp_path / path.name).symlink_to(path)
-    printed = "".join(run(line, tmp_path) for line in LINES.strip().splitlines())
+    printed = ""
+    for line in LINES.strip().splitlines():
+        printed += run(*smaller(line, SMALLER), cwd=tmp_path, OMP_NUM_THREADS="1")
     assert "initialised from runs/auxvla-all/stage1/step-00000002" in printed
     assert "initialised from runs/auxvla-all/stage2/step-00000002" in printed
     stage3 = json.loads((tmp_path / "runs/auxvla-all/stage3/config.json").read_text())
@@ -83,8 +74,7 @@ def test_the_help_of_train_py_loads_no_module_that_help_does_not_need():
     """FSDP, DTensor, transformers and matplotlib take a second each, the simulator several."""
     code = "import sys, train, contextlib\nwith contextlib.suppress(SystemExit):\n"
     code += "    train.parse(['--help'])\nprint(*sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    loaded = set(out.stdout.splitlines()[-1].split())
+    loaded = set(run("-c", code).splitlines()[-1].split())
     assert "train" in loaded
     heavy = {"transformers", "matplotlib", "mani_skill", "sapien"}
     assert not loaded & (heavy | {"torch.distributed.fsdp", "torch.distributed.tensor"})

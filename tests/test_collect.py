@@ -12,12 +12,13 @@ import h5py
 import numpy as np
 import pytest
 from files import datasets
-from processes import finish, run, start
+from processes import finish, start, wait_for
 
 from collect import CollectConfig, main
 from config import InputError
 from storage.files import read_json
 from storage.recording import Recording, encode
+from tools.replay import main as replay
 
 TARGET = ("set_table", "close", "kitchen_counter")
 FILE = Path("set_table/close/kitchen_counter.h5")
@@ -85,9 +86,7 @@ def test_labels_cover_every_frame_and_actions_succeed_again(recorded, recorded_b
 def test_a_killed_run_of_two_workers_goes_on_to_what_one_worker_records(recorded, tmp_path):
     parts = (tmp_path / FILE).with_suffix(".parts")
     process = collect(tmp_path, workers=2)
-    while not list(parts.glob("*.part")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    wait_for(lambda: list(parts.glob("*.part")), process)
     process.kill()
     _, stderr = process.communicate(timeout=60)  # ends with the last worker, which holds the pipe
     assert "Traceback" not in stderr
@@ -105,7 +104,7 @@ def test_a_killed_run_of_two_workers_goes_on_to_what_one_worker_records(recorded
 
 
 def test_a_correction_begins_where_a_policy_stood_and_ends_at_the_experts_success(
-    recorded, tmp_path
+    recorded, tmp_path, capsys
 ):
     main(CollectConfig(*TARGET, tmp_path, 1, after=ROOT / "weights/stage2"))
     entries = [read_json((data / FILE).with_suffix(".json")) for data in (tmp_path, recorded)]
@@ -118,17 +117,19 @@ def test_a_correction_begins_where_a_policy_stood_and_ends_at_the_experts_succes
         assert success.nonzero()[0].tolist() == [len(success) - 1]
         starts = [each["traj_0/labels/pos"][0] for each in (file, other)]
         assert np.linalg.norm(starts[0] - starts[1]) > 0.02
-    assert "0 of 0 recorded" in run("-m", "tools.replay", "--data", tmp_path)
+    replay(tmp_path)
+    assert "0 of 0 recorded" in capsys.readouterr().out
 
 
-def test_what_was_recorded_succeeds_again_where_its_plans_are_named(recorded, tmp_path):
+def test_what_was_recorded_succeeds_again_where_its_plans_are_named(recorded, tmp_path, capsys):
     folder = shutil.copytree(recorded, tmp_path / "my data")
-    command = ("-m", "tools.replay", "--data", folder, "--episodes", 1)
+    replay(folder, episodes=1)
     expected = "success, here: success; joints differ by up to 0\n1 of 1 recorded successes"
-    assert expected in run(*command)
+    assert expected in capsys.readouterr().out
     sidecar = (folder / FILE).with_suffix(".json")
     sidecar.write_text(sidecar.read_text().replace("subtask_uid", "uid"))
-    assert "subtask_uid is None, expected" in run(*command, code=1)
+    with pytest.raises(InputError, match="subtask_uid is None, expected"):
+        replay(folder, episodes=1)
 
 
 def test_a_file_stays_as_it_is_if_nothing_is_missing_or_nothing_fits(

@@ -31,7 +31,7 @@ from storage.files import read_json, write_json
 from storage.h5 import Demonstrations, open_h5
 from storage.pack import Pack, open_data, pack, verify
 from storage.tokenizer import build_tokenizer, tokenize
-from storage.trajectory import DataError, read_rows
+from storage.trajectory import read_rows
 from training.order import StepOrder
 
 CFG = model_config("tiny")
@@ -155,6 +155,9 @@ def test_a_tokenizer_of_another_model_is_refused_naming_its_tokens(
         assert build_tokenizer(cfg).get_vocab_size() == own + len(added)
     else:
         with pytest.raises(InputError, match=re.escape(named)):
+            build_tokenizer(cfg)
+        (tmp_path / "tokenizer.json").write_text("{")
+        with pytest.raises(InputError, match=r"tokenizer.json: damaged"):
             build_tokenizer(cfg)
 
 
@@ -280,20 +283,20 @@ def test_damaged_files_are_named_with_the_command_that_packs_them_again(demos, p
     flip(path)
     (packed / "summary.npz").unlink()
     again = f"Pack again: mv '{path}' '{path}.damaged' && python data"
-    with pytest.raises(DataError, match=f"npz: missing or damaged, sha256 differs. {again}"):
+    with pytest.raises(InputError, match=f"npz: missing or damaged, sha256 differs. {again}"):
         verify(str(packed))
     os.truncate(path, path.stat().st_size - 1)
     again += ".py pack --data DATA --out"
-    with pytest.raises(DataError, match=rf"counter.npy: cannot be read \(.*\). {again} '{packed}'"):
+    with pytest.raises(InputError, match=rf"counter.npy: cannot be read .*\. {again} '{packed}'"):
         open_data(packed)
     path.unlink()
     pack(str(demos), str(packed))
     verify(str(packed))
     index = packed / "pack.json"
     write_json(index, read_json(index) | {"format": "another"})
-    with pytest.raises(DataError, match=r"other records than this code reads. Pack again: mv"):
+    with pytest.raises(InputError, match=r"other records than this code reads. Pack again: mv"):
         open_data(packed)
-    with pytest.raises(DataError, match=r"json: not there. Pack again: python"):
+    with pytest.raises(InputError, match=r"json: not there. Pack again: python"):
         verify(str(packed.parent))
 
 
@@ -428,6 +431,10 @@ BAD = [
     (SEG, lambda _: None, r"is not there, expected bool"),
     (SEG, lambda x: x[..., None], r"is bool \[10, 128, 128, 1\], expected"),
     (SEG, lambda x: x.astype(np.float64), "is float64"),
+    ("success", lambda _: ["no"] * 9, r"is object \[9\], expected number"),
+    ("success", lambda _: h5py.Empty("f"), r"is float32 \[\], expected number"),
+    ("actions", lambda x: put(x, (3, 2), np.inf), r"\[2\] is inf, expected a finite number"),
+    (GRASP, lambda x: put(x.astype(np.float32), 2, 2), "is 2.0, expected 0 to 1"),
 ]
 
 
@@ -444,7 +451,7 @@ def test_bad_demonstrations_are_refused_naming_file_trajectory_and_cause(
             group[key] = new
     source = Demonstrations(tmp_path)
     for read in (source.read_episode, lambda episode: source.survey([episode])):
-        with pytest.raises(DataError, match=rf"counter.h5, traj_1.*: {key}.*{message}"):
+        with pytest.raises(InputError, match=rf"counter.h5, traj_1.*: {key}.*{message}"):
             read(1)
     assert len(source.read_episode(0)) == 12  # the others are still good
 
@@ -454,7 +461,7 @@ def test_an_h5_that_may_be_intact_is_refused_with_the_command_that_helps(tmp_pat
 
     def refused(mend):
         message = rf"fridge.h5: cannot be read \(.*\). The file may be intact: {mend}"
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(InputError, match=message):
             Demonstrations(tmp_path)
 
     with open(path) as writer:
@@ -482,13 +489,15 @@ def test_files_that_are_missing_cut_off_or_contradict_each_other_are_refused(tmp
         with pytest.raises(InputError, match=message):
             Demonstrations(tmp_path)
 
-    refused("collect.py")
+    refused(r"no .h5 demonstrations below it\. Record some: python collect.py")
     for name, schema in (("fridge", ["a"]), ("kitchen_counter", ["b"])):
         path = write_demos(tmp_path / f"set_table/close/{name}", (9,), action_schema=schema)
     sidecar = path.with_suffix(".json")
     refused(r"kitchen_counter.h5: its action_schema \['b'\] differs")
-    sidecar.write_text(sidecar.read_text()[:-5])
-    refused(r"kitchen_counter.json: got .*expected .* MS-HAB's")
+    whole, named = sidecar.read_text(), '{"episodes": [], "qpos_names": "a"}'
+    for text in (whole[:-5], "[]", '{"episodes": ["a"]}', named):
+        sidecar.write_text(text)
+        refused(r"kitchen_counter.json: got .*expected a JSON object with MS-HAB's")
     for change, message in INVALID:
         write_demos(path.with_suffix(""), lengths=(9, 9), entries={1: change})
         refused(f"kitchen_counter.json.*{message}")
@@ -496,7 +505,7 @@ def test_files_that_are_missing_cut_off_or_contradict_each_other_are_refused(tmp
     refused(r"no kitchen_counter.json beside it")
     write_demos(path.with_suffix(""))
     os.truncate(path, path.stat().st_size // 2)
-    refused(r"kitchen_counter.h5: cannot be read")
+    refused(r"kitchen_counter.h5: cannot be read .*Download or record it again")
 
 
 def test_an_episode_of_no_steps_and_trajectories_not_in_the_json_are_skipped_with_a_note(tmp_path):

@@ -41,7 +41,7 @@ TURNED_LOSS = 1 + 4 + 1 - math.sqrt(0.5)  # the last two terms: 1 - |q_hat . q|
         (grasp_loss, T([-2.0]), T([0.0]), SURE),
         (obj_loss, T([[1.0, 2, 3, *FORWARD]]), T([[0, 0, 3, *TURNED]]), TURNED_LOSS),
         (obj_loss, T([[1.0, 2, 3, *FORWARD]]), T([[0, 0, 3, *(-x for x in TURNED)]]), TURNED_LOSS),
-        (seg_loss, torch.zeros(1, 2, 128, 128), torch.zeros(1, 2, 128, 128), math.log(2)),
+        (seg_loss, torch.full((1, 2, 128, 128), 2.0), torch.ones(1, 2, 128, 128), SURE),
     ],
 )
 def test_losses_are_those_of_eqs_2_and_3(loss, pred, target, expected):
@@ -55,15 +55,12 @@ def test_object_pose_decoder_gives_a_unit_quaternion():
     torch.testing.assert_close(norms, torch.ones(5))
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", ["pos", "grasp", "obj"])  # test_train.py: qpos, seg
 def test_descending_its_loss_brings_a_decoder_to_its_label(name):
     torch.manual_seed(0)
     decoder, loss_fn = DECODERS[name][0](model_config("tiny")), DECODERS[name][1]
     latents = torch.randn(2, 8, 192)
     target = torch.rand_like(decoder(latents)).round().detach()
-    if name == "seg":
-        target[0], target[0, :, 32:96] = 0, 1
-        target[1] = 1 - target[0]
     if name == "obj":
         target = torch.tensor([[0.3, -0.2, 0.5, 1, 0, 0, 0], [0.1, 0.2, 0.3, 0, 1, 0, 0]])
     optimizer = torch.optim.Adam(decoder.parameters(), lr=3e-3)
@@ -75,7 +72,7 @@ def test_descending_its_loss_brings_a_decoder_to_its_label(name):
         optimizer.step()
     pred = decoder(latents)
     assert loss.item() < 0.5 * first
-    if name in ("grasp", "seg"):  # the label itself, not its opposite
+    if name == "grasp":  # the label itself, not its opposite
         assert ((pred > 0) == (target > 0.5)).float().mean() > 0.6
     else:
         assert (pred - target)[:, :2].abs().mean() < 0.15

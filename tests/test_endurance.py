@@ -4,7 +4,6 @@ In full counts: ENDURE=results/endure.json python -m pytest -m slow tests/test_e
 """
 
 import os
-import re
 import shutil
 import signal
 import socket
@@ -19,8 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from processes import REPOSITORY as ROOT
-from processes import finish, run, start
+from processes import run, start
 from tiny_run import fingerprint, flags, lines, run_command, train, weights
 
 from config import InputError
@@ -48,15 +46,6 @@ def test_one_of_four_ranks_dies_all_are_started_again_and_the_bytes_are_the_same
 
 def test_a_signal_to_torchrun_saves_the_step_that_was_taken(data, tmp_path):
     assert endurance.sigterm(data, tmp_path, 1)["slowest exit (s)"] < 20
-
-
-def test_a_single_process_saves_its_step_at_a_signal_and_ends_with_75(data, tmp_path):
-    out = tmp_path / "out"
-    process = start("train.py", *flags(data, out, steps=10_000))
-    endurance.wait_for(lambda: lines(out), process)
-    process.terminate()
-    printed, last = finish(process, code=75), lines(out)[-1]["step"]
-    assert f"after step {last}" in printed and checkpoint.newest(out).name == f"step-{last:08d}"
 
 
 WRITE = """
@@ -94,20 +83,6 @@ def test_one_changed_byte_of_a_pack_or_a_checkpoint_is_reported_with_the_file(da
     checkpoint.write(tmp_path, 1, tensors, tensors, {"stage": 1}, '{"a": 1}', keep=1)
     saved = checkpoint.newest(tmp_path)
     assert endurance.flips(saved, lambda: checkpoint.read_manifest(saved), 200) == 200
-
-
-SOURCES = [p for p in ROOT.rglob("*.py") if p.parts[len(ROOT.parts)] not in ("tests", ".venv")]
-
-
-def test_no_pickle_is_loaded_but_by_torch_with_weights_only():
-    for path in SOURCES:
-        text = path.read_text()
-        assert not re.search(r"pickle\.loads?\(|allow_pickle=True|weights_only=False", text), path
-        for call in re.findall(r"torch\.load\((?:[^()]|\([^()]*\))*\)", text):
-            assert "weights_only=True" in call, path
-    # Prismatic's file, MS-HAB's own start poses, its released policies.
-    loads = [path.name for path in SOURCES if "torch.load(" in path.read_text()]
-    assert sorted(loads) == ["env.py", "pretrained.py", "rl_expert.py"]
 
 
 # --- Numbers that go bad ---
@@ -161,7 +136,7 @@ def test_tensorboard_gets_the_numbers_and_a_skipped_step_does_not_end_it(data, t
 def test_the_index_of_eight_million_frames_opens_small_and_at_once(tmp_path):
     figures = endurance.open_large_index(tmp_path / "index")
     assert figures["frames"] > 7_800_000 and figures["MB"] < 200
-    assert figures["seconds"] < 20  # under 1 on a quiet machine, see README
+    assert figures["seconds"] < 20  # under 1 on a quiet machine, see docs/running.md
 
 
 def make_store():

@@ -6,7 +6,6 @@ still after their success, without masks, base position or names, with actions b
 apartment in a folder of its own beside the generated one; a few steps of training.
 """
 
-import shlex
 import shutil
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from files import datasets
 from hub_server import Hub
 from originals import STEP, prismatic_components, save_prismatic
 from processes import REPOSITORY as ROOT
-from processes import run
+from processes import run, smaller
 from test_pretrained import CFG, PRISM
 
 from config import HORIZON
@@ -40,14 +39,7 @@ def printed() -> list[list[str]]:
     lines = SECTION.split("```")[1].strip().splitlines()
     assert lines[0] == "export MS_ASSET_DIR=$PWD/replica_cad" and "download_asset" in lines[1]
     assert len(lines) == 6
-    return [make_smaller(shlex.split(line)) for line in lines[2:]]
-
-
-def make_smaller(words: list[str]) -> list[str]:
-    launcher = ["-m", "torch.distributed.run"] if words[0] == "torchrun" else []
-    extra = [flags for program, flags in SMALLER.items() if program in words]
-    words = [word.replace("=8", "=2") for word in words[1:]]
-    return [*launcher, *words, *" ".join(extra).split()]
+    return [smaller(line, SMALLER) for line in lines[2:]]
 
 
 def release(path: Path) -> None:

@@ -1,6 +1,6 @@
 """The paper's own size, in fp32 on a CPU that does nothing else; `make test` leaves it out.
 
-    python -m pytest -rP tests/test_full_size.py  # -rP prints the figures of the README
+    python -m pytest -rP tests/test_full_size.py  # -rP prints the figures of docs/running.md
 
 Half an hour on two cores, 20 GB of memory, 6 GB of disk.
 """
@@ -11,9 +11,10 @@ import os
 import pytest
 import torch
 from originals import STEP, compare, released_components, save_prismatic
+from processes import REPOSITORY as ROOT
 from processes import finish, start
 from test_flow_head import compare_with_joint_pass
-from test_model import ROOT, compare_alone_and_together, compare_cached_decoding, make_padded
+from test_model import compare_alone_and_together, compare_cached_decoding, make_padded
 
 from config import LABELS, model_config
 from model import VLM, AuxVLA

@@ -7,7 +7,6 @@ from pathlib import Path
 import originals
 import pytest
 import torch
-from files import write_demos
 from hub_server import Hub
 from originals import DINO, QWEN, SIGLIP, STEP, compare, released_components, save_prismatic
 from safetensors.torch import load_file, save_file
@@ -301,12 +300,11 @@ def test_offline_and_without_a_cache_the_error_says_what_to_do(monkeypatch, tmp_
 # --- From the command line ---
 
 
-def test_a_checkpoint_records_source_and_sha256_of_the_public_weights(files, tmp_path):
-    write_demos(tmp_path / "data/set_table/close/kitchen_counter", lengths=(30, 8))
+def test_a_checkpoint_records_source_and_sha256_of_the_public_weights(data, files, tmp_path):
     source = files[0] / "prismatic"
     words = "--model.llm.kv-heads 2 --model.dino.depth 3 --model.dino.registers 4 "
     words += f"--model.siglip.depth 3 --pretrained {source}"
-    train(tmp_path / "data", tmp_path / "stage1", *words.split(), steps=1, lr=1e-9)
+    train(data, tmp_path / "stage1", *words.split(), steps=1, lr=1e-9)
     saved = checkpoint.newest(tmp_path / "stage1")
     manifest = checkpoint.read_manifest(saved)
     hashes = {f"{source}/{name}": sha256(source / name) for name in ("config.json", STEP)}

@@ -15,8 +15,8 @@ from config import LABELS, InputError
 from data import Frames, normalize_depth, read_cameras
 from storage.files import read_json, write_json
 from storage.h5 import Demonstrations, h5_files
-from storage.pack import open_data, pack, verify
-from storage.trajectory import CAMERA_POSE, GRIPPER_POSE, DataError, remarks
+from storage.pack import open_data, pack
+from storage.trajectory import CAMERA_POSE, GRIPPER_POSE, remarks
 
 DRAWER = "set_table/close/kitchen_counter"
 POS, SEG = LABELS.index("pos"), LABELS.index("seg")
@@ -120,10 +120,10 @@ def test_successes_and_targets_that_are_needed_and_missing_are_named(tmp_path):
     with h5py.File(write_demos(tmp_path / DRAWER), "r+") as file:
         del file["traj_1/success"]
     assert len(Demonstrations(tmp_path)) == 36
-    with pytest.raises(DataError, match=r"traj_1: success is not there, expected number \[9\]"):
+    with pytest.raises(InputError, match=r"traj_1: success is not there, expected number \[9\]"):
         Demonstrations(tmp_path, truncate=True)
     write_demos(tmp_path / "set_table/pick/all", lengths=(9,))
-    with pytest.raises(DataError, match=r"all.h5: no instruction in its .json, and pick/all"):
+    with pytest.raises(InputError, match=r"all.h5: no instruction in its .json, and pick/all"):
         Demonstrations(tmp_path)
 
 
@@ -151,9 +151,7 @@ def test_actions_beyond_the_controllers_bounds_are_clipped_and_counted(tmp_path,
     assert "grasp never changes" in lines
     pack(str(tmp_path / "data"), str(tmp_path / "pack"))
     assert lines.splitlines()[0] in capsys.readouterr().out
-    verify(str(tmp_path / "pack"))
     packed = open_data(tmp_path / "pack")
-    assert (packed.read(range(36))["actions"] == source.read(range(36))["actions"]).all()
     assert packed.survey([0, 2]).tobytes() == source.survey([0, 2]).tobytes()
 
 
@@ -175,7 +173,7 @@ def test_a_base_that_rises_a_little_is_remarked_and_by_two_centimetres_refused(r
         file["traj_0"][GRIPPER_POSE] = np.tile(np.float32([0, 0, 0, 1, 0, 0, 0]), (10, 1))
     source = Demonstrations(tmp_path)
     if rise == 0.03:
-        with pytest.raises(DataError, match=r"traj_0: base x, y cannot be derived"):
+        with pytest.raises(InputError, match=r"traj_0: base x, y cannot be derived"):
             source.survey([0])
     else:
         assert ("rises by up to 4.4 mm" in remarks_on(source)) == (rise > 0)

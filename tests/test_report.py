@@ -19,9 +19,9 @@ from data import normalize_depth
 from policy import Policy
 from simulation.env import SubtaskEnv
 from simulation.film import INSET, PREDICTED, TRUE, VIEW, Film, outline
-from storage.files import append, write_json
+from storage.files import append, read_json, write_json
 from storage.results import table
-from tools.report import write_report
+from tools.report import read_run, write_report
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PROBE = """<script>
@@ -162,6 +162,18 @@ def test_the_markdown_has_the_same_figures(run, page):
     assert page.count("does not beat the trivial predictor") == 1  # the grasp decoder
 
 
+def test_the_papers_rates_of_two_tasks_stand_side_by_side(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    results = read_json(run / "eval/results.json")
+    results["manifest"]["task"] = "tidy_house"
+    results["manifest"]["row"] = "auxvla-seg-obj"
+    (tmp_path / "run/eval-tidy").mkdir()
+    write_json(tmp_path / "run/eval-tidy/results.json", results)
+    papers = read_run(tmp_path / "run")["papers"]
+    assert papers["AuxVLA + all, set_table"]["pick_all"] == 0.13
+    assert papers["AuxVLA + seg + obj pos, tidy_house"]["pick_all"] == 0.33
+
+
 def test_a_report_of_an_evaluation_alone_is_refused_with_the_runs_command(tmp_path):
     (tmp_path / "eval").mkdir()
     with pytest.raises(InputError, match=f"python -m tools.report --run {tmp_path}"):
@@ -200,7 +212,7 @@ def test_a_film_shows_the_inputs_the_masks_and_the_numbers_of_a_step(assets, tmp
         expected = 0.4 * rgb[tinted] + 0.6 * np.array(PREDICTED)
         assert abs(shown[tinted] - expected).max(initial=0) <= 1
 
-    true = {"grasp": obs["extra"]["is_grasped"], "pos": env.pos}
+    true = {"grasp": obs["extra"]["is_grasped"], "pos": env.positions[0]}
     true["obj"] = obs["extra"]["obj_pose_wrt_base"][0, :3]
     lines = [text for text, _ in film.lines(0, film.true(obs), policy.predictions)]
     assert lines[:2] == [env.instruction, "step 0"]

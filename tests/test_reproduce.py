@@ -4,14 +4,13 @@ import os
 import re
 import shutil
 import signal
-import time
 from math import copysign
 from pathlib import Path
 
 import numpy as np
 import pytest
 from processes import REPOSITORY as ROOT
-from processes import run, start
+from processes import run, start, wait_for
 
 from config import InputError
 from paper import ROWS
@@ -199,9 +198,7 @@ def test_a_stopped_run_goes_on_and_repeats_nothing(assets, tmp_path):
     flags += f" --demonstrations 2 --steps-per-epoch 1 --out {tmp_path}/out --work {tmp_path}/work"
     command = ["-m", "tools.reproduce", *flags.split(), "--train=--lr 5e-4"]
     first = start(*command)
-    while not (tmp_path / "out/auxvla-all/seed-0/stage1/validation.json").exists():
-        assert first.poll() is None
-        time.sleep(0.1)
+    wait_for((tmp_path / "out/auxvla-all/seed-0/stage1/validation.json").exists, first)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     run(*command)

@@ -6,12 +6,11 @@ import re
 import signal
 import socket
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import start
+from processes import start, wait_for
 from tiny_run import observation, train_tiny
 
 from config import InputError
@@ -83,6 +82,9 @@ def test_an_unusable_observation_is_refused_and_the_episode_goes_on(stage):
     }
     bad = {message: {"sensor_data": {"fetch_head": sent}} for message, sent in bad.items()}
     episode = Episode(AuxVLAServer(ServeConfig(stage, device="cpu")))
+    del (bare := wire(3))["sensor_data"]
+    with pytest.raises(InputError, match=re.escape("rgb: got object (), expected uint8")):
+        episode.see(bare)
     for message, change in bad.items():
         with pytest.raises(InputError, match=re.escape(message)):
             episode.see(wire(3) | change)
@@ -117,9 +119,7 @@ def test_vla_evals_client_drives_episode_by_episode_and_ctrl_c_ends_the_server(s
     flags = ("--checkpoint", stage, "--port", port, "--device", "cpu")
     process = start("-m", "tools.serve", *flags, PYTHONPATH=os.pathsep.join(sys.path))
     try:
-        while socket.socket().connect_ex(("127.0.0.1", port)) and process.poll() is None:
-            time.sleep(0.1)
-        assert process.poll() is None, process.communicate()
+        wait_for(lambda: not socket.socket().connect_ex(("127.0.0.1", port)), process)
         about, episodes = asyncio.run(drive())
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)

@@ -43,7 +43,7 @@ def test_every_held_out_figure_beats_the_best_constant_and_stands_on_the_page():
         assert (metric["ours"] > metric["trivial"]) == metric["higher_is_better"]
 
 
-def test_they_close_the_drawer(assets, tmp_path):
+def test_the_policy_in_weights_closes_the_drawer(assets, tmp_path):
     flags = "--columns close_drawer --episodes 3 --stop-at-success --workers 2 --device cpu"
     run("eval.py", "--checkpoint", STAGE, *flags.split(), "--out", tmp_path)
     assert sum(each["success_once"] for each in read_lines(tmp_path / "episodes.jsonl")) >= 2

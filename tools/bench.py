@@ -232,6 +232,7 @@ def act(
     given = Policy.from_checkpoint(checkpoint, place.type) if checkpoint else None
     port, ours = build_pair(given.model.cfg if given else model_config(preset))
     policy = replace(given or random_policy(ours, place), predict=False)
+    policy.model.flow_head = None  # a flow head would act from its queue
     naive = naive_policy(port, policy)
     without_draft, figures, more = replace(policy, graphs=Graphs()), {}, {}
     runs = {

@@ -11,8 +11,8 @@ A claim (a line of claims.csv) is a difference of two rows' success rates. Its v
                   rates in the columns that were run do not have the sign of its claim
     not run       a row or all columns of the claim are missing, or both rows are the same here
 
-An interval is the wider of two: over episodes (Wilson; of a difference: Newcombe) and over the
-rates of the training seeds (Student's t). The first does not show how much trainings differ.
+An interval covers two: one over episodes (Wilson; of a difference: Newcombe), one over the rates of
+the training seeds (Student's t). The first does not show how much trainings differ.
 """
 
 import csv

@@ -49,7 +49,7 @@ print('an environment was reset')"""
 SECONDS = 60.0  # for the predictions on held-out frames
 HELD_OUT = 256  # held-out frames, and held-out episodes, at most
 EQUAL = 1e-5  # logits that differ by less, relative to the largest, differ by rounding only
-CLIPPED = 0.1  # of a dimension's actions may lie outside; percentiles leave out 0.02 in training
+CLIPPED = 0.1  # allowed share of a dimension's clipped actions; percentiles clip 0.02 in training
 Program = Literal["all", "train", "eval", "collect"]
 
 
@@ -92,7 +92,7 @@ def check_gpu(device: str | None = None) -> str:
     smi = subprocess.getoutput(query) if shutil.which("nvidia-smi") else ""
     if torch.cuda.is_available():
         return f"torch {torch.__version__} uses {torch.cuda.device_count()} GPUs: {smi}"
-    if not smi and device != "cuda":
+    if device == "cpu" or (device is None and not smi):
         return "none; everything runs on the CPU"
     raise InputError(
         f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU; nvidia-smi: "
@@ -157,7 +157,8 @@ def check_renderer() -> str:
 
 def check_data(folder: str) -> str:
     """Open a pack or MS-HAB's files; read all labels, and the last frame of each file."""
-    data = open_data(folder, None if (Path(folder) / "pack.json").is_file() else True)
+    packed = any((Path(folder) / name).is_file() for name in ("pack.json", "pack/pack.json"))
+    data = open_data(folder, None if packed else True)
     last = {episode.file: row for row, episode in enumerate(data.episodes)}
     data.survey(np.arange(len(data.episodes)))
     data.read(data.starts[np.array([*last.values()]) + 1] - 1)
@@ -192,6 +193,8 @@ def check_policy(path: str, data: str | None = None, device: str | None = None) 
     share, *only = [manifest["config"].get(key, value) for key, value in defaults.items()]
     source = open_data(data, manifest.get("data", {}).get("truncated_at_success"))
     frames = Frames(source, share, False, cfg.history, *only)
+    if not len(frames):
+        raise InputError(f"{data}: one episode in each file, none is held out: record more of them")
     texts = [*source.instructions, *manifest["instructions"]]
     prompts = [each.to(policy.device) for each in tokenize(texts, policy.tokenizer, cfg.llm)]
 

@@ -17,11 +17,11 @@ from config import SUBTASKS, TASKS, Count, InputError
 from simulation.env import SubtaskEnv
 from storage.h5 import h5_files, load_sidecar
 from storage.terminal import cli, user_errors
-from storage.trajectory import KEYS, DataError, Trajectory, clip
+from storage.trajectory import KEYS, Trajectory, clip
 
 
 def replay(path: Path, episodes: int) -> list[bool]:
-    """Replay and print each demonstration; return the successes of those that were successful."""
+    """Replay and print each demonstration; return whether each recorded success succeeds here."""
     entries = [each for each in load_sidecar(path)["episodes"] if not each.get("driven")]
     if not entries:
         print(f"{path}: not replayed, it has only corrections (collect.py --after)")
@@ -30,14 +30,14 @@ def replay(path: Path, episodes: int) -> list[bool]:
     uid = str(entries[0].get("subtask_uid"))
     task, subtask, split, *_ = (*uid.split("-"), "", "")
     if task not in TASKS or subtask not in SUBTASKS:
-        raise DataError(f"{path}: subtask_uid is {uid}, expected MS-HAB's TASK-SUBTASK-SPLIT-...")
+        raise InputError(f"{path}: subtask_uid is {uid}, expected MS-HAB's TASK-SUBTASK-SPLIT-...")
     env = SubtaskEnv(task, subtask, path.stem, split, obs_mode="state_dict")
     plans = {plan.subtasks[0].uid: i for i, plan in enumerate(env._plans)}
     with h5py.File(path) as file:
         for entry in entries:
             uid, group = entry["subtask_uid"], file[f"traj_{entry['episode_id']}"]
             if uid not in plans:
-                raise DataError(f"{path}: MS_ASSET_DIR has no subtask {uid}: another apartment")
+                raise InputError(f"{path}: MS_ASSET_DIR has no subtask {uid}: another apartment")
             seed, spawn = (
                 int(np.ravel(entry[k])[0]) for k in ("episode_seed", "spawn_selection_idx")
             )

@@ -2,9 +2,9 @@
 
     python -m tools.report --run RUN     # RUN/report.md: the tables; RUN/report.html: all of it
 
-It reads RUN/eval*/results.json (one folder per policy), RUN/stage*/log.jsonl and
-validation.json, and RUN/table-N.json of tools/reproduce.py; absent parts are "not run". report.html
-(its template: report.html.j2) is one file with charts and films, without scripts.
+It reads results and films of RUN/eval*/ (one folder per policy), log.jsonl and validation.json of
+the folders in STAGES, and RUN/table-N.json of tools/reproduce.py; absent parts are "not run".
+report.html (its template: report.html.j2) is one file with charts and films, without scripts.
 """
 
 import base64
@@ -42,19 +42,19 @@ rcParams["svg.fonttype"] = "none"  # text stays text, in the browser's font
 def read_curves(run: Path) -> dict[str, list[tuple[str, str, tuple, tuple]]]:
     """Return {loss: [("stage1", "train", steps, values), ...]}, stages end to end."""
     curves, start = {}, 0
-    for log in (log for name in STAGES for log in run.glob(f"{name}/log.jsonl")):
-        lines = read_lines(log)
+    for stage in STAGES:
+        lines = read_lines(run / stage / "log.jsonl")
         for loss, (which, prefix) in product(LOSSES, (("train", ""), ("val", "val_"))):
             key = prefix + loss
             points = [(start + line["step"], line[key]) for line in lines if key in line]
             if points:
-                curves.setdefault(loss, []).append((log.parent.name, which, *zip(*points)))
+                curves.setdefault(loss, []).append((stage, which, *zip(*points)))
         start += max((line["step"] for line in lines), default=0)
     return curves
 
 
 def read_evaluations(run: Path) -> dict[str, dict]:
-    """Return {heading: results}: ours, random or expert, and the folder where one has two."""
+    """Return {heading: results}: ours or the policy's name; a second one has its folder added."""
     evaluations = {}
     for path in sorted(run.glob("eval*/results.json")):
         results = read_json(path)
@@ -87,13 +87,15 @@ def read_run(run: Path) -> dict:
     validation = [{"label": path.parent.name} | read_json(path) for path in files]
     tables = [read_json(path) for path in sorted(run.glob("table-*.json"))]
     columns = {heading: {} for heading in ("ours", "random", "expert")}
+    several = len({task for _, task in rows}) > 1
+    papers = {ROWS[n].label + f", {t}" * several: ROWS[n].paper.get(t, {}) for n, t in sorted(rows)}
     return {
         "title": run.resolve().name,
         "tables": tables,
         # A folder of tables alone is not a run: it has no sections that say "not run".
         "is_run": bool(not tables or evaluations or validation or curves),
         "columns": columns | {heading: each["columns"] for heading, each in evaluations.items()},
-        "papers": {ROWS[name].label: ROWS[name].paper.get(task, {}) for name, task in sorted(rows)},
+        "papers": papers,
         "validation": validation,
         "curves": curves,
         "films": read_films(run),
@@ -209,7 +211,7 @@ def write_report(run: Path) -> Path:
     found, file = read_run(run), run / "report.md"
     write(run / "report.html", make_html(found).encode())
     write(file, make_markdown(found).encode())
-    print(file.read_text().partition("## Manifests")[0])
+    print(file.read_text(encoding="utf-8").partition("## Manifests")[0])
     print(f"In full, with charts: {run / 'report.html'}")
     return file
 

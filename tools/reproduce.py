@@ -88,7 +88,7 @@ def trained_as(name: str, stage: int) -> str:
 
 def cell(name: str) -> str:
     """Return the row under whose name a row's results are kept."""
-    return name if name in BOUNDS else trained_as(name, ROWS[name].stages[-1])
+    return trained_as(name, ROWS[name].stages[-1])
 
 
 class Runner:
@@ -97,7 +97,7 @@ class Runner:
     def __init__(self, cfg: ReproduceConfig):
         self.cfg, (self.out, self.work) = cfg, cfg.folders
         self.locks = defaultdict(Lock)  # the first of two rows that share a stage trains it
-        one_core = {"OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        one_core = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         self.environment = os.environ | one_core | {"TOKENIZERS_PARALLELISM": "false"}
 
     def command(self, log: Path, program: str, **flags):
@@ -150,8 +150,8 @@ class Runner:
             )  # fmt: skip
             kept.mkdir(parents=True, exist_ok=True)
             for file in KEPT:
-                # OUT may have the logs of a training that WORK lacks: they belong to its episodes.
-                if not (kept / file).exists():
+                # OUT may have logs of a training that WORK lacks; OUT's episodes belong to those.
+                if (out / file).exists() and not (kept / file).exists():
                     shutil.copyfile(out / file, kept / file)
 
     def lacks(self, name: str, seed: int) -> list[str]:
@@ -176,7 +176,7 @@ class Runner:
 
 
 def check_recipe(cfg: ReproduceConfig, folder: Path):
-    """Raise InputError if OUT or WORK was made with other settings, or has nothing to show."""
+    """Write recipe.json where there is none; InputError for other settings or nothing to show."""
     ours = {n: getattr(cfg, n) for n in ("demonstrations", "steps_per_epoch", "train", "preset")}
     ours |= {"columns": list(cfg.evaluated), "tasks": list(cfg.suite)}
     path = folder / "recipe.json"

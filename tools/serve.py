@@ -55,7 +55,7 @@ def read_images(observation: dict) -> dict:
     for camera in (f"fetch_{name}" for name in CAMERAS):
         sensors[camera] = {}
         for name, kind, channels in (("rgb", np.uint8, 3), ("depth", np.int16, 1)):  # depth: mm
-            image = np.asarray((observation["sensor_data"].get(camera) or {}).get(name))
+            image = np.asarray((observation.get("sensor_data", {}).get(camera) or {}).get(name))
             shape = (IMAGE_SIZE, IMAGE_SIZE, channels)
             if image.dtype != kind or image.shape != shape:
                 got, expected = f"{image.dtype} {image.shape}", f"{np.dtype(kind)} {shape}"

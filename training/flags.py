@@ -16,7 +16,7 @@ def preset_of(row: Row, preset: str) -> str:
     if row.openvla:
         return "tiny-openvla" if preset.startswith("tiny") else "openvla"
     if preset.endswith("openvla"):
-        raise InputError(f"--row {row.label!r} is of the base VLM: drop --preset {preset}")
+        raise InputError(f"row {row.label!r} is of the base VLM: drop --preset {preset}")
     return preset
 
 
@@ -35,7 +35,7 @@ def check_row(cfg: TrainConfig, row: Row) -> None:
 
 
 def choose_folders(cfg: TrainConfig) -> TrainConfig:
-    """Fill in --out, runs/RUN/stageN, and --init-from, the stage before; InputError without it."""
+    """Fill in --out (runs/RUN/stageN) and --init-from (the stage before; InputError if missing)."""
     run = Path("runs", cfg.run_name or cfg.row or DEFAULT_ROW)
     out, init_from = Path(cfg.out or run / f"stage{cfg.stage}"), cfg.init_from
     stages = ROWS[cfg.row].stages if cfg.row else (1, 2, 3)

@@ -24,7 +24,7 @@ class Log:
     """Sums of losses and times on every rank; files and terminal on the main one."""
 
     def __init__(self, cfg: TrainConfig, step: int, num_steps: int, ranks: Ranks, limit: float):
-        self.limit = limit  # samples per second of a rank that only multiplies large matrices
+        self.limit = limit  # samples per second of a rank at its device's full speed
         self.cfg, self.num_steps, self.ranks, self.out = cfg, num_steps, ranks, Path(cfg.out)
         self.clear()
         if not ranks.is_main:

@@ -4,7 +4,7 @@
     sample_flop(cfg) / matmul_rate(device)          # seconds of a frame at full speed
 
 Plan and operations are counted in steps on tensors without content (torch's FakeTensorMode). The
-plan is the peak of such a step; a tenth of the GPU stays free for the allocator's share.
+plan is the peak of such a step; a tenth of the GPU stays free for fragmentation.
 """
 
 import os
@@ -25,9 +25,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import HISTORY, InputError, TrainConfig
-from data import batch_shapes
+from data import Frames, batch_shapes
 from model import AuxVLA
 from storage.trajectory import RECORD
+from training.order import loader_processes
 from training.ranks import autocast, halve_frozen
 
 USABLE = 0.9  # share of a device's memory that a plan may take
@@ -192,15 +193,18 @@ def describe_plan(cfg: TrainConfig, world: int, device: torch.device) -> str:
     raise InputError(f"{line}, but the {kind} has {total}: give {flags}")
 
 
-def check_shared_memory(cfg: TrainConfig) -> None:
-    """Raise InputError if the loader processes' batches, two each, do not fit."""
+def check_shared_memory(cfg: TrainConfig, frames: Frames) -> None:
+    """Raise InputError if /dev/shm is too small for the loader processes' batches, two each."""
+    if not (workers := loader_processes(frames, cfg.workers)):
+        return
     pictures = sum(RECORD[name].itemsize for name in ("rgb", "depth"))
     frame = RECORD.itemsize + (HISTORY * pictures if cfg.model.history == "frames" else 0)
-    free, need = shutil.disk_usage("/dev/shm").free, 2 * cfg.workers * cfg.batch_size * frame
-    if free < need:
+    ranks, here = (int(os.environ.get(n, 1)) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    free, need = shutil.disk_usage("/dev/shm").free, 2 * workers * cfg.batch_size * frame
+    if free < (need := need * here // ranks):
         size = f"{-(-need // 2**30)}g"
         raise InputError(
-            f"/dev/shm has {free / 1e9:.1f} GB free, {cfg.workers} loader processes need "
+            f"/dev/shm has {free / 1e9:.1f} GB free, {workers} loader processes need "
             f"{need / 1e9:.1f} GB: mount -o remount,size={size} /dev/shm (or docker run "
             f"--shm-size={size}), or give --workers 0"
         )

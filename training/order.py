@@ -31,8 +31,8 @@ class StepOrder:
     """The global batch of each step: a function of seed, stage and step, not of the world size.
 
     Each epoch permutes all frames and drops the incomplete last batch. Iterating gives the rank's
-    share of the batches `first`..`last` - 1. With `blocks`, the block of each frame [num_frames],
-    the frames of a block stay near each other.
+    share of the batches `first`..`last` - 1. `blocks` [num_frames] gives the block of each frame;
+    the frames of a block then stay near each other.
     """
 
     def __init__(
@@ -69,12 +69,15 @@ class StepOrder:
             yield self.batch(step)[self.rank :: self.world]
 
 
+def loader_processes(frames: Frames, workers: int) -> int:
+    """`workers`; one at most for .h5 files, whose blocks each process would inflate again."""
+    return workers if frames.blocks is None else min(workers, 1)
+
+
 def loader(frames: Frames, order: StepOrder, workers: int) -> DataLoader:
     """Raw batches in the given order."""
-    if frames.blocks is not None:
-        workers = min(workers, 1)  # further processes would inflate the same blocks again
-    # Each iterator draws from `generator`; a draw from the global state would shift the noise of a
-    # resumed run.
+    workers = loader_processes(frames, workers)
+    # An iterator draws a seed; with its own generator it leaves torch's global random state alone.
     return DataLoader(
         frames, sampler=order, batch_size=None, num_workers=workers, generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,

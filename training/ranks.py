@@ -55,12 +55,11 @@ class Ranks:
 
     def on_main(self, function: Callable[[], object]) -> object:
         """The result of `function` on rank 0. If it raises there, the other ranks exit quietly."""
-        result, failed = None, True
+        message = [None, True]  # result, failed
         try:
             if self.is_main:
-                result, failed = function(), False
+                message = [function(), False]
         finally:
-            message = [result, failed]
             if self.world > 1:
                 dist.broadcast_object_list(message, device=self.device)
         result, failed = message
@@ -105,7 +104,7 @@ def gather(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Sto
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device of a --device flag; None: a GPU if there is one. Raises InputError without it."""
+    """The device of --device; None: a GPU if there is one. InputError for cuda without a GPU."""
     usable = torch.cuda.is_available()
     if name == "cuda" and not usable:
         raise InputError(
@@ -120,9 +119,9 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def halve_frozen(model: AuxVLA, cfg: TrainConfig, device: torch.device) -> None:
-    """Stage 3 only reads the VLM: there it has bf16 weights, and needs no autocast.
+    """Stage 3 only reads the VLM: on a GPU it then has bf16 weights, and needs no autocast.
 
-    Not with --shard: FSDP2 expects weights of one kind.
+    Not with --shard: FSDP2 expects weights of one dtype.
     """
     if cfg.stage == 3 and device.type in BF16 and not cfg.shard:
         halve(model.vlm)
@@ -150,6 +149,8 @@ def join(device: str | None, timeout: float = JOIN_TIMEOUT) -> Ranks:
     own, backend = device_of(device), "gloo"
     if own.type == "cuda":
         own, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
+        if own.index >= (gpus := torch.cuda.device_count()):
+            raise InputError(f"torch finds {gpus} GPUs: give torchrun --nproc_per_node={gpus}")
         torch.cuda.set_device(own)  # before any allocation, or every rank allocates on GPU 0 too
     if "RANK" not in os.environ:
         return Ranks(0, 1, own)

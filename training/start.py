@@ -12,13 +12,14 @@ from data import ActionStats, Frames
 from model import AuxVLA
 from storage import checkpoint
 from storage.checkpoint import model_config_of, to_json
+from storage.files import code_commit
 from storage.h5 import label_command
 from storage.pretrained import load_pretrained
 from storage.tokenizer import build_tokenizer
 from training.ranks import Ranks
 
 # Fields of TrainConfig that may differ on resume. None changes an optimizer step, except that steps
-# and epochs shift the cool-down, and that device and compile round differently.
+# and epochs shift the cool-down; device, compile, shard and micro_batch change only its rounding.
 RESUME_MAY_CHANGE = {
     "data", "out", "run_name", "init_from", "resume", "steps", "epochs", "device", "workers",
     "val_every", "val_frames", "pretrained", "log_every", "save_every", "keep", "max_skipped",
@@ -77,8 +78,7 @@ def settle_config(cfg: TrainConfig, start: Start, frames: Frames, is_main: bool)
         init_from = stored["init_from"] if start.resumed else cfg.init_from
         cfg = replace(cfg, action_bounds=bounds, init_from=init_from)
     labelled = dict(zip(LABELS, frames.survey["labelled"].sum(0)))  # frames that have the label
-    lacking = [name for name in decoders if cfg.stage < 3 and not labelled[name]]
-    if lacking:
+    if lacking := [name for name in decoders if cfg.stage < 3 and not labelled[name]]:
         error = f"no training frame of {cfg.data} has a label for: {', '.join(lacking)}"
         mend = label_command(frames.source.episodes[frames.episode_ids[0]], cfg.data)
         if lacking == ["obj"]:
@@ -187,6 +187,7 @@ def describe_run(
         "instructions": frames.instructions,
         "trained": {"frames": len(frames), "episodes": len(frames.episode_ids)},
         "data": identity,
+        "git": code_commit(),
         "torch": torch.__version__,
         "pretrained": pretrained,
     }

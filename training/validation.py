@@ -1,7 +1,7 @@
-"""Losses and metrics on held-out frames, each metric beside the best constant predictor.
+"""Losses and metrics on held-out frames, each metric beside a constant predictor's.
 
-The constant is fitted to the held-out frames themselves (mean, majority), so only a model that uses
-the pictures can beat it. Metrics of labels that the data lack are left out.
+The constant is the held-out frames' own mean or majority, so a model that beats it clearly uses the
+pictures. Metrics of labels that the data lack are left out.
 """
 
 from collections import defaultdict
@@ -45,8 +45,7 @@ def validate(
                 labels[name] += counts[name].item()
             logits, predictions = model.teacher_forced(batch)
             chunk = model.act(batch, batch["noise"])[0] if cfg.stage == 3 else None
-        true = actions_to_bins(batch["actions"][:, 0])
-        keep = {"bins": logits.argmax(-1), "true_bins": true}
+        keep = {"bins": logits.argmax(-1), "true_bins": actions_to_bins(batch["actions"][:, 0])}
         if cfg.stage == 3:
             keep |= {"chunk": chunk, "true_chunk": batch["actions"], "mask": batch["action_mask"]}
         for name, value in predictions.items():
