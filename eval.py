@@ -106,7 +106,7 @@ def fill_defaults(cfg: EvalConfig) -> EvalConfig:
     if cfg.policy != "learned":
         out = cfg.out or run / f"eval-{cfg.policy}{chain}"
         return replace(cfg, out=out, row=cfg.row or DEFAULT_ROW)
-    folder = resolve(cfg.checkpoint or newest_stage(run))  # fixed, even if training goes on
+    folder = resolve(cfg.checkpoint or highest_stage(run))  # fixed, even if training goes on
     manifest = read_manifest(folder, verify=False, moments=False)  # the workers verify it
     row = cfg.row or manifest["config"].get("row") or DEFAULT_ROW
     cfg = replace(cfg, out=cfg.out or run / f"eval{chain}", checkpoint=folder, row=row)
@@ -122,7 +122,7 @@ def fill_defaults(cfg: EvalConfig) -> EvalConfig:
     return cfg if cfg.chain else replace(cfg, columns=cfg.columns or known or cfg.names)
 
 
-def newest_stage(run: Path) -> Path:
+def highest_stage(run: Path) -> Path:
     if stages := sorted(run.glob("stage[123]/last")):
         return stages[-1].parent
     raise InputError(

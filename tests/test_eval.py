@@ -157,7 +157,7 @@ def test_a_folder_has_one_writer_and_one_horizon(one_worker):
         main(cfg)
 
 
-def test_without_flags_the_newest_stage_of_the_run_acts(trained, tmp_path, monkeypatch):
+def test_without_flags_the_highest_stage_of_the_run_acts(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"no trained stage in runs.*train.py --stage 1"):
         fill_defaults(EvalConfig())

@@ -205,6 +205,7 @@ def test_a_stopped_run_goes_on_and_repeats_nothing(assets, tmp_path):
     rows = read_json(tmp_path / "out/table-2.json")["rows"]
     assert [row["cells"]["set_table/close_drawer"]["n"] for row in rows.values()] == [1, 1, 1]
     assert "base_position_error" in rows["auxvla-all"]["metrics"]
+    assert "with --lr 5e-4" in read_json(tmp_path / "out/table-2.json")["differs"][-1]
     assert read_json(tmp_path / "out/auxvla-all/seed-0/stage2/config.json")["lr"] == 5e-4
     before = {path: path.read_text() for path in (tmp_path / "work").rglob("log.txt")}
     run(*command)

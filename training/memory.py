@@ -200,11 +200,11 @@ def check_shared_memory(cfg: TrainConfig, frames: Frames) -> None:
     pictures = sum(RECORD[name].itemsize for name in ("rgb", "depth"))
     frame = RECORD.itemsize + (HISTORY * pictures if cfg.model.history == "frames" else 0)
     ranks, here = (int(os.environ.get(n, 1)) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    free, need = shutil.disk_usage("/dev/shm").free, 2 * workers * cfg.batch_size * frame
-    if free < (need := need * here // ranks):
+    need = 2 * workers * cfg.batch_size * here // ranks * frame
+    if (free := shutil.disk_usage("/dev/shm").free) < need:
         size = f"{-(-need // 2**30)}g"
         raise InputError(
-            f"/dev/shm has {free / 1e9:.1f} GB free, {workers} loader processes need "
+            f"/dev/shm has {free / 1e9:.1f} GB free, {workers} loader processes a rank need "
             f"{need / 1e9:.1f} GB: mount -o remount,size={size} /dev/shm (or docker run "
             f"--shm-size={size}), or give --workers 0"
         )
