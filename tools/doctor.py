@@ -109,13 +109,13 @@ def check_disk(out: str, program: str, preset: str) -> str:
         with torch.device("meta"):
             model = AuxVLA(model_config(preset), flow_head=True)
         copies = TrainConfig.keep + 1  # and the one being written
-        need = 12 * copies * sum(parameter.numel() for parameter in model.parameters())
+        need = 12 * copies * sum(each.numel() for each in model.parameters())
     path = Path(out).absolute()
     place = next(each for each in (path, *path.parents) if each.exists())
     free = shutil.disk_usage(place).free + sum(f.stat().st_size for f in path.glob("step-*/*"))
     found = f"{place}: {free / 1e9:.1f} GB free"
     if free < need:
-        raise InputError(f"{found}, expected {need / 1e9:.1f} GB. Give an --out on a larger disk")
+        raise InputError(f"{found}, expected {need / 1e9:.0f} GB ({preset}): --out on a larger disk")
     return found
 
 
