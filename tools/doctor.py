@@ -115,7 +115,7 @@ def check_disk(out: str, program: str, preset: str) -> str:
     free = shutil.disk_usage(place).free + sum(f.stat().st_size for f in path.glob("step-*/*"))
     found = f"{place}: {free / 1e9:.1f} GB free"
     if free < need:
-        raise InputError(f"{found}, expected {need / 1e9:.0f} GB ({preset}): --out on a larger disk")
+        raise InputError(f"{found}, expected {need / 1e9:.0f} GB, {preset}: --out on a larger disk")
     return found
 
 
