@@ -91,7 +91,7 @@ def test_a_command_parses_with_its_values(command, tmp_path, monkeypatch):
     named = program == "-m"  # the module, and the verb of a program that has several
     has_verb = program == "data.py" or rest[:1] in (["tools.bench"], ["storage.checkpoint"])
     shown = run_once(program, *rest[: named + has_verb], "--help")
-    for flag in (word for word in rest if word.startswith("--")):
+    for flag in (word.split("=")[0] for word in rest if word.startswith("--")):
         assert re.search(rf"{flag}\b", shown), f"{flag} is not a flag of {program}"
     for option in re.split(r"\n│ (?=--)", shown)[1:]:
         assert "(required)" not in option or option.split()[0] in rest, option

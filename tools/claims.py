@@ -218,13 +218,12 @@ def make_table(results: Path, number: int, names: Sequence[str], cell: Callable,
     rows |= {bound: make_row(results / bound, bound, {}) for bound in ("random", "expert")}
     columns = dict.fromkeys(key for row in rows.values() for key in row["cells"])
     holds = any(word in key for key in columns for word in ("pick", "place"))
-    tiny = TINY + (TINY_OPENVLA,) * (number == 1) if preset == "tiny" else ()
+    tiny = TINY + (TINY_OPENVLA,) * any(ROWS[n].openvla for n in names) if preset == "tiny" else ()
     return {
         "title": f"Table {number} in miniature",
-        "command": f"python -m tools.reproduce --table {number}",
         "task_columns": [key.split("/") for key in columns if key != "average"],
         "rows": rows,
-        "claims": [judge(claim, folders, preset) for claim in CLAIMS if claim.table == number],
+        "claims": [judge(c, folders, preset) for c in CLAIMS if {c.a, c.b} <= {*names}],
         "differs": [*tiny, *ALWAYS, *([] if holds else [UNHELD])],
     }
 

@@ -217,6 +217,7 @@ def main(cfg: ReproduceConfig):
         with sole_writer(work), sole_writer(out):
             run(cfg)
     table = make_table(out, cfg.table, cfg.names, cell, cfg.preset)
+    table["command"] = quoted("python", "-m", "tools.reproduce", *sys.argv[1:])
     table["differs"] += [f"instead, stages 1 and 2 with {cfg.train}"] * bool(cfg.train)
     path = out / f"table-{cfg.table}.json"
     if not (cfg.rows and path.exists()):  # some rows do not replace the whole table
