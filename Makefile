@@ -1,7 +1,7 @@
 # The whole method on generated apartments, in the real ManiSkill-HAB environments:
 #
 #   make demo    the workflow below, small: 20 minutes on two cores -> runs/demo/report.md
-#   make learn   one policy for six columns: 3.5 hours              -> runs/learn/report.md
+#   make learn   one policy for six columns: 3 hours                -> runs/learn/report.md
 #   make test    the fast tests
 #   make clean   remove both runs; assets, which may hold a download, stays
 #
@@ -55,17 +55,16 @@ DEMONSTRATIONS = close:kitchen_counter:70 open:kitchen_counter:4 close:fridge:4 
 	pick:all:4 place:all:4
 # Optimizer steps and learning rates of stages 1, 2, 3.
 STEPS1 = 100
-STEPS2 = 600
-STEPS3 = 900
-LR1 = 3e-4
-LR2 = 3e-4
+STEPS2 = 700
+STEPS3 = 700
+LR2 = 1e-3
 # Evaluation episodes: stage 2 on closing the drawer and on each other column, stage 3 (flow head),
 # random actions and the expert.
 TRIALS = 20
-TRIALS_OTHERS = 3
+TRIALS_OTHERS = 1
 TRIALS_FLOW = 6
 TRIALS_RANDOM = 20
-TRIALS_BOUNDS = 3
+TRIALS_BOUNDS = 1
 FLOW_COLUMNS = close_drawer
 else
 DEMONSTRATIONS = pick:024_bowl:220 pick:013_apple:180 place:all:140 open:fridge:140 \
@@ -78,7 +77,6 @@ CORRECTIONS = pick:024_bowl:90 pick:013_apple:50 place:all:30 open:fridge:30 \
 STEPS1 = 4000
 STEPS2 = 4000
 STEPS3 = 3000
-LR1 = 1e-3
 LR2 = 5e-4
 TRIALS = 60
 TRIALS_OTHERS = 60
@@ -87,6 +85,7 @@ TRIALS_RANDOM = 60
 TRIALS_BOUNDS = 60
 FLOW_COLUMNS = $(COLUMNS)
 endif
+LR1 = 1e-3
 LR3 = 1e-3
 OTHERS = $(filter-out close_drawer,$(COLUMNS))
 
