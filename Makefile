@@ -53,7 +53,7 @@ ifeq ($(SIZE),demo)
 # Demonstrations, as subtask:target:number; mostly closing the drawer.
 DEMONSTRATIONS = close:kitchen_counter:70 open:kitchen_counter:4 close:fridge:4 open:fridge:4 \
 	pick:all:4 place:all:4
-# Optimizer steps and learning rates of stages 1, 2, 3.
+# Optimizer steps of stages 1, 2, 3, and the learning rate of stage 2.
 STEPS1 = 100
 STEPS2 = 700
 STEPS3 = 700
