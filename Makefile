@@ -99,8 +99,7 @@ PACK = $(PY) data.py pack --data $(RUN)/data
 # the data's percentiles give both one scale (GAP-23).
 TRAIN = OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc_per_node=$(PROCESSES) train.py --preset tiny \
 	--action-bounds percentiles --run-name $(notdir $(RUN)) --data $(RUN)/data $(SEED:%=--seed %)
-# Episodes stop at a success, which is faster; whether they would have succeeded at their end is
-# unknown.
+# Episodes stop at a success, as demonstrations do; what a policy does afterwards is not counted.
 EVAL = $(PY) eval.py --task set_table --split val --seed $(EVAL_SEED) --workers $(WORKERS) \
 	--stop-at-success
 

@@ -199,7 +199,9 @@ def write_results(cfg: EvalConfig, settings: dict) -> None:
     seeds = sorted({episode["seed"] for episode in episodes})
     manifest = settings | provenance(cfg) | {"seeds": seeds}
     results = {"columns": columns, "scenes": scenes, "manifest": manifest}
-    write_json(cfg.out / "results.json", results)
+    path = cfg.out / "results.json"
+    if not path.exists() or read_json(path)["columns"] != columns:
+        write_json(path, results)  # without new episodes the manifest stays that of the old ones
     print("\n".join(["", *success_table({cfg.policy: columns}, {row.label: paper})]))
     for name, count in scenes.items():
         print(f"{name}: {count['reached']} of the split's {count['of']} scenes")

@@ -48,10 +48,6 @@ class Claim(NamedTuple):
     statement: str
 
     @property
-    def table(self) -> int:
-        return max(ROWS[self.a].table, ROWS[self.b].table)
-
-    @property
     def keys(self) -> list[str]:
         """All task/column pairs that the claim covers."""
         names = self.columns.split() or PAPER_COLUMNS
@@ -188,6 +184,7 @@ def average_metrics(row: Path, stage: int) -> dict[str, dict]:
     for name, about in (runs[0] if runs else {}).items():
         ours = [run[name]["ours"] for run in runs]
         low, high = seed_interval(ours)
+        high = min(high, 1.0) if about["unit"] == "share" else high
         metrics[name] = {"ours": mean(ours)} | ({"low": low, "high": high} if low <= high else {})
         metrics[name] |= {key: about[key] for key in ("trivial", "unit", "higher_is_better")}
     return metrics

@@ -220,7 +220,8 @@ def main(cfg: ReproduceConfig):
     table["command"] = quoted("python", "-m", "tools.reproduce", *sys.argv[1:])
     table["differs"] += [f"instead, stages 1 and 2 with {cfg.train}"] * bool(cfg.train)
     path = out / f"table-{cfg.table}.json"
-    if not (cfg.rows and path.exists()):  # some rows do not replace the whole table
+    saved = read_json(path)["rows"] if path.exists() else {}
+    if saved.keys() <= table["rows"].keys():  # some rows do not replace the whole table
         write_json(path, table)
     print("\n".join([*to_markdown(table), "", list_differences(table)]))
 
