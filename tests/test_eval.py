@@ -192,10 +192,10 @@ def test_the_random_policy_runs_through_the_same_code(assets, tmp_path, capsys):
     for seed, episode in zip((5, 6), read_lines(tmp_path / "episodes.jsonl"), strict=True):
         assert (episode["seed"], episode["length"], episode["success_once"]) == (seed, 3, False)
         assert episode["target"] == "kitchen_counter" and episode["column"] == "open_drawer"
-    results = read_json(tmp_path / "results.json")
-    assert (results["columns"]["open_drawer"]["n"], results["scenes"]["open_drawer"]["of"]) == (2, 3)
-    assert results["manifest"]["seeds"] == [5, 6] and results["manifest"]["versions"]["mani_skill"]
-    write_json(tmp_path / "results.json", results | {"manifest": "kept"})
+    made = read_json(tmp_path / "results.json")
+    assert (made["columns"]["open_drawer"]["n"], made["scenes"]["open_drawer"]["of"]) == (2, 3)
+    assert made["manifest"]["seeds"] == [5, 6] and made["manifest"]["versions"]["mani_skill"]
+    write_json(tmp_path / "results.json", made | {"manifest": "kept"})
     main(EvalConfig(out=tmp_path, policy="random", **chosen))  # no new episode: old provenance
     assert read_json(tmp_path / "results.json")["manifest"] == "kept"
     assert "of the split's 3 scenes" in capsys.readouterr().out
