@@ -31,8 +31,7 @@ LAYERS = (
     "train eval collect",
     "tools/*",
 )
-TOP_LIMIT, ALL_LIMIT, TESTS_LIMIT, FILE_LIMIT = 2690, 10285, 7503, 350
-
+TOP_LIMIT, ALL_LIMIT, TESTS_LIMIT, FILE_LIMIT = 2690, 10284, 7502, 350
 
 SOURCES = {
     str(path.relative_to(ROOT).with_suffix("")): path

@@ -40,13 +40,13 @@ CELL = {"n": 60, "rate": 0.7333, "low": 0.6111, "high": 0.8299, "by_seed": {"0":
 METRIC = dict(ours=5.43, low=4.9, high=5.97, trivial=98.1, unit="cm", higher_is_better=False)
 ROW = {"label": f"AuxVLA {TEXT}", "seeds": [0, 1], "metrics": {"base_position_error": METRIC}}
 ROW |= {"cells": {"set_table/close_drawer": CELL | {"paper": 0.91}}}
-CLAIM = {"name": "a", "table": 2, "statement": f"it helps {TEXT}", "paper": 0.22, "ours": 0.053}
+CLAIM = {"name": "a", "statement": f"it helps {TEXT}", "paper": 0.22, "ours": 0.053}
 CLAIM |= {"low": -0.104, "high": 0.198, "seeds": 2, "seeds_needed": 4, "verdict": "cannot tell"}
 TABLE = {
     "title": "Table 2 in miniature", "command": "python -m tools.reproduce --table 2",
     "task_columns": [["set_table", "close_drawer"], ["set_table", "close_fridge"]],
     "rows": {"auxvla-all": ROW, "auxvla": dict(label="bare", seeds=[], cells={}, metrics={})},
-    "claims": [CLAIM, {"name": "b", "table": 2, "statement": "and that", "verdict": "not run"}],
+    "claims": [CLAIM, {"name": "b", "statement": "and that", "verdict": "not run"}],
     "differs": [f"other weights {TEXT}"],
 }  # fmt: skip
 

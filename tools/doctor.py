@@ -104,18 +104,18 @@ def check_gpu(device: str | None = None) -> str:
 
 def check_disk(out: str, program: str, preset: str) -> str:
     """Check for room: in training, fp32 weights and Adam's two moments of all checkpoints."""
-    need = 1e9  # bytes of an evaluation's films, or of some demonstrations
+    need = 1  # GB of an evaluation's films, or of some demonstrations
     if program in ("all", "train"):
         with torch.device("meta"):
             model = AuxVLA(model_config(preset), flow_head=True)
         copies = TrainConfig.keep + 1  # and the one being written
-        need = 12 * copies * sum(each.numel() for each in model.parameters())
+        need = 12e-9 * copies * sum(each.numel() for each in model.parameters())
     path = Path(out).absolute()
     place = next(each for each in (path, *path.parents) if each.exists())
     free = shutil.disk_usage(place).free + sum(f.stat().st_size for f in path.glob("step-*/*"))
     found = f"{place}: {free / 1e9:.1f} GB free"
-    if free < need:
-        raise InputError(f"{found}, expected {need / 1e9:.0f} GB, {preset}: --out on a larger disk")
+    if free < 1e9 * need:
+        raise InputError(f"{found}, expected {need:.0f} GB ({preset}): give --out a larger disk")
     return found
 
 

@@ -220,9 +220,8 @@ def main(cfg: ReproduceConfig):
     table["command"] = quoted("python", "-m", "tools.reproduce", *sys.argv[1:])
     table["differs"] += [f"instead, stages 1 and 2 with {cfg.train}"] * bool(cfg.train)
     path = out / f"table-{cfg.table}.json"
-    saved = read_json(path)["rows"] if path.exists() else {}
-    if saved.keys() <= table["rows"].keys():  # some rows do not replace the whole table
-        write_json(path, table)
+    if not path.exists() or read_json(path)["rows"].keys() <= table["rows"].keys():
+        write_json(path, table)  # some rows do not replace the whole table
     print("\n".join([*to_markdown(table), "", list_differences(table)]))
 
 
